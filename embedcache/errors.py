@@ -1,0 +1,143 @@
+"""Every error embedcache raises on purpose, and nothing else.
+
+::
+
+    EmbedcacheError
+    ├── InputError (ValueError)              a file, column, row or option of the input is wrong
+    │   ├── BadRowsError                     rows that cannot be used, with file, line and reason
+    │   └── InputNotFoundError (FileNotFoundError)
+    ├── SpecError (ValueError)               a setting has an impossible value
+    ├── BackboneError (ValueError)           the model cannot be loaded or cannot do what was asked
+    │   └── PoolingUnavailableError          the model does not give that pooling; names those it gives
+    ├── FeatureError (ValueError)            features that must not be used: NaN, inf, overflow, shape
+    ├── CacheError (OSError)                 something about a cache directory
+    │   ├── CacheNotFoundError (FileNotFoundError)
+    │   ├── CorruptCacheError (ValueError)   bytes differ from what was committed
+    │   ├── IncompleteCacheError             an extraction was interrupted before its first dataset
+    │   ├── CacheLockedError (BlockingIOError)  another process is writing
+    │   └── SpecMismatchError (ValueError)   the cache holds features made another way; carries a diff
+    ├── BundleError (ValueError)             a run folder or head bundle is missing, hostile or damaged
+    │   └── BackboneMismatchError            the head was trained on another backbone's features
+    ├── TrainingError (ValueError)           a head cannot be trained on this data
+    ├── SweepError (ValueError)              a sweep that cannot be run or resumed
+    ├── NotEqualError (AssertionError)       the equivalence check found a difference
+    ├── MissingExtraError (ImportError)      an optional package is not installed; names the command
+    └── Interrupted (RuntimeError)           Ctrl-C: what was kept and how to go on
+
+Each is also a subclass of the builtin in brackets, so ``except ValueError`` keeps working for callers who
+have never heard of this module. The command line prints ``str(error)`` on one line and exits with
+``error.exit_code`` (2 for usage, 1 for everything else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EmbedcacheError(Exception):
+    """Base class; ``str(error)`` is one line that says what, where, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class InputError(EmbedcacheError, ValueError):
+    """A file, column, row or option of the input is wrong."""
+
+
+class BadRowsError(InputError):
+    """Rows that cannot be used. ``rows`` holds the first ten as ``(where, reason)``; ``total`` counts all."""
+
+    def __init__(self, rows: Sequence[tuple[str, str]], total: int) -> None:
+        self.rows = tuple(rows)
+        self.total = total
+        shown = "; ".join(f"{where}: {reason}" for where, reason in self.rows)
+        more = f" (first {len(self.rows)} of {total})" if total > len(self.rows) else ""
+        noun = "row" if total == 1 else "rows"
+        super().__init__(
+            f"{total} bad {noun}{more}: {shown}. Correct them, or pass --on-bad-row skip to set them aside in a quarantine file"
+        )
+
+
+class InputNotFoundError(InputError, FileNotFoundError):
+    """An input file does not exist."""
+
+
+class SpecError(EmbedcacheError, ValueError):
+    """A setting has an impossible value."""
+
+    exit_code = 2
+
+
+class BackboneError(EmbedcacheError, ValueError):
+    """The model cannot be loaded, or cannot do what was asked."""
+
+
+class PoolingUnavailableError(BackboneError):
+    """The model does not give that pooling; the message lists those it gives."""
+
+
+class FeatureError(EmbedcacheError, ValueError):
+    """Features that must not be used: NaN, inf, an overflow of the storage type, a wrong shape."""
+
+
+class CacheError(EmbedcacheError, OSError):
+    """Something about a cache directory."""
+
+
+class CacheNotFoundError(CacheError, FileNotFoundError):
+    """There is no cache at that path."""
+
+
+class CorruptCacheError(CacheError, ValueError):
+    """Bytes on disk differ from what was committed."""
+
+
+class IncompleteCacheError(CacheError):
+    """The extraction was interrupted before the cache held its first whole dataset."""
+
+
+class CacheLockedError(CacheError, BlockingIOError):
+    """Another process is writing to the cache."""
+
+
+class SpecMismatchError(CacheError, ValueError):
+    """The cache holds features made another way. ``differences`` is a tuple of ``(field, old, new)``."""
+
+    def __init__(self, where: str, differences: Sequence[tuple[str, object, object]]) -> None:
+        self.differences = tuple(differences)
+        shown = "; ".join(f"{field}: cache has {old!r}, asked for {new!r}" for field, old, new in self.differences)
+        super().__init__(
+            f"{where} holds features made another way ({shown}). "
+            "Choose another output directory, or drop the options that differ"
+        )
+
+
+class BundleError(EmbedcacheError, ValueError):
+    """A run folder or head bundle is missing, hostile or damaged."""
+
+
+class BackboneMismatchError(BundleError):
+    """The head was trained on the features of another backbone."""
+
+
+class TrainingError(EmbedcacheError, ValueError):
+    """A head cannot be trained on this data."""
+
+
+class SweepError(EmbedcacheError, ValueError):
+    """A sweep that cannot be run or resumed."""
+
+
+class NotEqualError(EmbedcacheError, AssertionError):
+    """The equivalence check found a difference."""
+
+
+class MissingExtraError(EmbedcacheError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs the package {package}, which is not installed: run pip install 'embedcache[{extra}]'")
+
+
+class Interrupted(EmbedcacheError, RuntimeError):
+    """Ctrl-C: the message says what was kept and how to go on."""

@@ -1,0 +1,85 @@
+"""Canonical JSON, content hashes of files and rows, and a readable difference of two specs.
+
+Identity in embedcache is content only: no path, no modification time, no host name enters any hash here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+KEY_BYTES = 16
+_BLOCK = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """Return ``value`` as JSON with sorted keys, no spaces, plain ASCII and no NaN: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON, refusing duplicate keys and the non-standard NaN and Infinity.
+
+    Raises ``ValueError`` with the reason.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} occurs twice")
+            seen[key] = value
+        return seen
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the sha256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of ``value``."""
+    return sha256_bytes(canonical_json(value).encode("ascii"))
+
+
+def row_key(content: bytes) -> bytes:
+    """Return the 16-byte key of one row: blake2b-128 of its canonical content (text as UTF-8, an image file's bytes)."""
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return ``(dotted.path, old value, new value)`` for every leaf in which two JSON values differ."""
+    return list(_differences(old, new, prefix))
+
+
+def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(set(old) | set(new)):
+            path = f"{prefix}.{key}" if prefix else str(key)
+            yield from _differences(old.get(key), new.get(key), path)
+    elif canonical_json(old) != canonical_json(new):
+        yield prefix, old, new
