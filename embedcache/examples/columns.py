@@ -1,0 +1,164 @@
+"""Which column is what: named by the caller, or guessed and said aloud."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from embedcache.errors import InputError
+from embedcache.examples.content import Content
+from embedcache.examples.files import Source
+from embedcache.examples.splits import is_standard
+
+LabelUse = Literal["required", "optional", "none"]
+
+_LABELS = frozenset(
+    "label labels class category target sentiment intent emotion topic tag tags rating stars score polarity y".split()
+)
+_NOT_CONTENT = frozenset(["id", "idx", "index", "uid", "guid", "split", ""])
+
+
+@dataclass
+class Roles:
+    """The columns chosen, and what to say about the choice. ``labels`` is empty when there are none."""
+
+    content: str
+    labels: tuple[str, ...] = ()
+    id: str | None = None
+    split: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_columns(
+    sources: Sequence[Source],
+    content: Content,
+    *,
+    text_column: str | None,
+    label_column: str | Sequence[str] | None,
+    id_column: str | None,
+    split_column: str | None,
+    labels: LabelUse,
+    guess_split: bool,
+) -> Roles:
+    """Choose the columns, going by the first source, and check that every source has them.
+
+    Raises ``InputError`` that lists the columns there are when one is missing or the choice is not clear.
+    """
+    first = sources[0]
+    roles = Roles("", id=id_column, split=split_column)
+    for name in (text_column, id_column, split_column):
+        if name is not None:
+            _require(first, name)
+    if labels != "none" and label_column is not None:
+        roles.labels = _label_columns(first, label_column)
+    taken = {name for name in (text_column, id_column, split_column, *roles.labels) if name is not None}
+    if labels != "none" and label_column is None:
+        guess = _guess(first, _LABELS, "label", taken)
+        if guess is not None:
+            roles.labels = (guess,)
+            taken.add(guess)
+    roles.content = text_column if text_column is not None else _guess_content(first, content, taken)
+    taken.add(roles.content)
+    if labels == "required" and not roles.labels:
+        roles.labels = (_only_other(first, taken),)
+    if text_column is None and len(first.columns) > 1:
+        roles.notes.append(f"text column: {roles.content!r} (guessed)")
+    if roles.labels and label_column is None:
+        roles.notes.append(f"label column: {roles.labels[0]!r} (guessed)")
+    if guess_split and split_column is None:
+        roles.split = _guess_split(first, taken | set(roles.labels))
+        if roles.split is not None:
+            roles.notes.append(f"split column: {roles.split!r} (guessed)")
+    _check(sources, roles, labels)
+    return roles
+
+
+def _check(sources: Sequence[Source], roles: Roles, labels: LabelUse) -> None:
+    names = [roles.content, *roles.labels, *([roles.id] if roles.id else []), *([roles.split] if roles.split else [])]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"the column {name!r} was given two roles: name different columns for text, label, id and split")
+    for source in sources:
+        for name in names:
+            if name not in source.columns and name in roles.labels and labels == "optional":
+                roles.notes.append(f"{source.name} has no column {name!r}: its rows have no label")
+            else:
+                _require(source, name)
+        dtype = source.not_text(roles.content)
+        if dtype is not None:
+            raise InputError(f"{source.name}: the column {roles.content!r} is of type {dtype}, expected text")
+
+
+def _require(source: Source, name: str) -> None:
+    if name in source.columns:
+        return
+    lower = {column.lower(): column for column in source.columns}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    meant = f"; did you mean {lower[near[0]]!r}?" if near else ""
+    raise InputError(f"{source.name} has no column {name!r}: it has {_listed(source)}{meant}")
+
+
+def _listed(source: Source) -> str:
+    shown = ", ".join(map(repr, source.columns[:30])) + (", ..." if len(source.columns) > 30 else "")
+    if len(source.columns) == 1 and (held := [mark for mark in ";\t|," if mark in source.columns[0]]):
+        shown += f" (one column with {held[0]!r} in its name: .csv is split at commas, .tsv at tabs)"
+    return shown
+
+
+def _label_columns(source: Source, given: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        names = (given,) if given in source.columns else tuple(name.strip() for name in given.split(","))
+    else:
+        names = tuple(given)
+    if not names:
+        raise InputError("label_column is an empty list: name at least one column, or pass labels='none'")
+    for name in names:
+        _require(source, name)
+    return names
+
+
+def _guess(source: Source, candidates: frozenset[str], default: str, taken: set[str]) -> str | None:
+    found = [column for column in source.columns if column.strip().lower() in candidates and column not in taken]
+    named = [column for column in found if column.strip().lower() == default]
+    if len(found) > 1 and len(named) != 1:
+        raise InputError(
+            f"{source.name}: {' and '.join(map(repr, found))} could each be the {default} column: "
+            f"name it with --{default}-column; the columns are {_listed(source)}"
+        )
+    return named[0] if named else found[0] if found else None
+
+
+def _guess_content(source: Source, content: Content, taken: set[str]) -> str:
+    guess = _guess(source, content.names, content.default, taken)
+    if guess is not None:
+        return guess
+    texts = [
+        column
+        for column in source.columns
+        if column not in taken and column.strip().lower() not in _NOT_CONTENT and source.kind(column) == "text"
+    ]
+    if len(texts) == 1:
+        return texts[0]
+    raise InputError(
+        f"{source.name}: cannot tell which column is the text: name it with --text-column; the columns are {_listed(source)}"
+    )
+
+
+def _only_other(source: Source, taken: set[str]) -> str:
+    others = [column for column in source.columns if column not in taken and column.strip().lower() not in _NOT_CONTENT]
+    if len(others) == 1:
+        return others[0]
+    raise InputError(
+        f"{source.name}: cannot tell which column is the label: name it with --label-column; the columns are {_listed(source)}"
+    )
+
+
+def _guess_split(source: Source, taken: set[str]) -> str | None:
+    for column in source.columns:
+        if column.strip().lower() == "split" and column not in taken:
+            values = [value for value in source.sample[column] if isinstance(value, str)]
+            if values and all(map(is_standard, values)):
+                return column
+    return None

@@ -1,0 +1,92 @@
+"""From a cell of the input to the canonical bytes of a row. Only ``TextContent`` knows that a row is a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Faults = dict[int, str]
+"""Why records of a block cannot be used: position in the block -> reason."""
+
+
+class Content(Protocol):
+    """A kind of content. Another kind (image files, say) is another class here and one line in ``CONTENTS``."""
+
+    names: frozenset[str]
+    """Lower-case column names under which this content is usually found; ``default`` wins when several are there."""
+    default: str
+
+    def encode(self, column: str, values: Sequence[Any]) -> tuple[list[bytes], Faults]:
+        """Return the canonical bytes of every value (``b""`` for a faulty one) and the faults."""
+        ...
+
+    def show(self, content: bytes) -> str:
+        """Return a short printable form for messages."""
+        ...
+
+
+class TextContent:
+    """Text: the exact characters as UTF-8. Empty and blank texts, other types and lone surrogates are faults."""
+
+    default = "text"
+    names = frozenset(
+        "text sentence review content body question comment tweet message document utterance snippet query sms post".split()
+    )
+
+    def encode(self, column: str, values: Sequence[Any]) -> tuple[list[bytes], Faults]:
+        if set(map(type, values)) == {str} and not any(not text or text.isspace() for text in values):
+            try:
+                return [text.encode() for text in values], {}
+            except UnicodeEncodeError:
+                pass  # find out which below
+        contents: list[bytes] = []
+        faults: Faults = {}
+        for position, value in enumerate(values):
+            reason = text_fault(column, value)
+            if reason is not None:
+                faults[position] = reason
+            contents.append(b"" if reason is not None else value.encode())
+        return contents, faults
+
+    def show(self, content: bytes) -> str:
+        text = content.decode()
+        return repr(text) if len(text) <= 40 else repr(text[:37]) + "..."
+
+
+CONTENTS: dict[str, Content] = {"text": TextContent()}
+
+
+def is_missing(value: Any) -> bool:
+    """Whether ``value`` is None, NaN, pandas' NA or NaT."""
+    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+
+
+def text_fault(column: str, value: Any) -> str | None:
+    """Return why ``value`` is not a usable text, or None when it is."""
+    if is_missing(value):
+        return f"{column!r} is missing"
+    if not isinstance(value, str):
+        return f"{column!r} holds {_short(value)} of type {type(value).__name__}, expected text"
+    if not value:
+        return f"{column!r} is empty"
+    if value.isspace():
+        return f"{column!r} is blank"
+    return unicode_fault(column, value)
+
+
+def unicode_fault(column: str, value: str) -> str | None:
+    """Return why ``value`` cannot be written as UTF-8, or None when it can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        where = f"at character {error.start + 1} of {column!r}"
+        if 0xDC80 <= code <= 0xDCFF:  # how errors="surrogateescape" carries a byte that is not UTF-8
+            return f"undecodable byte 0x{code - 0xDC00:02x} {where}, expected UTF-8"
+        return f"lone surrogate U+{code:04X} {where}"
+    return None
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

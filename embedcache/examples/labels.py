@@ -1,0 +1,430 @@
+"""Label cells -> targets: classes, sets of classes, or numbers.
+
+Every collector is fed block by block: ``parse`` judges the cells of a block, ``append`` adds those of the rows that
+turned out usable (so a row that is set aside never creates a class), ``finish`` gives the targets of all rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedcache.errors import InputError, SpecError
+from embedcache.examples.content import Faults, is_missing, unicode_fault
+from embedcache.spec import Task
+
+UNLABELLED = 255
+"""What every entry of a multi-label row without label holds; classification has -1, regression NaN."""
+MAX_CLASSES = 100_000
+_INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the labels came to. ``values`` as in ``Examples.targets``; ``notes`` say what was guessed."""
+
+    task: Task
+    class_names: tuple[str, ...]
+    values: NDArray[Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KnownClasses:
+    """The classes that are known before any row is read.
+
+    ``names`` fix the order and, unless ``extend``, are all there may be; ``declared`` (what the sources themselves
+    declare, such as a ClassLabel) only fixes the order.
+    """
+
+    names: tuple[str, ...] | None = None
+    extend: bool = False
+    declared: tuple[str, ...] = ()
+
+
+class Labels(Protocol):
+    """A collector of labels."""
+
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+        """Return one parsed value per row of the block, and the faults."""
+        ...
+
+    def append(self, parsed: Sequence[Any]) -> None:
+        """Add the parsed values of usable rows."""
+        ...
+
+    def finish(self, known: KnownClasses) -> Targets:
+        """Return the targets of all rows added. Raises ``InputError`` for a class that is not among the known ones."""
+        ...
+
+
+def collector(columns: Sequence[str], sample: Sequence[Any], task: Task | None, separator: str | None, required: bool) -> Labels:
+    """Choose the collector for label columns, going by the options and the first cells of the first column.
+
+    Raises ``SpecError`` for options that contradict each other.
+    """
+    if separator == "":
+        raise SpecError("label_separator is empty: expected a character that stands between labels, such as |")
+    if separator is not None and (task in ("classification", "regression") or len(columns) > 1):
+        what = f"task {task}" if task in ("classification", "regression") else f"{len(columns)} label columns"
+        raise SpecError(f"label_separator is for several labels in one cell and does not go with {what}")
+    if task == "regression" or len(columns) > 1:
+        if task == "classification":
+            raise SpecError(f"classification takes one label column, got {', '.join(columns)}")
+        return Numbers(columns, task, required)
+    is_list = any(isinstance(value, (list, tuple, np.ndarray)) for value in sample)
+    if task == "multilabel" or separator is not None or (task is None and is_list):
+        return ClassSets(columns[0], task, separator, required)
+    return Classes(columns[0], task, required)
+
+
+class _Codebook(dict[Any, int]):
+    """Class name -> number, in the order of first sight."""
+
+    def __missing__(self, name: str) -> int:
+        self[name] = code = len(self)
+        return code
+
+
+class Classes:
+    """One class a row; becomes numbers when no task was given and the labels are fractions."""
+
+    def __init__(self, column: str, task: Task | None, required: bool) -> None:
+        self._column = column
+        self._task = task
+        self._required = required
+        self._codes = _Codebook()
+        self._buffer = bytearray()
+        self._whole_floats = False
+        self._numbers: Numbers | None = None
+
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+        if self._numbers is not None:
+            return self._numbers.parse(columns)
+        values = columns[0]
+        types = set(map(type, values))
+        if types == {int}:
+            return list(map(str, values)), {}
+        if types == {str} and all(name in self._codes or not _name_fault(self._column, name) for name in set(values)):
+            return values, {}
+        names: list[str | None] = []
+        faults: Faults = {}
+        for position, value in enumerate(values):
+            try:
+                name = class_name(self._column, value)
+            except ValueError as error:
+                faults[position] = str(error)
+                name = None
+            else:
+                if name is None and self._required:
+                    faults[position] = f"the label {self._column!r} is missing"
+                elif isinstance(value, float) and name is not None:
+                    self._whole_floats = self._whole_floats or value.is_integer()
+            names.append(name)
+        return names, faults
+
+    def append(self, parsed: Sequence[Any]) -> None:
+        if self._numbers is not None:
+            self._numbers.append(parsed)
+            return
+        self._buffer += _codes(self._codes, parsed)
+        if len(self._codes) > MAX_CLASSES:
+            if not self._are_fractions():
+                raise InputError(
+                    f"the label column {self._column!r} has more than {MAX_CLASSES:,} different values: is it the right column? "
+                    "Name it with --label-column, or pass --task regression if it holds quantities"
+                )
+            self._numbers = self._become_numbers()
+
+    def _are_fractions(self) -> bool:
+        if self._task is not None or not self._codes:
+            return False
+        if not all(_NUMBER.fullmatch(name) for name in self._codes):
+            return False
+        return any(not float(name).is_integer() for name in self._codes)
+
+    def _become_numbers(self) -> Numbers:
+        numbers = Numbers((self._column,), None, self._required)
+        table = np.array([*map(float, self._codes), math.nan])  # code -1 is the last entry
+        numbers.append(table[np.frombuffer(self._buffer, np.int32)][:, None])
+        self._codes.clear()
+        self._buffer = bytearray()
+        return numbers
+
+    def finish(self, known: KnownClasses) -> Targets:
+        if self._numbers is None and known.names is None and self._are_fractions():
+            self._numbers = self._become_numbers()
+        if self._numbers is not None:
+            return self._numbers.finish(known)
+        names, order, notes = arrange(self._column, self._codes, known)
+        codes = np.append(order, -1)[np.frombuffer(self._buffer, np.int32)]
+        if self._task is None:
+            notes += self._doubts(names)
+        return Targets("classification", names, codes, tuple(notes))
+
+    def _doubts(self, names: Sequence[str]) -> list[str]:
+        notes = [f"task: classification with {count(len(names), 'class')} (guessed from the labels)"]
+        numeric = sum(1 for name in self._codes if _NUMBER.fullmatch(name))
+        if self._whole_floats:
+            notes.append(f"the labels in {self._column!r} are whole numbers written as fractions (1.0): taken as classes")
+        elif numeric == len(self._codes) > 50:
+            notes.append(
+                f"{self._column!r} holds {numeric} different whole numbers: taken as classes; pass --task regression if they are quantities"
+            )
+        elif len(self._codes) > numeric > len(self._codes) / 2:
+            notes.append(
+                f"{numeric} of the {len(self._codes)} different labels in {self._column!r} are numbers and the others are not: taken as classes"
+            )
+        return notes
+
+
+class ClassSets:
+    """Any number of classes a row, from lists or from cells with a separator.
+
+    Around a separator spaces are dropped; an empty cell is the empty set, as an empty list is.
+    """
+
+    def __init__(self, column: str, task: Task | None, separator: str | None, required: bool) -> None:
+        self._column = column
+        self._task = task
+        self._separator = separator
+        self._required = required
+        self._codes = _Codebook()
+        self._members = bytearray()
+        self._counts = bytearray()
+        self._widths: set[int] = set()
+        self._repeats = False
+
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+        sets: list[list[str] | None] = []
+        faults: Faults = {}
+        for position, value in enumerate(columns[0]):
+            members: list[str] | None = None
+            try:
+                members = self._parse(value)
+            except ValueError as error:
+                faults[position] = str(error)
+            sets.append(members)
+        return sets, faults
+
+    def _parse(self, value: Any) -> list[str] | None:
+        if isinstance(value, str):
+            if self._separator is None:
+                raise InputError(
+                    f"the label column {self._column!r} holds text such as {value[:40]!r}, expected lists: "
+                    "for several labels in one cell name what stands between them with --label-separator"
+                )
+            parts = [part for piece in value.split(self._separator) if (part := piece.strip())]
+            for part in parts:
+                if part not in self._codes and (fault := _name_fault(self._column, part)):
+                    raise ValueError(fault)
+            return list(dict.fromkeys(parts))
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, (list, tuple, set, frozenset)):
+            names = [class_name(self._column, item) for item in value]
+            if None in names:
+                raise ValueError(f"the label list {self._column!r} has a missing entry")
+            self._widths.add(len(names))
+            self._repeats = self._repeats or len(set(names)) < len(names)
+            return list(dict.fromkeys(name for name in names if name is not None))
+        if is_missing(value):
+            if self._required:
+                raise ValueError(f"the label {self._column!r} is missing (an empty list says that there is none)")
+            return None
+        raise ValueError(f"the label {self._column!r} is {value!r}, expected a list of labels")
+
+    def append(self, parsed: Sequence[Any]) -> None:
+        for members in parsed:
+            if members:
+                self._members += _codes(self._codes, members)
+        self._counts += np.array([-1 if members is None else len(members) for members in parsed], np.int32).tobytes()
+        if len(self._codes) > MAX_CLASSES:
+            raise InputError(f"the label column {self._column!r} has more than {MAX_CLASSES:,} different labels: is it the right column?")
+
+    def finish(self, known: KnownClasses) -> Targets:
+        names, order, notes = arrange(self._column, self._codes, known)
+        counts = np.frombuffer(self._counts, np.int32)
+        values = np.zeros((len(counts), len(names)), np.uint8)
+        rows = np.repeat(np.arange(len(counts)), np.maximum(counts, 0))
+        values[rows, order[np.frombuffer(self._members, np.int32)]] = 1
+        values[counts < 0] = UNLABELLED
+        if self._task is None:
+            notes.append(f"task: multilabel with {count(len(names), 'class')} (guessed from the labels)")
+        empty = int((counts == 0).sum())
+        if empty:
+            notes.append(f"{count(empty, 'row')} with no label at all: taken as the empty set")
+        if self._repeats and len(self._widths) == 1 and set(names) <= {"0", "1"}:
+            notes.append(
+                f"the lists in {self._column!r} look like vectors of 0 and 1 but were read as lists of class names: "
+                "give one column per class instead"
+            )
+        return Targets("multilabel", names, values, tuple(notes))
+
+
+class Numbers:
+    """One or several numbers a row: regression targets, or 0/1 columns of a multi-label task.
+
+    Several columns without a task are multi-label when they hold nothing but 0 and 1.
+    """
+
+    def __init__(self, columns: Sequence[str], task: Task | None, required: bool) -> None:
+        self._columns = tuple(columns)
+        self._task = task
+        self._required = required
+        self._buffer = bytearray()
+
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+        parsed = np.empty((len(columns[0]), len(columns)))
+        faults: Faults = {}
+        for place, (column, values) in enumerate(zip(self._columns, columns, strict=True)):
+            types = set(map(type, values))
+            if types <= {int, float} or (types == {str} and all(map(_NUMBER.fullmatch, values))):
+                try:
+                    parsed[:, place] = list(map(float, values))
+                except OverflowError:
+                    pass
+                else:
+                    if np.isfinite(parsed[:, place]).all() and self._task != "multilabel":
+                        continue
+            for position, value in enumerate(values):
+                try:
+                    parsed[position, place] = self._number(column, value)
+                except ValueError as error:
+                    faults.setdefault(position, str(error))
+        return parsed, faults
+
+    def _number(self, column: str, value: Any) -> float:
+        if is_missing(value) and not isinstance(value, float):
+            return self._absent(column)
+        if isinstance(value, str) and not value.strip():
+            return self._absent(column)
+        binary = self._task == "multilabel" or (self._task is None and len(self._columns) > 1)
+        if isinstance(value, str) and binary and value.strip().lower() in ("true", "false"):
+            return float(value.strip().lower() == "true")
+        if isinstance(value, (bool, np.bool_)) and binary:
+            return float(value)
+        is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not is_number and not (isinstance(value, str) and _NUMBER.fullmatch(value)):
+            if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
+                raise ValueError(f"the target {column!r} is {value.strip()!r}, expected a finite number")
+            shown = repr(value)[:40]
+            raise ValueError(f"the target {column!r} is {shown} of type {type(value).__name__}, expected a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            if number != number and not self._required:
+                return number
+            raise ValueError(f"the target {column!r} is {number}, expected a finite number")
+        if self._task == "multilabel" and number not in (0.0, 1.0):
+            raise ValueError(f"the label {column!r} is {value!r}, expected 0 or 1")
+        return number
+
+    def _absent(self, column: str) -> float:
+        if self._required:
+            raise ValueError(f"the target {column!r} is missing")
+        return math.nan
+
+    def append(self, parsed: Sequence[Any]) -> None:
+        self._buffer += np.asarray(parsed, np.float64).tobytes()
+
+    def finish(self, known: KnownClasses) -> Targets:
+        values = np.frombuffer(self._buffer, np.float64).reshape(-1, len(self._columns))
+        absent = np.isnan(values)
+        binary = len(self._columns) > 1 and bool((absent | (values == 0) | (values == 1)).all())
+        notes: list[str] = []
+        if self._task is None:
+            what = "multilabel (guessed: every label is 0 or 1)" if binary else "regression (guessed: the labels are numbers)"
+            notes.append(f"task: {what}")
+        if self._task == "multilabel" or (self._task is None and binary):
+            names, order, more = arrange("label columns", {name: code for code, name in enumerate(self._columns)}, known, keep=True)
+            sets = np.zeros((len(values), len(names)), np.uint8)
+            sets[:, order] = values == 1
+            sets[absent.any(axis=1)] = UNLABELLED
+            return Targets("multilabel", names, sets, tuple(notes + more))
+        if known.names is not None and known.names != self._columns:
+            raise InputError(f"the targets are {', '.join(self._columns)}, expected {', '.join(known.names)}")
+        return Targets("regression", self._columns, values, tuple(notes))
+
+
+def _codes(codebook: _Codebook, names: Sequence[str | None]) -> bytes:
+    if None in names:
+        return np.array([-1 if name is None else codebook[name] for name in names], np.int32).tobytes()
+    return np.fromiter(map(codebook.__getitem__, names), np.int32, len(names)).tobytes()
+
+
+def class_name(column: str, value: Any) -> str | None:
+    """Return a label cell as a class name; None when it is missing.
+
+    Strings are kept as they are; 1 and 1.0 are ``"1"``, True is ``"true"``. Raises ``ValueError`` with the reason when
+    it cannot be a class name.
+    """
+    if isinstance(value, str):
+        fault = _name_fault(column, value)
+        if fault is not None and value.strip():
+            raise ValueError(fault)
+        return None if fault is not None else str(value)
+    if is_missing(value):
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    raise ValueError(f"the label {column!r} is {repr(value)[:40]} of type {type(value).__name__}, expected a string or an integer")
+
+
+def _name_fault(column: str, name: str) -> str | None:
+    return unicode_fault(column, name) if name.strip() else "missing"
+
+
+def arrange(
+    column: str, codes: Iterable[str], known: KnownClasses, keep: bool = False
+) -> tuple[tuple[str, ...], NDArray[np.int64], list[str]]:
+    """Put classes in their final order.
+
+    Known names come first, in their order; then new ones: whole numbers by value when all of them are, otherwise by
+    code point (``keep`` leaves them as they come). Returns the names, the new number of every old code (int64 [C]) and
+    notes. Raises ``InputError`` that names the classes which are not among the known ones and may not be added.
+    """
+    seen = list(codes)
+    fixed = known.names if known.names is not None else tuple(known.declared)
+    new = sorted(set(seen) - set(fixed))
+    notes = []
+    if new and known.names is not None and not known.extend:
+        raise InputError(
+            f"{count(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; known are {some(list(fixed))}"
+        )
+    if new and known.names is not None:
+        notes.append(f"{count(len(new), 'new class')} added: {some(new)}")
+    if keep:
+        new = [name for name in seen if name not in set(fixed)]
+    elif all(_INTEGER.fullmatch(name) for name in (new if fixed else seen)):
+        new.sort(key=int)
+    names = (*fixed, *new)
+    place = {name: number for number, name in enumerate(names)}
+    return names, np.array([place[name] for name in seen], np.int64), notes
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """Return up to ``most`` quoted names and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 row``, ``2 rows``, ``3 classes``."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

@@ -1,0 +1,124 @@
+"""Split names, the split by content hash, and the column that names splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedcache.errors import InputError, SpecError
+from embedcache.examples.content import Faults, is_missing, unicode_fault
+
+STANDARD = ("train", "validation", "test")
+_ALIASES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_PART = re.compile(r"\d+(\.\d*)?|\.\d+")
+_SLICE = 1 << 16
+
+
+def normal_name(name: str) -> str:
+    """Return the name used for a split: ``val``, ``dev`` and ``valid`` are ``validation``; unknown names are kept."""
+    return _ALIASES.get(name.strip().lower(), name.strip())
+
+
+def is_standard(name: str) -> bool:
+    """Whether ``name`` is one of the usual names of a split."""
+    return name.strip().lower() in _ALIASES
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Return split names in the usual order: train, validation, test, then the others by code point."""
+    present = set(names)
+    return tuple(name for name in STANDARD if name in present) + tuple(sorted(present - set(STANDARD)))
+
+
+def parse_split(text: str) -> tuple[tuple[str, ...], tuple[Fraction, ...]]:
+    """Read ``80/10/10`` (train, validation, test) or ``80/20`` (train, test) into names and shares that sum to 1.
+
+    The parts are proportions: they need not sum to 100. Raises ``SpecError`` when it is not two or three
+    positive numbers.
+    """
+    parts = [part.strip() for part in text.split("/")]
+    if len(parts) not in (2, 3) or not all(_PART.fullmatch(part) for part in parts):
+        raise SpecError(f"cannot read the split {text!r}: expected two or three numbers such as 80/20 or 80/10/10")
+    weights = [Fraction(part) for part in parts]
+    if not all(weights):
+        raise SpecError(f"the split {text!r} has a part of zero: every part must be positive; 80/20 is train and test alone")
+    names = STANDARD if len(parts) == 3 else ("train", "test")
+    return names, tuple(weight / sum(weights) for weight in weights)
+
+
+def assign_splits(keys: NDArray[np.uint8], shares: Sequence[Fraction], seed: int = 0) -> NDArray[np.uint8]:
+    """Return the split of every row, decided by its content and ``seed`` alone.
+
+    ``keys`` is u1 [N, 16]; the result is u1 [N], an index into ``shares``. The first eight bytes of the key, as a
+    little-endian number, go through the finaliser of SplitMix64 (Steele, Lea and Flood, 2014) with ``seed`` as the
+    stream, which gives a number uniform in [0, 2**64) to compare with the cumulative shares. So rows that are added
+    move nobody, and duplicates always fall on one side. Raises ``SpecError`` for a seed outside [0, 2**64).
+    """
+    if not 0 <= seed < 2**64:
+        raise SpecError(f"split_seed is {seed}: expected a whole number in [0, 2**64)")
+    stream = np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    cumulative = [sum(shares[: part + 1], Fraction(0)) for part in range(len(shares) - 1)]
+    bounds = np.array([int(share * 2**64) for share in cumulative], np.uint64)
+    result = np.empty(len(keys), np.uint8)
+    for start in range(0, len(keys), _SLICE):
+        x = np.ascontiguousarray(keys[start : start + _SLICE, :8]).view("<u8").ravel().astype(np.uint64) + stream
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        result[start : start + _SLICE] = np.searchsorted(bounds, x, side="right")
+    return result
+
+
+class SplitColumn:
+    """Collects a column whose cells name splits."""
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self._codes: dict[str, int] = {}
+        self._buffer = bytearray()
+
+    def parse(self, values: Sequence[Any]) -> tuple[list[Any], Faults]:
+        """Return the normalised names and the faults of one block."""
+        known: dict[Any, str] = {}
+        faults: Faults = {}
+        names: list[Any] = []
+        for position, value in enumerate(values):
+            name = known.get(value) if isinstance(value, str) else None
+            if name is None:
+                reason = self._fault(value)
+                if reason is not None:
+                    faults[position] = reason
+                else:
+                    name = known[value] = normal_name(value)
+            names.append(name)
+        return names, faults
+
+    def _fault(self, value: Any) -> str | None:
+        if is_missing(value) or (isinstance(value, str) and not value.strip()):
+            return f"the split {self.column!r} is missing"
+        if not isinstance(value, str):
+            return f"the split {self.column!r} is {value!r} of type {type(value).__name__}, expected a name"
+        return unicode_fault(self.column, value)
+
+    def append(self, names: Sequence[Any]) -> None:
+        """Add the names of usable rows."""
+        for name in dict.fromkeys(names):
+            self._codes.setdefault(name, len(self._codes))
+        if len(self._codes) > 255:
+            raise InputError(f"the split column {self.column!r} has more than 255 different values: is it the right column?")
+        self._buffer += bytes(map(self._codes.__getitem__, names))
+
+    def finish(self) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+        """Return the split of every row, u1 [N], and the names it indexes."""
+        names = ordered(self._codes)
+        order = np.array([names.index(name) for name in self._codes], np.uint8)
+        return order[np.frombuffer(self._buffer, np.uint8)], names
