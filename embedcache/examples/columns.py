@@ -9,14 +9,17 @@ from typing import Literal
 
 from embedcache.errors import InputError
 from embedcache.examples.content import Content
-from embedcache.examples.files import Source
+from embedcache.examples.source import Source
 from embedcache.examples.splits import is_standard
 
 LabelUse = Literal["required", "optional", "none"]
 
-_LABELS = frozenset(
-    "label labels class category target sentiment intent emotion topic tag tags rating stars score polarity y".split()
-)
+# fmt: off
+_LABELS = frozenset([
+    "label", "labels", "class", "category", "target", "sentiment", "intent", "emotion", "topic", "tag", "tags",
+    "rating", "stars", "score", "polarity", "y",
+])
+# fmt: on
 _NOT_CONTENT = frozenset(["id", "idx", "index", "uid", "guid", "split", ""])
 
 
@@ -79,7 +82,7 @@ def _check(sources: Sequence[Source], roles: Roles, labels: LabelUse) -> None:
     names = [roles.content, *roles.labels, *([roles.id] if roles.id else []), *([roles.split] if roles.split else [])]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"the column {name!r} was given two roles: name different columns for text, label, id and split")
+            raise InputError(f"the column {name!r} has two roles: name different columns for text, label, id and split")
     for source in sources:
         for name in names:
             if name not in source.columns and name in roles.labels and labels == "optional":
@@ -142,7 +145,8 @@ def _guess_content(source: Source, content: Content, taken: set[str]) -> str:
     if len(texts) == 1:
         return texts[0]
     raise InputError(
-        f"{source.name}: cannot tell which column is the text: name it with --text-column; the columns are {_listed(source)}"
+        f"{source.name}: cannot tell which column is the text: name it with --text-column; "
+        f"the columns are {_listed(source)}"
     )
 
 
@@ -151,7 +155,8 @@ def _only_other(source: Source, taken: set[str]) -> str:
     if len(others) == 1:
         return others[0]
     raise InputError(
-        f"{source.name}: cannot tell which column is the label: name it with --label-column; the columns are {_listed(source)}"
+        f"{source.name}: cannot tell which column is the label: name it with --label-column; "
+        f"the columns are {_listed(source)}"
     )
 
 

@@ -29,9 +29,12 @@ class TextContent:
     """Text: the exact characters as UTF-8. Empty and blank texts, other types and lone surrogates are faults."""
 
     default = "text"
-    names = frozenset(
-        "text sentence review content body question comment tweet message document utterance snippet query sms post".split()
-    )
+    # fmt: off
+    names = frozenset([
+        "text", "sentence", "review", "content", "body", "question", "comment", "tweet", "message", "document",
+        "utterance", "snippet", "query", "sms", "post",
+    ])
+    # fmt: on
 
     def encode(self, column: str, values: Sequence[Any]) -> tuple[list[bytes], Faults]:
         if set(map(type, values)) == {str} and not any(not text or text.isspace() for text in values):
@@ -58,7 +61,9 @@ CONTENTS: dict[str, Content] = {"text": TextContent()}
 
 def is_missing(value: Any) -> bool:
     """Whether ``value`` is None, NaN, pandas' NA or NaT."""
-    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    if isinstance(value, float):
+        return value != value
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
 def text_fault(column: str, value: Any) -> str | None:

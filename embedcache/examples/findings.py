@@ -58,7 +58,7 @@ def labelled(task: Task | None, targets: NDArray[Any] | None, rows: int) -> NDAr
         return np.asarray(targets >= 0)
     if task == "multilabel":
         return np.asarray((targets != UNLABELLED).all(axis=1))
-    return ~np.isnan(targets).any(axis=1)
+    return np.asarray(~np.isnan(targets).any(axis=1))
 
 
 def duplicates(groups: Groups) -> list[str]:
@@ -80,9 +80,8 @@ def leaks(groups: Groups, split: NDArray[np.uint8], names: Sequence[str], show: 
         if len(both):
             verb = "occurs" if len(both) == 1 else "occur"
             examples = ", ".join(show(both[:SHOWN].tolist()))
-            notes.append(
-                f"{count(len(both), 'different content')} {verb} in both {names[one]} and {names[other]}, for example {examples}"
-            )
+            contents = count(len(both), "different content")
+            notes.append(f"{contents} {verb} in both {names[one]} and {names[other]}, for example {examples}")
     return notes
 
 
@@ -120,7 +119,11 @@ def _label(task: Task | None, target: Any, class_names: Sequence[str]) -> str:
 
 
 def absent(
-    task: Task | None, targets: NDArray[Any] | None, class_names: Sequence[str], split: NDArray[np.uint8], names: Sequence[str]
+    task: Task | None,
+    targets: NDArray[Any] | None,
+    class_names: Sequence[str],
+    split: NDArray[np.uint8],
+    names: Sequence[str],
 ) -> list[str]:
     """Say which splits are empty or unlabelled, and which classes a split lacks."""
     known = labelled(task, targets, len(split))
@@ -139,7 +142,7 @@ def absent(
                 rows = np.bincount(targets[there], minlength=len(class_names))
             else:
                 rows = targets[there].any(axis=0)
-            lacking = [class_names[place] for place in np.flatnonzero(rows == 0)]
+            lacking = [class_names[place] for place in np.flatnonzero(rows == 0).tolist()]
             if lacking:
                 notes.append(f"{name} has no row of {count(len(lacking), 'class')}: {some(lacking)}")
     if targets is not None and known.any() and not known.all():

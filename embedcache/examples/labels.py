@@ -52,11 +52,11 @@ class KnownClasses:
 class Labels(Protocol):
     """A collector of labels."""
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
         """Return one parsed value per row of the block, and the faults."""
         ...
 
-    def append(self, parsed: Sequence[Any]) -> None:
+    def append(self, parsed: Any) -> None:
         """Add the parsed values of usable rows."""
         ...
 
@@ -65,7 +65,9 @@ class Labels(Protocol):
         ...
 
 
-def collector(columns: Sequence[str], sample: Sequence[Any], task: Task | None, separator: str | None, required: bool) -> Labels:
+def collector(
+    columns: Sequence[str], sample: Sequence[Any], task: Task | None, separator: str | None, required: bool
+) -> Labels:
     """Choose the collector for label columns, going by the options and the first cells of the first column.
 
     Raises ``SpecError`` for options that contradict each other.
@@ -105,7 +107,7 @@ class Classes:
         self._whole_floats = False
         self._numbers: Numbers | None = None
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
         if self._numbers is not None:
             return self._numbers.parse(columns)
         values = columns[0]
@@ -130,7 +132,7 @@ class Classes:
             names.append(name)
         return names, faults
 
-    def append(self, parsed: Sequence[Any]) -> None:
+    def append(self, parsed: Any) -> None:
         if self._numbers is not None:
             self._numbers.append(parsed)
             return
@@ -138,8 +140,8 @@ class Classes:
         if len(self._codes) > MAX_CLASSES:
             if not self._are_fractions():
                 raise InputError(
-                    f"the label column {self._column!r} has more than {MAX_CLASSES:,} different values: is it the right column? "
-                    "Name it with --label-column, or pass --task regression if it holds quantities"
+                    f"the label column {self._column!r} has more than {MAX_CLASSES:,} different values: "
+                    "name the right one with --label-column, or pass --task regression if it holds quantities"
                 )
             self._numbers = self._become_numbers()
 
@@ -173,14 +175,16 @@ class Classes:
         notes = [f"task: classification with {count(len(names), 'class')} (guessed from the labels)"]
         numeric = sum(1 for name in self._codes if _NUMBER.fullmatch(name))
         if self._whole_floats:
-            notes.append(f"the labels in {self._column!r} are whole numbers written as fractions (1.0): taken as classes")
+            notes.append(f"the labels in {self._column!r} are whole numbers in floating point: taken as classes")
         elif numeric == len(self._codes) > 50:
             notes.append(
-                f"{self._column!r} holds {numeric} different whole numbers: taken as classes; pass --task regression if they are quantities"
+                f"{self._column!r} holds {numeric} different whole numbers: taken as classes; "
+                "pass --task regression if they are quantities"
             )
         elif len(self._codes) > numeric > len(self._codes) / 2:
             notes.append(
-                f"{numeric} of the {len(self._codes)} different labels in {self._column!r} are numbers and the others are not: taken as classes"
+                f"{numeric} of the {len(self._codes)} different labels in {self._column!r} are numbers "
+                "and the others are not: taken as classes"
             )
         return notes
 
@@ -202,7 +206,7 @@ class ClassSets:
         self._widths: set[int] = set()
         self._repeats = False
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
         sets: list[list[str] | None] = []
         faults: Faults = {}
         for position, value in enumerate(columns[0]):
@@ -241,13 +245,16 @@ class ClassSets:
             return None
         raise ValueError(f"the label {self._column!r} is {value!r}, expected a list of labels")
 
-    def append(self, parsed: Sequence[Any]) -> None:
+    def append(self, parsed: Any) -> None:
         for members in parsed:
             if members:
                 self._members += _codes(self._codes, members)
         self._counts += np.array([-1 if members is None else len(members) for members in parsed], np.int32).tobytes()
         if len(self._codes) > MAX_CLASSES:
-            raise InputError(f"the label column {self._column!r} has more than {MAX_CLASSES:,} different labels: is it the right column?")
+            raise InputError(
+                f"the label column {self._column!r} has more than {MAX_CLASSES:,} different labels: "
+                "name the right one with --label-column"
+            )
 
     def finish(self, known: KnownClasses) -> Targets:
         names, order, notes = arrange(self._column, self._codes, known)
@@ -281,7 +288,7 @@ class Numbers:
         self._required = required
         self._buffer = bytearray()
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], Faults]:
+    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
         parsed = np.empty((len(columns[0]), len(columns)))
         faults: Faults = {}
         for place, (column, values) in enumerate(zip(self._columns, columns, strict=True)):
@@ -334,7 +341,7 @@ class Numbers:
             raise ValueError(f"the target {column!r} is missing")
         return math.nan
 
-    def append(self, parsed: Sequence[Any]) -> None:
+    def append(self, parsed: Any) -> None:
         self._buffer += np.asarray(parsed, np.float64).tobytes()
 
     def finish(self, known: KnownClasses) -> Targets:
@@ -343,10 +350,12 @@ class Numbers:
         binary = len(self._columns) > 1 and bool((absent | (values == 0) | (values == 1)).all())
         notes: list[str] = []
         if self._task is None:
-            what = "multilabel (guessed: every label is 0 or 1)" if binary else "regression (guessed: the labels are numbers)"
-            notes.append(f"task: {what}")
+            guess = (
+                "multilabel (guessed: all labels are 0 or 1)" if binary else "regression (guessed: labels are numbers)"
+            )
+            notes.append(f"task: {guess}")
         if self._task == "multilabel" or (self._task is None and binary):
-            names, order, more = arrange("label columns", {name: code for code, name in enumerate(self._columns)}, known, keep=True)
+            names, order, more = arrange("label columns", self._columns, known, keep=True)
             sets = np.zeros((len(values), len(names)), np.uint8)
             sets[:, order] = values == 1
             sets[absent.any(axis=1)] = UNLABELLED
@@ -383,7 +392,8 @@ def class_name(column: str, value: Any) -> str | None:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
-    raise ValueError(f"the label {column!r} is {repr(value)[:40]} of type {type(value).__name__}, expected a string or an integer")
+    shown = repr(value)[:40]
+    raise ValueError(f"the label {column!r} is {shown} of type {type(value).__name__}, expected a string or an integer")
 
 
 def _name_fault(column: str, name: str) -> str | None:
@@ -405,7 +415,7 @@ def arrange(
     notes = []
     if new and known.names is not None and not known.extend:
         raise InputError(
-            f"{count(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; known are {some(list(fixed))}"
+            f"{count(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; known are {some(fixed)}"
         )
     if new and known.names is not None:
         notes.append(f"{count(len(new), 'new class')} added: {some(new)}")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,143 +13,18 @@ from numpy.typing import NDArray
 from embedcache.errors import BadRowsError, InputError, SpecError
 from embedcache.examples import findings
 from embedcache.examples.columns import LabelUse, Roles, choose_columns
-from embedcache.examples.content import CONTENTS, Content, Faults, is_missing, unicode_fault
-from embedcache.examples.files import BadRow, Block, Source, open_file
+from embedcache.examples.content import CONTENTS, Content, Faults
+from embedcache.examples.dataset import Examples, Part, row_keys
+from embedcache.examples.ids import IdCollector, IdColumn
+from embedcache.examples.inputs import gather
 from embedcache.examples.labels import KnownClasses, Labels, Targets, collector, count
-from embedcache.examples.objects import is_table, open_object
-from embedcache.examples.splits import SplitColumn, assign_splits, normal_name, ordered, parse_split
+from embedcache.examples.quarantine import Quarantine
+from embedcache.examples.source import BadRow, Block, Source
+from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split
 from embedcache.fingerprint import KEY_BYTES
 from embedcache.spec import TASKS, Task
 
 _SHOWN_BAD_ROWS = 10
-
-
-class IdColumn(Sequence[str]):
-    """The ids of N rows: strings packed into one buffer, or the running row number, which takes no room.
-
-    ``data`` is u1 (UTF-8) and ``offsets`` i8 [N + 1]; both are None when the ids are the running row number.
-    """
-
-    def __init__(self, rows: int, data: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None) -> None:
-        self._rows = rows
-        self.data = data
-        self.offsets = offsets
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(self._rows))]
-        if not -self._rows <= row < self._rows:
-            raise IndexError(f"row {row} of {self._rows}")
-        row = int(row) % self._rows
-        if self.data is None or self.offsets is None:
-            return str(row)
-        return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one source: usable rows ``first`` to ``first + rows``; ``skipped`` are records that are no rows."""
-
-    source: Source
-    column: str
-    first: int
-    rows: int
-    skipped: NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Examples:
-    """The usable rows of an input, N of them, without their contents.
-
-    ``keys`` is u1 [N, 16], the row key of each content. ``targets`` is None without labels, else int64 [N] for
-    classification (-1: no label), uint8 [N, C] for multilabel (255 throughout: no label) or float64 [N, R] for
-    regression (NaN: no label). ``class_names`` are the classes, or the names of the regression targets. ``split`` is
-    u1 [N], an index into ``split_names``. ``notes`` are one-line facts to print: what was guessed, leaks,
-    contradicting labels, classes a split lacks. ``n_unique`` counts different contents.
-    """
-
-    keys: NDArray[np.uint8]
-    targets: NDArray[Any] | None
-    task: Task | None
-    class_names: tuple[str, ...]
-    split: NDArray[np.uint8]
-    split_names: tuple[str, ...]
-    ids: IdColumn
-    notes: tuple[str, ...]
-    n_unique: int
-    kind: str
-    _parts: tuple[_Part, ...]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __repr__(self) -> str:
-        sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.split_sizes().items())
-        return f"Examples({len(self):,} rows: {sizes}; task {self.task}, {count(len(self.class_names), 'class')})"
-
-    def split_sizes(self) -> dict[str, int]:
-        """Return how many rows each split has."""
-        sizes = np.bincount(self.split, minlength=len(self.split_names))
-        return dict(zip(self.split_names, sizes.tolist(), strict=True))
-
-    def labelled(self) -> NDArray[np.bool_]:
-        """Return which rows have a label, bool [N]."""
-        return findings.labelled(self.task, self.targets, len(self))
-
-    def contents(self, rows: NDArray[np.int64] | Sequence[int] | None = None) -> Iterator[bytes]:
-        """Read the input again and yield the contents of ``rows`` (int64, strictly increasing; None for all).
-
-        Memory stays flat. Raises ``ValueError`` for rows out of order or range, and ``InputError`` when a content is
-        no longer the one that was seen first.
-        """
-        wanted = np.arange(len(self)) if rows is None else np.asarray(rows, np.int64)
-        if wanted.ndim != 1 or (wanted[1:] <= wanted[:-1]).any():
-            raise ValueError("rows must be a strictly increasing vector of row numbers")
-        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= len(self)):
-            raise ValueError(f"rows must lie in [0, {len(self)}), got {wanted[0]} to {wanted[-1]}")
-        return self._contents(wanted)
-
-    def _contents(self, wanted: NDArray[np.int64]) -> Iterator[bytes]:
-        content = CONTENTS[self.kind]
-        for part in self._parts:
-            mine = wanted[np.searchsorted(wanted, part.first) : np.searchsorted(wanted, part.first + part.rows)]
-            done = 0
-            records = 0
-            row = part.first
-            if not len(mine):
-                continue
-            for block in part.source.blocks((part.column,)):
-                values = block.values[0]
-                skipped = part.skipped[slice(*np.searchsorted(part.skipped, (records, records + len(values))))] - records
-                records += len(values)
-                if len(skipped):
-                    gone = set(skipped.tolist())
-                    values = [value for place, value in enumerate(values) if place not in gone]
-                here = mine[done : np.searchsorted(mine, row + len(values))]
-                if len(here) != len(values):
-                    values = [values[place] for place in (here - row).tolist()]
-                row += len(block.values[0]) - len(skipped)
-                done += len(here)
-                if not values:
-                    continue
-                contents, faults = content.encode(part.column, values)
-                seen = np.frombuffer(_keys(contents), np.uint8).reshape(-1, KEY_BYTES)
-                changed = (seen != self.keys[here]).any(axis=1)
-                if faults or changed.any():
-                    place = min([*faults, *np.flatnonzero(changed).tolist()])
-                    raise InputError(
-                        f"{part.source.name} changed while it was being used: row {here[place]} is not what it was; start again"
-                    )
-                yield from contents
-                if done == len(mine):
-                    break
-            if done < len(mine):
-                raise InputError(
-                    f"{part.source.name} changed while it was being used: it had {part.rows} rows and now {row - part.first}; start again"
-                )
 
 
 def load_examples(
@@ -204,11 +75,12 @@ def load_examples(
     (('bad', 'good'), [1, 0], [b'fine', b'poor'])
     """
     _check_options(task, labels, on_bad_row, quarantine, split, split_seed, class_names, kind)
-    given = _gather(inputs, {"train": train, "validation": validation, "test": test}, format, quoting)
+    given = gather(inputs, {"train": train, "validation": validation, "test": test}, format, quoting)
     from_files = [name for name, _ in given if name is not None]
     if from_files and (split is not None or split_column is not None):
         other = "split" if split is not None else "split_column"
-        raise SpecError(f"splits were given both as inputs ({', '.join(dict.fromkeys(from_files))}) and by {other}: choose one")
+        named = ", ".join(dict.fromkeys(from_files))
+        raise SpecError(f"splits were given both as inputs ({named}) and by {other}: choose one")
     sources = [source for _, source in given]
     content = CONTENTS[kind]
     roles = choose_columns(
@@ -226,13 +98,12 @@ def load_examples(
         writer = None
         if on_bad_row == "skip":
             assert quarantine is not None
-            writer = stack.enter_context(_Quarantine(Path(quarantine), sources))
+            writer = stack.enter_context(Quarantine(Path(quarantine), sources))
         reading = _Pass(roles, content, label_rows, writer)
         for source in sources:
             reading.read(source)
-    known = KnownClasses(
-        None if class_names is None else tuple(class_names), extend_classes, _declared(sources, roles) if roles.labels else ()
-    )
+    fixed = None if class_names is None else tuple(class_names)
+    known = KnownClasses(fixed, extend_classes, _declared(sources, roles))
     return reading.finish(kind, known, [name for name, _ in given], split, split_seed)
 
 
@@ -253,9 +124,10 @@ def _check_options(
         ("kind", kind, tuple(CONTENTS)),
     ):
         if value not in choices:
-            raise SpecError(f"{name} is {value!r}: expected one of {', '.join(str(choice) for choice in choices if choice)}")
+            expected = ", ".join(choice for choice in choices if choice is not None)
+            raise SpecError(f"{name} is {value!r}: expected one of {expected}")
     if on_bad_row == "skip" and quarantine is None:
-        raise SpecError("on_bad_row is skip but there is no quarantine file: name the file that bad rows are set aside in")
+        raise SpecError("on_bad_row is skip but no quarantine file is named: say where bad rows are to be set aside")
     if class_names is not None and len(set(class_names)) != len(class_names):
         raise SpecError(f"class_names holds a name twice: {', '.join(class_names)}")
     if split is not None:
@@ -264,57 +136,13 @@ def _check_options(
         raise SpecError(f"split_seed is {split_seed}: expected a whole number in [0, 2**64)")
 
 
-def _gather(inputs: Any, named: Mapping[str, Any], format: str | None, quoting: str) -> list[tuple[str | None, Source]]:
-    given: list[tuple[str | None, Any]] = []
-    splits = {name: value for name, value in named.items() if value is not None}
-    if isinstance(inputs, Mapping):
-        if not inputs:
-            raise InputError("the input is an empty mapping: expected split names and their rows")
-        for name, value in inputs.items():
-            if not isinstance(value, (str, os.PathLike)) and not is_table(value) and not isinstance(value, Sequence):
-                raise InputError(f"the input maps {name!r} to a {type(value).__name__}: expected the rows of a split")
-            if isinstance(value, Sequence) and value and isinstance(value[0], (str, int, float)) and not isinstance(value, str):
-                if not all(isinstance(item, str) and Path(item).suffix for item in value[:3]):
-                    raise InputError(f"the input maps {name!r} to cells, not rows: pass a list of dicts or a DataFrame")
-            given.append((normal_name(str(name)), value))
-        if splits:
-            raise SpecError(f"the input maps splits already: drop {', '.join(splits)}")
-    elif inputs is not None:
-        if "train" in splits:
-            raise SpecError("both inputs and train were given: pass the training rows once")
-        given.append(("train" if splits else None, inputs))
-    given += splits.items()
-    if not given:
-        raise InputError("there is no input: pass a file, a list of dicts, a DataFrame or a Dataset")
-    return [(name, source) for name, value in given for source in _sources(name, value, format, quoting)]
-
-
-def _sources(name: str | None, value: Any, format: str | None, quoting: str) -> Iterator[Source]:
-    label = name or "input"
-    if isinstance(value, (str, os.PathLike)):
-        yield open_file(os.fspath(value), format, quoting)
-    elif is_table(value):
-        yield open_object(value, label)
-    elif isinstance(value, Sequence):
-        for number, item in enumerate(value):
-            if isinstance(item, (str, os.PathLike)):
-                yield open_file(os.fspath(item), format, quoting)
-            elif is_table(item):
-                yield open_object(item, f"{label} {number}")
-            else:
-                raise InputError(f"{label}: item {number} is a {type(item).__name__}, expected a path, a table or a list of dicts")
-    else:
-        raise InputError(
-            f"{label}: got a {type(value).__name__}, expected a path, a list of dicts, a DataFrame or a Dataset (read more than once)"
-        )
-
-
 def _label_collector(
     sources: Sequence[Source], roles: Roles, task: Task | None, separator: str | None, labels: LabelUse
 ) -> Labels | None:
     if not roles.labels:
         return None
-    sample = [value for source in sources if roles.labels[0] in source.columns for value in source.sample[roles.labels[0]]]
+    first = roles.labels[0]
+    sample = [value for source in sources if first in source.columns for value in source.sample[first]]
     return collector(roles.labels, sample, task, separator, labels == "required")
 
 
@@ -325,112 +153,18 @@ def _declared(sources: Sequence[Source], roles: Roles) -> tuple[str, ...]:
     return (found.pop() or ()) if len(found) == 1 else ()
 
 
-class _Quarantine:
-    """The file that bad rows are set aside in: written beside its place, put there when the pass is over."""
-
-    def __init__(self, path: Path, sources: Sequence[Source]) -> None:
-        self.path = path
-        self._partial = path.with_name(path.name + ".partial")
-        for source in sources:
-            used = getattr(source, "path", None)
-            if used is not None and path.exists() and os.path.samefile(used, path):
-                raise SpecError(f"the quarantine file {path} is an input file: name another one")
-        if path.exists() and not self._is_ours():
-            raise SpecError(f"the quarantine file {path} exists and was not written by embedcache: name another one")
-
-    def _is_ours(self) -> bool:
-        try:
-            with open(self.path, "rb") as file:
-                line = file.readline(1 << 24)
-            return not line or list(json.loads(line)) == ["file", "line", "reason", "raw"]
-        except (OSError, ValueError):
-            return False
-
-    def __enter__(self) -> _Quarantine:
-        try:
-            self._file = open(self._partial, "w", encoding="ascii")  # noqa: SIM115 - closed in __exit__
-        except OSError as error:
-            raise InputError(f"the quarantine file {self.path} cannot be written: {error.strerror}") from None
-        return self
-
-    def add(self, name: str, row: BadRow) -> None:
-        """Write one row. ASCII only, so that bytes that are not UTF-8 come back by ``surrogateescape``."""
-        record = {"file": name, "line": row.line, "reason": row.reason, "raw": row.raw}
-        self._write(json.dumps(record, default=repr) + "\n")
-
-    def _write(self, text: str) -> None:
-        try:
-            self._file.write(text)
-        except OSError as error:
-            raise InputError(f"the quarantine file {self.path} cannot be written: {error.strerror}") from None
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        if error is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-            return
-        try:
-            self._file.close()
-            if self._partial.stat().st_size or self.path.exists():
-                os.replace(self._partial, self.path)
-            else:
-                self._partial.unlink()
-        except OSError as problem:
-            raise InputError(f"the quarantine file {self.path} cannot be written: {problem.strerror}") from None
-
-
-class _Ids:
-    """Collects a column of ids."""
-
-    def __init__(self, column: str) -> None:
-        self._column = column
-        self._data = bytearray()
-        self._lengths = bytearray()
-        self._digests = bytearray()
-
-    def parse(self, values: Sequence[Any]) -> tuple[list[bytes], Faults]:
-        """Return the ids as UTF-8 and the faults of one block."""
-        ids: list[bytes] = []
-        faults: Faults = {}
-        for position, value in enumerate(values):
-            if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-                value = str(int(value))
-            if is_missing(value) or value == "":
-                faults[position] = f"the id {self._column!r} is missing"
-            elif not isinstance(value, str):
-                faults[position] = f"the id {self._column!r} is of type {type(value).__name__}, expected a string or an integer"
-            elif fault := unicode_fault(self._column, value):
-                faults[position] = fault
-            ids.append(b"" if position in faults else value.encode())
-        return ids, faults
-
-    def append(self, ids: Sequence[bytes]) -> None:
-        """Add the ids of usable rows."""
-        self._data += b"".join(ids)
-        self._lengths += np.array(list(map(len, ids)), np.int64).tobytes()
-        self._digests += b"".join([blake2b(id, digest_size=8).digest() for id in ids])
-
-    def finish(self) -> tuple[IdColumn, list[str]]:
-        """Return the column, and a note when ids repeat."""
-        lengths = np.frombuffer(self._lengths, np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        repeated = len(lengths) - len(np.unique(np.frombuffer(self._digests, np.uint64)))
-        notes = [f"{count(repeated, 'row')} with an id in {self._column!r} that another row has too"] if repeated else []
-        return IdColumn(len(lengths), np.frombuffer(self._data, np.uint8), offsets), notes
-
-
 class _Pass:
     """The state of the pass over all sources."""
 
-    def __init__(self, roles: Roles, content: Content, labels: Labels | None, quarantine: _Quarantine | None) -> None:
+    def __init__(self, roles: Roles, content: Content, labels: Labels | None, quarantine: Quarantine | None) -> None:
         self._roles = roles
         self._content = content
         self._labels = labels
         self._quarantine = quarantine
-        self._ids = _Ids(roles.id) if roles.id is not None else None
+        self._ids = IdCollector(roles.id) if roles.id is not None else None
         self._splits = SplitColumn(roles.split) if roles.split is not None else None
         self._keys = bytearray()
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._bad: list[tuple[str, str]] = []
         self._n_bad = 0
 
@@ -454,7 +188,7 @@ class _Pass:
                 records += rows
             if block.bad:
                 self._set_aside(source, block)
-        self._parts.append(_Part(source, roles.content, first, self._rows - first, np.array(skipped, np.int64)))
+        self._parts.append(Part(source, roles.content, first, self._rows - first, np.array(skipped, np.int64)))
 
     @property
     def _rows(self) -> int:
@@ -463,15 +197,16 @@ class _Pass:
     def _take(self, cells: Mapping[str, list[Any]], label_cells: list[list[Any]]) -> Faults:
         contents, faults = self._content.encode(self._roles.content, cells[self._roles.content])
         parsed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [(self._append_keys, contents)]
-        for column, values in ((self._ids, self._roles.id), (self._splits, self._roles.split)):
-            if column is not None and values is not None:
-                result, found = column.parse(cells[values])
+        columns: list[tuple[IdCollector | SplitColumn | Labels | None, Any]] = [
+            (self._ids, cells.get(self._roles.id or "")),
+            (self._splits, cells.get(self._roles.split or "")),
+            (self._labels, label_cells),
+        ]
+        for column, values in columns:
+            if column is not None:
+                result, found = column.parse(values)
                 parsed.append((column.append, result))
                 faults = {**found, **faults}
-        if self._labels is not None:
-            labels, found = self._labels.parse(label_cells)
-            parsed.append((self._labels.append, labels))
-            faults = {**found, **faults}
         if faults:
             keep = [place for place in range(len(contents)) if place not in faults]
             parsed = [(append, [values[place] for place in keep]) for append, values in parsed]
@@ -481,7 +216,7 @@ class _Pass:
         return faults
 
     def _append_keys(self, contents: list[bytes]) -> None:
-        self._keys += _keys(contents)
+        self._keys += row_keys(contents)
 
     def _set_aside(self, source: Source, block: Block) -> None:
         self._n_bad += len(block.bad)
@@ -503,7 +238,8 @@ class _Pass:
             notes.append(f"{count(self._n_bad, 'bad row')} set aside in {self._quarantine.path}")
         rows = self._rows
         if not rows:
-            raise InputError(f"no usable row is left: all {self._n_bad} are bad, the first at {': '.join(self._bad[0])}")
+            where, reason = self._bad[0] if self._bad else ("?", "no rows")
+            raise InputError(f"no usable row is left: all {self._n_bad} are bad, the first at {where}: {reason}")
         keys = np.frombuffer(self._keys, np.uint8).reshape(-1, KEY_BYTES)
         targets: Targets | None = None
         if self._labels is not None:
@@ -528,7 +264,7 @@ class _Pass:
             notes=(),
             n_unique=groups.number,
             kind=kind,
-            _parts=tuple(self._parts),
+            parts=tuple(self._parts),
         )
 
         def show(wanted: Sequence[int]) -> list[str]:
@@ -552,8 +288,3 @@ class _Pass:
         names = ordered(name or "train" for name in given)
         codes = [names.index(name or "train") for name in given]
         return np.repeat(np.array(codes, np.uint8), [part.rows for part in self._parts]), names
-
-
-def _keys(contents: Sequence[bytes]) -> bytes:
-    # ``fingerprint.row_key`` of each, without a Python call a row: half of the cost of a pass. A test holds them equal.
-    return b"".join([blake2b(content, digest_size=KEY_BYTES).digest() for content in contents])

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from embedcache.errors import InputError
-from embedcache.examples.files import BLOCK_ROWS, SAMPLE_ROWS, BadRow, Block, Kind, Source, kind_of, row_of, unique_columns
+from embedcache.examples.source import (
+    BLOCK_ROWS,
+    SAMPLE_ROWS,
+    BadRow,
+    Block,
+    Kind,
+    Source,
+    kind_of,
+    row_of,
+    unique_columns,
+)
 
 
 def is_table(value: Any) -> bool:

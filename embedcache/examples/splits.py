@@ -50,7 +50,9 @@ def parse_split(text: str) -> tuple[tuple[str, ...], tuple[Fraction, ...]]:
         raise SpecError(f"cannot read the split {text!r}: expected two or three numbers such as 80/20 or 80/10/10")
     weights = [Fraction(part) for part in parts]
     if not all(weights):
-        raise SpecError(f"the split {text!r} has a part of zero: every part must be positive; 80/20 is train and test alone")
+        raise SpecError(
+            f"the split {text!r} has a part of zero: expected positive parts; 80/20 is train and test alone"
+        )
     names = STANDARD if len(parts) == 3 else ("train", "test")
     return names, tuple(weight / sum(weights) for weight in weights)
 
@@ -114,7 +116,9 @@ class SplitColumn:
         for name in dict.fromkeys(names):
             self._codes.setdefault(name, len(self._codes))
         if len(self._codes) > 255:
-            raise InputError(f"the split column {self.column!r} has more than 255 different values: is it the right column?")
+            raise InputError(
+                f"the split column {self.column!r} has more than 255 different values: name the right one with --split-column"
+            )
         self._buffer += bytes(map(self._codes.__getitem__, names))
 
     def finish(self) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

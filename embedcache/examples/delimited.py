@@ -1,0 +1,144 @@
+"""CSV and TSV, read exactly."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+from embedcache.errors import InputError
+from embedcache.examples.source import BLOCK_ROWS, SAMPLE_ROWS, BadRow, Block, unique_columns
+from embedcache.examples.stored import BLOCK_BYTES, FileSource, StoredFile
+
+_FIELD_LIMIT = 1 << 26  # bounds what an unclosed quote can swallow, far above any real cell
+_CSV_REFUSES_NUL = sys.version_info < (3, 11)
+_NUL_STAND_IN = "\ud800"  # cannot come out of decoding UTF-8, and not one of surrogateescape's either
+_csv_lock = threading.Lock()
+
+
+class _Lines:
+    """Lines of a text file, a block at a time, remembering the block for messages."""
+
+    def __init__(self, text: IO[str]) -> None:
+        self._text = text
+        self._block: list[str] = []
+        self._before = 0
+        self.blocks = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while block := self._text.readlines(BLOCK_BYTES):
+            if not self.blocks and block[0].startswith("\ufeff"):
+                block[0] = block[0][1:]
+            if _CSV_REFUSES_NUL:
+                block = [line.replace("\0", _NUL_STAND_IN) for line in block]
+            self._before += len(self._block)
+            self._block = block
+            self.blocks += 1
+            yield from block
+
+    def between(self, first: int, last: int) -> str:
+        """Return the lines ``first`` to ``last``, counted from 1, as far as they are still at hand."""
+        return "".join(self._block[max(0, first - 1 - self._before) : last - self._before])
+
+
+class CsvSource(FileSource):
+    """CSV or TSV with a header, as RFC 4180 has it; a cell that breaks the quoting rules is a bad row, not a guess."""
+
+    def __init__(self, file: StoredFile, delimiter: str, quoting: str) -> None:
+        super().__init__(file)
+        self._delimiter = delimiter
+        self._quoting: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+        header, rows = self._start()
+        for column in header:
+            if any("\ud800" <= character <= "\udfff" for character in column):
+                raise InputError(f"{self.name}:1: the header is not UTF-8: save the file as UTF-8")
+        self.columns = unique_columns(self.name, header)
+        if not rows:
+            raise InputError(f"{self.name}: there is a header but no rows")
+        full = [row for row in rows if len(row) == len(header)]
+        self.sample = {column: [row[place] for row in full] for place, column in enumerate(header)}
+
+    def _start(self) -> tuple[list[str], list[list[str]]]:
+        written: list[list[str]] = []
+        for rows, _, bad in self._read():
+            written += [row for row in rows if row][: SAMPLE_ROWS + 1]
+            if bad and not written:
+                raise InputError(f"{self.name}:{bad[0].line}: cannot read the header: {bad[0].reason}")
+            written += [[row.raw] for row in bad]  # a row, though not a good one
+            if len(written) > 1:
+                break
+        if not written:
+            raise InputError(f"{self.name}: the file holds blank lines only")
+        return written[0], written[1:]
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+        places = [self.columns.index(column) for column in columns]
+        width = len(self.columns)
+        header = True
+        for rows, lines, bad in self._read():
+            if set(map(len, rows)) != {width}:
+                good = []
+                for position, row in enumerate(rows):
+                    if len(row) == width:
+                        good.append(position)
+                    elif row:  # a blank line is no row
+                        held = "1 field" if len(row) == 1 else f"{len(row)} fields"
+                        reason = f"{held}, expected {width} ({', '.join(self.columns)})"
+                        bad.append(BadRow(lines[position], reason, row))
+                rows, lines = [rows[position] for position in good], [lines[position] for position in good]
+            if header and rows:
+                header = False
+                rows, lines = rows[1:], lines[1:]
+            yield Block([[row[place] for row in rows] for place in places], lines, rows.__getitem__, bad)
+
+    def _read(self) -> Iterator[tuple[list[list[str]], list[int], list[BadRow]]]:
+        with self.file.open() as binary:
+            text = io.TextIOWrapper(cast(Any, binary), "utf-8", errors="surrogateescape", newline="")
+            lines = _Lines(text)
+            reader = csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
+            more = True
+            end = 0
+            while more:
+                rows: list[list[str]] = []
+                starts: list[int] = []
+                bad: list[BadRow] = []
+                stop = max(lines.blocks, 1)
+                with _large_cells():
+                    try:
+                        more = False
+                        for row in reader:
+                            rows.append(row)
+                            starts.append(end + 1)
+                            end = reader.line_num
+                            if lines.blocks > stop or len(rows) == BLOCK_ROWS:
+                                more = True
+                                break
+                    except csv.Error as error:
+                        more = True
+                        bad.append(BadRow(end + 1, self._explain(str(error)), lines.between(end + 1, reader.line_num)))
+                        end = reader.line_num
+                if _CSV_REFUSES_NUL:
+                    rows = [[cell.replace(_NUL_STAND_IN, "\0") for cell in row] for row in rows]
+                yield rows, starts, bad
+
+    def _explain(self, error: str) -> str:
+        if "unexpected end of data" in error or "field limit" in error:
+            return 'a quote is opened and not closed: write a quote inside a quoted cell twice ("")'
+        if "expected after" in error:
+            return 'text after a closing quote: write a quote inside a quoted cell twice (""), or pass --quoting none'
+        return error
+
+
+@contextmanager
+def _large_cells() -> Iterator[None]:
+    # The limit belongs to the whole process: lift it only while our own reader runs, then put the caller's back.
+    with _csv_lock:
+        before = csv.field_size_limit(_FIELD_LIMIT)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
