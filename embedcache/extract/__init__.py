@@ -1,0 +1,178 @@
+"""Examples + backbone -> cache: plan, resume, deduplicate, commit.
+
+``run`` is the pipeline, ``forecast`` the dry run, ``extract`` the one call that does it all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedcache.backbone import Backbone, load_backbone
+from embedcache.cache import FeatureCache, read_spec
+from embedcache.errors import SpecError
+from embedcache.examples import Examples, load_examples
+from embedcache.extract.forecast import Forecast, compile_hint, forecast
+from embedcache.extract.run import Bar, ExtractionReport, Progress, new_rows, run
+
+if TYPE_CHECKING:
+    from embedcache.backbone import TextBackbone
+
+__all__ = [
+    "Bar",
+    "ExtractionReport",
+    "Forecast",
+    "Progress",
+    "compile_hint",
+    "extract",
+    "forecast",
+    "load_for",
+    "new_rows",
+    "parse_part",
+    "part_of",
+    "run",
+]
+
+
+def load_for(
+    output_dir: Path | str | None,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    poolings: Sequence[str] = (),
+    max_length: int | None = None,
+    truncation_side: str | None = None,
+    prompt: str | None = None,
+    compute_dtype: str | None = None,
+    storage_dtype: str | None = None,
+    attention: str | None = None,
+    compiled: bool | None = None,
+    positions: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> TextBackbone:
+    """Load the backbone for a cache. What is left None, an existing cache decides; what is given, it must agree with.
+
+    The agreement itself is checked where the cache is opened for writing, with a difference that names the fields.
+    """
+    found = read_spec(output_dir) if output_dir is not None else None
+    spec, provenance = found if found is not None else ({}, {})
+    text = spec.get("preprocessing", {})
+    policy = dict(spec["shapes"]) if "shapes" in spec else None
+    if policy is not None and max_length is not None:
+        policy["max_length"] = max_length
+    if policy is not None and positions is not None:
+        policy["positions"] = positions
+
+    def chosen(given: Any, recorded: Any, default: Any) -> Any:
+        return given if given is not None else recorded if recorded is not None else default
+
+    backbone = load_backbone(
+        chosen(model, provenance.get("model"), None),
+        features=tuple(poolings) or tuple(spec.get("features", ())) or ("auto",),
+        max_length=chosen(max_length, text.get("max_length"), None),
+        truncation_side=chosen(truncation_side, text.get("truncation_side"), "right"),
+        prompt=chosen(prompt, text.get("prompt"), None),
+        compute_dtype=chosen(compute_dtype, spec.get("compute_dtype"), "float32"),
+        storage_dtype=chosen(storage_dtype, spec.get("storage_dtype"), "float32"),
+        attention=chosen(attention, spec.get("attention"), None),
+        compiled=chosen(compiled, spec.get("execution", "eager") == "compiled", False),
+        device=device,
+        policy=policy,
+        positions=positions,
+        revision=chosen(revision, provenance.get("revision") if model is None else None, None),
+        trust_remote_code=trust_remote_code,
+    )
+    return backbone
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """Read ``I/N`` with 1 <= I <= N, or None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise SpecError(f"part is {text!r}: expected I/N with 1 <= I <= N, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def part_of(examples: Examples, part: int, parts: int) -> Examples:
+    """Return the rows of one part: unique contents, in the order of the input, are dealt out in ``parts`` runs.
+
+    A content and all its duplicates fall in one part, so no part computes what another does.
+    """
+    order = new_rows(examples, np.full(len(examples.keys), -1, np.int64))
+    mine = order[len(order) * (part - 1) // parts : len(order) * part // parts]
+    keys = np.ascontiguousarray(examples.keys).view("V16").ravel()
+    return examples.select(np.flatnonzero(np.isin(keys, keys[mine])))
+
+
+def extract(
+    inputs: Any = None,
+    *,
+    output_dir: Path | str,
+    model: str | None = None,
+    pooling: str | Sequence[str] = (),
+    backbone: Backbone | None = None,
+    rows_per_shard: int | None = None,
+    part: str | None = None,
+    keep_inputs: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> FeatureCache:
+    """Run a frozen backbone once over ``inputs`` and return the cache of its features.
+
+    Args:
+        inputs: paths, a list of dicts, a DataFrame or a Hugging Face ``Dataset``; see ``load_examples``.
+        output_dir: the cache to make, to go on with or to extend.
+        model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
+        pooling: one or several feature sets, such as ``"mean"`` or ``["cls", "mean@-2"]``.
+        backbone: a loaded backbone, instead of ``model`` and its settings.
+        rows_per_shard: None for 16,384, or fewer so that a shard stays within 64 MB.
+        part: ``"2/8"`` for the second of eight parts, to be joined by ``merge``.
+        keep_inputs: store the rows' contents in the cache.
+        threads: torch threads on CPU; changes no bit.
+        progress: where to report to; None draws a bar on a terminal.
+        options: the settings of ``load_for`` (``max_length``, ``compute_dtype``, ...) and the columns and splits of
+            ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
+
+    Raises:
+        InputError, BackboneError, CacheError, Interrupted: each says what to do.
+
+    Example::
+
+        cache = extract("reviews.csv", output_dir="reviews.cache", split="80/10/10")
+        X, y = cache.arrays("train")
+    """
+    settings = {name: options.pop(name) for name in _SETTINGS if name in options}
+    examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
+    if backbone is None:
+        poolings = [pooling] if isinstance(pooling, str) else list(pooling)
+        backbone = load_for(output_dir, model=model, poolings=poolings, **settings)
+    selected = parse_part(part)
+    if selected is not None:
+        examples = part_of(examples, *selected)
+    run(
+        examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep_inputs, threads=threads, progress=progress
+    )  # fmt: skip
+    return FeatureCache.open(output_dir)
+
+
+_SETTINGS = (
+    "revision",
+    "max_length",
+    "truncation_side",
+    "prompt",
+    "compute_dtype",
+    "storage_dtype",
+    "attention",
+    "compiled",
+    "positions",
+    "device",
+    "trust_remote_code",
+)

@@ -1,0 +1,170 @@
+"""What an extraction would do, how long it would take and how much it would write; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.backbone import Backbone
+from embedcache.backbone import threads as torch_threads
+from embedcache.batching import plan
+from embedcache.cache import known_rows
+from embedcache.examples import Examples
+from embedcache.extract.run import new_rows, shard_rows, unique_count
+
+SAMPLE = 20_000
+CALIBRATION = 4
+COMPILE_SECONDS = 15.0
+COMPILE_GAIN = 1.3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A dry run. ``histogram`` and ``shapes`` describe the rows that would be computed."""
+
+    rows: int
+    unique: int
+    already_there: int
+    to_extract: int
+    sampled: int
+    truncated: int
+    tokens: int
+    computed: int
+    histogram: list[dict[str, int]]
+    shapes: list[dict[str, int]]
+    bytes: dict[str, int]
+    shards: int
+    seconds: float | None
+
+    @property
+    def overhead(self) -> float:
+        """Positions computed for each real one."""
+        return self.computed / self.tokens if self.tokens else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the forecast as JSON values."""
+        return {**asdict(self), "overhead": self.overhead}
+
+    def to_text(self) -> str:
+        """Lay the forecast out for a terminal."""
+        lines = [
+            f"rows        {self.rows:,} ({self.unique:,} unique)",
+            f"to extract  {self.to_extract:,} ({self.already_there:,} unique rows are in the cache)",
+        ]
+        if not self.to_extract:
+            return "\n".join([*lines, "nothing to compute"])
+        if self.sampled < self.to_extract:
+            lines.append(f"sampled     {self.sampled:,} rows, scaled up below")
+        most = max(each["rows"] for each in self.histogram)
+        lines.append("tokens a row")
+        for each in self.histogram:
+            bar = "#" * max(1, round(40 * each["rows"] / most))
+            lines.append(f"  {each['from']:>5}-{each['to']:<5} {each['rows']:>9,}  {bar}")
+        if self.truncated:
+            lines.append(f"truncated   {self.truncated:,} rows are longer than the model reads")
+        shown = ", ".join(f"{each['rows']}x{each['length']} ({each['batches']:,})" for each in self.shapes[:6])
+        more = f" and {len(self.shapes) - 6} more" if len(self.shapes) > 6 else ""
+        lines.append(f"shapes      rows x tokens (batches): {shown}{more}")
+        lines.append(f"padding     {self.computed:,} positions for {self.tokens:,} tokens: {self.overhead:.3f}")
+        lines += [f"on disk     {name}: {size / 1e6:,.1f} MB" for name, size in self.bytes.items()]
+        lines.append(f"shards      {self.shards:,}")
+        if self.seconds is not None:
+            lines.append(f"time        about {_duration(self.seconds)}, from {CALIBRATION} calibration batches")
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def forecast(
+    examples: Examples,
+    backbone: Backbone,
+    output_dir: Path | str | None,
+    *,
+    rows_per_shard: int | None = None,
+    threads: int | None = None,
+) -> Forecast:
+    """Tokenise the rows that would be computed (a sample of 20,000 of many), plan them and time a few batches."""
+    known = known_rows(output_dir, dict(backbone.identity), backbone.feature_sets, examples.keys)
+    todo = new_rows(examples, known)
+    unique = unique_count(examples)
+    sample = todo[np.unique(np.linspace(0, len(todo) - 1, min(SAMPLE, len(todo))).astype(np.int64))] if len(todo) else todo
+    scale = len(todo) / max(len(sample), 1)
+    lengths = np.zeros(0, np.int64)
+    truncated, seconds = 0, None
+    if len(sample):
+        prepared = backbone.prepare(list(examples.contents(sample)))
+        lengths, truncated = np.asarray(prepared.lengths, np.int64), prepared.truncated
+        batches = plan(lengths, backbone.policy)
+        chosen = [batches.batches[at] for at in np.unique(np.linspace(0, len(batches) - 1, CALIBRATION).astype(int))]
+        with torch_threads(threads):
+            backbone.fetch(backbone.forward(prepared, chosen[-1]))
+            start = time.perf_counter()
+            for batch in chosen:
+                backbone.fetch(backbone.forward(prepared, batch))
+            rate = sum(batch.positions for batch in chosen) / max(time.perf_counter() - start, 1e-9)
+        seconds = batches.computed * scale / rate
+    whole = plan(lengths, backbone.policy)
+    counts: dict[tuple[int, int], int] = {}
+    for batch in whole:
+        counts[batch.rows, batch.length] = counts.get((batch.rows, batch.length), 0) + 1
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}
+    size = {
+        each.name: each.dim * width[each.dtype] * (round(float(lengths.sum()) * scale) if each.kind == "tokens" else each.layers * len(todo))
+        for each in backbone.feature_sets
+    }
+    return Forecast(
+        rows=len(examples.keys),
+        unique=unique,
+        already_there=unique - len(todo),
+        to_extract=len(todo),
+        sampled=len(sample),
+        truncated=round(truncated * scale),
+        tokens=round(whole.real * scale),
+        computed=round(whole.computed * scale),
+        histogram=_histogram(lengths, scale),
+        shapes=[
+            {"rows": rows, "length": length, "batches": round(count * scale)}
+            for (rows, length), count in sorted(counts.items(), key=lambda item: -item[1])
+        ],
+        bytes=size,
+        shards=-(-len(todo) // shard_rows(backbone.feature_sets, rows_per_shard)),
+        seconds=seconds,
+    )
+
+
+def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]], scale: float) -> list[dict[str, int]]:
+    if not len(lengths):
+        return []
+    low, high = int(lengths.min()), int(lengths.max())
+    step = max(1, -(-(high - low + 1) // 12))
+    starts = range(low, high + 1, step)
+    return [
+        {"from": start, "to": start + step - 1, "rows": round(float(((lengths >= start) & (lengths < start + step)).sum()) * scale)}
+        for start in starts
+    ]
+
+
+def compile_hint(examples: Examples, backbone: Backbone, rows: int) -> str | None:
+    """Return one line when ``rows`` new rows are so many that compiling would pay, judged by two batches."""
+    if backbone.identity.get("execution") != "eager" or rows < 2000:
+        return None
+    sample = np.unique(np.linspace(0, len(examples.keys) - 1, 256).astype(np.int64))
+    prepared = backbone.prepare(list(examples.contents(sample)))
+    batches = plan(prepared.lengths, backbone.policy)
+    batch = max(batches, key=lambda each: len(each.indices))
+    backbone.fetch(backbone.forward(prepared, batch))
+    start = time.perf_counter()
+    backbone.fetch(backbone.forward(prepared, batch))
+    seconds = (time.perf_counter() - start) / batch.positions * batches.overhead * batches.real / len(sample) * rows
+    saved = seconds * (1 - 1 / COMPILE_GAIN) - COMPILE_SECONDS
+    if saved < 30:
+        return None
+    return f"about {_duration(seconds)} of computing: --compile would save about {_duration(saved)} (other last bits, so another cache)"

@@ -1,0 +1,240 @@
+"""Extraction: only new rows cost anything, and nothing about the run can change a bit of the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import CountingBackbone
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.cache import FeatureCache, merge, relabel
+from embedcache.errors import FeatureError, IncompleteCacheError, Interrupted, SpecError, SpecMismatchError
+from embedcache.examples import load_examples
+from embedcache.extract import extract, forecast, parse_part, run
+
+
+def rows(texts: list[str], labels: list[str] | None = None) -> list[dict[str, str]]:
+    return [{"text": text, "label": (labels or ["a", "b"])[at % 2] if labels is None else labels[at]} for at, text in enumerate(texts)]
+
+
+def words(count: int, start: int = 0) -> list[str]:
+    return [f"{'word ' * (at % 7)}number {at}" for at in range(start, start + count)]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def by_key(cache: FeatureCache) -> dict[bytes, bytes]:
+    features, _ = cache.arrays()
+    return {bytes(key): row.tobytes() for key, row in zip(cache.keys(), features, strict=True)}
+
+
+def test_second_extraction_makes_no_forward_call(tmp_path: Path) -> None:
+    backbone = CountingBackbone()
+    extract(rows(words(50)), output_dir=tmp_path / "c", backbone=backbone)
+    assert backbone.forward_calls > 0
+    before = files(tmp_path / "c")
+    again = CountingBackbone()
+    extract(rows(words(50)), output_dir=tmp_path / "c", backbone=again)
+    assert again.forward_calls == 0
+    assert files(tmp_path / "c") == before
+
+
+def test_only_new_rows_are_computed(tmp_path: Path) -> None:
+    extract(rows(words(50)), output_dir=tmp_path / "c", backbone=CountingBackbone())
+    backbone = CountingBackbone()
+    cache = extract(rows(words(53)), output_dir=tmp_path / "c", backbone=backbone)
+    assert sorted(backbone.rows_seen) == sorted(text.encode() for text in words(3, 50))
+    assert cache.n_rows == 53
+
+
+def test_duplicates_are_computed_once(tmp_path: Path) -> None:
+    backbone = CountingBackbone()
+    cache = extract(rows(words(7) * 11), output_dir=tmp_path / "c", backbone=backbone)
+    assert len(backbone.rows_seen) == 7
+    assert cache.n_rows == 77
+    features, _ = cache.arrays()
+    assert np.array_equal(features[:7], features[70:])
+
+
+def test_changed_labels_cost_no_forward_call(tmp_path: Path) -> None:
+    extract(rows(words(20)), output_dir=tmp_path / "c", backbone=CountingBackbone())
+    backbone = CountingBackbone()
+    labels = ["new" if at % 3 else "old" for at in range(20)]
+    cache = extract(rows(words(20), labels), output_dir=tmp_path / "c", backbone=backbone)
+    assert backbone.forward_calls == 0
+    assert cache.class_names == ("new", "old")
+    again = relabel(tmp_path / "c", load_examples(rows(words(20))))
+    assert again.class_names == ("a", "b")
+
+
+@given(order=st.permutations(list(range(23))), per_shard=st.integers(1, 25), tokens=st.booleans())
+def test_order_and_shard_size_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], per_shard: int, tokens: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    texts = words(23)
+    one = extract(rows(texts), output_dir=folder / "a", backbone=CountingBackbone(tokens=tokens))
+    shuffled = [texts[at] for at in order]
+    other = extract(
+        rows(shuffled), output_dir=folder / "b", backbone=CountingBackbone(tokens=tokens), rows_per_shard=per_shard
+    )
+    assert by_key(one) == by_key(other)
+    assert len(other.manifest["shards"]) == -(-23 // per_shard)
+    if tokens:
+        ragged, shuffled_ragged = one.ragged(None, "tokens"), other.ragged(None, "tokens")
+        for place, at in enumerate(order):
+            mine = shuffled_ragged.values[shuffled_ragged.offsets[place] : shuffled_ragged.offsets[place + 1]]
+            assert np.array_equal(mine, ragged.values[ragged.offsets[at] : ragged.offsets[at + 1]])
+
+
+def test_eight_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
+    texts = words(61) + words(5)
+    whole = extract(rows(texts), output_dir=tmp_path / "whole", backbone=CountingBackbone())
+    calls = []
+    for part in range(1, 9):
+        backbone = CountingBackbone()
+        extract(rows(texts), output_dir=tmp_path / f"p{part}", backbone=backbone, part=f"{part}/8")
+        calls += backbone.rows_seen
+    merged = merge([tmp_path / f"p{part}" for part in range(1, 9)], tmp_path / "merged")
+    assert len(calls) == 61
+    assert np.array_equal(merged.arrays()[0], whole.arrays()[0])
+    assert np.array_equal(merged.arrays()[1], whole.arrays()[1])
+    assert np.array_equal(merged.keys(), whole.keys())
+
+
+class Breaks(CountingBackbone):
+    """Raises at its n-th forward pass."""
+
+    def __init__(self, at: int, error: BaseException, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.at, self.error = at, error
+
+    def forward(self, prepared: object, batch: object) -> dict[str, object]:
+        if self.forward_calls == self.at:
+            raise self.error
+        return super().forward(prepared, batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 7, 11])
+def test_interrupted_and_resumed_is_byte_identical(tmp_path: Path, at: int) -> None:
+    texts = words(40)
+    extract(rows(texts), output_dir=tmp_path / "whole", backbone=CountingBackbone(), rows_per_shard=6)
+    with pytest.raises(Interrupted, match=r"of 40 new rows are committed .* run the same command again"):
+        extract(rows(texts), output_dir=tmp_path / "c", backbone=Breaks(at, KeyboardInterrupt()), rows_per_shard=6)
+    with pytest.raises(IncompleteCacheError):
+        FeatureCache.open(tmp_path / "c")
+    backbone = CountingBackbone()
+    extract(rows(texts), output_dir=tmp_path / "c", backbone=backbone, rows_per_shard=6)
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+    if at >= 7:
+        assert len(backbone.rows_seen) < 40
+
+
+def test_a_failing_backbone_loses_nothing_committed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the GPU fell off"):
+        extract(rows(words(40)), output_dir=tmp_path / "c", backbone=Breaks(9, RuntimeError("the GPU fell off")), rows_per_shard=6)
+    backbone = CountingBackbone()
+    extract(rows(words(40)), output_dir=tmp_path / "c", backbone=backbone, rows_per_shard=6)
+    assert 0 < len(backbone.rows_seen) < 40
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_non_finite_features_are_refused_with_the_row(tmp_path: Path, wrong: float) -> None:
+    class Broken(CountingBackbone):
+        def vector(self, content: bytes) -> np.ndarray:
+            vector = super().vector(content)
+            if content.endswith(b"number 17"):
+                vector[2] = wrong
+            return vector
+
+    with pytest.raises(FeatureError, match=r"row 17 in the set mean"):
+        extract(rows(words(30)), output_dir=tmp_path / "c", backbone=Broken())
+
+
+def test_another_spec_is_refused_with_a_difference(tmp_path: Path) -> None:
+    extract(rows(words(5)), output_dir=tmp_path / "c", backbone=CountingBackbone(name="one"))
+    before = files(tmp_path / "c")
+    with pytest.raises(SpecMismatchError, match=r"backbone\.weights: cache has 'one', asked for 'two'"):
+        extract(rows(words(5)), output_dir=tmp_path / "c", backbone=CountingBackbone(name="two"))
+    assert files(tmp_path / "c") == before
+
+
+def test_input_changed_between_the_passes_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("text,label\n" + "".join(f"{text},{at % 2}\n" for at, text in enumerate(words(30))))
+    examples = load_examples([str(source)])
+    source.write_text(source.read_text().replace("number 17", "number 71"))
+    with pytest.raises(ValueError, match="changed"):
+        run(examples, CountingBackbone(), tmp_path / "c")
+
+
+def test_forecast_writes_nothing_and_counts_right(tmp_path: Path) -> None:
+    examples = load_examples(rows(words(40) + words(3)))
+    backbone = CountingBackbone(tokens=True)
+    said = forecast(examples, backbone, tmp_path / "c", rows_per_shard=6)
+    assert not (tmp_path / "c").exists()
+    assert (said.rows, said.unique, said.to_extract, said.shards) == (43, 40, 40, 7)
+    assert said.tokens == sum(len(text) for text in words(40))
+    assert said.bytes == {"mean": 40 * 5 * 4, "tokens": said.tokens * 3 * 4}
+    assert sum(each["rows"] for each in said.histogram) == 40
+    assert said.computed == sum(each["rows"] * each["length"] * each["batches"] for each in said.shapes)
+    run(load_examples(rows(words(30))), backbone, tmp_path / "c")
+    again = forecast(examples, backbone, tmp_path / "c")
+    assert (again.to_extract, again.already_there) == (10, 30)
+    json.dumps(again.to_json())
+    assert "positions for" in again.to_text()
+
+
+@pytest.mark.parametrize("text", ["0/8", "9/8", "1", "a/b", "-1/8", "1/0"])
+def test_nonsense_parts_are_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="expected I/N"):
+        parse_part(text)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+from fakes import CountingBackbone
+from embedcache.cli import run as cli_run
+from embedcache.extract import extract
+from embedcache.errors import Interrupted
+try:
+    print("started", flush=True)
+    extract([{{"text": f"number {{at}}", "label": "ab"[at % 2]}} for at in range(400)],
+            output_dir={out!r}, backbone=CountingBackbone(slow=0.02), rows_per_shard=20)
+except Interrupted as stop:
+    print(stop)
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_signals_in_the_middle_lose_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "c"
+    script = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and len(list(out.glob("features/*.h5"))) < 2:
+        time.sleep(0.01)
+    child.send_signal(number)
+    said, _ = child.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert child.returncode == 1
+        assert "run the same command again" in said
+    texts = [{"text": f"number {at}", "label": "ab"[at % 2]} for at in range(400)]
+    backbone = CountingBackbone()
+    extract(texts, output_dir=out, backbone=backbone, rows_per_shard=20)
+    assert 0 < len(backbone.rows_seen) <= 360
+    extract(texts, output_dir=tmp_path / "whole", backbone=CountingBackbone(), rows_per_shard=20)
+    assert files(out) == files(tmp_path / "whole")
