@@ -415,7 +415,8 @@ def arrange(
     notes = []
     if new and known.names is not None and not known.extend:
         raise InputError(
-            f"{count(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; known are {some(fixed)}"
+            f"{count(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; "
+            f"known are {some(fixed)}"
         )
     if new and known.names is not None:
         notes.append(f"{count(len(new), 'new class')} added: {some(new)}")

@@ -35,7 +35,10 @@ class ParquetSource(FileSource):
         try:
             with self.file.open() as binary:
                 yield self._parquet.ParquetFile(binary)
-        except self._arrow.ArrowException as error:
+        except (
+            self._arrow.ArrowException,
+            KeyError,
+        ) as error:  # KeyError: a column is gone
             raise InputError(f"{self.name}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
     def where(self, line: int) -> str:

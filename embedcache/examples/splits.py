@@ -117,7 +117,8 @@ class SplitColumn:
             self._codes.setdefault(name, len(self._codes))
         if len(self._codes) > 255:
             raise InputError(
-                f"the split column {self.column!r} has more than 255 different values: name the right one with --split-column"
+                f"the split column {self.column!r} has more than 255 different values: "
+                "name the right one with --split-column"
             )
         self._buffer += bytes(map(self._codes.__getitem__, names))
 
