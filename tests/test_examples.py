@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import doctest
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import BadRowsError, InputError, InputNotFoundError, MissingExtraError, SpecError
-from embedcache.examples import Examples, assign_splits, delimited, labels, load_examples, parse_split
+from embedcache.examples import Examples, assign_splits, delimited, labels, load, load_examples, parse_split
 from embedcache.fingerprint import row_key
 
 HARD = [
@@ -109,6 +110,11 @@ def check_exact(examples: Examples, texts: Sequence[str]) -> None:
     assert list(examples.contents()) == contents
     assert [key.tobytes() for key in examples.keys] == [row_key(content) for content in contents]
     assert list(examples.contents(np.arange(1, len(texts), 3))) == contents[1::3]
+
+
+def test_the_example_in_the_documentation() -> None:
+    result = doctest.testmod(load, globs={"load_examples": load_examples})
+    assert (result.failed, result.attempted) == (0, 2)
 
 
 # Exactness

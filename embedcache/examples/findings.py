@@ -98,12 +98,12 @@ def contradictions(
     if not differs.any():
         return []
     clashing = np.unique(ids[1:][differs])
-    first = np.sort(groups.first_rows()[clashing])
-    shown = first[:SHOWN].tolist()
-    place = {int(groups.order[np.flatnonzero(groups.start)[number]]): int(number) for number in clashing}
+    first = groups.first_rows()[clashing]
+    earliest = np.argsort(first)[:SHOWN]
+    shown = first[earliest].tolist()
     examples = []
-    for row, text in zip(shown, show(shown), strict=True):
-        members = rows[ids == place[row]]
+    for number, text in zip(clashing[earliest].tolist(), show(shown), strict=True):
+        members = rows[ids == number]
         several = dict.fromkeys(_label(task, targets[member], class_names) for member in members.tolist())
         examples.append(f"{text} ({' and '.join(list(several)[:SHOWN])})")
     verb = "occurs" if len(first) == 1 else "occur"

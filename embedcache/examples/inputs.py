@@ -15,6 +15,11 @@ from embedcache.examples.splits import normal_name
 
 
 def gather(inputs: Any, named: Mapping[str, Any], format: str | None, quoting: str) -> list[tuple[str | None, Source]]:
+    """Return every source with the name of its split, None when no splits were given by inputs.
+
+    ``inputs`` and the values of ``named`` are as in ``load_examples``. Raises ``InputError`` for what cannot be read,
+    ``SpecError`` when a split is given twice.
+    """
     given: list[tuple[str | None, Any]] = []
     splits = {name: value for name, value in named.items() if value is not None}
     if isinstance(inputs, Mapping):
