@@ -115,7 +115,7 @@ def _label(task: Task | None, target: Any, class_names: Sequence[str]) -> str:
         return class_names[int(target)]
     if task == "multilabel":
         return "+".join(name for name, member in zip(class_names, target, strict=True) if member) or "none"
-    return ", ".join(f"{value:g}" for value in target)
+    return ", ".join(str(float(value)) for value in target)
 
 
 def absent(
