@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -39,7 +39,8 @@ class Examples:
     classification (-1: no label), uint8 [N, C] for multilabel (255 throughout: no label) or float64 [N, R] for
     regression (NaN: no label). ``class_names`` are the classes, or the names of the regression targets. ``split`` is
     u1 [N], an index into ``split_names``. ``notes`` are one-line facts to print: what was guessed, leaks,
-    contradicting labels, classes a split lacks. ``n_unique`` counts different contents.
+    contradicting labels, classes a split lacks. ``n_unique`` counts different contents. ``numbers`` is None for a
+    whole input, else int64 [N], the row numbers in the whole that ``select`` chose.
     """
 
     keys: NDArray[np.uint8]
@@ -53,6 +54,7 @@ class Examples:
     n_unique: int
     kind: str
     parts: tuple[Part, ...]
+    numbers: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,6 +72,20 @@ class Examples:
         """Return which rows have a label, bool [N]."""
         return findings.labelled(self.task, self.targets, len(self))
 
+    def select(self, rows: NDArray[np.int64]) -> Examples:
+        """Return the examples at ``rows`` (int64, strictly increasing). Classes, splits and default ids stay the whole's."""
+        rows = np.asarray(rows, np.int64)
+        keys = self.keys[rows]
+        return replace(
+            self,
+            keys=keys,
+            targets=None if self.targets is None else self.targets[rows],
+            split=self.split[rows],
+            ids=self.ids.select(rows),
+            n_unique=len(np.unique(keys.view(f"V{KEY_BYTES}"))),
+            numbers=rows if self.numbers is None else self.numbers[rows],
+        )
+
     def contents(self, rows: NDArray[np.int64] | Sequence[int] | None = None) -> Iterator[bytes]:
         """Read the input again and yield the contents of ``rows`` (int64, strictly increasing; None for all).
 
@@ -81,10 +97,12 @@ class Examples:
             raise ValueError("rows must be a strictly increasing vector of row numbers")
         if len(wanted) and (wanted[0] < 0 or wanted[-1] >= len(self)):
             raise ValueError(f"rows must lie in [0, {len(self)}), got {wanted[0]} to {wanted[-1]}")
-        return self._contents(wanted)
+        keys = self.keys if rows is None else self.keys[wanted]
+        return self._contents(wanted if self.numbers is None else self.numbers[wanted], keys)
 
-    def _contents(self, wanted: NDArray[np.int64]) -> Iterator[bytes]:
+    def _contents(self, wanted: NDArray[np.int64], keys: NDArray[np.uint8]) -> Iterator[bytes]:
         content = CONTENTS[self.kind]
+        given = 0
         for part in self.parts:
             mine = wanted[np.searchsorted(wanted, part.first) : np.searchsorted(wanted, part.first + part.rows)]
             done = 0
@@ -109,7 +127,8 @@ class Examples:
                     continue
                 contents, faults = content.encode(part.column, values)
                 seen = np.frombuffer(row_keys(contents), np.uint8).reshape(-1, KEY_BYTES)
-                changed = (seen != self.keys[here]).any(axis=1)
+                changed = (seen != keys[given : given + len(here)]).any(axis=1)
+                given += len(here)
                 if faults or changed.any():
                     place = min([*faults, *np.flatnonzero(changed).tolist()])
                     raise InputError(

@@ -16,15 +16,29 @@ from embedcache.examples.labels import count
 class IdColumn(Sequence[str]):
     """The ids of N rows: strings packed into one buffer, or the running row number, which takes no room.
 
-    ``data`` is u1 (UTF-8) and ``offsets`` i8 [N + 1]; both are None when the ids are the running row number.
+    ``data`` is u1 (UTF-8) and ``offsets`` i8 [N + 1]; both are None when the ids are the running row number, which
+    for a selection is the number in the whole, ``numbers`` int64 [N].
     """
 
     def __init__(
-        self, rows: int, data: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None
+        self,
+        rows: int,
+        data: NDArray[np.uint8] | None = None,
+        offsets: NDArray[np.int64] | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> None:
         self._rows = rows
         self.data = data
         self.offsets = offsets
+        self.numbers = numbers
+
+    def select(self, rows: NDArray[np.int64]) -> IdColumn:
+        """Return the ids of ``rows``, int64."""
+        if self.data is None or self.offsets is None:
+            return IdColumn(len(rows), numbers=rows if self.numbers is None else self.numbers[rows])
+        kept = [self.data[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]
+        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[rows])])
+        return IdColumn(len(rows), np.concatenate(kept) if kept else self.data[:0], offsets)
 
     def __len__(self) -> int:
         return self._rows
@@ -36,7 +50,7 @@ class IdColumn(Sequence[str]):
             raise IndexError(f"row {row} of {self._rows}")
         row = int(row) % self._rows
         if self.data is None or self.offsets is None:
-            return str(row)
+            return str(row if self.numbers is None else self.numbers[row])
         return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode()
 
 

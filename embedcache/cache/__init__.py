@@ -1,0 +1,17 @@
+"""FeatureCache: manifest, shards, row index, splits, arrays and batches. ``FORMAT.md`` specifies the files.
+
+==============  ======================================================================
+``manifest``    which files there are and what they hold; committed last
+``files``       a file checked against the manifest, once per process
+``index``       row key -> place in the cache
+``writer``      one writer at a time: shards, then the dataset
+``reader``      splits, targets, ids, features as arrays
+``join``        relabel and merge
+==============  ======================================================================
+"""
+
+from embedcache.cache.join import merge, relabel
+from embedcache.cache.reader import FeatureCache, Packed, Ragged, verify
+from embedcache.cache.writer import CacheWriter, known_rows, read_spec
+
+__all__ = ["CacheWriter", "FeatureCache", "Packed", "Ragged", "known_rows", "merge", "read_spec", "relabel", "verify"]

@@ -1,0 +1,35 @@
+"""Cached features as a torch ``Dataset``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from embedcache.cache.reader import Ragged
+
+
+class CachedDataset(Dataset[Any]):
+    """``(x, y)`` pairs; a sampler's whole batch is read at once through ``__getitems__``."""
+
+    def __init__(self, x: Any | Ragged, y: Any | None) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> Any:
+        x = torch.from_numpy(np.array(self.x[row]))
+        return x if self.y is None else (x, torch.as_tensor(self.y[row]))
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Any]:
+        if not isinstance(self.x, np.ndarray):
+            return [self[row] for row in rows]
+        x = torch.from_numpy(self.x[np.asarray(rows)])
+        if self.y is None:
+            return list(x)
+        return list(zip(x, torch.from_numpy(np.asarray(self.y[np.asarray(rows)])), strict=True))
