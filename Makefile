@@ -28,9 +28,9 @@ demo: $(VENV)/installed ## set up, run the backbone once over real reviews, trai
 	    --text "An instant classic, I loved every minute." \
 	    --text "Two hours of my life I will not get back."
 
-# Two workers, each with one thread: small models gain nothing from a second thread, the suite does from a second core.
+# Two workers, each with one thread (tests/conftest.py): the suite gains from a second core, small models do not.
 test: $(VENV)/installed-dev ## set up and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev ## ruff: rules and format
 	$(BIN)/ruff check .
