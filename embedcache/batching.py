@@ -11,6 +11,7 @@ resuming, appending and the number of workers then cannot change a bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,9 @@ import numpy.typing as npt
 from embedcache.errors import SpecError
 
 Lengths = npt.NDArray[np.int64]
+
+VECTOR = 16
+"""Positions that a batch is a multiple of, where there is room: whole vectors at any width divisible by 8."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,16 @@ class ShapePolicy:
         # at or above the length, in units of 16 steps.
         doublings = np.ceil(np.log2(np.maximum(lengths / (16.0 * self.step), 1.0))).astype(np.int64)
         steps = self.step << doublings
-        return np.minimum((lengths + steps - 1) // steps * steps, self.max_length)
+        canonical: Lengths = np.minimum((lengths + steps - 1) // steps * steps, self.max_length)
+        return canonical
 
     def rows(self, length: int) -> int:
         """Return how many rows, dummies included, a batch of this canonical length has."""
-        return max(1, self.positions // length) + self.spare
+        # Elementwise kernels split a tensor into vectors and a rest, and for some functions (SiLU, tanh-GELU) the rest
+        # comes out differently in the last bit: no row may lie in it, nor in that of a second thread's half.
+        unit = VECTOR // math.gcd(VECTOR, length)
+        rows = max(1, self.positions // length)
+        return (max(1, round(rows / unit)) * unit if rows >= unit else rows) + self.spare
 
     def lengths(self) -> tuple[int, ...]:
         """Return every canonical length, shortest first."""

@@ -40,7 +40,8 @@ def max(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def normalize(features: Tensor) -> Tensor:
     """Scale each vector to unit Euclidean length; a zero vector stays zero. (..., D) -> (..., D)."""
-    return features / features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    lengths: Tensor = features.norm(dim=-1, keepdim=True)
+    return features / lengths.clamp_min(1e-12)
 
 
 def _rows(hidden: Tensor) -> Tensor:

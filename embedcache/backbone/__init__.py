@@ -1,0 +1,76 @@
+"""A Hugging Face model, frozen and in eval mode: rows -> features.
+
+``load_backbone`` gives an object with the members of ``Backbone``; anything that has them can be cached, images
+included. Nothing here is guessed from a model's name: widths, layers and the longest input are read off the loaded
+model, and everything that could change a feature is hashed into ``identity``.
+
+``device`` says where it runs, ``folder`` finds and reads a model's folder, ``loading`` makes a network of it,
+``text`` turns texts into features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, threads
+from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
+from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
+from embedcache.batching import Batch, ShapePolicy
+from embedcache.shard import FeatureSet
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "POSITIONS",
+    "Backbone",
+    "Prepared",
+    "SentenceTransformerSettings",
+    "TextBackbone",
+    "Tokens",
+    "choose_device",
+    "load_backbone",
+    "needs_spare_row",
+    "resolve_model",
+    "threads",
+    "weight_files",
+]
+
+
+class Prepared(Protocol):
+    """Rows made ready for the model on the CPU: tokens, pixels."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[n] what each row costs, in positions."""
+        ...
+
+    @property
+    def truncated(self) -> int:
+        """How many rows were longer than the model reads."""
+        ...
+
+
+class Backbone(Protocol):
+    """What extraction needs of a model. Features of ``fetch`` are in the order of ``batch.indices``."""
+
+    identity: Mapping[str, Any]
+    """Everything that decides the bits of a feature, as JSON, content hashes only."""
+    provenance: Mapping[str, Any]
+    """What ran it: device, versions, the name it was asked for by. Recorded, never compared."""
+    feature_sets: Sequence[FeatureSet]
+    policy: ShapePolicy
+
+    def prepare(self, contents: Sequence[bytes]) -> Prepared:
+        """Decode rows. Runs in a thread of its own beside ``forward``."""
+        ...
+
+    def forward(self, prepared: Any, batch: Batch) -> Any:
+        """Start one canonical pass; on a GPU it may return before the work is done."""
+        ...
+
+    def fetch(self, running: Any) -> dict[str, Any]:
+        """Wait for a pass: name -> [b, D] or [b, L, D], or a pair (values [sum T, D], lengths [b]) for tokens."""
+        ...

