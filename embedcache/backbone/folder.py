@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "bpe.codes",
 )
+HUB_SECONDS = 10.0
+"""How long the hub may take to answer, before what is on this machine has to do."""
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors"]
 
 
@@ -61,18 +63,27 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        # Asked first, because this question alone has a time limit: a dead network must not hang the run.
+        try:
+            HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+            reachable = True
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:  # whatever the hub's client and the HTTP library below it raise, by version
+            reachable = False
+        there = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not reachable)
+        return Path(there)
     except HFValidationError:
         raise BackboneError(f"{name!r} is neither a folder here nor a possible hub name") from None
     except RepositoryNotFoundError:
         raise BackboneError(f"the hub has no model {name!r} (or it is private: log in with `hf auth login`)") from None
     except RevisionNotFoundError:
         raise BackboneError(f"the hub has the model {name!r}, but no revision {revision!r} of it") from None
-    except Exception as error:  # whatever the hub's client and the HTTP library below it raise, by version
+    except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
         raise BackboneError(
             f"the model {name!r} is not on this machine and the hub cannot be reached{offline}: connect once, give a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,32 +152,38 @@ def _position_limit(network: torch.nn.Module) -> int | None:
 class Compiled:
     """A network run through ``torch.compile``: one compilation for all canonical shapes, always the same one.
 
-    What inductor makes of a network depends on the first shapes it sees, and with it the bits. So the same shapes, a
-    function of the canonical ones alone, always come first.
+    What inductor makes of a network, and with it the bits, may depend on the first shape it sees. So ``warm_up``, an
+    iterable of passes through this object at shapes that the canonical ones alone decide, always comes first.
     """
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module, warm_up: Callable[[], Iterable[Any]]) -> None:
         import torch
 
         self._run: Any = torch.compile(network, dynamic=True)
+        self._warm_up = warm_up
+        self._ready: set[int] = set()
 
     def __call__(self, **inputs: Any) -> Any:
         import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
+        self.ready()
         # Freezing packs the weights once. Patched around each call, because it is read while tracing, and is nobody
         # else's business. Dynamo counts all models of a class together, and would fall back to eager past its limit.
         with inductor.patch(freezing=True), dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
             return self._run(**inputs)
 
-    def warm_up(self, passes: Iterator[Any]) -> None:
-        """Draw each of ``passes``, which run this network at fixed shapes. Raises ``BackboneError`` when that fails."""
+    def ready(self) -> None:
+        """Compile, unless that is done. Raises ``BackboneError`` when it cannot be."""
         import torch
 
+        if (count := torch.get_num_threads()) in self._ready:  # dynamo compiles anew for each number of threads
+            return
+        self._ready.add(count)
         try:
             with warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")
-                for _ in passes:
+                for _ in self._warm_up():
                     pass
         except (MemoryError, torch.OutOfMemoryError):
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ def load_backbone(
     }
     if preprocessing["prompt"] and settings and not settings.include_prompt and "auto" in features:
         raise BackboneError(
-            f"{name}: --pooling auto cannot leave the prompt out, as its authors do: name a pooling, such as --pooling mean"
+            f"{name}: --pooling auto cannot leave the prompt out, as its authors do: name a pooling, such as mean"
         )
     code = sorted(folder.glob("*.py")) if trust_remote_code else []
     identity = {
@@ -219,8 +219,8 @@ class TextBackbone:
         self.poolings, self.feature_sets = self._probe(pooler)
         self.identity = {**identity, "features": {spec.name: _spec_json(spec) for spec in specs}}
         if compiled:
-            self._run = Compiled(network)
-            self._run.warm_up(self._outputs(self._run, **self._dummies(*shape)) for shape in self._warm_up_shapes())
+            self._run = Compiled(network, self._warm_up)
+            self._run.ready()
 
     def _probe(self, pooler: bool) -> tuple[tuple[str, ...], tuple[FeatureSet, ...]]:
         """Run the model once on dummies, and read poolings, widths and layers off what comes out."""
@@ -261,14 +261,17 @@ class TextBackbone:
             sets.append(FeatureSet(spec.name, kind, int(width), layers, self._storage))
         return there, tuple(sets)
 
-    def _warm_up_shapes(self) -> list[tuple[int, int]]:
-        """Return an ordinary shape, and one of a single row where there is one: compilers treat that size apart."""
-        lengths = self.policy.lengths()
-        shapes = [(self.policy.rows(length), length) for length in lengths]
-        several = [shape for shape in shapes if shape[0] > 1 and shape[1] > 1]
-        ordinary = min(several, key=lambda shape: abs(shape[1] - 32), default=None)
-        single = next((shape for shape in shapes if shape not in several), None)
-        return [shape for shape in (ordinary, single) if shape is not None]
+    def _warm_up(self) -> Iterator[Any]:
+        """Run the shapes that decide what is compiled: an ordinary one, and one of a single row if there is any.
+
+        The compiler treats a size of 1 apart, and takes two sizes that are equal at first to be equal forever.
+        """
+        shapes = [(self.policy.rows(length), length) for length in self.policy.lengths()]
+        several = [shape for shape in shapes if 1 not in shape]
+        ordinary = sorted(several, key=lambda shape: (shape[0] == shape[1], abs(shape[1] - 32)))
+        single = [shape for shape in shapes if 1 in shape]
+        for shape in ordinary[:1] + single[:1]:
+            yield self._outputs(self._run, **self._dummies(*shape))
 
     def prepare(self, contents: Sequence[bytes]) -> Tokens:
         """Tokenise UTF-8 texts, with prompt and truncation.
