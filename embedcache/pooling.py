@@ -29,8 +29,9 @@ def last(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """Average the real tokens of each row: (B, T, D), (B, T) -> (B, D). Padding counts for nothing."""
-    weights = mask.unsqueeze(-1).float()
-    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+    real = mask.bool().unsqueeze(-1)
+    # Filled, not multiplied: what a model makes of padding may be infinite.
+    return hidden.float().masked_fill(~real, 0.0).sum(dim=1) / real.sum(dim=1)
 
 
 def max(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -1,40 +1,56 @@
-"""One HDF5 file of plain arrays: build its bytes, commit them atomically, check them, map them.
+"""One HDF5 file of plain arrays: build its bytes, commit them atomically, find the arrays in it again.
 
 A shard is immutable. Its bytes are built in memory, hashed, and only then put on disk, so that nothing that can go
-wrong with a disk or a process can leave half of one under its final name. Reading never trusts libhdf5 with bytes
-whose hash has not been compared first. ``FORMAT.md`` specifies the layout.
+wrong with a disk or a process can leave half of one under its final name. ``place`` is for files whose hash has been
+compared already: libhdf5 can hang on damaged metadata. ``FORMAT.md`` specifies the layout.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import CacheError, CorruptCacheError
-from embedcache.fingerprint import sha256_bytes, sha256_file
+from embedcache.errors import CacheError, CorruptCacheError, SpecError
 
 Array = npt.NDArray[Any]
 Kind = Literal["pooled", "layers", "tokens"]
 
 ALIGNMENT = 4096
-STORED = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
-FILE_NAME = re.compile(r"\d{6}-[0-9a-f]{16}\.h5")
-_ALLOWED = ("<f4", "<f2", "<f8", "<u2", "|u1", "<i8")
+STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+FILE_NAME = re.compile(r"\d{6,9}-[0-9a-f]{16}\.h5")
+# "." is no name in HDF5 but the group itself, so a name starts with a letter or a digit.
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@:+._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one array of a file must be. A length of None is any length."""
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One feature set of a cache. ``layers`` is 1 unless ``kind`` is ``layers``; ``dtype`` is what is stored."""
+    """One feature set of a cache.
+
+    ``kind`` is ``pooled`` ([n, dim]), ``layers`` ([n, layers, dim]) or ``tokens`` ([sum T, dim], rows of different
+    lengths); ``layers`` is 1 unless ``kind`` says so; ``dtype`` is what is stored: float32, float16 or bfloat16.
+
+    Raises ``SpecError`` for values that no set can have.
+    """
 
     name: str
     kind: Kind
@@ -42,13 +58,31 @@ class FeatureSet:
     layers: int
     dtype: str
 
-    def datasets(self, rows: int) -> dict[str, tuple[tuple[int | None, ...], np.dtype[Any]]]:
-        """Return the datasets that hold ``rows`` rows of the set: name -> (shape, dtype); None is any length."""
-        stored = STORED[self.dtype]
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _SET_NAME.fullmatch(self.name):
+            raise SpecError(f"feature set name {self.name!r}: expected at most 100 letters, digits and @ : + . _ -")
+        if self.kind not in get_args(Kind) or self.dtype not in STORED:
+            raise SpecError(f"feature set {self.name}: no kind {self.kind!r} stored as {self.dtype!r}")
+        for count in (self.dim, self.layers):
+            if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 2**31:
+                raise SpecError(f"feature set {self.name}: dim {self.dim!r}, layers {self.layers!r}: expected numbers")
+        if self.layers != 1 and self.kind != "layers":
+            raise SpecError(f"feature set {self.name}: {self.layers} layers, but its kind is {self.kind}")
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row, or of one token's vector."""
+        return (self.layers, self.dim) if self.kind == "layers" else (self.dim,)
+
+    def columns(self, rows: int) -> dict[str, Column]:
+        """Return the arrays that hold ``rows`` rows of the set, by name."""
+        attributes = {"dtype": "bfloat16"} if self.dtype == "bfloat16" else {}
         if self.kind == "tokens":
-            return {f"{self.name}.values": ((None, self.dim), stored), f"{self.name}.offsets": ((rows + 1,), np.dtype("<i8"))}
-        shape = (rows, self.layers, self.dim) if self.kind == "layers" else (rows, self.dim)
-        return {self.name: (shape, stored)}
+            return {
+                f"{self.name}.values": Column((None, self.dim), STORED[self.dtype], attributes),
+                f"{self.name}.offsets": Column((rows + 1,), np.dtype("<i8")),
+            }
+        return {self.name: Column((rows, *self.row_shape), STORED[self.dtype], attributes)}
 
 
 @dataclass(frozen=True)
@@ -75,34 +109,39 @@ class Placed:
         return np.memmap(path, self.dtype, "r", self.offset, self.shape)
 
 
-def build(arrays: Mapping[str, Array]) -> bytes:
+def build(arrays: Mapping[str, Array], attributes: Mapping[str, Mapping[str, str]] | None = None) -> bytes:
     """Return the bytes of one HDF5 file: equal arrays, equal bytes.
 
-    Root-level, contiguous, uncompressed, little-endian, each array's data at a multiple of 4,096 bytes.
+    Root-level, contiguous, uncompressed, little-endian, in the order given; an array of 4,096 bytes or more starts at
+    a multiple of 4,096. ``attributes`` are ASCII strings by array and name.
     """
     import h5py
 
-    file_access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    file_access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT, track_order=False) as file:
+    with h5py.File(buffer, "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
         for name, array in arrays.items():
             little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-            # Late allocation would let libhdf5 leave an empty array without a place.
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             layout.set_layout(h5py.h5d.CONTIGUOUS)
             layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            layout.set_obj_track_times(False)
-            dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(little.dtype), h5py.h5s.create_simple(little.shape), layout)
+            layout.set_obj_track_times(False)  # a time would make equal arrays different bytes
+            space = h5py.h5s.create_simple(little.shape)
+            dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(little.dtype), space, layout)
             if little.size:
                 dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, little)
+            for key, value in (attributes or {}).get(name, {}).items():
+                text = h5py.h5t.C_S1.copy()
+                text.set_size(len(value))
+                text.set_strpad(h5py.h5t.STR_NULLPAD)
+                attribute = h5py.h5a.create(dataset, key.encode(), text, h5py.h5s.create(h5py.h5s.SCALAR))
+                attribute.write(np.array(value.encode("ascii")), mtype=text)
     return buffer.getvalue()
 
 
 def publish(directory: Path, stem: str, data: bytes) -> ShardFile:
-    """Commit ``data`` as ``STEM-<sha16>.h5`` in ``directory``; see ``commit``."""
-    digest = sha256_bytes(data)
+    """Commit ``data`` as ``STEM-<first 16 digits of its sha256>.h5`` in ``directory``; see ``commit``."""
+    digest = hashlib.sha256(data).hexdigest()
     name = f"{stem}-{digest[:16]}.h5"
     commit(directory / name, data)
     return ShardFile(name, len(data), digest)
@@ -118,21 +157,24 @@ def commit(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
-            view = memoryview(data)
-            while len(view):
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+            try:
+                rest = memoryview(data)
+                while len(rest):
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
         sync_directory(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CacheError(f"cannot write {path}: {explain(error)}") from error
 
 
@@ -147,64 +189,49 @@ def sync_directory(directory: Path) -> None:
 
 def explain(error: OSError) -> str:
     """Say what an operating system's error means and what to do."""
+    again = "and run the same command again; what was committed is kept"
     advice = {
-        errno.ENOSPC: "the disk is full: free some space and run the same command again; what was committed is kept",
-        errno.EDQUOT: "your disk quota is used up: free some space and run the same command again; what was committed is kept",
-        errno.EFBIG: "the file is larger than this file system or its limit allows: use a smaller --shard-rows",
+        errno.ENOSPC: f"the disk is full: free some space {again}",
+        errno.EDQUOT: f"your disk quota is used up: free some space {again}",
+        errno.EFBIG: "the file is larger than this file system or its limit allows: make smaller shards (--shard-rows)",
         errno.EACCES: "permission denied: choose a directory that you may write to",
         errno.EPERM: "permission denied: choose a directory that you may write to",
         errno.EROFS: "the file system is read-only: choose another directory",
         errno.ENOTDIR: "a part of the path is a file, not a directory: choose another one",
-        errno.EIO: "the disk reports an error: check it, then run the same command again; what was committed is kept",
+        errno.EIO: f"the disk reports an error: check it {again}",
     }
     return advice.get(error.errno or 0, error.strerror or str(error))
 
 
-def check(path: Path, entry: ShardFile) -> None:
-    """Hash a committed file. Raises ``CorruptCacheError`` when it is missing, of another size, or changed."""
-    check_size(path, entry)
-    if sha256_file(path) != entry.sha256:
-        raise CorruptCacheError(f"{path} is not what was committed (its sha256 differs): restore it from a copy, or extract again")
-
-
-def check_size(path: Path, entry: ShardFile) -> None:
-    """Compare a file's presence, type and size with what was committed."""
-    if path.is_symlink() or not path.is_file():
-        state = "is a link, not a file" if path.is_symlink() else "is missing"
-        raise CorruptCacheError(f"{path} {state}: restore it from a copy, or extract again")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise CorruptCacheError(f"{path} has {size:,} bytes, {entry.bytes:,} were committed: restore it from a copy, or extract again")
-
-
-def place(path: Path, expected: Mapping[str, tuple[tuple[int | None, ...], np.dtype[Any]]]) -> dict[str, Placed]:
+def place(path: Path, expected: Mapping[str, Column]) -> dict[str, Placed]:
     """Find each array of a file whose hash has been compared, refusing whatever a plain array is not.
 
-    ``expected`` maps a name to its shape (None: any length) and dtype. Nothing else may be in the file.
+    Exactly the arrays of ``expected`` may be in the file.
 
     Raises ``CorruptCacheError`` for groups, soft and external links, virtual, chunked, compact or filtered layouts,
-    external storage, attributes, other names, shapes, types or byte orders, and space that was never written.
+    external storage, attributes, other names, shapes, types or byte orders, and space outside the file.
     """
     import h5py
 
     def refuse(reason: str) -> CorruptCacheError:
-        return CorruptCacheError(f"{path}: {reason}: this file was not written by embedcache; do not use the cache")
+        return CorruptCacheError(f"{path}: {reason}: embedcache did not write this file; do not use the cache")
 
     try:
-        file = h5py.File(path, "r")
+        # Published files never change, so libhdf5 needs no lock of its own, which some network file systems lack.
+        file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise refuse(f"not a readable HDF5 file ({error})") from None
     with file:
         names = [name.decode("utf-8", "replace") for name in file.id]
         if set(names) != set(expected):
-            raise refuse(f"holds {sorted(names)}, expected {sorted(expected)}")
-        if len(file.attrs):
-            raise refuse("has attributes")
+            raise refuse(f"it holds {sorted(names)}, expected {sorted(expected)}")
+        if h5py.h5a.get_num_attrs(file.id):
+            raise refuse("it has attributes")
         size = path.stat().st_size
         found = {}
-        for name, (shape, dtype) in expected.items():
-            link = file.id.links.get_info(name.encode())
-            if link.type != h5py.h5l.TYPE_HARD:
+        for name, column in expected.items():
+            # The link is looked at before it is followed: following is what would read another file.
+            if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
                 raise refuse(f"{name} is a link to somewhere else")
             if h5py.h5o.get_info(file.id, name.encode()).type != h5py.h5o.TYPE_DATASET:
                 raise refuse(f"{name} is not an array")
@@ -212,17 +239,34 @@ def place(path: Path, expected: Mapping[str, tuple[tuple[int | None, ...], np.dt
             layout = dataset.get_create_plist()
             if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_nfilters() or layout.get_external_count():
                 raise refuse(f"{name} is not stored as one plain run of numbers")
-            if h5py.h5a.get_num_attrs(dataset):
-                raise refuse(f"{name} has attributes")
-            stored = dataset.get_type()
-            if not isinstance(stored, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)) or stored.dtype.str not in _ALLOWED or stored.dtype != dtype:
-                raise refuse(f"{name} is not of type {dtype.str}")
-            there = tuple(int(length) for length in dataset.shape)
-            if len(there) != len(shape) or any(want is not None and want != have for want, have in zip(shape, there, strict=True)):
-                raise refuse(f"{name} has shape {there}, expected {shape}")
-            count = int(np.prod(there, dtype=object))
+            if _attributes(dataset) != dict(column.attributes):
+                raise refuse(f"{name} has other attributes than {dict(column.attributes)}")
+            if not dataset.get_type().equal(h5py.h5t.py_create(column.dtype)):
+                raise refuse(f"{name} is not of type {column.dtype.str}")
+            shape = tuple(int(length) for length in dataset.shape)
+            wanted = column.shape
+            if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
+                raise refuse(f"{name} has the shape {shape}, expected {wanted}")
+            length = int(np.prod(shape, dtype=object)) * column.dtype.itemsize
             offset = dataset.get_offset()
-            if count and (offset is None or dataset.get_storage_size() != count * dtype.itemsize or offset + count * dtype.itemsize > size):
+            if length and (offset is None or dataset.get_storage_size() != length or offset + length > size):
                 raise refuse(f"{name} does not lie whole inside the file")
-            found[name] = Placed(int(offset or 0), there, dtype.str)
+            found[name] = Placed(int(offset or 0), shape, column.dtype.str)
+    return found
+
+
+def _attributes(dataset: Any) -> dict[str, str] | None:
+    """Return the short fixed-length strings an array is annotated with, or None when there is anything else."""
+    import h5py
+
+    found = {}
+    for index in range(h5py.h5a.get_num_attrs(dataset)):
+        attribute = h5py.h5a.open(dataset, index=index)
+        kind = attribute.get_type()
+        plain = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and kind.get_size() <= 64
+        if not plain or attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR:
+            return None
+        value = np.zeros((), f"S{kind.get_size()}")
+        attribute.read(value, mtype=kind)
+        found[attribute.name.decode("utf-8", "replace")] = value.item().decode("utf-8", "replace")
     return found

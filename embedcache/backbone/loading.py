@@ -157,9 +157,8 @@ class Compiled:
     """
 
     def __init__(self, network: torch.nn.Module, warm_up: Callable[[], Iterable[Any]]) -> None:
-        import torch
-
-        self._run: Any = torch.compile(network, dynamic=True)
+        self._network = network
+        self._run: Any = None
         self._warm_up = warm_up
         self._ready: set[int] = set()
 
@@ -183,6 +182,8 @@ class Compiled:
         try:
             with warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")
+                if self._run is None:
+                    self._run = torch.compile(self._network, dynamic=True)
                 for _ in self._warm_up():
                     pass
         except (MemoryError, torch.OutOfMemoryError):

@@ -3,66 +3,126 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from embedcache.cache.manifest import Dataset, Manifest, Shard
-from embedcache.shard import FeatureSet, Placed, ShardFile, check, check_size, place
+from embedcache.cache.manifest import TARGETS, Dataset, Manifest
+from embedcache.errors import CacheError, CorruptCacheError
+from embedcache.fingerprint import sha256_file
+from embedcache.shard import Column, FeatureSet, Placed, ShardFile, explain, place
 
-_KNOWN: dict[tuple[str, int, int, int, int], dict[str, Placed]] = {}
+Identity = tuple[int, int, int, int, int]
+
+_KNOWN: dict[tuple[str, Identity], dict[str, Placed]] = {}
 """What has been hashed and parsed in this process. A file that changes in any way gets another key here."""
 
-Expected = Mapping[str, tuple[tuple[int | None, ...], np.dtype[Any]]]
+_ADVICE = "restore it from a copy, or extract into a new directory"
 
 
-def shard_arrays(feature_sets: Sequence[FeatureSet], rows: int) -> dict[str, tuple[tuple[int | None, ...], np.dtype[Any]]]:
+def shard_columns(feature_sets: Sequence[FeatureSet], rows: int) -> dict[str, Column]:
     """Return what a feature shard must hold."""
-    expected: dict[str, tuple[tuple[int | None, ...], np.dtype[Any]]] = {"row_key": ((rows, 16), np.dtype("u1"))}
+    expected = {"row_key": Column((rows, 16), np.dtype("u1"))}
     for each in feature_sets:
-        expected |= each.datasets(rows)
+        expected |= each.columns(rows)
     return expected
 
 
-def dataset_arrays(dataset: Dataset) -> dict[str, tuple[tuple[int | None, ...], np.dtype[Any]]]:
-    """Return what a dataset file must hold."""
+def dataset_columns(dataset: Dataset) -> dict[str, Column]:
+    """Return what an examples file must hold."""
     rows = dataset.rows
-    expected: dict[str, tuple[tuple[int | None, ...], np.dtype[Any]]] = {
-        "row": ((rows,), np.dtype("<i8")),
-        "split": ((rows,), np.dtype("u1")),
-    }
+    expected = {"row": Column((rows,), np.dtype("<i8")), "split": Column((rows,), np.dtype("u1"))}
     if dataset.task is not None:
         shape = (rows,) if dataset.task == "classification" else (rows, dataset.targets)
-        dtype = {"classification": "<i8", "multilabel": "u1", "regression": "<f8"}[dataset.task]
-        expected["target"] = (shape, np.dtype(dtype))
+        expected["target"] = Column(shape, TARGETS[dataset.task])
     for name, there in (("id", dataset.has_ids), ("input", dataset.has_inputs)):
         if there:
-            expected |= {f"{name}.values": ((None,), np.dtype("u1")), f"{name}.offsets": ((rows + 1,), np.dtype("<i8"))}
-    if dataset.part:
-        expected["number"] = ((rows,), np.dtype("<i8"))
+            expected[f"{name}.values"] = Column((None,), np.dtype("u1"))
+            expected[f"{name}.offsets"] = Column((rows + 1,), np.dtype("<i8"))
+    if dataset.whole_rows is not None:
+        expected["number"] = Column((rows,), np.dtype("<i8"))
     return expected
 
 
-def checked(path: Path, file: ShardFile, expected: Expected) -> dict[str, Placed]:
+def identity(path: Path, file: ShardFile) -> Identity:
+    """Return what tells a file from another and from itself after a change, once it has the committed size.
+
+    Raises ``CorruptCacheError`` when it is missing, no plain file, or of another size. A link is refused: the copy of
+    a cache must not depend on what was left behind.
+    """
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorruptCacheError(f"{path} is missing: {_ADVICE}") from None
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {explain(error)}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCacheError(f"{path} is a link or a special file, not a plain file: {_ADVICE}")
+    if status.st_size != file.bytes:
+        raise CorruptCacheError(f"{path} has {status.st_size:,} bytes, {file.bytes:,} were committed: {_ADVICE}")
+    # The time of the last change of the inode sees a write whose modification time was set back.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def check(path: Path, file: ShardFile) -> Identity:
+    """Hash a committed file and return its identity.
+
+    Raises ``CorruptCacheError`` when it is missing, of another size, or changed.
+    """
+    before = identity(path, file)
+    try:
+        digest = sha256_file(path)
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {explain(error)}") from error
+    if digest != file.sha256:
+        raise CorruptCacheError(f"{path} is not what was committed (its sha256 differs): {_ADVICE}")
+    return before
+
+
+def checked(path: Path, file: ShardFile, expected: Mapping[str, Column]) -> dict[str, Placed]:
     """Return where a file's arrays lie, after hashing it, unless this very file was hashed before in this process."""
-    check_size(path, file)
-    status = os.stat(path)
-    known = (file.sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    known = (file.sha256, identity(path, file))
     if known not in _KNOWN:
         check(path, file)
-        _KNOWN[known] = place(path, expected)
-    return _KNOWN[known]
+        placed = place(path, expected)
+        if identity(path, file) != known[1]:
+            raise CorruptCacheError(f"{path} changed while it was being read: {_ADVICE}")
+        _KNOWN[known] = placed
+    placed = _KNOWN[known]
+    # Two manifests may name one file and disagree on what it holds.
+    if placed.keys() != expected.keys() or not all(fits(placed[name], expected[name]) for name in expected):
+        placed = place(path, expected)
+    return placed
+
+
+def fits(placed: Placed, column: Column) -> bool:
+    """Whether an array that was found is what a manifest expects."""
+    return (
+        placed.dtype == column.dtype.str
+        and len(placed.shape) == len(column.shape)
+        and all(want in (None, have) for want, have in zip(column.shape, placed.shape, strict=True))
+    )
 
 
 def check_all(directory: Path, manifest: Manifest) -> None:
     """Check every shard, several at a time. Raises ``CorruptCacheError`` for the first that is wrong."""
 
-    def one(shard: Shard) -> None:
-        checked(directory / "features" / shard.file.name, shard.file, shard_arrays(manifest.feature_sets, shard.rows))
+    def one(index: int) -> None:
+        shard = manifest.shards[index]
+        path = directory / "features" / shard.file.name
+        checked(path, shard.file, shard_columns(manifest.feature_sets, shard.rows))
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(one, manifest.shards):
-            pass
+    new = [at for at, shard in enumerate(manifest.shards) if not is_known(directory / "features", shard.file)]
+    if len(new) > 1:  # starting threads costs more than looking up
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(one, new))
+    for index in range(len(manifest.shards)):
+        one(index)
+
+
+def is_known(folder: Path, file: ShardFile) -> bool:
+    """Whether this very file was hashed before in this process."""
+    return (file.sha256, identity(folder / file.name, file)) in _KNOWN

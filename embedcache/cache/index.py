@@ -21,18 +21,28 @@ class RowIndex:
         self._high, self._low = high[self._order], low[self._order]
 
     def lookup(self, keys: Keys) -> Rows:
-        """Return the place of each key, int64 [n], -1 for a key that is not there."""
+        """Return the place of each key of ``keys`` u1 [n, 16], int64 [n], -1 for a key that is not there."""
+        found = np.full(len(keys), -1, np.int64)
+        if not len(self._high):
+            return found
         high, low = halves(keys)
-        found = np.full(len(high), -1, np.int64)
         at = np.searchsorted(self._high, high)
-        open_ = np.arange(len(high))
-        while len(open_):  # once round, unless two keys share their first eight bytes
-            open_ = open_[at[open_] < len(self._high)]
-            open_ = open_[self._high[at[open_]] == high[open_]]
-            hit = self._low[at[open_]] == low[open_]
-            found[open_[hit]] = self._order[at[open_[hit]]]
-            open_ = open_[~hit]
-            at[open_] += 1
+        near = np.minimum(at, len(self._high) - 1)
+        same = self._high[near] == high
+        hit = same & (self._low[near] == low)
+        found[hit] = self._order[near[hit]]
+        # Keys that share their first eight bytes: chance brings none, somebody else's cache may bring any number.
+        rest = np.flatnonzero(same & ~hit)
+        if len(rest):
+            start, stop = at[rest], np.searchsorted(self._high, high[rest], side="right")
+            end = stop.copy()
+            while (start < stop).any():
+                middle = (start + stop) // 2
+                less = self._low[np.minimum(middle, end - 1)] < low[rest]
+                start, stop = np.where(less & (start < stop), middle + 1, start), np.where(less, stop, middle)
+            inside = start < end
+            inside[inside] = self._low[start[inside]] == low[rest[inside]]
+            found[rest[inside]] = self._order[start[inside]]
         return found
 
 

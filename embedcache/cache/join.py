@@ -2,107 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import checked, shard_arrays
+from embedcache.cache.index import Keys, RowIndex, Rows
+from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
-from embedcache.cache.writer import CacheWriter
-from embedcache.errors import CacheError, InputError
-
-if TYPE_CHECKING:
-    from embedcache.examples import Examples
+from embedcache.cache.writer import CacheWriter, Labelled, packed
+from embedcache.errors import CacheError, IncompleteCacheError, InputError
 
 
-def relabel(path: Path | str, examples: Examples, *, keep_inputs: bool = False) -> FeatureCache:
+def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = None) -> FeatureCache:
     """Give a cache another dataset of rows it already holds: labels, splits, ids, order. No forward pass.
+
+    ``keep_inputs`` stores the contents too; None keeps them where the cache does already.
 
     Raises ``InputError`` saying how many rows are not in the cache; nothing is then changed.
     """
     manifest = manifests.read(Path(path))
+    if keep_inputs is None:
+        keep_inputs = manifest.examples is not None and manifest.examples.has_inputs
     with CacheWriter(path, manifest.spec, manifest.feature_sets) as writer:
         writer.finish(examples, keep_inputs=keep_inputs)
     return FeatureCache.open(path)
 
 
 def merge(parts: Sequence[Path | str], output_dir: Path | str) -> FeatureCache:
-    """Join caches of the same spec, one shard at a time.
+    """Join caches of the same spec, one shard in memory at a time.
 
     Parts made with ``--part`` give back the dataset in its original order; other caches are put one after the other.
-    A row that several parts hold is kept once.
+    A row that several parts hold is kept once. An interrupted merge goes on where it stopped.
 
-    Raises ``SpecMismatchError`` for parts made another way, ``InputError`` for parts that do not fit together.
+    Raises:
+        SpecMismatchError: parts made another way.
+        InputError: parts that do not fit together, or do not make a whole.
+        IncompleteCacheError: a part whose extraction is not finished.
     """
     if not parts:
         raise InputError("there is nothing to merge: name at least one cache")
     if Path(output_dir).exists() and any(Path(output_dir).resolve() == Path(part).resolve() for part in parts):
         raise CacheError(f"{output_dir} is one of the parts: choose another output directory")
+    found = [manifests.read(Path(part)) for part in parts]
+    for part, manifest in zip(parts, found, strict=True):
+        if not manifest.complete:
+            raise IncompleteCacheError(f"{part} is not finished: run the same extract command again, then merge")
+        manifest.refuse_other_spec(str(part), found[0].spec, found[0].feature_sets)
     caches = [FeatureCache.open(part) for part in parts]
-    first = manifests.read(caches[0].path)
-    for cache in caches[1:]:
-        manifests.read(cache.path).refuse_other_spec(str(cache.path), first.spec, first.feature_sets)
     columns = _joined(caches)
-    with CacheWriter(output_dir, first.spec, first.feature_sets) as writer:
-        for cache in caches:
-            _copy_shards(cache, writer)
+    with CacheWriter(output_dir, found[0].spec, found[0].feature_sets) as writer:
+        for each in _missing(found, [cache.stored_keys() for cache in caches], writer):
+            keys, arrays = caches[each.part].shard(each.shard, each.rows)
+            writer.append(keys, arrays, found[each.part].shards[each.shard].provenance)
         writer.commit_dataset(**columns)
     return FeatureCache.open(output_dir)
 
 
-def _copy_shards(cache: FeatureCache, writer: CacheWriter) -> None:
-    manifest = manifests.read(cache.path)
-    for shard in manifest.shards:
-        path = cache.path / "features" / shard.file.name
-        placed = checked(path, shard.file, shard_arrays(manifest.feature_sets, shard.rows))
-        keys = np.asarray(placed["row_key"].map(path))
-        new = np.flatnonzero(writer.lookup(keys) < 0)
-        if not len(new):
-            continue
-        arrays: dict[str, Any] = {}
-        for each in manifest.feature_sets:
-            if each.kind != "tokens":
-                arrays[each.name] = placed[each.name].map(path)[new]
-                continue
-            values, offsets = (placed[f"{each.name}.{part}"].map(path) for part in ("values", "offsets"))
-            lengths = np.diff(offsets)[new]
-            kept = [values[offsets[row] : offsets[row + 1]] for row in new.tolist()]
-            arrays[each.name] = (np.concatenate(kept), np.concatenate([[0], np.cumsum(lengths)]))
-        writer.append(keys[new], arrays, shard.provenance)
+@dataclass(frozen=True)
+class _Wanted:
+    """Rows of one shard of one part, int64 increasing, that the merged cache lacks."""
+
+    part: int
+    shard: int
+    rows: Rows
+
+
+def _missing(found: Sequence[Manifest], keys: Sequence[Keys], writer: CacheWriter) -> Iterator[_Wanted]:
+    """Yield what is to be copied, in the order of the parts; of several rows with one key, the first."""
+    every = np.concatenate(keys)
+    wanted = (RowIndex(every).lookup(every) == np.arange(len(every))) & (writer.lookup(every) < 0)
+    start = 0
+    for part, manifest in enumerate(found):
+        for shard, entry in enumerate(manifest.shards):
+            rows = np.flatnonzero(wanted[start : start + entry.rows])
+            start += entry.rows
+            if len(rows):
+                yield _Wanted(part, shard, rows)
 
 
 def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
-    """Return the columns of the joined dataset. Raises ``InputError`` where the parts' tasks or splits do not fit."""
-    tasks = {cache.task for cache in caches}
+    """Return the columns of the joined dataset. Raises ``InputError`` where the parts do not fit together."""
+    datasets = [cache.dataset for cache in caches]
+    tasks = {each.task for each in datasets}
     if len(tasks) > 1:
-        raise InputError(f"the parts have different tasks ({', '.join(sorted(map(str, tasks)))}): relabel them alike first")
+        raise InputError(
+            f"the parts have different tasks ({', '.join(sorted(map(str, tasks)))}): relabel them alike first"
+        )
     task = tasks.pop()
-    as_parts = {cache._dataset.part for cache in caches}
-    if len(as_parts) > 1:
-        raise InputError("some of these caches were made with --part and some were not: merge either kind alone")
-    names = _union([cache.class_names for cache in caches])
-    if task in ("multilabel", "regression") and any(cache.class_names != names for cache in caches):
-        raise InputError(f"the parts have different targets ({' / '.join(', '.join(cache.class_names) for cache in caches)})")
-    splits = _union([cache.split_names for cache in caches])
+    wholes = {each.whole_rows for each in datasets}
+    if len(wholes) > 1:
+        raise InputError(
+            "these caches are parts of different datasets, or some are no parts: merge the parts of one dataset, or none"
+        )
+    whole = wholes.pop()
+    exact = whole is not None or task in ("multilabel", "regression")
+    if exact and len({(each.class_names, each.split_names) for each in datasets}) > 1:
+        named = " / ".join(", ".join((*each.class_names, *each.split_names)) for each in datasets)
+        raise InputError(f"the parts have different classes or splits ({named}): relabel them alike first")
+    names, splits = (_union([getattr(each, field) for each in datasets]) for field in ("class_names", "split_names"))
     targets = None
     if task is not None:
         targets = np.concatenate([_renamed(cache.targets(), cache.class_names, names, task) for cache in caches])
-    split = np.concatenate([_codes(cache._split, cache.split_names, splits) for cache in caches]).astype(np.uint8)
+    split = np.concatenate([_codes(cache.split_codes(), cache.split_names, splits) for cache in caches])
     keys = np.concatenate([cache.keys() for cache in caches])
-    ids = [each for cache in caches for each in cache.ids()] if any(cache._dataset.has_ids for cache in caches) else None
     order = np.arange(len(keys))
-    if as_parts == {True}:
-        numbers = np.concatenate([np.asarray(cache._columns["number"]) for cache in caches])
+    if whole is not None:
+        numbers = np.concatenate([cache.numbers() for cache in caches])
         order = np.argsort(numbers, kind="stable")
-        if len(np.unique(numbers)) != len(numbers) or not np.array_equal(numbers[order], np.arange(len(numbers))):
-            raise InputError("these parts do not make a whole: a part is missing, given twice, or of another input")
-    inputs = None
-    if all(cache._dataset.has_inputs for cache in caches):
+        if len(numbers) != whole or not np.array_equal(numbers[order], np.arange(whole)):
+            raise InputError(
+                f"these parts have {len(np.unique(numbers)):,} of the {whole:,} rows of their dataset: "
+                "a part is missing, given twice, or of another input"
+            )
+    ids = inputs = None
+    if any(each.has_ids for each in datasets):
+        names_of_rows = [each for cache in caches for each in cache.ids()]
+        ids = packed(names_of_rows[at].encode("utf-8") for at in order.tolist())
+    if all(each.has_inputs for each in datasets):
         contents = [each for cache in caches for each in (cache.inputs() or ())]
-        inputs = _pack([contents[at] for at in order.tolist()])
+        inputs = packed(contents[at] for at in order.tolist())
     return {
         "keys": keys[order],
         "targets": None if targets is None else targets[order],
@@ -110,14 +132,9 @@ def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
         "class_names": names,
         "split": split[order],
         "split_names": splits,
-        "ids": None if ids is None else _pack([ids[at].encode("utf-8") for at in order.tolist()]),
+        "ids": ids,
         "inputs": inputs,
     }
-
-
-def _pack(items: Sequence[bytes]) -> tuple[Any, Any]:
-    ends = np.concatenate([[0], np.cumsum(np.fromiter((len(item) for item in items), np.int64, len(items)))])
-    return np.frombuffer(b"".join(items), np.uint8), ends.astype(np.int64)
 
 
 def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -9,15 +9,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CacheNotFoundError, CorruptCacheError, SpecMismatchError
+import numpy as np
+
+from embedcache.errors import CacheError, CacheNotFoundError, CorruptCacheError, SpecMismatchError
 from embedcache.fingerprint import differences, hash_json, strict_json
-from embedcache.shard import FILE_NAME, STORED, FeatureSet, ShardFile, commit
+from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, commit, explain
 from embedcache.spec import TASKS
 
 NAME = "manifest.json"
+FOLDERS = ("features", "examples")
 FORMAT = "embedcache"
 MAJOR, MINOR = 1, 0
-_LARGEST = 64 << 20
+TARGETS: dict[str, np.dtype[Any]] = {
+    "classification": np.dtype("<i8"),
+    "multilabel": np.dtype("u1"),
+    "regression": np.dtype("<f8"),
+}
+_LARGEST = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The current generation of the dataset: the file that says which feature row, label and split each row has."""
+    """The current generation of the dataset: the file that says which feature row, label and split each row has.
+
+    ``targets`` counts the columns of the targets: 0 for one class a row, else classes or regression targets.
+    ``whole_rows`` is None, or for a part of a larger dataset, whose row numbers it keeps, how many rows that has.
+    """
 
     file: ShardFile
     rows: int
@@ -39,16 +51,18 @@ class Dataset:
     class_names: tuple[str, ...]
     split_names: tuple[str, ...]
     targets: int
-    """Columns of the targets: 0 for one class a row, else classes or regression targets."""
     has_ids: bool
     has_inputs: bool
-    part: bool
-    """Whether this is a part of a larger dataset, whose row numbers it keeps."""
+    whole_rows: int | None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything the manifest says."""
+    """Everything the manifest says.
+
+    ``generation`` counts the datasets there have been and numbers the next examples file. ``newer`` is set when a
+    newer minor version of the format wrote it: readable, but not to be written over.
+    """
 
     spec: Mapping[str, Any]
     feature_sets: tuple[FeatureSet, ...]
@@ -56,11 +70,16 @@ class Manifest:
     examples: Dataset | None = None
     complete: bool = False
     generation: int = 0
-    """How many dataset generations there have been; numbers the next examples file."""
+    newer: str | None = None
     spec_hash: str = field(default="")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec_hash", hash_json(self.spec))
+
+    @property
+    def rows(self) -> int:
+        """How many feature rows there are in all shards."""
+        return sum(shard.rows for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it stands on disk, with its own hash."""
@@ -70,18 +89,17 @@ class Manifest:
             "spec": dict(self.spec),
             "spec_hash": self.spec_hash,
             "feature_sets": [asdict(each) for each in self.feature_sets],
-            "shards": [{**asdict(each.file), "rows": each.rows, "provenance": dict(each.provenance)} for each in self.shards],
+            "shards": [
+                {**asdict(each.file), "rows": each.rows, "provenance": dict(each.provenance)} for each in self.shards
+            ],
             "examples": None,
             "complete": self.complete,
             "generation": self.generation,
         }
         if self.examples is not None:
-            body["examples"] = {
-                **asdict(self.examples.file),
-                **{name: value for name, value in vars(self.examples).items() if name != "file"},
-            }
-            body["examples"]["class_names"] = list(self.examples.class_names)
-            body["examples"]["split_names"] = list(self.examples.split_names)
+            facts = {name: value for name, value in vars(self.examples).items() if name != "file"}
+            lists = {name: list(facts[name]) for name in ("class_names", "split_names")}
+            body["examples"] = {**asdict(self.examples.file), **facts, **lists}
         return {**body, "manifest_hash": hash_json(body)}
 
     def files(self) -> list[tuple[str, ShardFile]]:
@@ -91,18 +109,23 @@ class Manifest:
 
     def refuse_other_spec(self, where: str, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet]) -> None:
         """Raise ``SpecMismatchError`` unless features made by ``spec`` belong in this cache."""
-        found = differences(self.spec, spec)
-        found += differences([asdict(each) for each in self.feature_sets], [asdict(each) for each in feature_sets], "feature_sets") if not found else []
+        mine, theirs = ([asdict(each) for each in sets] for sets in (self.feature_sets, feature_sets))
+        found = differences(self.spec, spec) or differences(mine, theirs, "feature_sets")
         if found:
             raise SpecMismatchError(where, found)
 
     def write(self, directory: Path) -> None:
         """Commit the manifest."""
-        commit(directory / NAME, (json.dumps(self.to_json(), indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode("ascii"))
+        commit(directory / NAME, encoded(self.to_json()))
 
     def with_shard(self, shard: Shard) -> Manifest:
         """Return the manifest with one more shard: the dataset no longer is all there is."""
         return replace(self, shards=(*self.shards, shard), complete=False)
+
+
+def encoded(body: Mapping[str, Any]) -> bytes:
+    """Return the one form in which a manifest stands on disk."""
+    return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
 def read(directory: Path) -> Manifest:
@@ -111,47 +134,68 @@ def read(directory: Path) -> Manifest:
     Raises:
         CacheNotFoundError: there is none.
         CorruptCacheError: it is damaged, hostile, or of a format this version cannot read.
+        CacheError: it cannot be read.
     """
     path = directory / NAME
     try:
+        for linked in (path, *(directory / folder for folder in FOLDERS)):
+            if linked.is_symlink():
+                raise CorruptCacheError(f"{linked} is a link: a cache must not depend on what lies elsewhere; copy it")
         if path.stat().st_size > _LARGEST:
-            raise CorruptCacheError(f"{path} has {path.stat().st_size:,} bytes, which no manifest has: restore it from a copy")
+            raise CorruptCacheError(f"{path} has {path.stat().st_size:,} bytes, which no manifest has: restore it")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        what = "it is empty of a manifest" if directory.is_dir() else "there is no such directory"
-        raise CacheNotFoundError(f"{directory} is no feature cache ({what}): make one with embedcache extract INPUT -o {directory}") from None
+        what = f"it has no {NAME}" if directory.is_dir() else "there is no such directory"
+        make = f"make one with embedcache extract INPUT -o {directory}"
+        raise CacheNotFoundError(f"{directory} is no feature cache ({what}): {make}") from None
+    except CacheError:
+        raise
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {explain(error)}") from error
     try:
-        return parse(strict_json(data))
+        return parse(data)
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{path}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CorruptCacheError(f"{path} is damaged ({reason}): restore it from a copy, or extract again") from None
 
 
-def parse(body: Any) -> Manifest:
-    """Turn a manifest's JSON into a value, trusting nothing in it."""
+def parse(data: bytes) -> Manifest:
+    """Turn a manifest's bytes into a value, trusting nothing in them.
+
+    Raises ``CorruptCacheError`` where it can say what happened, else ``ValueError`` or one of its kin.
+    """
+    body = strict_json(data.decode("ascii"))
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CorruptCacheError("not an embedcache manifest")
-    version = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", str(body.get("version")))
+        raise CorruptCacheError("not an embedcache manifest: choose the directory of a cache")
+    said = body.get("version")
+    version = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", said) if isinstance(said, str) else None
     if version is None or int(version[1]) != MAJOR:
         raise CorruptCacheError(
-            f"this cache has format {body.get('version')}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
+            f"this cache has format {said}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
         )
     claimed = body.get("manifest_hash")
-    if claimed != hash_json({key: value for key, value in body.items() if key != "manifest_hash"}):
+    own = hash_json({key: value for key, value in body.items() if key != "manifest_hash"})
+    # Comparing the bytes too leaves no room for a change that JSON does not see, such as the case of an escape.
+    if claimed != own or encoded(body) != data:
         raise CorruptCacheError("it was changed after it was written (its own hash differs): restore it from a copy")
     sets = tuple(FeatureSet(**_only(each, "name", "kind", "dim", "layers", "dtype")) for each in body["feature_sets"])
-    for each in sets:
-        _require(isinstance(each.name, str) and re.fullmatch(r"[A-Za-z0-9@:+._-]{1,100}", each.name), f"feature set name {each.name!r}")
-        _require(each.kind in ("pooled", "layers", "tokens") and each.dtype in STORED, f"feature set {each.name}")
-        _require(_count(each.dim, 1) and _count(each.layers, 1), f"the shape of feature set {each.name}")
-    _require(len({each.name for each in sets}) == len(sets) > 0, "feature sets")
+    columns = ["row_key", *(name for each in sets for name in each.columns(1))]
+    _require(sets and len(set(columns)) == len(columns), "a list of feature sets")
     shards = tuple(Shard(_file(each), each["rows"], _mapping(each["provenance"])) for each in body["shards"])
     _require(all(_count(each.rows, 1) for each in shards), "the rows of a shard")
-    _require(len({each.file.name for each in shards}) == len(shards), "shard names")
+    _require(len({each.file.name for each in shards}) == len(shards), "a shard named twice")
     _require(isinstance(body["complete"], bool) and _count(body["generation"], 0), "complete or generation")
-    manifest = Manifest(_mapping(body["spec"]), sets, shards, _dataset(body["examples"]), body["complete"], body["generation"])
+    manifest = Manifest(
+        spec=_mapping(body["spec"]),
+        feature_sets=sets,
+        shards=shards,
+        examples=_dataset(body["examples"]),
+        complete=body["complete"],
+        generation=body["generation"],
+        newer=said if int(version[2]) > MINOR else None,
+    )
     _require(manifest.spec_hash == body["spec_hash"], "spec_hash")
     return manifest
 
@@ -159,13 +203,17 @@ def parse(body: Any) -> Manifest:
 def _dataset(body: Any) -> Dataset | None:
     if body is None:
         return None
+    names = ("rows", "task", "targets", "has_ids", "has_inputs", "whole_rows")
     found = Dataset(
-        _file(body), body["rows"], body["task"], _names(body["class_names"]), _names(body["split_names"]), body["targets"],
-        body["has_ids"], body["has_inputs"], body["part"],
-    )  # fmt: skip
+        file=_file(body),
+        class_names=_names(body["class_names"]),
+        split_names=_names(body["split_names"]),
+        **{name: body[name] for name in names},
+    )
     _require(_count(found.rows, 0) and _count(found.targets, 0), "the sizes of the dataset")
+    _require(found.whole_rows is None or _count(found.whole_rows, found.rows), "whole_rows")
     _require(found.task is None or found.task in TASKS, f"task {found.task!r}")
-    _require(all(isinstance(flag, bool) for flag in (found.has_ids, found.has_inputs, found.part)), "the dataset's flags")
+    _require(isinstance(found.has_ids, bool) and isinstance(found.has_inputs, bool), "has_ids or has_inputs")
     return found
 
 
@@ -173,13 +221,14 @@ def _file(body: Any) -> ShardFile:
     file = ShardFile(body["name"], body["bytes"], body["sha256"])
     _require(isinstance(file.name, str) and FILE_NAME.fullmatch(file.name), f"file name {file.name!r}")
     _require(isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256), f"sha256 of {file.name}")
-    _require(file.name[7:23] == file.sha256[:16] and _count(file.bytes, 1), f"the entry of {file.name}")
+    agree = file.name.endswith(f"-{file.sha256[:16]}.h5") and _count(file.bytes, 1)
+    _require(agree, f"the entry of {file.name}")
     return file
 
 
 def _only(body: Any, *names: str) -> dict[str, Any]:
-    _require(isinstance(body, dict) and set(body) == set(names), f"an entry with {sorted(body) if isinstance(body, dict) else body!r}")
-    return dict(body)
+    _require(isinstance(body, dict), "a feature set that is no mapping")
+    return {name: body[name] for name in names}
 
 
 def _mapping(body: Any) -> dict[str, Any]:
@@ -188,7 +237,8 @@ def _mapping(body: Any) -> dict[str, Any]:
 
 
 def _names(body: Any) -> tuple[str, ...]:
-    _require(isinstance(body, list) and all(isinstance(name, str) for name in body) and len(set(body)) == len(body), "a list of names")
+    strings = isinstance(body, list) and all(isinstance(name, str) for name in body)
+    _require(strings and len(set(body)) == len(body), "a list of names")
     return tuple(body)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import check_all, checked, dataset_arrays, shard_arrays
+from embedcache.cache.files import check, check_all, checked, dataset_columns, identity, shard_columns
+from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
-from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError
-from embedcache.shard import FeatureSet, Placed, check
+from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError
+from embedcache.shard import FeatureSet, Placed
 from embedcache.spec import Task
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
 Array = npt.NDArray[Any]
-_READERS = 4
-_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -78,26 +75,40 @@ class FeatureCache:
         self.spec_hash = manifest.spec_hash
         self.feature_sets: dict[str, FeatureSet] = {each.name: each for each in manifest.feature_sets}
         assert manifest.examples is not None
-        dataset = self._dataset = manifest.examples
+        dataset = self.dataset = manifest.examples
         self.task: Task | None = dataset.task  # type: ignore[assignment]  # checked where the manifest is parsed
         self.class_names, self.split_names, self.n_rows = dataset.class_names, dataset.split_names, dataset.rows
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)])
         self.n_stored = int(self._starts[-1])
-        place = checked(path / "examples" / dataset.file.name, dataset.file, dataset_arrays(dataset))
-        self._columns = {name: each.map(path / "examples" / dataset.file.name) for name, each in place.items()}
-        self._row = np.asarray(self._columns["row"])
-        if self.n_rows and not (0 <= int(self._row.min()) and int(self._row.max()) < self.n_stored):
-            raise CorruptCacheError(f"{path}: the dataset points at rows that no shard holds: restore the cache from a copy")
-        self._split = np.asarray(self._columns["split"])
-        if self.n_rows and int(self._split.max()) >= len(self.split_names):
-            raise CorruptCacheError(f"{path}: the dataset has a split that the manifest does not name: restore the cache from a copy")
+        file = path / "examples" / dataset.file.name
+        placed = checked(file, dataset.file, dataset_columns(dataset))
+        self._columns = {name: each.map(file) for name, each in placed.items()}
+        self._row, self._split = np.asarray(self._columns["row"]), np.asarray(self._columns["split"])
+        self._refuse_nonsense()
+
+    def _refuse_nonsense(self) -> None:
+        """Refuse a dataset that points outside of what there is: no writer made it."""
+        limits = [("row", 0, self.n_stored), ("split", 0, len(self.split_names))]
+        if self.task == "classification":
+            limits.append(("target", -1, len(self.class_names)))
+        for name, low, high in limits:
+            column = self._columns[name]
+            if len(column) and not (low <= int(column.min()) and int(column.max()) < high):
+                raise CorruptCacheError(f"{self.path}: the dataset's column {name} holds values that mean nothing here")
+        if self.task in ("multilabel", "regression") and self._columns["target"].shape[1] != len(self.class_names):
+            raise CorruptCacheError(f"{self.path}: the dataset has other targets than the manifest names")
+        for name in ("id", "input"):
+            if f"{name}.offsets" in self._columns:
+                refuse_offsets(self.path, name, self._columns[f"{name}.offsets"], len(self._columns[f"{name}.values"]))
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> FeatureCache:
         """Open a cache.
 
         Names, sizes and the manifest's own hash are always checked, and the sha256 of every file once per process;
-        ``verify=False`` leaves a feature shard's hash for when its features are first read.
+        ``verify=False`` leaves a feature shard's sha256 for when its features are first read. While the cache is
+        being extended, or after an extension was interrupted, this is the dataset as it was last completed, and a
+        ``UserWarning`` says so.
 
         Raises:
             CacheNotFoundError: there is no cache.
@@ -109,24 +120,26 @@ class FeatureCache:
             manifest = manifests.read(directory)
             if manifest.examples is None:
                 raise IncompleteCacheError(
-                    f"{directory} holds {sum(shard.rows for shard in manifest.shards):,} rows of an extraction that was not "
-                    "finished: run the same extract command again to go on"
+                    f"{directory} holds {manifest.rows:,} rows of an extraction that was not finished: "
+                    "run the same extract command again to go on"
                 )
             try:
                 cache = cls(directory, manifest)
                 break
-            except CorruptCacheError:
-                # A writer may have replaced the dataset since its name was read.
+            except (CorruptCacheError, FileNotFoundError):
+                # Readers never wait: a writer may have replaced the dataset since its name was read.
                 if attempt == 4 or manifests.read(directory).examples == manifest.examples:
                     raise
+        for shard in manifest.shards:
+            identity(directory / "features" / shard.file.name, shard.file)
         if verify:
             check_all(directory, manifest)
         if not manifest.complete:
-            warnings.warn(
+            message = (
                 f"{directory} is being extended, or was interrupted while it was: this is the dataset before that; "
-                "run the same extract command again to finish",
-                UserWarning, stacklevel=2,
-            )  # fmt: skip
+                "run the same extract command again to finish"
+            )
+            warnings.warn(message, UserWarning, stacklevel=2)
         return cache
 
     def __repr__(self) -> str:
@@ -138,7 +151,7 @@ class FeatureCache:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """The manifest as it stands on disk."""
+        """The manifest as JSON values."""
         return self._manifest.to_json()
 
     @cached_property
@@ -153,6 +166,10 @@ class FeatureCache:
         if split not in self.split_names:
             raise InputError(f"{self.path} has no split {split!r}: it has {', '.join(self.split_names)}")
         return np.flatnonzero(self._split == self.split_names.index(split))
+
+    def split_codes(self) -> npt.NDArray[np.uint8]:
+        """Return each row's split, u1 [N], an index into ``split_names``."""
+        return self._split
 
     def split_sizes(self) -> dict[str, int]:
         """Return how many rows each split has."""
@@ -174,19 +191,23 @@ class FeatureCache:
 
     def keys(self, split: str | None = None) -> Keys:
         """Return the row keys, u1 [N, 16]."""
-        return self._stored_keys()[self._row[self._selected(split)]]
+        return self.stored_keys()[self._row[self._selected(split)]]
 
     def ids(self, split: str | None = None) -> list[str]:
         """Return the rows' ids."""
         rows = self.rows(split)
-        if self._dataset.has_ids:
+        if self.dataset.has_ids:
             packed = Packed(self._columns["id.values"], self._columns["id.offsets"], rows)
             return [each.decode("utf-8") for each in packed]
-        return [str(number) for number in (self._columns["number"][rows] if self._dataset.part else rows)]
+        return [str(number) for number in self.numbers()[rows]]
+
+    def numbers(self) -> Rows:
+        """Return the row numbers, int64 [N], in the input; those of the whole for a part of a larger dataset."""
+        return np.asarray(self._columns["number"]) if "number" in self._columns else np.arange(self.n_rows)
 
     def inputs(self, split: str | None = None) -> Sequence[bytes] | None:
         """Return the rows' contents, where they were kept (``keep_inputs``), else None."""
-        if not self._dataset.has_inputs:
+        if not self.dataset.has_inputs:
             return None
         return Packed(self._columns["input.values"], self._columns["input.offsets"], self.rows(split))
 
@@ -202,7 +223,9 @@ class FeatureCache:
         """Return the features of a split, as ``arrays`` does, labels or not."""
         each = self.feature(feature)
         if each.kind == "tokens":
-            raise FeatureError(f"{each.name} is a token-level set, one vector per token: use ragged(), or train a head such as attention")
+            raise FeatureError(
+                f"{each.name} is a token-level set, one vector per token: use ragged(), or train a head such as attention"
+            )
         return self.take(self._row[self._selected(split)], each.name)
 
     def feature(self, name: str | None = None) -> FeatureSet:
@@ -215,84 +238,49 @@ class FeatureCache:
 
     def lookup(self, keys: Keys) -> Rows:
         """Return where in the shards each key [n, 16] is, int64 [n], -1 for a key that is not there; see ``take``."""
-        return RowIndex(self._stored_keys()).lookup(keys)
+        return RowIndex(self.stored_keys()).lookup(keys)
 
     def take(self, places: Rows, feature: str | None = None) -> Array:
-        """Return the features at ``places`` in the shards [n], as float32 [n, D] or [n, L, D]."""
+        """Return the features at ``places`` in the shards [n], as float32 [n, D] or [n, L, D]; see ``lookup``."""
         each = self.feature(feature)
-        shape = (each.layers, each.dim) if each.kind == "layers" else (each.dim,)
-        if not len(places):
-            return np.zeros((0, *shape), np.float32)
-        shards = np.searchsorted(self._starts, places, side="right") - 1
-        together = int(places[-1]) - int(places[0]) + 1 == len(places) and bool((np.diff(places) == 1).all())
-        if together and each.dtype == "float32" and shards[0] == shards[-1]:
-            start = int(places[0] - self._starts[shards[0]])
-            return self._map(int(shards[0]), each.name)[start : start + len(places)]
-        out = np.empty((len(places), *shape), np.float32)
-        if together:
-            self._read_runs(out, int(places[0]), each)
-            return out
-        for shard in np.unique(shards).tolist():
-            mine = shards == shard
-            out[mine] = decoded(self._map(shard, each.name)[places[mine] - self._starts[shard]], each.dtype)
-        return out
-
-    def _read_runs(self, out: Array, start: int, feature: FeatureSet) -> None:
-        """Read rows that follow one another across shards, several shards at a time."""
-        stop = start + len(out)
-        first, last = (int(np.searchsorted(self._starts, row, side="right")) - 1 for row in (start, stop - 1))
-
-        def read(shard: int) -> None:
-            begin, end = max(start, int(self._starts[shard])), min(stop, int(self._starts[shard + 1]))
-            into = out[begin - start : end - start]
-            inside = slice(begin - int(self._starts[shard]), end - int(self._starts[shard]))
-            if feature.dtype != "float32":
-                into[...] = decoded(self._map(shard, feature.name)[inside], feature.dtype)
-                return
-            placed = self._place(shard)[feature.name]
-            row_bytes = into.nbytes // len(into)
-            view = memoryview(into.reshape(-1)).cast("B")
-            descriptor = os.open(self._shard_path(shard), os.O_RDONLY)
-            try:  # reading into the result is cheaper than mapping, which faults on every page
-                at = 0
-                while at < len(view):
-                    got = os.preadv(descriptor, [view[at : at + _READ_BYTES]], placed.offset + inside.start * row_bytes + at)
-                    if not got:
-                        raise CorruptCacheError(f"{self._shard_path(shard)} ends early: restore the cache from a copy")
-                    at += got
-            finally:
-                os.close(descriptor)
-
-        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
-            list(pool.map(read, range(first, last + 1)))
+        if each.kind == "tokens":
+            raise FeatureError(f"{each.name} is a token-level set, one vector per token: use ragged() or another set")
+        return take(each, self._starts, lambda shard: self._piece(shard, each.name), np.asarray(places, np.int64))
 
     def ragged(self, split: str | None = None, feature: str | None = None) -> Ragged:
         """Return a token-level set of a split; a memory map where its rows lie together in one shard."""
         names = [each.name for each in self.feature_sets.values() if each.kind == "tokens"]
         each = self.feature(feature if feature is not None else (names[0] if names else "tokens"))
         if each.kind != "tokens":
-            raise FeatureError(f"{each.name} is not a token-level set: use arrays(); token-level sets here: {', '.join(names) or 'none'}")
+            raise FeatureError(
+                f"{each.name} is not a token-level set: use arrays(); token-level sets here: {', '.join(names) or 'none'}"
+            )
         places = self._row[self._selected(split)]
         shards = np.searchsorted(self._starts, places, side="right") - 1
-        pieces: list[Array] = []
+        # Rows that follow one another in a shard are one run, copied as a whole.
+        cuts = np.flatnonzero((np.diff(places) != 1) | (np.diff(shards) != 0)) + 1
+        bounds = [0, *cuts.tolist(), len(places)] if len(places) else [0]
         lengths = np.zeros(len(places), np.int64)
-        together = len(places) > 0 and shards[0] == shards[-1] and bool((np.diff(places) == 1).all())
-        if together:
-            offsets = self._map(int(shards[0]), f"{each.name}.offsets")
-            begin = int(places[0] - self._starts[shards[0]])
-            mine = np.asarray(offsets[begin : begin + len(places) + 1])
-            values = self._map(int(shards[0]), f"{each.name}.values")[int(mine[0]) : int(mine[-1])]
-            return Ragged(decoded(values, each.dtype), mine - mine[0])
-        for place, shard in zip(places.tolist(), shards.tolist(), strict=True):
-            offsets = self._map(shard, f"{each.name}.offsets")
-            at = place - int(self._starts[shard])
-            pieces.append(self._map(shard, f"{each.name}.values")[int(offsets[at]) : int(offsets[at + 1])])
-        lengths = np.fromiter((len(piece) for piece in pieces), np.int64, len(pieces))
-        values = np.empty((int(lengths.sum()), each.dim), np.float32)
-        ends = np.cumsum(lengths)
-        for piece, end in zip(pieces, ends.tolist(), strict=True):
-            values[end - len(piece) : end] = decoded(piece, each.dtype)
-        return Ragged(values, np.concatenate([[0], ends]))
+        runs: list[Array] = []
+        opened: dict[int, tuple[Array, Array]] = {}
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            shard = int(shards[begin])
+            if shard not in opened:
+                values, offsets = (self._piece(shard, f"{each.name}.{part}").map() for part in ("values", "offsets"))
+                refuse_offsets(self._shard_path(shard), each.name, offsets, len(values))
+                opened[shard] = values, np.asarray(offsets)
+            values, offsets = opened[shard]
+            at = int(places[begin] - self._starts[shard])
+            mine = offsets[at : at + end - begin + 1]
+            lengths[begin:end] = np.diff(mine)
+            runs.append(values[int(mine[0]) : int(mine[-1])])
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        if len(runs) == 1:
+            return Ragged(decode(runs[0], each.dtype), ends)
+        out = np.empty((int(ends[-1]), each.dim), np.float32)
+        for begin, run in zip(bounds, runs, strict=False):
+            decode(run, each.dtype, out[ends[begin] : ends[begin] + len(run)])
+        return Ragged(out, ends)
 
     def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Any]:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""
@@ -343,37 +331,55 @@ class FeatureCache:
     def _shard_path(self, shard: int) -> Path:
         return self.path / "features" / self._manifest.shards[shard].file.name
 
-    def _place(self, shard: int) -> dict[str, Placed]:
-        entry = self._manifest.shards[shard]
-        return checked(self._shard_path(shard), entry.file, shard_arrays(self._manifest.feature_sets, entry.rows))
+    def _piece(self, shard: int, name: str) -> Piece:
+        """Return where an array of a shard lies."""
+        entry, path = self._manifest.shards[shard], self._shard_path(shard)
+        placed: Placed = checked(path, entry.file, shard_columns(self._manifest.feature_sets, entry.rows))[name]
+        return Piece(path, placed.offset, placed.shape, placed.dtype)
 
-    def _map(self, shard: int, name: str) -> Array:
-        return self._place(shard)[name].map(self._shard_path(shard))
-
-    def _stored_keys(self) -> Keys:
+    def stored_keys(self) -> Keys:
+        """Return the keys of every row in every shard, u1 [N, 16], in order, whether the dataset has it or not."""
         return stored_keys(self.path, self._manifest)
+
+    def shard(self, shard: int, rows: Rows) -> tuple[Keys, dict[str, Any]]:
+        """Return some rows, int64 increasing, of one shard as they are stored: keys, and what ``append`` takes."""
+        arrays: dict[str, Any] = {}
+        for each in self.feature_sets.values():
+            if each.kind != "tokens":
+                arrays[each.name] = self._piece(shard, each.name).map()[rows]
+                continue
+            values, offsets = (self._piece(shard, f"{each.name}.{part}").map() for part in ("values", "offsets"))
+            refuse_offsets(self._shard_path(shard), each.name, offsets, len(values))
+            lengths = np.diff(offsets)
+            kept = np.zeros(len(lengths), bool)
+            kept[rows] = True
+            arrays[each.name] = (values[np.repeat(kept, lengths)], np.concatenate([[0], np.cumsum(lengths[rows])]))
+        return np.asarray(self._piece(shard, "row_key").map()[rows]), arrays
 
 
 def stored_keys(path: Path, manifest: manifests.Manifest) -> Keys:
     """Return the keys of every row in every shard, u1 [N, 16], in order."""
-    keys = np.empty((sum(shard.rows for shard in manifest.shards), 16), np.uint8)
+    keys = np.empty((manifest.rows, 16), np.uint8)
     at = 0
     for shard in manifest.shards:
         file = path / "features" / shard.file.name
-        keys[at : at + shard.rows] = checked(file, shard.file, shard_arrays(manifest.feature_sets, shard.rows))["row_key"].map(file)
+        placed = checked(file, shard.file, shard_columns(manifest.feature_sets, shard.rows))
+        keys[at : at + shard.rows] = placed["row_key"].map(file)
         at += shard.rows
     return keys
 
 
-def decoded(values: Array, dtype: str) -> Array:
-    """Return stored values as float32; exact for every storage type."""
-    if dtype == "bfloat16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.astype(np.float32, copy=False)
+def refuse_offsets(path: Path, name: str, offsets: Array, length: int) -> None:
+    """Raise ``CorruptCacheError`` unless offsets rise from 0 to ``length``."""
+    if int(offsets[0]) != 0 or int(offsets[-1]) != length or bool((np.diff(offsets) < 0).any()):
+        raise CorruptCacheError(f"{path}: {name}.offsets do not rise from 0 to {length:,}; do not use the cache")
 
 
 def verify(path: Path | str) -> list[str]:
-    """Hash every file of a cache again and return what is wrong, one line each, left-over files included."""
+    """Hash every file of a cache again and return what is wrong, one line each, left-over files included.
+
+    Raises ``CacheNotFoundError`` when there is no cache.
+    """
     directory = Path(path)
     try:
         manifest = manifests.read(directory)
@@ -383,17 +389,18 @@ def verify(path: Path | str) -> list[str]:
     for folder, file in manifest.files():
         try:
             check(directory / folder / file.name, file)
-        except (CorruptCacheError, OSError) as error:
+        except CacheError as error:
             problems.append(str(error))
-    named = {(folder, file.name) for folder, file in manifest.files()}
-    problems += [f"{found}: no manifest names this file; the next extraction removes or adopts it" for found in _strays(directory, named)]
-    return problems
+    named = {Path(folder, file.name) for folder, file in manifest.files()} | {Path(manifests.NAME)}
+    return problems + [
+        f"{found} is left over: the manifest does not name it, so it is never read"
+        for found in _strays(directory, named)
+    ]
 
 
-def _strays(directory: Path, named: set[tuple[str, str]]) -> Iterator[Path]:
+def _strays(directory: Path, named: set[Path]) -> Iterator[Path]:
     for found in sorted(directory.rglob("*")):
         inside = found.relative_to(directory)
-        if found.is_dir() and str(inside) in ("features", "examples"):
-            continue
-        if str(inside) != manifests.NAME and (str(inside.parent), inside.name) not in named:
+        folder = str(inside) in manifests.FOLDERS and found.is_dir()
+        if not folder and inside not in named:
             yield found

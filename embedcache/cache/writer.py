@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
 from embedcache.cache.index import Keys, RowIndex, Rows
-from embedcache.cache.manifest import Dataset, Manifest, Shard
+from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Shard
 from embedcache.cache.reader import stored_keys
 from embedcache.errors import CacheError, CacheLockedError, CacheNotFoundError, FeatureError, InputError
-from embedcache.shard import FeatureSet, build, explain, publish
-
-if TYPE_CHECKING:
-    from embedcache.examples import Examples
+from embedcache.fingerprint import canonical_json, sha256_bytes
+from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, explain, publish
 
 try:
     import fcntl
-except ImportError:  # Windows: the lock is left out, and FORMAT.md says so
+except ImportError:  # not a POSIX system: caches can be read there, not written
     fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)\.\d+\.tmp")
+_LOCK = ".lock"
+
+
+class PackedIds(Protocol):
+    """Ids in one buffer: u1 ``data`` and int64 ``offsets`` [N + 1], both None for the running row number."""
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8] | None: ...
+    @property
+    def offsets(self) -> npt.NDArray[np.int64] | None: ...
+
+
+class HasRows(Protocol):
+    """A source of rows."""
+
+    @property
+    def rows(self) -> int: ...
+
+
+class Labelled(Protocol):
+    """The rows of an input as ``embedcache.examples.Examples`` gives them."""
+
+    @property
+    def keys(self) -> Keys: ...
+    @property
+    def targets(self) -> npt.NDArray[Any] | None: ...
+    @property
+    def task(self) -> Any: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def split(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def split_names(self) -> tuple[str, ...]: ...
+    @property
+    def ids(self) -> PackedIds: ...
+    @property
+    def numbers(self) -> Rows | None: ...
+    @property
+    def parts(self) -> Sequence[HasRows]: ...
+    def contents(self) -> Iterable[bytes]:
+        """Yield the contents of all rows."""
 
 
 class CacheWriter:
@@ -40,87 +84,118 @@ class CacheWriter:
     def __init__(self, path: Path | str, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet]) -> None:
         self.path = Path(path)
         self._spec, self._sets = dict(spec), tuple(feature_sets)
-        self._lock: int | None = None
+        self._lock: contextlib.ExitStack | None = None
         self._manifest = Manifest(self._spec, self._sets)
+        self._keys: list[Keys] = []
         self._index: RowIndex | None = None
-        self._rows = 0
+        self._failed = False
 
     def __enter__(self) -> CacheWriter:
-        if self.path.exists() and not (self.path / manifests.NAME).exists() and not _is_ours(self.path):
-            raise CacheError(f"{self.path} exists and is no feature cache: choose a new or an empty directory")
-        self._read()  # refuses another spec before anything is written
+        self._read()  # refuses another spec or a directory of something else before anything is written
         try:
-            for folder in (self.path, self.path / "features", self.path / "examples"):
+            for folder in (self.path, *(self.path / name for name in manifests.FOLDERS)):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CacheError(f"cannot make {self.path}: {explain(error)}") from None
         self._lock = lock(self.path)
         try:
-            self._manifest = self._read() or self._manifest
+            found = self._read()
+            self._manifest = found or self._manifest
             self._sweep()
-            if not self._manifest.shards:
+            if found is None:
                 self._commit(self._manifest)
-            self._rows = sum(shard.rows for shard in self._manifest.shards)
-            self._index = RowIndex(stored_keys(self.path, self._manifest))
+            self._keys = [stored_keys(self.path, self._manifest)]
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def _read(self) -> Manifest | None:
-        """Return the manifest there is, None where no row was ever committed. Raises ``SpecMismatchError``."""
+        """Return the manifest to go on from, None for a fresh start. Raises ``SpecMismatchError``."""
         try:
             found = manifests.read(self.path)
         except CacheNotFoundError:
+            if self.path.exists():
+                refuse_foreign(self.path)
             return None
-        if not found.shards:
-            return None
+        if found.newer is not None:
+            raise CacheError(f"{self.path} was written in format {found.newer}: upgrade embedcache to write to it")
+        if not found.shards and (found.spec != self._spec or found.feature_sets != self._sets):
+            return None  # no row was ever committed, so there is nothing to mix up
         found.refuse_other_spec(str(self.path), self._spec, self._sets)
         return found
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def lookup(self, keys: Keys) -> Rows:
         """Return the place of each row key [n, 16] in the cache, int64 [n], -1 for none."""
         if self._index is None:
-            self._index = RowIndex(stored_keys(self.path, self._manifest))
+            self._keys = [np.concatenate(self._keys)] if self._keys else [np.zeros((0, 16), np.uint8)]
+            self._index = RowIndex(self._keys[0])
         return self._index.lookup(keys)
 
     def append(self, keys: Keys, arrays: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Commit one shard: ``keys`` [n, 16], and for each feature set [n, D], [n, L, D] or (values, offsets).
+        """Commit one shard of rows that are not in the cache yet.
 
-        Raises ``FeatureError`` for a wrong shape, a wrong type, NaN or infinity.
+        ``keys`` is u1 [n, 16]; ``arrays`` has [n, D], [n, L, D] or (values [sum T, D], offsets int64 [n + 1]) for each
+        feature set, of the type that is stored (uint16 for bfloat16). ``provenance`` says what ran it.
+
+        Raises:
+            FeatureError: a wrong shape or type, NaN or infinity; nothing is written.
+            CacheError: the disk is full or broken; what was committed before is kept.
         """
-        contents: dict[str, npt.NDArray[Any]] = {"row_key": np.ascontiguousarray(keys, np.uint8)}
+        self._refuse_closed()
+        if not len(keys):
+            return
+        if set(arrays) != {each.name for each in self._sets}:
+            raise FeatureError(f"got {sorted(arrays)}, expected {sorted(each.name for each in self._sets)}")
+        refuse_misfit("row_key", keys, (len(keys), 16), np.dtype("u1"))
+        canonical_json(dict(provenance))  # what JSON cannot hold is refused here, not after the shard is on disk
+        contents: dict[str, npt.NDArray[Any]] = {"row_key": keys}
+        attributes = {}
         for each in self._sets:
             value = arrays[each.name]
             parts = value if isinstance(value, tuple) else (value,)
-            for (name, (shape, dtype)), array in zip(each.datasets(len(keys)).items(), parts, strict=True):
-                refuse_misfit(name, array, shape, dtype)
-                contents[name] = array
-            refuse_non_finite(each, parts[0])
-            if len(parts) == 2 and (parts[1][0] != 0 or parts[1][-1] != len(parts[0]) or (np.diff(parts[1]) < 0).any()):
+            columns = each.columns(len(keys))
+            if len(parts) != len(columns):
+                raise FeatureError(f"{each.name}: got {len(parts)} arrays, expected {len(columns)}")
+            for (name, column), array in zip(columns.items(), parts, strict=True):
+                refuse_misfit(name, array, column.shape, column.dtype)
+                contents[name], attributes[name] = array, column.attributes
+            offsets = parts[1] if len(parts) == 2 else None
+            if offsets is not None and (
+                offsets[0] != 0 or offsets[-1] != len(parts[0]) or (np.diff(offsets) < 0).any()
+            ):
                 raise FeatureError(f"{each.name}: offsets must rise from 0 to {len(parts[0])}")
-        file = publish(self.path / "features", f"{len(self._manifest.shards):06d}", build(contents))
+            refuse_non_finite(each, parts[0], offsets)
+        file = self._publish("features", len(self._manifest.shards), build(contents, attributes))
         self._commit(self._manifest.with_shard(Shard(file, len(keys), dict(provenance))))
-        self._rows += len(keys)
+        self._keys.append(np.array(keys))
         self._index = None
 
-    def finish(self, examples: Examples, *, keep_inputs: bool = False) -> None:
+    def finish(self, examples: Labelled, *, keep_inputs: bool = False) -> None:
         """Commit a dataset whose rows are all in the cache, in place of the one before.
 
-        A dataset equal to the current one changes no byte. Raises ``InputError`` when rows are not in the cache.
+        ``keep_inputs`` stores the contents too. A dataset equal to the current one changes no byte.
+
+        Raises ``InputError`` when rows are not in the cache.
         """
-        inputs = _packed(examples.contents()) if keep_inputs else None
-        numbers = getattr(examples, "numbers", None)
+        ids = examples.ids
         self.commit_dataset(
-            examples.keys, examples.targets, examples.task, examples.class_names, examples.split, examples.split_names,
-            ids=None if examples.ids.data is None else (examples.ids.data, examples.ids.offsets),
-            inputs=inputs, numbers=numbers,
-        )  # fmt: skip
+            examples.keys,
+            examples.targets,
+            examples.task,
+            examples.class_names,
+            examples.split,
+            examples.split_names,
+            ids=None if ids.data is None or ids.offsets is None else (ids.data, ids.offsets),
+            inputs=packed(examples.contents()) if keep_inputs else None,
+            numbers=examples.numbers,
+            whole_rows=None if examples.numbers is None else sum(part.rows for part in examples.parts),
+        )
 
     def commit_dataset(
         self,
@@ -134,73 +209,142 @@ class CacheWriter:
         ids: tuple[Any, Any] | None = None,
         inputs: tuple[Any, Any] | None = None,
         numbers: Rows | None = None,
+        whole_rows: int | None = None,
     ) -> None:
-        """Commit a dataset given by its columns; see ``finish``. ``numbers`` marks a part, to be merged later."""
+        """Commit a dataset given by its columns; see ``finish``.
+
+        ``ids`` and ``inputs`` are (u1 values, int64 offsets). ``numbers`` int64 [N] are the row numbers of a part in
+        the whole, which has ``whole_rows``.
+        """
+        self._refuse_closed()
         rows = self.lookup(keys)
-        missing = int((rows < 0).sum())
-        if missing:
-            first = int(np.flatnonzero(rows < 0)[0])
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
             raise InputError(
-                f"{missing:,} of {len(keys):,} rows are not in {self.path} (the first is row {first}): "
+                f"{len(missing):,} of {len(keys):,} rows are not in {self.path} (the first is row {int(missing[0])}): "
                 f"extract them first with embedcache extract INPUT -o {self.path}"
             )
         contents: dict[str, npt.NDArray[Any]] = {"row": rows, "split": np.asarray(split, np.uint8)}
         if task is not None and targets is not None:
-            contents["target"] = np.asarray(targets, {"classification": "<i8", "multilabel": "u1", "regression": "<f8"}[task])
-        for name, packed in (("id", ids), ("input", inputs)):
-            if packed is not None:
-                contents[f"{name}.values"], contents[f"{name}.offsets"] = np.asarray(packed[0], np.uint8), np.asarray(packed[1], np.int64)
+            contents["target"] = np.asarray(targets, TARGETS[task])
+        for name, pair in (("id", ids), ("input", inputs)):
+            if pair is not None:
+                contents[f"{name}.values"] = np.asarray(pair[0], np.uint8)
+                contents[f"{name}.offsets"] = np.asarray(pair[1], np.int64)
         if numbers is not None:
             contents["number"] = np.asarray(numbers, np.int64)
-        columns = contents["target"].shape[1] if "target" in contents and contents["target"].ndim == 2 else 0
+        dataset = Dataset(
+            file=ShardFile("", 0, ""),
+            rows=len(keys),
+            task=task if "target" in contents else None,
+            class_names=tuple(class_names),
+            split_names=tuple(split_names),
+            targets=contents["target"].shape[1] if "target" in contents and contents["target"].ndim == 2 else 0,
+            has_ids=ids is not None,
+            has_inputs=inputs is not None,
+            whole_rows=None if numbers is None else whole_rows if whole_rows is not None else len(keys),
+        )
+        refuse_misfits(dataset, contents)
         data = build(contents)
         former = self._manifest.examples
-        facts = (len(keys), task if "target" in contents else None, tuple(class_names), tuple(split_names), columns, ids is not None, inputs is not None, numbers is not None)
         if former is not None and self._manifest.complete:
-            from embedcache.fingerprint import sha256_bytes
-
-            if former == Dataset(replace(former.file, bytes=len(data), sha256=sha256_bytes(data)), *facts):
+            same = replace(former.file, bytes=len(data), sha256=sha256_bytes(data))
+            if former == replace(dataset, file=same):
                 return
         # A second generation is numbered by how many there were, so that a resumed run names its file alike.
-        file = publish(self.path / "examples", f"{self._manifest.generation:06d}", data)
-        self._commit(replace(self._manifest, examples=Dataset(file, *facts), complete=True, generation=self._manifest.generation + 1))
-        if former is not None and former.file.name != file.name:
+        number = self._manifest.generation
+        dataset = replace(dataset, file=self._publish("examples", number, data))
+        self._commit(replace(self._manifest, examples=dataset, complete=True, generation=number + 1))
+        if former is not None and former.file.name != dataset.file.name:
             with contextlib.suppress(OSError):  # a reader that still maps it keeps its pages
-                (self.path / "examples" / former.file.name).unlink()
+                os.unlink(self.path / "examples" / former.file.name)
+
+    def _publish(self, folder: str, number: int, data: bytes) -> ShardFile:
+        with self._fatal():
+            return publish(self.path / folder, f"{number:06d}", data)
 
     def _commit(self, manifest: Manifest) -> None:
-        manifest.write(self.path)
+        with self._fatal():
+            manifest.write(self.path)
         self._manifest = manifest
 
-    def _sweep(self) -> None:
-        """Remove what a killed writer left: temporaries, and files that were published but never named."""
-        named = {(folder, file.name) for folder, file in self._manifest.files()}
-        for folder in ("", "features", "examples"):
-            for found in (self.path / folder).iterdir():
-                ours = found.name.endswith(".tmp") and found.name.startswith(".")
-                stray = folder != "" and found.suffix == ".h5" and (folder, found.name) not in named
-                if (ours or stray) and found.is_file():
-                    found.unlink()
-
-
-def lock(path: Path) -> int:
-    """Take the writer's lock on a cache directory. Raises ``CacheLockedError`` at once when another process has it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    if fcntl is not None:
+    @contextlib.contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """Once a commit has failed, what is on disk is for the next writer to find out."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it") from None
-    return descriptor
+            yield
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _refuse_closed(self) -> None:
+        if self._failed:
+            raise CacheError(
+                f"writing to {self.path} failed before: run the same command again; what was committed is kept"
+            )
+        if self._lock is None:
+            raise CacheError(f"{self.path} is not open for writing: use the writer in a with block")
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer can have left: temporaries, and what it published but did not come to name.
+
+        Anything else that the manifest does not name is left alone: it may be what is left of a better manifest.
+        """
+        named = {(folder, file.name) for folder, file in self._manifest.files()}
+        for folder in ("", *manifests.FOLDERS):
+            for found in (self.path / folder).iterdir():
+                stray = folder != "" and FILE_NAME.fullmatch(found.name) and (folder, found.name) not in named
+                if stray and folder == "features":
+                    stray = int(found.name.split("-")[0]) == len(self._manifest.shards)
+                if (stray or _TEMPORARY.fullmatch(found.name)) and not found.is_dir():
+                    with contextlib.suppress(OSError):
+                        os.unlink(found)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a directory without a manifest may become a cache: it is empty, or a killed first run's."""
-    return path.is_dir() and all(
-        found.name in ("features", "examples") or (found.name.startswith(".manifest.json.") and found.name.endswith(".tmp"))
-        for found in path.iterdir()
-    )
+def lock(path: Path) -> contextlib.ExitStack:
+    """Take the writer's lock on a cache directory; closing what is returned gives it back.
+
+    The lock is on the directory itself and leaves nothing behind. Network file systems that lock only what is open for
+    writing get a lock file, removed afterwards.
+
+    Raises ``CacheLockedError`` at once when another writer has it, ``CacheError`` where locks do not work at all.
+    """
+    if fcntl is None:
+        raise CacheError(f"cannot write {path}: writing a cache needs a POSIX system; reading does not")
+    file = path / _LOCK
+    for attempt in range(100):
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = os.open(path, os.O_RDONLY) if not attempt else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if attempt:
+                    # The one who had the lock may have removed the file after it was opened here.
+                    there = os.stat(file) if file.exists() else None
+                    if there is None or not os.path.samestat(there, os.fstat(descriptor)):
+                        continue
+                    stack.callback(os.unlink, file)
+                return stack.pop_all()
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and isinstance(error, BlockingIOError):
+                    raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it") from None
+                if attempt or error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise CacheError(f"cannot lock {path}: {explain(error)}") from error
+    raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise ``CacheError`` unless a path without a manifest may become a cache: it is empty, or a killed first run's."""
+    if not path.is_dir():
+        raise CacheError(f"{path} is a file: choose a new or an empty directory")
+    for found in path.iterdir():
+        if found.name in manifests.FOLDERS and found.is_dir() and not found.is_symlink():
+            if any(FILE_NAME.fullmatch(inside.name) for inside in found.iterdir()):
+                raise CacheError(
+                    f"{path} holds {found.name} but no {manifests.NAME}: restore that from a copy, or choose another directory"
+                )
+        elif not _TEMPORARY.fullmatch(found.name) and found.name != _LOCK:
+            raise CacheError(f"{path} exists and is no feature cache: choose a new or an empty directory")
 
 
 def refuse_misfit(name: str, array: Any, shape: tuple[int | None, ...], dtype: np.dtype[Any]) -> None:
@@ -210,15 +354,35 @@ def refuse_misfit(name: str, array: Any, shape: tuple[int | None, ...], dtype: n
         raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {dtype} {shape}")
 
 
-def refuse_non_finite(feature: FeatureSet, values: npt.NDArray[Any]) -> None:
+def refuse_non_finite(feature: FeatureSet, values: npt.NDArray[Any], offsets: npt.NDArray[Any] | None = None) -> None:
     """Raise ``FeatureError`` naming the set and the first row that holds NaN or infinity."""
     wrong = (values & 0x7F80) == 0x7F80 if feature.dtype == "bfloat16" else ~np.isfinite(values)
     if wrong.any():
         row = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
+        if offsets is not None:
+            row = int(np.searchsorted(offsets, row, side="right")) - 1
         raise FeatureError(f"{feature.name}: row {row} holds NaN or infinity, which no head can use")
 
 
-def _packed(contents: Iterator[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def refuse_misfits(dataset: Dataset, contents: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raise ``InputError`` unless the columns of a dataset fit one another and the names."""
+    split, target = contents["split"], contents.get("target")
+    if any(len(contents[name]) != dataset.rows for name in ("split", "target", "number") if name in contents):
+        raise InputError(f"the columns of the dataset have other lengths than its {dataset.rows} rows")
+    if len(split) and int(split.max()) >= len(dataset.split_names):
+        raise InputError(f"split {int(split.max())} has no name: there are {len(dataset.split_names)}")
+    if target is None:
+        return
+    if target.ndim != (1 if dataset.task == "classification" else 2):
+        raise InputError(f"targets of shape {target.shape} do not fit the task {dataset.task}")
+    if target.ndim == 2 and target.shape[1] != len(dataset.class_names):
+        raise InputError(f"{target.shape[1]} targets and {len(dataset.class_names)} names")
+    if target.ndim == 1 and len(target) and not (-1 <= target.min() and target.max() < len(dataset.class_names)):
+        raise InputError(f"a class outside of the {len(dataset.class_names)} that are named")
+
+
+def packed(contents: Iterable[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Put byte strings into one buffer: u1 values and int64 offsets [n + 1]."""
     data = bytearray()
     ends = [0]
     for content in contents:
@@ -227,7 +391,9 @@ def _packed(contents: Iterator[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArr
     return np.frombuffer(data, np.uint8), np.array(ends, np.int64)
 
 
-def known_rows(path: Path | str | None, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet], keys: Keys) -> Rows:
+def known_rows(
+    path: Path | str | None, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet], keys: Keys
+) -> Rows:
     """Return what ``CacheWriter.lookup`` would, without a lock and without writing; all -1 where there is no cache."""
     if path is None:
         return np.full(len(keys), -1, np.int64)
@@ -246,5 +412,3 @@ def read_spec(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     except CacheNotFoundError:
         return None
     return dict(manifest.spec), dict(manifest.shards[-1].provenance) if manifest.shards else {}
-
-

@@ -59,9 +59,9 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     if dry_run:
         forecast = extraction.forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
         return print_json(forecast.to_json()) if as_json else click.echo(forecast.to_text())
-    if (hint := extraction.compile_hint(examples, backbone)) is not None:
-        click.echo(f"note: {hint}", err=True)
     assert output_dir is not None
+    if (hint := extraction.compile_hint(examples, backbone, output_dir)) is not None:
+        click.echo(f"note: {hint}", err=True)
     report = extraction.run(
         examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads
     )  # fmt: skip

@@ -152,9 +152,12 @@ def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]], scale: float) -> li
     ]
 
 
-def compile_hint(examples: Examples, backbone: Backbone, rows: int) -> str | None:
-    """Return one line when ``rows`` new rows are so many that compiling would pay, judged by two batches."""
-    if backbone.identity.get("execution") != "eager" or rows < 2000:
+def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str) -> str | None:
+    """Return one line when so many rows are new that compiling would pay, judged by two batches; else None."""
+    known = known_rows(output_dir, dict(backbone.identity), backbone.feature_sets, examples.keys)
+    rows = len(new_rows(examples, known))
+    # A cache that exists has decided already; a few thousand rows never pay.
+    if backbone.identity.get("execution") != "eager" or rows < 5000 or (known >= 0).any():
         return None
     sample = np.unique(np.linspace(0, len(examples.keys) - 1, 256).astype(np.int64))
     prepared = backbone.prepare(list(examples.contents(sample)))

@@ -1,0 +1,184 @@
+"""Rows of a feature set out of many shards: mapped where they lie together, else copied, a shard at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.cache.index import Rows
+from embedcache.errors import CorruptCacheError, InputError
+from embedcache.shard import FeatureSet, Placed
+
+Array = npt.NDArray[Any]
+_READERS = 4
+_MAP_FIXED = 0x10
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Stored rows that follow one another in one file: ``shape`` is [rows, ...] of ``dtype``."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they are."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def rows(self, start: int, stop: int) -> Piece:
+        """Return rows ``start`` to ``stop`` of the piece."""
+        row_bytes = int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
+        return Piece(self.path, self.offset + start * row_bytes, (stop - start, *self.shape[1:]), self.dtype)
+
+    def map(self) -> Array:
+        """Map the rows, read-only."""
+        return Placed(self.offset, self.shape, self.dtype).map(self.path)
+
+
+def take(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], places: Rows) -> Array:
+    """Return the rows at ``places`` int64 [n] as float32 [n, D] or [n, L, D].
+
+    ``starts`` int64 [shards + 1] says where each shard's rows begin, and ``piece`` gives a shard's rows. Read-only and
+    without a copy where the rows follow one another and float32 is what is stored, within one shard on any system and
+    across shards on 64-bit Linux when every shard but the last is whole pages long.
+    """
+    if len(places) and (int(places.min()) < 0 or int(places.max()) >= int(starts[-1])):
+        raise InputError(f"places must lie in [0, {int(starts[-1])}), and -1 is a row that is not in the cache")
+    if not len(places):
+        return np.zeros((0, *feature.row_shape), np.float32)
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 == len(places) and bool((np.diff(places) == 1).all()):
+        return _together(feature, starts, piece, first, last + 1)
+    return _scattered(feature, starts, piece, places)
+
+
+def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], start: int, stop: int) -> Array:
+    first, last = (int(np.searchsorted(starts, row, side="right")) - 1 for row in (start, stop - 1))
+    bounds = [int(each) for each in starts[first : last + 2]]
+    whole = [piece(shard) for shard in range(first, last + 1)]
+    if feature.dtype == "float32":
+        if len(whole) == 1:
+            return whole[0].rows(start - bounds[0], stop - bounds[0]).map()
+        mapped = side_by_side(whole)
+        if mapped is not None:
+            return mapped[start - bounds[0] : stop - bounds[0]]
+    out = np.empty((stop - start, *feature.row_shape), np.float32)
+
+    def read(at: int) -> None:
+        begin, end = max(start, bounds[at]), min(stop, bounds[at + 1])
+        into = out[begin - start : end - start]
+        mine = whole[at].rows(begin - bounds[at], end - bounds[at])
+        if feature.dtype == "float32":
+            read_into(into, mine)
+        else:
+            decode(mine.map(), feature.dtype, into)
+
+    _parallel(read, range(len(whole)))
+    return out
+
+
+def _scattered(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], places: Rows) -> Array:
+    out = np.empty((len(places), *feature.row_shape), np.float32)
+    shards = np.searchsorted(starts, places, side="right") - 1
+    ordered = bool((np.diff(shards) >= 0).all())
+    order = np.arange(len(places)) if ordered else np.argsort(shards, kind="stable")
+    cuts = np.flatnonzero(np.diff(shards[order])) + 1
+    bounds = [0, *cuts.tolist(), len(places)]
+
+    def copy(at: int) -> None:
+        begin, end = bounds[at], bounds[at + 1]
+        mine = order[begin:end]
+        shard = int(shards[mine[0]])
+        wanted = places[mine] - starts[shard]
+        stored = piece(shard).map()
+        if not ordered:
+            out[mine] = decode(stored[wanted], feature.dtype)
+        elif feature.dtype == "float32":
+            np.take(stored, wanted, axis=0, out=out[begin:end], mode="clip")  # "raise" would copy through a buffer
+        else:
+            decode(stored[wanted], feature.dtype, out[begin:end])
+
+    _parallel(copy, range(len(bounds) - 1))
+    return out
+
+
+def _parallel(work: Callable[[int], None], items: Iterable[int]) -> None:
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(work, items))
+
+
+def decode(stored: Array, dtype: str, out: Array | None = None) -> Array:
+    """Return stored values as float32, exactly; into ``out`` float32 of the same shape where it is given."""
+    if dtype == "float32" and out is None:
+        return stored
+    if out is None:
+        out = np.empty(stored.shape, np.float32)
+    if dtype == "bfloat16":
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = stored
+    return out
+
+
+def read_into(out: Array, piece: Piece) -> None:
+    """Read float32 rows into ``out``: cheaper than copying from a map, which faults on every page."""
+    view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    with open(piece.path, "rb", buffering=0) as file:
+        file.seek(piece.offset)
+        while len(view):
+            got = file.readinto(view)
+            if not got:
+                raise CorruptCacheError(f"{piece.path} ends early: restore it from a copy")
+            view = view[got:]
+
+
+def side_by_side(pieces: Sequence[Piece]) -> Array | None:
+    """Map pieces of float32 next to one another, read-only, as one array without a copy; None where that cannot be.
+
+    Every piece starts on a page of its file, and every one but the last is whole pages long.
+    """
+    page = mmap.PAGESIZE
+    fits = all(piece.offset % page == 0 for piece in pieces) and all(piece.nbytes % page == 0 for piece in pieces[:-1])
+    if not (fits and sys.platform == "linux" and sys.maxsize > 2**32):
+        return None
+    sizes = [piece.nbytes for piece in pieces]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        # Python owns this range and unmaps all of it, whatever has been mapped over it, when the last array goes.
+        reserved = mmap.mmap(-1, sum(sizes), flags=flags, prot=mmap.PROT_READ)
+        address = np.frombuffer(reserved, np.uint8).__array_interface__["data"][0]
+        call = ctypes.CDLL(None, use_errno=True).mmap
+        call.restype = ctypes.c_void_p
+        call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+        for piece, size in zip(pieces, sizes, strict=True):
+            descriptor = os.open(piece.path, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size < piece.offset + size:
+                    raise CorruptCacheError(f"{piece.path} ends early: restore it from a copy")
+                shared = mmap.MAP_SHARED | _MAP_FIXED
+                if call(address, size, mmap.PROT_READ, shared, descriptor, piece.offset) != address:
+                    return None
+            finally:
+                os.close(descriptor)
+            address += size
+    except (ValueError, AttributeError, OSError) as error:
+        if isinstance(error, CorruptCacheError):
+            raise
+        return None
+    rows = sum(piece.shape[0] for piece in pieces)
+    dtype = np.dtype(pieces[0].dtype)
+    shape = (rows, *pieces[0].shape[1:])
+    return np.frombuffer(reserved, dtype, count=int(np.prod(shape))).reshape(shape)

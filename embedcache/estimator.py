@@ -1,0 +1,143 @@
+"""scikit-learn estimators: heads that fit on features, and a transformer from raw text to cached features."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+
+from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.cache import FeatureCache
+from embedcache.errors import CacheLockedError, FeatureError, InputError
+from embedcache.examples import load_examples
+from embedcache.extract import run
+from embedcache.fingerprint import hash_json
+
+LOCK_PATIENCE = 600.0
+"""Seconds that a transform waits for another process that extracts into the same cache."""
+
+
+class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Raw texts in, features out, each text computed once however often a pipeline is fitted.
+
+    Args:
+        model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
+        pooling: one feature set, such as ``"auto"``, ``"mean"`` or ``"cls@-2"``.
+        cache_dir: where features are kept; None for ``embedcache`` in the user's cache directory.
+        max_length, compute_dtype, device: as in ``load_backbone``.
+
+    The cache is a folder for each backbone and setting, so nothing stale can be returned, and several processes may
+    use it at once: one extracts while the others wait.
+
+    Example::
+
+        make_pipeline(FeatureExtractor(), LogisticRegression()).fit(texts, labels)
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        pooling: str = "auto",
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        max_length: int | None = None,
+        compute_dtype: str = "float32",
+        device: str = "auto",
+    ) -> None:
+        self.model = model
+        self.pooling = pooling
+        self.cache_dir = cache_dir
+        self.max_length = max_length
+        self.compute_dtype = compute_dtype
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
+        """Load the backbone. Nothing is learned from the texts."""
+        backbone = self._backbone()
+        feature = backbone.feature_sets[0]
+        if feature.kind != "pooled":
+            raise FeatureError(f"{feature.name} is not one vector a text: choose a pooling such as mean or cls")
+        self.n_features_out_ = feature.dim
+        return self
+
+    def transform(self, X: Any) -> npt.NDArray[np.float32]:
+        """Return features, float32 [N, D], computing only the texts that were never seen. ``X`` holds N strings."""
+        check_is_fitted(self)
+        texts = _texts(X)
+        if not texts:
+            raise InputError("there are no texts: expected at least one")
+        backbone = self._backbone()
+        path = self._folder(backbone)
+        examples = load_examples([{"text": text} for text in texts], text_column="text", labels="none")
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            places = _places(path, examples.keys)
+            if places is not None:
+                return np.array(places[0].take(places[1]))
+            try:
+                run(examples, backbone, path)
+            except CacheLockedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[np.object_]:
+        """Return ``feature0`` ... ``feature{D-1}``."""
+        check_is_fitted(self)
+        return np.array([f"feature{at}" for at in range(self.n_features_out_)], dtype=object)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        tags.requires_fit = True
+        return tags
+
+    def _backbone(self) -> TextBackbone:
+        return _loaded(self.model, self.pooling, self.max_length, self.compute_dtype, self.device)
+
+    def _folder(self, backbone: TextBackbone) -> Path:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = Path(self.cache_dir) if self.cache_dir is not None else Path(home) / "embedcache" / "features"
+        return root / hash_json(backbone.identity)[:16]
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: str | None, pooling: str, max_length: int | None, dtype: str, device: str) -> TextBackbone:
+    # Pipelines clone their steps at every fit; the backbone is loaded once all the same.
+    return load_backbone(model, features=(pooling,), max_length=max_length, compute_dtype=dtype, device=device)
+
+
+def _texts(X: Any) -> list[str]:
+    if isinstance(X, str):
+        raise InputError("X is one string: expected a list of strings")
+    values = X.iloc[:, 0] if getattr(X, "ndim", 1) == 2 and hasattr(X, "iloc") and X.shape[1] == 1 else X
+    values = values.ravel() if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1 else values
+    texts: Sequence[Any] = list(values)
+    wrong = next((at for at, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None)
+    if wrong is not None:
+        raise InputError(f"X[{wrong}] is {texts[wrong]!r}: expected a text that is not empty")
+    return [str(text) for text in texts]
+
+
+def _places(path: Path, keys: npt.NDArray[np.uint8]) -> tuple[FeatureCache, npt.NDArray[np.int64]] | None:
+    """Return the open cache and where each key is, or None while a key is missing."""
+    from embedcache.errors import CacheNotFoundError, IncompleteCacheError
+
+    try:
+        cache = FeatureCache.open(path)
+    except (CacheNotFoundError, IncompleteCacheError):
+        return None
+    places = cache.lookup(keys)
+    return None if (places < 0).any() else (cache, places)
+
+
+__all__ = ["FeatureExtractor"]

@@ -1,0 +1,180 @@
+"""Backbone + trained head: raw input -> labels and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.backbone import Backbone, load_backbone
+from embedcache.batching import plan
+from embedcache.errors import BackboneError, BackboneMismatchError, InputError
+from embedcache.examples import Examples
+from embedcache.fingerprint import differences
+from embedcache.heads import TrainedHead
+
+WINDOW = 2048
+"""Rows tokenised and batched together: enough company for canonical batches, little enough to stay small."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the head says of one row.
+
+    ``label`` is the class (a tuple of classes for multilabel, a tuple of numbers for regression). ``probabilities``
+    maps each class to its probability, or each target to its value for regression. ``confidence`` is the
+    probability of ``label``, None where there is no such thing.
+    """
+
+    label: Any
+    confidence: float | None
+    probabilities: Mapping[str, float]
+
+
+class Predictor:
+    """A trained head and the backbone that its features come from.
+
+    Example::
+
+        predictor = Predictor.load("runs/best")
+        predictor(["Excellent movie!"])[0].label
+    """
+
+    def __init__(self, head: TrainedHead, backbone: Backbone) -> None:
+        self.head = head
+        self.backbone = backbone
+        refuse_other_backbone(head, backbone)
+
+    @classmethod
+    def load(cls, run: Path | str, *, model: str | None = None, device: str = "auto") -> Predictor:
+        """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
+
+        Raises:
+            BundleError: the folder is no run, or a damaged one.
+            BackboneMismatchError: that backbone, or its settings, are not those the head was trained on.
+        """
+        head = TrainedHead.from_pretrained(run)
+        return cls(head, backbone_of(head, model=model, device=device))
+
+    def __call__(self, texts: Iterable[str]) -> list[Prediction]:
+        """Predict texts, in order."""
+        return list(self.stream(texts))
+
+    def stream(self, texts: Iterable[str]) -> Iterator[Prediction]:
+        """Predict texts one after the other with flat memory."""
+        waiting = iter(texts)
+        number = 0
+        while block := list(islice(waiting, WINDOW)):
+            for at, text in enumerate(block):
+                _refuse_empty(number + at, text)
+            yield from self.contents([text.encode("utf-8") for text in block])
+            number += len(block)
+
+    def contents(self, contents: Sequence[bytes]) -> list[Prediction]:
+        """Predict rows by their canonical content, as ``Examples.contents`` gives it."""
+        return [self._prediction(values) for values in self.head.probabilities(self.features(contents))]
+
+    def stream_examples(self, examples: Examples) -> Iterator[tuple[str, Prediction]]:
+        """Predict every row of an input and yield ``(id, prediction)``, in order, with flat memory."""
+        contents = examples.contents()
+        row = 0
+        while block := list(islice(contents, WINDOW)):
+            for prediction in self.contents(block):
+                yield examples.ids[row], prediction
+                row += 1
+
+    def features(self, contents: Sequence[bytes]) -> Any:
+        """Return what the cache would hold for these rows: [N, D], [N, L, D], or (values, offsets) for tokens."""
+        return features_of(self.backbone, contents, self.head.feature.name)
+
+    def _prediction(self, values: npt.NDArray[Any]) -> Prediction:
+        names = self.head.class_names
+        by_name = {name: float(value) for name, value in zip(names, values, strict=True)}
+        if self.head.task == "regression":
+            return Prediction(tuple(by_name.values()), None, by_name)
+        if self.head.task == "multilabel":
+            chosen = tuple(name for name, on in zip(names, self.head.decide(values[None])[0], strict=True) if on)
+            return Prediction(chosen, None, by_name)
+        best = int(np.argmax(values))
+        return Prediction(names[best], float(values[best]), by_name)
+
+
+def _refuse_empty(number: int, text: object) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"text {number} is {text!r}: expected a text that is not empty")
+
+
+def features_of(backbone: Backbone, contents: Sequence[bytes], name: str) -> Any:
+    """Run a backbone over rows at canonical shapes: the bits a cache would hold, decoded to float32."""
+    prepared = backbone.prepare(contents)
+    lengths = np.asarray(prepared.lengths, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    feature = next(each for each in backbone.feature_sets if each.name == name)
+    rows = int(offsets[-1]) if feature.kind == "tokens" else len(contents)
+    out = np.empty((rows, feature.layers, feature.dim) if feature.kind == "layers" else (rows, feature.dim), np.float32)
+    for batch in plan(lengths, backbone.policy):
+        value = backbone.fetch(backbone.forward(prepared, batch))[name]
+        if feature.kind == "tokens":
+            values, counts = value
+            for row, part in zip(batch.indices, np.split(_decoded(values), np.cumsum(counts)[:-1]), strict=True):
+                out[offsets[row] : offsets[row + 1]] = part
+        else:
+            out[batch.indices] = _decoded(value)
+    return (out, offsets) if feature.kind == "tokens" else out
+
+
+def _decoded(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if values.dtype == np.uint16:  # the bits of bfloat16
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def backbone_of(head: TrainedHead, *, model: str | None = None, device: str = "auto") -> Backbone:
+    """Load the backbone a head was trained on, with the settings it was trained with."""
+    spec = head.extraction
+    if "preprocessing" not in spec:
+        raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not text")
+    text = spec["preprocessing"]
+    asked = model if model is not None else head.model
+    try:
+        return load_backbone(
+            asked,
+            features=(head.feature.name,),
+            max_length=text["max_length"],
+            truncation_side=text["truncation_side"],
+            prompt=text["prompt"],
+            compute_dtype=spec["compute_dtype"],
+            storage_dtype=spec["storage_dtype"],
+            attention=spec["attention"],
+            compiled=spec["execution"] == "compiled",
+            policy=spec["shapes"],
+            device=device,
+        )
+    except BackboneMismatchError:
+        raise
+    except BackboneError as error:
+        if model is None:
+            raise BackboneError(f"{error}; the head was trained on {head.model}: say where it is now with --model") from None
+        raise
+
+
+def refuse_other_backbone(head: TrainedHead, backbone: Backbone) -> None:
+    """Raise ``BackboneMismatchError`` with a readable difference unless these are the head's own features."""
+    trained, here = dict(head.extraction), dict(backbone.identity)
+    trained_features, features = trained.pop("features", {}), here.pop("features", {})
+    name = head.feature.name
+    found = differences(trained, here)
+    if name in trained_features:
+        found += differences(trained_features[name], features.get(name), f"features.{name}")
+    if found:
+        shown = "; ".join(f"{field}: trained on {old!r}, this is {new!r}" for field, old, new in found[:4])
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise BackboneMismatchError(
+            f"the head was trained on the features of another backbone ({shown}{more}): "
+            "its answers would be meaningless; give the same model with --model, or train a head on this one"
+        )
