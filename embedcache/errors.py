@@ -136,7 +136,9 @@ class MissingExtraError(EmbedcacheError, ImportError):
     """An optional package is not installed."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs the package {package}, which is not installed: run pip install 'embedcache[{extra}]'")
+        super().__init__(
+            f"{what} needs the package {package}, which is not installed: run pip install 'embedcache[{extra}]'"
+        )
 
 
 class Interrupted(EmbedcacheError, RuntimeError):

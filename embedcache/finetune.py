@@ -47,7 +47,9 @@ class FeatureBasedModel(nn.Module):
     def __init__(self, backbone: TextBackbone, head: nn.Module, *, freeze_backbone: bool = True) -> None:
         super().__init__()
         if len(backbone.specs) != 1:
-            raise SpecError(f"a live model reads one feature set, got {', '.join(spec.name for spec in backbone.specs)}")
+            raise SpecError(
+                f"a live model reads one feature set, got {', '.join(spec.name for spec in backbone.specs)}"
+            )
         self.extractor = backbone
         self.backbone: nn.Module = backbone.network
         self.head = head
@@ -123,7 +125,13 @@ class TextClassificationPipeline:
     """
 
     def __init__(
-        self, model_name: str | None = None, num_classes: int = 3, *, head: str = "linear", seed: int = 0, **options: Any
+        self,
+        model_name: str | None = None,
+        num_classes: int = 3,
+        *,
+        head: str = "linear",
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         self.model = FeatureBasedModel.from_pretrained(model_name, num_classes, head, seed=seed, **options)
         self.num_classes = num_classes
@@ -174,7 +182,9 @@ class TextClassificationPipeline:
     def _labels(self, labels: Sequence[int], count: int) -> npt.NDArray[np.int64]:
         array = np.asarray(labels)
         if array.shape != (count,) or array.dtype.kind not in "iu":
-            raise InputError(f"expected {count} whole-number labels, one for each text, got {array.dtype} {array.shape}")
+            raise InputError(
+                f"expected {count} whole-number labels, one for each text, got {array.dtype} {array.shape}"
+            )
         if array.min() < 0 or array.max() >= self.num_classes:
             raise InputError(f"labels run from {array.min()} to {array.max()}: expected 0 to {self.num_classes - 1}")
         return array.astype(np.int64)

@@ -159,7 +159,9 @@ def backbone_of(head: TrainedHead, *, model: str | None = None, device: str = "a
         raise
     except BackboneError as error:
         if model is None:
-            raise BackboneError(f"{error}; the head was trained on {head.model}: say where it is now with --model") from None
+            raise BackboneError(
+                f"{error}; the head was trained on {head.model}: say where it is now with --model"
+            ) from None
         raise
 
 

@@ -85,7 +85,9 @@ def _layer_range(part: str, text: str) -> Sequence[int]:
         return [int(part)]
     first, last = (int(end) for end in part.split(".."))
     if (first < 0) != (last < 0) or last < first:
-        raise SpecError(f"{text!r}: a range of layers goes from the lower to the higher, both counted from the same end")
+        raise SpecError(
+            f"{text!r}: a range of layers goes from the lower to the higher, both counted from the same end"
+        )
     return range(first, last + 1)
 
 
@@ -134,7 +136,9 @@ class TrainSpec:
     def __post_init__(self) -> None:
         _check(self.solver in ("minibatch", "convex"), "solver", self.solver, "minibatch or convex")
         _check(self.optimizer in ("adamw", "sgd"), "optimizer", self.optimizer, "adamw or sgd")
-        _check(self.schedule in ("constant", "linear", "cosine"), "schedule", self.schedule, "constant, linear or cosine")
+        _check(
+            self.schedule in ("constant", "linear", "cosine"), "schedule", self.schedule, "constant, linear or cosine"
+        )
         _check(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _check(_positive(self.learning_rate), "learning_rate", self.learning_rate, "a positive number")
@@ -155,5 +159,3 @@ def _positive(value: float, zero: bool = False) -> bool:
 def _check(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise SpecError(f"{name} is {value!r}: expected {expected}")
-
-

@@ -39,7 +39,9 @@ def seconds(work: Callable[[], Any]) -> float:
 def texts(count: int) -> list[dict[str, str]]:
     import csv
 
-    made = subprocess.run([sys.executable, REPO / "data" / "prepare.py", "movie-reviews"], check=True, capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, REPO / "data" / "prepare.py", "movie-reviews"], check=True, capture_output=True, text=True
+    )
     with open(made.stdout.strip().splitlines()[-1], newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [{"text": each["text"], "label": each["label"]} for each in rows[:count]]
@@ -79,7 +81,11 @@ def extraction(rows: int) -> None:
             for name, value in measured.items():
                 times.setdefault(name, []).append(value)
     best = {name: statistics.median(values) for name, values in times.items()}
-    row(f"extraction vs SentenceTransformer.encode, float32, eager ({rows:,} texts)", f"{best['st float32'] / best['float32']:.2f}x", "1.1x")
+    row(
+        f"extraction vs SentenceTransformer.encode, float32, eager ({rows:,} texts)",
+        f"{best['st float32'] / best['float32']:.2f}x",
+        "1.1x",
+    )
     row("the same, bfloat16 against its float32, eager", f"{best['st float32'] / best['bfloat16']:.2f}x", "3x (AMX)")
     row("the same, bfloat16 against its bfloat16, eager", f"{best['st bfloat16'] / best['bfloat16']:.2f}x", "1.1x")
     for dtype, bars in (("float32", ("1.35x",)), ("bfloat16", ("1.6x", "4.5x (AMX)"))):
@@ -89,23 +95,39 @@ def extraction(rows: int) -> None:
         overhead = max(cold - marginal, 0.0)
         saved = (best[dtype] - marginal) / rows
         even = f"{overhead / saved:,.0f} rows" if saved > 0 else "never"
-        row(f"compiled and warm, {dtype} against its {dtype}", f"{best[f'st {dtype}'] / marginal:.2f}x (compile {overhead:.0f} s, even after {even})", bars[0])
+        row(
+            f"compiled and warm, {dtype} against its {dtype}",
+            f"{best[f'st {dtype}'] / marginal:.2f}x (compile {overhead:.0f} s, even after {even})",
+            bars[0],
+        )
         if dtype == "bfloat16":
             row("compiled and warm, bfloat16 against its float32", f"{best['st float32'] / marginal:.2f}x", bars[1])
 
     from transformers import AutoModel, AutoTokenizer
 
     folder = resolve_model(None)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
 
     def tutorial() -> None:
         for at in range(0, rows, 16):
-            inputs = tokenizer([each["text"] for each in first[at : at + 16]], padding="max_length", max_length=128, truncation=True, return_tensors="pt")
+            inputs = tokenizer(
+                [each["text"] for each in first[at : at + 16]],
+                padding="max_length",
+                max_length=128,
+                truncation=True,
+                return_tensors="pt",
+            )
             with torch.no_grad():
                 model(**inputs)
 
     epoch = seconds(tutorial)
-    row("extraction once vs the tutorial's loop (pad to 128, batches of 16), 5 epochs", f"{5 * epoch / best['float32']:.1f}x (its epoch {epoch:.0f} s, measured once, times 5)")
+    row(
+        "extraction once vs the tutorial's loop (pad to 128, batches of 16), 5 epochs",
+        f"{5 * epoch / best['float32']:.1f}x (its epoch {epoch:.0f} s, measured once, times 5)",
+    )
 
 
 def peak(rows: int) -> None:
@@ -123,7 +145,11 @@ def peak(rows: int) -> None:
         backbone = load_backbone(compute_dtype=dtype)
         prepared = backbone.prepare(contents)
         batches = plan(prepared.lengths, backbone.policy)
-        weights = sum(module.weight.numel() for module in backbone.network.encoder.modules() if isinstance(module, torch.nn.Linear))
+        weights = sum(
+            module.weight.numel()
+            for module in backbone.network.encoder.modules()
+            if isinstance(module, torch.nn.Linear)
+        )
         attention = sum(4 * batch.rows * batch.length**2 * backbone.feature_sets[0].dim * 6 for batch in batches)
         operations = 2 * weights * batches.computed + attention
         taken = seconds(lambda: [backbone.fetch(backbone.forward(prepared, batch)) for batch in batches])  # noqa: B023
@@ -133,8 +159,12 @@ def peak(rows: int) -> None:
         events = recorded.key_averages()
         whole = sum(event.self_cpu_time_total for event in events)
         top = sorted(events, key=lambda event: -event.self_cpu_time_total)[:5]
-        shares = ", ".join(f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / whole:.0%}" for event in top)
-        row(f"share of the GEMM peak, {dtype} ({gemm / 1e9:,.0f} GFLOP/s)", f"{operations / taken / gemm:.0%}; {shares}")
+        shares = ", ".join(
+            f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / whole:.0%}" for event in top
+        )
+        row(
+            f"share of the GEMM peak, {dtype} ({gemm / 1e9:,.0f} GFLOP/s)", f"{operations / taken / gemm:.0%}; {shares}"
+        )
 
 
 def writing(rows: int) -> None:
@@ -155,11 +185,18 @@ def writing(rows: int) -> None:
     ratios = []
     for turn in range(6):
         kept = once()
-        with patch.object(CacheWriter, "append", lambda *_: None), patch.object(CacheWriter, "finish", lambda *_, **__: None):
+        with (
+            patch.object(CacheWriter, "append", lambda *_: None),
+            patch.object(CacheWriter, "finish", lambda *_, **__: None),
+        ):
             thrown = once()
         if turn:
             ratios.append(kept / thrown)
-    row("extraction with commits vs discarding features (bfloat16, shards of 1,024 rows)", f"{statistics.median(ratios) - 1:+.1%}", "at most +3 %")
+    row(
+        "extraction with commits vs discarding features (bfloat16, shards of 1,024 rows)",
+        f"{statistics.median(ratios) - 1:+.1%}",
+        "at most +3 %",
+    )
 
 
 def reading(rows: int) -> None:
@@ -177,17 +214,27 @@ def reading(rows: int) -> None:
             with CacheWriter(path, {"made": "up"}, [FeatureSet("mean", "pooled", dim, 1, "float32")]) as writer:
                 for part in np.array_split(np.arange(count), shards):
                     writer.append(keys[part], {"mean": x[part]}, {})
-                writer.commit_dataset(keys, np.zeros(count, np.int64), "classification", ["a"], np.zeros(count, np.uint8), ["train"])
+                writer.commit_dataset(
+                    keys, np.zeros(count, np.int64), "classification", ["a"], np.zeros(count, np.uint8), ["train"]
+                )
             cache = FeatureCache.open(path)
             theirs, ours = [], []
             for _ in range(9):
                 theirs.append(seconds(lambda: np.load(f"{folder}/x.npy", mmap_mode="r").sum()))
                 ours.append(seconds(lambda: cache.arrays("train")[0].sum()))  # noqa: B023
-            row(f"arrays() and a pass vs a memory-mapped .npy, rows in {shards} shard{'s' * (shards > 1)}", f"{statistics.median(theirs) / statistics.median(ours):.2f}x", bar)
+            row(
+                f"arrays() and a pass vs a memory-mapped .npy, rows in {shards} shard{'s' * (shards > 1)}",
+                f"{statistics.median(theirs) / statistics.median(ours):.2f}x",
+                bar,
+            )
         opened = []
         for _ in range(5):
             opened.append(seconds(lambda: FeatureCache.open(path)))
-        row(f"opening a {count:,} x {dim} cache of 60 shards again", f"{statistics.median(opened) * 1000:.0f} ms", "50 ms for 1M rows")
+        row(
+            f"opening a {count:,} x {dim} cache of 60 shards again",
+            f"{statistics.median(opened) * 1000:.0f} ms",
+            "50 ms for 1M rows",
+        )
 
 
 def memory(rows: int) -> None:
@@ -202,8 +249,12 @@ def memory(rows: int) -> None:
     for count in (10_000, 100_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "rows.csv"
-            source.write_text("text,label\n" + "".join(f"row number {at} of the file,{at % 3}\n" for at in range(count)))
-            done = subprocess.run([sys.executable, "-c", script, REPO, source, f"{folder}/c"], check=True, capture_output=True, text=True)
+            source.write_text(
+                "text,label\n" + "".join(f"row number {at} of the file,{at % 3}\n" for at in range(count))
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", script, REPO, source, f"{folder}/c"], check=True, capture_output=True, text=True
+            )
             said.append(f"{count:,}: {int(done.stdout) / 1024:,.0f} MiB")
     row("peak resident memory of an extraction x 384 by rows", ", ".join(said), "flat")
 

@@ -22,8 +22,13 @@ class FakeRows:
 class CountingBackbone:
     """Features of a row: bytes of its content, hashed; ``token`` sets have one vector per byte."""
 
-    def __init__(self, dim: int = 5, *, tokens: bool = False, name: str = "fake", positions: int = 64, slow: float = 0.0) -> None:
-        self.identity: dict[str, Any] = {"backbone": {"architecture": "Fake", "weights": name}, "shapes": {"positions": positions}}
+    def __init__(
+        self, dim: int = 5, *, tokens: bool = False, name: str = "fake", positions: int = 64, slow: float = 0.0
+    ) -> None:
+        self.identity: dict[str, Any] = {
+            "backbone": {"architecture": "Fake", "weights": name},
+            "shapes": {"positions": positions},
+        }
         self.provenance = {"device": "fake"}
         self.feature_sets: tuple[FeatureSet, ...] = (FeatureSet("mean", "pooled", dim, 1, "float32"),)
         if tokens:

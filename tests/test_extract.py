@@ -23,7 +23,10 @@ from embedcache.extract import extract, forecast, parse_part, run
 
 
 def rows(texts: list[str], labels: list[str] | None = None) -> list[dict[str, str]]:
-    return [{"text": text, "label": (labels or ["a", "b"])[at % 2] if labels is None else labels[at]} for at, text in enumerate(texts)]
+    return [
+        {"text": text, "label": (labels or ["a", "b"])[at % 2] if labels is None else labels[at]}
+        for at, text in enumerate(texts)
+    ]
 
 
 def words(count: int, start: int = 0) -> list[str]:
@@ -143,7 +146,12 @@ def test_interrupted_and_resumed_is_byte_identical(tmp_path: Path, at: int) -> N
 
 def test_a_failing_backbone_loses_nothing_committed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the GPU fell off"):
-        extract(rows(words(40)), output_dir=tmp_path / "c", backbone=Breaks(9, RuntimeError("the GPU fell off")), rows_per_shard=6)
+        extract(
+            rows(words(40)),
+            output_dir=tmp_path / "c",
+            backbone=Breaks(9, RuntimeError("the GPU fell off")),
+            rows_per_shard=6,
+        )
     backbone = CountingBackbone()
     extract(rows(words(40)), output_dir=tmp_path / "c", backbone=backbone, rows_per_shard=6)
     assert 0 < len(backbone.rows_seen) < 40

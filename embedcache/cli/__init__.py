@@ -25,7 +25,9 @@ class Commands(click.Group):
         """Return the commands' names in the order in which they were added."""
         return list(self.commands)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or name the nearest one there is."""
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake costs one line on stderr."""
     try:
-        result: Any = cli.main(args=None if arguments is None else list(arguments), prog_name="embedcache", standalone_mode=False)
+        result: Any = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="embedcache", standalone_mode=False
+        )
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -78,7 +82,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
-        click.echo("error: out of memory: use a smaller --max-length, fewer feature sets or a machine with more memory", err=True)
+        click.echo(
+            "error: out of memory: use a smaller --max-length, fewer feature sets or a machine with more memory",
+            err=True,
+        )
         return 1
     except OSError as error:
         click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)

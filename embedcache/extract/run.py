@@ -60,11 +60,15 @@ class ExtractionReport:
 
     def to_text(self, where: Path | str) -> str:
         """Say it in a few lines."""
-        lines = [f"{self.rows:,} rows ({self.unique:,} unique) in {where}: {self.extracted:,} extracted, {self.reused:,} already there"]
+        lines = [
+            f"{self.rows:,} rows ({self.unique:,} unique) in {where}: {self.extracted:,} extracted, {self.reused:,} already there"
+        ]
         if self.extracted:
             rate = f"{self.extracted / self.seconds:,.0f} rows/s, {self.tokens / self.seconds:,.0f} tokens/s"
             padding = f"{self.computed / max(self.tokens, 1):.3f} positions computed for each real one"
-            lines.append(f"{self.seconds:.1f} s, {rate}; {self.batches:,} forward passes, {padding}; {self.shards} new shards")
+            lines.append(
+                f"{self.seconds:.1f} s, {rate}; {self.batches:,} forward passes, {padding}; {self.shards} new shards"
+            )
         if self.truncated:
             lines.append(f"{self.truncated:,} rows were longer than the model reads and were cut")
         return "\n".join(lines)
@@ -100,7 +104,9 @@ class Bar:
     def __init__(self, title: str = "extract") -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=title, unit="tok", unit_scale=True, disable=None if sys.stderr.isatty() else True, mininterval=0.2)
+        self._bar = tqdm(
+            desc=title, unit="tok", unit_scale=True, disable=None if sys.stderr.isatty() else True, mininterval=0.2
+        )
         self._rows = 0
         self._start = time.perf_counter()
 
@@ -112,7 +118,9 @@ class Bar:
         """Move the bar."""
         self._rows += rows
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{self._rows / max(time.perf_counter() - self._start, 1e-9):,.0f} rows/s", refresh=False)
+            self._bar.set_postfix_str(
+                f"{self._rows / max(time.perf_counter() - self._start, 1e-9):,.0f} rows/s", refresh=False
+            )
             self._bar.update(tokens)
 
     def close(self) -> None:
@@ -236,7 +244,9 @@ def compute(window: Window, backbone: Backbone, batches: Plan, done: Callable[[i
             if isinstance(value, tuple):
                 values, counts = value
                 if not np.array_equal(counts, lengths[batch.indices]):
-                    raise FeatureError(f"{name}: the backbone gave {counts.sum()} token vectors for {lengths[batch.indices].sum()} tokens")
+                    raise FeatureError(
+                        f"{name}: the backbone gave {counts.sum()} token vectors for {lengths[batch.indices].sum()} tokens"
+                    )
                 for row, part in zip(batch.indices, np.split(values, np.cumsum(counts)[:-1]), strict=True):
                     arrays[name][0][offsets[row] : offsets[row + 1]] = part
             else:
@@ -291,7 +301,10 @@ def run(
     """
     start = time.perf_counter()
     counts = {"extracted": 0, "truncated": 0, "batches": 0, "tokens": 0, "computed": 0, "shards": 0}
-    with CacheWriter(Path(output_dir), dict(backbone.identity), backbone.feature_sets) as writer, torch_threads(threads):
+    with (
+        CacheWriter(Path(output_dir), dict(backbone.identity), backbone.feature_sets) as writer,
+        torch_threads(threads),
+    ):
         known = writer.lookup(examples.keys)
         todo = new_rows(examples, known)
         most = shard_rows(backbone.feature_sets, rows_per_shard)
