@@ -1,0 +1,1 @@
+"""A grid of heads over a cache: stacked training, honest selection, statistics."""
