@@ -1,0 +1,19 @@
+"""Heads: linear, MLP, residual, attention; scikit-learn's; saved and loaded without pickle.
+
+==================  ==============================================================
+``registry``        which kinds there are, and how one is built
+``layers``          the layers, each working on one head or on K stacked ones
+``modules``         heads on one vector a row
+``attention``       heads on several vectors a row
+``sklearn_kinds``   heads that scikit-learn fits
+``trained``         a trained head: logits, probabilities, decisions
+``bundle``          its folder on disk, with ``card``, the model card
+==================  ==============================================================
+
+Importing this loads neither torch nor scikit-learn.
+"""
+
+from embedcache.heads.registry import STACKED_OPTIONS, build_head, engine_of, kinds, register_head, stack_key
+from embedcache.heads.trained import TrainedHead
+
+__all__ = ["STACKED_OPTIONS", "TrainedHead", "build_head", "engine_of", "kinds", "register_head", "stack_key"]

@@ -1,0 +1,160 @@
+"""Heads that attend over several vectors a row: its tokens (padded, with a mask), or the layers of the backbone."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from embedcache.errors import SpecError
+from embedcache.heads.layers import Affine, Dropout, Norm
+from embedcache.heads.modules import Head, rate, whole
+from embedcache.shard import FeatureSet, Kind
+
+
+class LayerEmbedding(nn.Module):
+    """A learned vector for each layer of a multi-layer set: without it, attention could not tell layers apart."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers, width))
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw small vectors."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, 0.02, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., B, L, H] -> the same."""
+        return x + (self.weight if self.weight.dim() == 2 else self.weight.unsqueeze(1))
+
+
+class Queries(nn.Module):
+    """Learned queries, [Q, H]."""
+
+    def __init__(self, queries: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(queries, width))
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw queries of about unit length for each attention head's share."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, 1 / math.sqrt(self.weight.shape[-1]), generator=generator)
+
+
+def number_of_heads(kind: str, heads: int | None, width: int) -> int:
+    """Return how many attention heads share a width: as asked, else the most of 8, 4, 2, 1 that divide it.
+
+    Raises ``SpecError`` when they do not divide it.
+    """
+    if heads is None:
+        return next(count for count in (8, 4, 2, 1) if width % count == 0)
+    whole(kind, "heads", heads)
+    if width % heads:
+        near = [count for count in range(1, width + 1) if width % count == 0 and count <= 2 * heads]
+        raise SpecError(
+            f"{kind}: {heads} heads do not divide the width {width}: choose a number that does, such as {near[-1]}"
+        )
+    return heads
+
+
+class _Attending(Head):
+    takes: ClassVar[tuple[Kind, ...]] = ("tokens", "layers")
+
+    def __init__(self, feature: FeatureSet, outputs: int, kind: str, width: int | None, heads: int | None) -> None:
+        super().__init__(feature, outputs)
+        self.width = whole(kind, "width", min(256, feature.dim) if width is None else width)
+        self.heads = number_of_heads(kind, heads, self.width)
+        self.layer: nn.Module = (
+            LayerEmbedding(feature.layers, self.width) if feature.kind == "layers" else nn.Identity()
+        )
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[..., T, H] -> [..., heads, T, H / heads]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Undo ``_split``."""
+        return x.transpose(-2, -3).flatten(-2)
+
+
+class SelfAttention(_Attending):
+    """One block of self-attention, then the mean over what is real (Vaswani et al. 2017, without positions).
+
+    Args:
+        width: of the attention; None for the features' own, at most 256.
+        heads: attention heads, which must divide the width; None for the most of 8, 4, 2 and 1 that do.
+        dropout: share of the attended values dropped in training.
+    """
+
+    def __init__(
+        self,
+        feature: FeatureSet,
+        outputs: int,
+        width: int | None = None,
+        heads: int | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(feature, outputs, "attention", width, heads)
+        self.input = Affine(feature.dim, self.width, first=True)
+        self.norm = Norm(self.width)
+        self.qkv = Affine(self.width, 3 * self.width)
+        self.mix = Affine(self.width, self.width)
+        self.dropout = Dropout(rate("attention", dropout))
+        self.final = Norm(self.width)
+        self.output = Affine(self.width, outputs)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, T, D] and mask [B, T] (True = real; None: all are) -> [B, C]."""
+        x = self.layer(self.input(x))
+        query, key, value = (self._split(part) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        keys = None if mask is None else mask[:, None, None, :]
+        attended = self._joined(functional.scaled_dot_product_attention(query, key, value, attn_mask=keys))
+        x = self.final(x + self.dropout(self.mix(attended)))
+        if mask is None:
+            return self.output(x.mean(dim=-2))  # type: ignore[no-any-return]
+        real = mask.unsqueeze(-1)
+        mean = x.masked_fill(~real, 0.0).sum(dim=-2) / real.sum(dim=-2)
+        return self.output(mean)  # type: ignore[no-any-return]
+
+
+class AttentionPooling(_Attending):
+    """Learned queries that each take a weighted mean of what is real (Lee et al. 2019, pooling by attention).
+
+    Args:
+        width, heads, dropout: as in ``SelfAttention``.
+        queries: how many learned queries; their answers are joined.
+    """
+
+    def __init__(
+        self,
+        feature: FeatureSet,
+        outputs: int,
+        width: int | None = None,
+        heads: int | None = None,
+        queries: int = 1,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(feature, outputs, "attention-pooling", width, heads)
+        whole("attention-pooling", "queries", queries)
+        self.input = Affine(feature.dim, self.width, first=True)
+        self.norm = Norm(self.width)
+        self.key = Affine(self.width, self.width)
+        self.queries = Queries(queries, self.width)
+        self.dropout = Dropout(rate("attention-pooling", dropout))
+        self.output = Affine(queries * self.width, outputs)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, T, D] and mask [B, T] (True = real; None: all are) -> [B, C]."""
+        value = self.norm(self.layer(self.input(x)))
+        query = self._split(self.queries.weight)
+        if self.queries.weight.dim() == 3:
+            query = query.unsqueeze(1)
+        scores = query @ self._split(self.key(value)).transpose(-1, -2) / math.sqrt(self.width / self.heads)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
+        pooled = self._joined(scores.softmax(dim=-1) @ self._split(value))
+        return self.output(self.dropout(pooled.flatten(-2)))  # type: ignore[no-any-return]

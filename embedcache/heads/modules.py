@@ -1,0 +1,217 @@
+"""Heads on torch: feature vectors -> logits.
+
+A head is built for one feature set, ``Head(feature, outputs, **options)``, from the layers of ``layers``; its last
+layer is an ``Affine`` called ``output``. Because every layer works stacked too, so does every head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from embedcache.errors import FeatureError, SpecError
+from embedcache.heads.layers import ACTIVATIONS, Affine, Dropout, Norm
+from embedcache.shard import FeatureSet, Kind
+
+
+class Head(nn.Module):
+    """What every head has. ``takes`` are the kinds of feature sets it reads; ``output`` is its last layer."""
+
+    takes: ClassVar[tuple[Kind, ...]] = ("pooled",)
+    output: Affine
+
+    def __init__(self, feature: FeatureSet, outputs: int) -> None:
+        super().__init__()
+        if feature.kind not in self.takes:
+            raise FeatureError(_cannot_read(type(self).__name__, self.takes, feature))
+        self.dim = feature.dim
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, D] -> logits [B, C]; [B, L, D] or [B, T, D] (mask [B, T], True = real) for heads that attend."""
+        raise NotImplementedError
+
+    def initialize(self, seed: int) -> None:
+        """Draw all weights from ``seed``, and the dropout from another stream of it."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if module is not self and hasattr(module, "initialize"):
+                module.initialize(generator)
+        self.draw_from([torch.Generator().manual_seed(seed + 2**32)])
+
+    def draw_from(self, generators: Sequence[torch.Generator]) -> None:
+        """Take dropout draws from these generators, one for each head of a stack."""
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.generators = generators
+
+    def first_layers(self) -> Iterator[Affine]:
+        """The layers that read the features."""
+        return (module for module in self.modules() if isinstance(module, Affine) and module.first)
+
+    def standardize(self, mean: Tensor | None, scale: Tensor | None) -> None:
+        """Make the head read ``(x - mean) * scale`` from now on; [D], or [K, D] for a stack."""
+        for layer in self.first_layers():
+            layer.mean, layer.scale = mean, scale
+
+
+def _cannot_read(name: str, takes: tuple[Kind, ...], feature: FeatureSet) -> str:
+    said = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
+    if feature.kind == "pooled":
+        return (
+            f"{name} attends over several vectors a row, and the feature set {feature.name} has one, so there is "
+            "nothing to attend to: extract tokens (--tokens) or several layers (--pooling mean@all), or use mlp"
+        )
+    expected = " or ".join(said[kind] for kind in takes)
+    return (
+        f"{name} reads {expected}, and the feature set {feature.name} has {said[feature.kind]}: "
+        "choose another feature set, or the head attention or attention-pooling"
+    )
+
+
+def stack_heads(heads: Sequence[Head]) -> Head:
+    """Join heads of one shape: the same modules with parameters [K, ...]. Dropout rates may differ."""
+    stacked = copy.deepcopy(heads[0])
+    names = [dict(head.named_parameters()) for head in heads]
+    owners = dict(stacked.named_modules())
+    for name in names[0]:
+        owner, _, leaf = name.rpartition(".")
+        value = torch.stack([each[name].detach() for each in names])
+        setattr(owners[owner], leaf, nn.Parameter(value))
+    for name, module in owners.items():
+        if isinstance(module, Dropout):
+            mine = [dict(head.named_modules())[name] for head in heads]
+            module.rates = tuple(rate for each in mine for rate in each.rates)  # type: ignore[attr-defined, union-attr]
+    return stacked
+
+
+class Linear(Head):
+    """One matrix: multinomial logistic regression, or linear regression."""
+
+    def __init__(self, feature: FeatureSet, outputs: int) -> None:
+        super().__init__(feature, outputs)
+        self.output = Affine(feature.dim, outputs, first=True)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return self.output(x)  # type: ignore[no-any-return]
+
+
+class MLP(Head):
+    """A multi-layer perceptron of any depth.
+
+    Args:
+        hidden: the width of each hidden layer.
+        activation: ``relu``, ``gelu``, ``silu`` or ``tanh``.
+        dropout: share of hidden values dropped in training.
+        norm: layer normalisation before each activation.
+    """
+
+    def __init__(
+        self,
+        feature: FeatureSet,
+        outputs: int,
+        hidden: Sequence[int] = (256,),
+        activation: str = "relu",
+        dropout: float = 0.1,
+        norm: bool = False,
+    ) -> None:
+        super().__init__(feature, outputs)
+        widths = [hidden] if isinstance(hidden, int) else list(hidden)
+        if not widths:
+            raise SpecError("mlp: hidden is empty: expected at least one width, or use the head linear")
+        for width in widths:
+            whole("mlp", "hidden", width)
+        self.activation = activation_of("mlp", activation)
+        sizes = [feature.dim, *widths]
+        self.hidden = nn.ModuleList(
+            Affine(sizes[at], sizes[at + 1], first=at == 0) for at in range(len(widths))
+        )  # fmt: skip
+        self.norms = nn.ModuleList(Norm(width) if norm else nn.Identity() for width in widths)
+        self.dropout = Dropout(rate("mlp", dropout))
+        self.output = Affine(widths[-1], outputs)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, D] -> [B, C]."""
+        for layer, norm in zip(self.hidden, self.norms, strict=True):
+            x = self.dropout(self.activation(norm(layer(x))))
+        return self.output(x)  # type: ignore[no-any-return]
+
+
+class ResidualBlock(nn.Module):
+    """``x + W2 dropout(act(W1 norm(x)))``: a pre-norm residual block (He et al. 2016; Xiong et al. 2020)."""
+
+    def __init__(self, width: int, inner: int, activation: str, dropout: float) -> None:
+        super().__init__()
+        self.norm = Norm(width)
+        self.up = Affine(width, inner)
+        self.down = Affine(inner, width)
+        self.dropout = Dropout(dropout)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        inner: Tensor = self.dropout(self.activation(self.up(self.norm(x))))
+        return x + self.down(inner)  # type: ignore[no-any-return]
+
+
+class ResidualMLP(Head):
+    """A projection, pre-norm residual blocks, a final norm, a matrix.
+
+    Args:
+        width: of the residual stream.
+        depth: number of blocks.
+        expansion: the inner width of a block is ``expansion * width``.
+        activation, dropout: as in ``MLP``.
+    """
+
+    def __init__(
+        self,
+        feature: FeatureSet,
+        outputs: int,
+        width: int = 256,
+        depth: int = 2,
+        expansion: int = 2,
+        activation: str = "gelu",
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(feature, outputs)
+        for name, value in (("width", width), ("depth", depth), ("expansion", expansion)):
+            whole("residual", name, value)
+        activation_of("residual", activation)
+        self.input = Affine(feature.dim, width, first=True)
+        dropped = rate("residual", dropout)
+        self.blocks = nn.ModuleList(ResidualBlock(width, expansion * width, activation, dropped) for _ in range(depth))
+        self.norm = Norm(width)
+        self.output = Affine(width, outputs)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, D] -> [B, C]."""
+        x = self.input(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.output(self.norm(x))  # type: ignore[no-any-return]
+
+
+def whole(head: str, name: str, value: object) -> int:
+    """Return a positive whole number. Raises ``SpecError`` for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65536:
+        raise SpecError(f"{head}: {name} is {value!r}: expected a whole number from 1 to 65,536")
+    return value
+
+
+def rate(head: str, value: object) -> float:
+    """Return a dropout rate. Raises ``SpecError`` outside of [0, 1)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise SpecError(f"{head}: dropout is {value!r}: expected a number in [0, 1)")
+    return float(value)
+
+
+def activation_of(head: str, name: str) -> object:
+    """Return an activation function by name. Raises ``SpecError`` with the names there are."""
+    if name not in ACTIVATIONS:
+        raise SpecError(f"{head}: activation is {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

@@ -1,0 +1,103 @@
+"""Which heads there are. Adding one is a class (see ``modules``) and a line here, or ``register_head`` from outside."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedcache.errors import SpecError
+from embedcache.spec import HeadSpec
+
+if TYPE_CHECKING:
+    from embedcache.heads.modules import Head
+    from embedcache.shard import FeatureSet
+
+Engine = Literal["torch", "sklearn"]
+
+TORCH: dict[str, str | type[Head]] = {
+    "linear": "embedcache.heads.modules:Linear",
+    "mlp": "embedcache.heads.modules:MLP",
+    "residual": "embedcache.heads.modules:ResidualMLP",
+    "attention": "embedcache.heads.attention:SelfAttention",
+    "attention-pooling": "embedcache.heads.attention:AttentionPooling",
+}
+"""Kind -> class, or where it is: naming a kind must not import torch."""
+
+STACKED_OPTIONS = ("dropout",)
+"""Options of a head that change no shape, so that heads which differ in them can be trained as one stack."""
+
+
+def kinds(engine: Engine) -> tuple[str, ...]:
+    """Return the kinds of heads an engine has."""
+    if engine == "torch":
+        return tuple(TORCH)
+    from embedcache.heads.sklearn_kinds import KINDS
+
+    return tuple(KINDS)
+
+
+def engine_of(kind: str) -> Engine:
+    """Return the engine that has a kind, torch where both do. Raises ``SpecError`` naming the nearest kinds."""
+    for engine in ("torch", "sklearn"):
+        if kind in kinds(engine):
+            return engine
+    raise _unknown(kind, (*kinds("torch"), *kinds("sklearn")))
+
+
+def register_head(kind: str, head: type[Head]) -> None:
+    """Add a torch head of your own under a new name; see CONTRIBUTING for an example.
+
+    A bundle of it can be loaded wherever the same registration has been made.
+    """
+    if kind in TORCH and TORCH[kind] is not head:
+        raise SpecError(f"there is a head {kind!r} already: choose another name")
+    TORCH[kind] = head
+
+
+def head_class(kind: str) -> type[Head]:
+    """Return the class of a torch head. Raises ``SpecError`` for a kind there is not."""
+    found = TORCH.get(kind)
+    if found is None:
+        raise _unknown(kind, kinds("torch"))
+    if isinstance(found, str):
+        module, _, name = found.partition(":")
+        head: type[Head] = getattr(importlib.import_module(module), name)
+        return head
+    return found
+
+
+def build_head(spec: HeadSpec, feature: FeatureSet, outputs: int, *, seed: int = 0) -> Head:
+    """Build a torch head for a feature set, with ``outputs`` logits, initialised from ``seed``.
+
+    Raises ``SpecError`` for an unknown kind or option, ``FeatureError`` when the head cannot read the set.
+    """
+    head = head_class(spec.kind)
+    refuse_unknown_options(spec, tuple(inspect.signature(head.__init__).parameters)[3:])
+    built = head(feature, outputs, **spec.options)
+    built.initialize(seed)
+    return built
+
+
+def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:
+    """Raise ``SpecError`` for an option that a head does not have."""
+    for name in spec.options:
+        if name not in allowed:
+            near = get_close_matches(str(name), allowed, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            has = f"it has {', '.join(allowed)}" if allowed else "it has none"
+            raise SpecError(f"the head {spec.kind} has no option {name!r}{hint}: {has}")
+
+
+def stack_key(spec: HeadSpec) -> tuple[Any, ...]:
+    """Return what two heads must share to be trained as one stack: kind, engine and the options that set shapes."""
+    options: Mapping[str, Any] = {name: spec.options[name] for name in sorted(spec.options)}
+    return spec.engine, spec.kind, repr({name: v for name, v in options.items() if name not in STACKED_OPTIONS})
+
+
+def _unknown(kind: str, there: tuple[str, ...]) -> SpecError:
+    near = get_close_matches(kind, there, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return SpecError(f"there is no head {kind!r}{hint}: expected one of {', '.join(dict.fromkeys(there))}")
