@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import TextBackbone, features_of, load_backbone
 from embedcache.errors import InputError, SpecError
 from embedcache.heads import build_head
-from embedcache.predict import features_of
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train import TrainingResult, train_head
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, load_backbone
-from embedcache.batching import plan
+from embedcache.backbone import Backbone, features_of, load_backbone
 from embedcache.errors import BackboneError, BackboneMismatchError, InputError
 from embedcache.examples import Examples
 from embedcache.fingerprint import differences
@@ -107,31 +106,6 @@ class Predictor:
 def _refuse_empty(number: int, text: object) -> None:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"text {number} is {text!r}: expected a text that is not empty")
-
-
-def features_of(backbone: Backbone, contents: Sequence[bytes], name: str) -> Any:
-    """Run a backbone over rows at canonical shapes: the bits a cache would hold, decoded to float32."""
-    prepared = backbone.prepare(contents)
-    lengths = np.asarray(prepared.lengths, np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    feature = next(each for each in backbone.feature_sets if each.name == name)
-    rows = int(offsets[-1]) if feature.kind == "tokens" else len(contents)
-    out = np.empty((rows, feature.layers, feature.dim) if feature.kind == "layers" else (rows, feature.dim), np.float32)
-    for batch in plan(lengths, backbone.policy):
-        value = backbone.fetch(backbone.forward(prepared, batch))[name]
-        if feature.kind == "tokens":
-            values, counts = value
-            for row, part in zip(batch.indices, np.split(_decoded(values), np.cumsum(counts)[:-1]), strict=True):
-                out[offsets[row] : offsets[row + 1]] = part
-        else:
-            out[batch.indices] = _decoded(value)
-    return (out, offsets) if feature.kind == "tokens" else out
-
-
-def _decoded(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    if values.dtype == np.uint16:  # the bits of bfloat16
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
 
 
 def backbone_of(head: TrainedHead, *, model: str | None = None, device: str = "auto") -> Backbone:

@@ -243,6 +243,6 @@ def test_signals_in_the_middle_lose_nothing(tmp_path: Path, number: signal.Signa
     texts = [{"text": f"number {at}", "label": "ab"[at % 2]} for at in range(400)]
     backbone = CountingBackbone()
     extract(texts, output_dir=out, backbone=backbone, rows_per_shard=20)
-    assert 0 < len(backbone.rows_seen) <= 360
+    assert 0 < len(backbone.rows_seen) <= 380  # a shard may be in its place and not yet in the manifest
     extract(texts, output_dir=tmp_path / "whole", backbone=CountingBackbone(), rows_per_shard=20)
     assert files(out) == files(tmp_path / "whole")

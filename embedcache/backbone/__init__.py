@@ -5,7 +5,7 @@ included. Nothing here is guessed from a model's name: widths, layers and the lo
 model, and everything that could change a feature is hashed into ``identity``.
 
 ``device`` says where it runs, ``folder`` finds and reads a model's folder, ``loading`` makes a network of it,
-``text`` turns texts into features.
+``text`` turns texts into features, ``compute`` runs any backbone over rows at canonical shapes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.backbone.compute import compute, features_of
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, threads
 from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
 from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
@@ -31,6 +32,8 @@ __all__ = [
     "TextBackbone",
     "Tokens",
     "choose_device",
+    "compute",
+    "features_of",
     "load_backbone",
     "needs_spare_row",
     "resolve_model",
@@ -56,12 +59,25 @@ class Prepared(Protocol):
 class Backbone(Protocol):
     """What extraction needs of a model. Features of ``fetch`` are in the order of ``batch.indices``."""
 
-    identity: Mapping[str, Any]
-    """Everything that decides the bits of a feature, as JSON, content hashes only."""
-    provenance: Mapping[str, Any]
-    """What ran it: device, versions, the name it was asked for by. Recorded, never compared."""
-    feature_sets: Sequence[FeatureSet]
-    policy: ShapePolicy
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the bits of a feature, as JSON, content hashes only."""
+        ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What ran it: device, versions, the name it was asked for by. Recorded, never compared."""
+        ...
+
+    @property
+    def feature_sets(self) -> Sequence[FeatureSet]:
+        """What one pass gives."""
+        ...
+
+    @property
+    def policy(self) -> ShapePolicy:
+        """The canonical shapes."""
+        ...
 
     def prepare(self, contents: Sequence[bytes]) -> Prepared:
         """Decode rows. Runs in a thread of its own beside ``forward``."""

@@ -71,7 +71,7 @@ def load_for(
     def chosen(given: Any, recorded: Any, default: Any) -> Any:
         return given if given is not None else recorded if recorded is not None else default
 
-    backbone = load_backbone(
+    return load_backbone(
         chosen(model, provenance.get("model"), None),
         features=tuple(poolings) or tuple(spec.get("features", ())) or ("auto",),
         max_length=chosen(max_length, text.get("max_length"), None),
@@ -87,7 +87,6 @@ def load_for(
         revision=chosen(revision, provenance.get("revision") if model is None else None, None),
         trust_remote_code=trust_remote_code,
     )
-    return backbone
 
 
 def parse_part(text: str | None) -> tuple[int, int] | None:
@@ -158,8 +157,14 @@ def extract(
     if selected is not None:
         examples = part_of(examples, *selected)
     run(
-        examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep_inputs, threads=threads, progress=progress
-    )  # fmt: skip
+        examples,
+        backbone,
+        output_dir,
+        rows_per_shard=rows_per_shard,
+        keep_inputs=keep_inputs,
+        threads=threads,
+        progress=progress,
+    )
     return FeatureCache.open(output_dir)
 
 

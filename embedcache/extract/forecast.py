@@ -14,7 +14,7 @@ from embedcache.backbone import threads as torch_threads
 from embedcache.batching import plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
-from embedcache.extract.run import new_rows, shard_rows, unique_count
+from embedcache.extract.run import new_rows, row_bytes_of, shard_rows, unique_count
 
 SAMPLE = 20_000
 CALIBRATION = 4
@@ -117,11 +117,8 @@ def forecast(
     counts: dict[tuple[int, int], int] = {}
     for batch in whole:
         counts[batch.rows, batch.length] = counts.get((batch.rows, batch.length), 0) + 1
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}
     size = {
-        each.name: each.dim
-        * width[each.dtype]
-        * (round(float(lengths.sum()) * scale) if each.kind == "tokens" else each.layers * len(todo))
+        each.name: row_bytes_of(each) * (round(float(lengths.sum()) * scale) if each.kind == "tokens" else len(todo))
         for each in backbone.feature_sets
     }
     return Forecast(
@@ -178,4 +175,7 @@ def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str)
     saved = seconds * (1 - 1 / COMPILE_GAIN) - COMPILE_SECONDS
     if saved < 30:
         return None
-    return f"about {_duration(seconds)} of computing: --compile would save about {_duration(saved)} (other last bits, so another cache)"
+    return (
+        f"about {_duration(seconds)} of computing: --compile would save about {_duration(saved)} "
+        "(other last bits, so another cache)"
+    )

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared
+from embedcache.backbone import Backbone, Prepared, compute
 from embedcache.backbone import threads as torch_threads
-from embedcache.batching import Plan, plan
+from embedcache.batching import plan
 from embedcache.cache import CacheWriter
 from embedcache.errors import FeatureError, Interrupted, SpecError
 from embedcache.examples import Examples
-from embedcache.shard import FeatureSet
+from embedcache.shard import STORED, FeatureSet
 
 SHARD_ROWS = 16384
 SHARD_BYTES = 64 << 20
@@ -36,7 +36,6 @@ RAGGED_BYTES = 256 << 20
 """Token-level windows may be larger than a pooled shard: canonical batches need company of their own length."""
 
 Rows = npt.NDArray[np.int64]
-_ITEM = {"float32": (np.dtype("<f4"), 4), "float16": (np.dtype("<f2"), 2), "bfloat16": (np.dtype("<u2"), 2)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class ExtractionReport:
     def to_text(self, where: Path | str) -> str:
         """Say it in a few lines."""
         lines = [
-            f"{self.rows:,} rows ({self.unique:,} unique) in {where}: {self.extracted:,} extracted, {self.reused:,} already there"
+            f"{self.rows:,} rows ({self.unique:,} unique) in {where}: "
+            f"{self.extracted:,} extracted, {self.reused:,} already there"
         ]
         if self.extracted:
             rate = f"{self.extracted / self.seconds:,.0f} rows/s, {self.tokens / self.seconds:,.0f} tokens/s"
@@ -145,6 +145,12 @@ def unique_count(examples: Examples) -> int:
     return len(np.unique(np.ascontiguousarray(examples.keys).view("V16").ravel()))
 
 
+def row_bytes_of(each: FeatureSet) -> int:
+    """Return the bytes of one row of a feature set, or of one token's vector."""
+    dtype: np.dtype[Any] = STORED[each.dtype]
+    return int(np.prod(each.row_shape)) * dtype.itemsize
+
+
 def shard_rows(feature_sets: Sequence[FeatureSet], asked: int | None = None) -> int:
     """Return rows per shard: ``asked``, else 16,384 or fewer so that a shard of pooled features is at most 64 MB.
 
@@ -154,7 +160,7 @@ def shard_rows(feature_sets: Sequence[FeatureSet], asked: int | None = None) -> 
         if asked < 1:
             raise SpecError(f"rows per shard is {asked}: expected at least 1")
         return asked
-    row_bytes = sum(each.dim * each.layers * _ITEM[each.dtype][1] for each in feature_sets if each.kind != "tokens")
+    row_bytes = sum(row_bytes_of(each) for each in feature_sets if each.kind != "tokens")
     return max(1024, min(SHARD_ROWS, SHARD_BYTES // max(row_bytes, 1) // 1024 * 1024))
 
 
@@ -164,7 +170,7 @@ def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> It
     Where a window ends depends only on the rows from its start on, so a run resumed at a window's start cuts the
     rest exactly as the interrupted one would have.
     """
-    ragged = sum(each.dim * _ITEM[each.dtype][1] for each in backbone.feature_sets if each.kind == "tokens")
+    ragged = sum(row_bytes_of(each) for each in backbone.feature_sets if each.kind == "tokens")
     contents = examples.contents(rows)
     waiting: deque[bytes] = deque()
     at = 0
@@ -223,54 +229,11 @@ def prefetch(source: Iterator[Window], depth: int = 1) -> Iterator[Window]:
         thread.join()
 
 
-def compute(window: Window, backbone: Backbone, batches: Plan, done: Callable[[int, int], None]) -> dict[str, Any]:
-    """Run every batch of a window and put the features back in the window's row order.
-
-    Returns name -> [n, D] or [n, L, D], or (values [sum T, D], offsets [n + 1]) for a token-level set.
-    """
-    lengths = np.asarray(window.prepared.lengths, np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    arrays: dict[str, Any] = {}
-    for each in backbone.feature_sets:
-        dtype = _ITEM[each.dtype][0]
-        if each.kind == "tokens":
-            arrays[each.name] = (np.empty((int(offsets[-1]), each.dim), dtype), offsets)
-        else:
-            shape = (len(window), each.layers, each.dim) if each.kind == "layers" else (len(window), each.dim)
-            arrays[each.name] = np.empty(shape, dtype)
-
-    def collect(batch: Any, running: Any) -> None:
-        for name, value in backbone.fetch(running).items():
-            if isinstance(value, tuple):
-                values, counts = value
-                if not np.array_equal(counts, lengths[batch.indices]):
-                    raise FeatureError(
-                        f"{name}: the backbone gave {counts.sum()} token vectors for {lengths[batch.indices].sum()} tokens"
-                    )
-                for row, part in zip(batch.indices, np.split(values, np.cumsum(counts)[:-1]), strict=True):
-                    arrays[name][0][offsets[row] : offsets[row + 1]] = part
-            else:
-                arrays[name][batch.indices] = value
-        done(len(batch.indices), int(lengths[batch.indices].sum()))
-
-    trailing: deque[tuple[Any, Any]] = deque()
-    for batch in batches:
-        trailing.append((batch, backbone.forward(window.prepared, batch)))
-        if len(trailing) > 1:
-            collect(*trailing.popleft())
-    while trailing:
-        collect(*trailing.popleft())
-    return arrays
-
-
 def refuse_non_finite(window: Window, arrays: Mapping[str, Any], backbone: Backbone, examples: Examples) -> None:
     """Raise ``FeatureError`` naming the first row whose features hold NaN or infinity."""
     for each in backbone.feature_sets:
         values, offsets = arrays[each.name] if each.kind == "tokens" else (arrays[each.name], None)
-        if each.dtype == "bfloat16":
-            wrong = (values & 0x7F80) == 0x7F80
-        else:
-            wrong = ~np.isfinite(values)
+        wrong = (values & 0x7F80) == 0x7F80 if each.dtype == "bfloat16" else ~np.isfinite(values)
         if not wrong.any():
             continue
         first = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
@@ -278,7 +241,8 @@ def refuse_non_finite(window: Window, arrays: Mapping[str, Any], backbone: Backb
         compute_dtype = backbone.identity.get("compute_dtype", "float32")
         advice = "compute in bfloat16 or float32" if compute_dtype == "float16" else "check the model's weights"
         raise FeatureError(
-            f"the backbone gave NaN or infinity for row {examples.ids[int(window.rows[row])]} in the set {each.name}: {advice}"
+            f"the backbone gave NaN or infinity for row {examples.ids[int(window.rows[row])]} "
+            f"in the set {each.name}: {advice}"
         )
 
 
@@ -325,7 +289,7 @@ def run(
                 seen += len(window)
                 tokens_seen += batches.real
                 bar.expect(round(tokens_seen / seen * len(todo)))
-                arrays = compute(window, backbone, batches, bar.advance)
+                arrays = compute(backbone, window.prepared, batches, bar.advance)
                 if committing is not None:
                     committing.result()
                 committing = committer.submit(commit, window, arrays)
@@ -350,5 +314,9 @@ def run(
             committer.shutdown(wait=True)
             bar.close()
     return ExtractionReport(
-        rows=len(examples.keys), unique=unique_count(examples), reused=reused, seconds=time.perf_counter() - start, **counts
-    )  # fmt: skip
+        rows=len(examples.keys),
+        unique=unique_count(examples),
+        reused=reused,
+        seconds=time.perf_counter() - start,
+        **counts,
+    )
