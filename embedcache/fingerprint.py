@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,23 @@ KEY_BYTES = 16
 _BLOCK = 1 << 20
 
 
+class _Absent:
+    """What a field that is not there has in a difference: null is a value, and another one."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT = _Absent()
+
+
 def canonical_json(value: Any) -> str:
     """Return ``value`` as JSON with sorted keys, no spaces, plain ASCII and no NaN: equal values, equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON, refusing duplicate keys and the non-standard NaN and Infinity.
+    """Parse JSON, refusing duplicate keys, the non-standard NaN and Infinity, and numbers too large for a float.
 
     Raises ``ValueError`` with the reason.
     """
@@ -37,8 +48,14 @@ def strict_json(text: str | bytes) -> Any:
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"{digits} is too large a number")
+        return number
+
     try:
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -67,12 +84,15 @@ def hash_json(value: Any) -> str:
 
 
 def row_key(content: bytes) -> bytes:
-    """Return the 16-byte key of one row: blake2b-128 of its canonical content (text as UTF-8, an image file's bytes)."""
+    """Return the 16-byte key of a row: blake2b-128 of its canonical content (text as UTF-8, an image file's bytes)."""
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return ``(dotted.path, old value, new value)`` for every leaf in which two JSON values differ."""
+    """Return ``(dotted.path, old value, new value)`` for every leaf in which two JSON values differ.
+
+    The value of a field that only one of the two has is ``ABSENT`` in the other.
+    """
     return list(_differences(old, new, prefix))
 
 
@@ -80,6 +100,6 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, An
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(set(old) | set(new)):
             path = f"{prefix}.{key}" if prefix else str(key)
-            yield from _differences(old.get(key), new.get(key), path)
-    elif canonical_json(old) != canonical_json(new):
+            yield from _differences(old.get(key, ABSENT), new.get(key, ABSENT), path)
+    elif old is ABSENT or new is ABSENT or canonical_json(old) != canonical_json(new):
         yield prefix, old, new

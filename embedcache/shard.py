@@ -11,9 +11,10 @@ import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +29,7 @@ Kind = Literal["pooled", "layers", "tokens"]
 
 ALIGNMENT = 4096
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
-FILE_NAME = re.compile(r"\d{6,9}-[0-9a-f]{16}\.h5")
+FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
 # "." is no name in HDF5 but the group itself, so a name starts with a letter or a digit.
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@:+._-]{0,99}")
 
@@ -84,6 +85,17 @@ class FeatureSet:
             }
         return {self.name: Column((rows, *self.row_shape), STORED[self.dtype], attributes)}
 
+    def first_non_finite(self, values: Array, offsets: Array | None = None) -> int | None:
+        """Return the first row whose stored ``values`` hold NaN or infinity, or None.
+
+        ``values`` is [n, ...] as stored; a token-level set has ``offsets`` int64 [n + 1] into its vectors.
+        """
+        wrong = (values & 0x7F80) == 0x7F80 if self.dtype == "bfloat16" else ~np.isfinite(values)
+        if not wrong.any():
+            return None
+        at = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
+        return at if offsets is None else int(np.searchsorted(offsets, at, side="right")) - 1
+
 
 @dataclass(frozen=True)
 class ShardFile:
@@ -107,6 +119,14 @@ class Placed:
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(path, self.dtype, "r", self.offset, self.shape)
+
+
+def refuse_colliding(sets: Sequence[FeatureSet]) -> None:
+    """Raise ``SpecError`` unless there is a set and all arrays have names of their own."""
+    names = ["row_key", *(name for each in sets for name in each.columns(1))]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not sets:
+        raise SpecError(f"two feature sets would both be stored as {twice[0]}" if twice else "there is no feature set")
 
 
 def build(arrays: Mapping[str, Array], attributes: Mapping[str, Mapping[str, str]] | None = None) -> bytes:
@@ -183,6 +203,10 @@ def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no such operation for a directory; their server sees to it.
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
 
@@ -213,46 +237,67 @@ def place(path: Path, expected: Mapping[str, Column]) -> dict[str, Placed]:
     """
     import h5py
 
-    def refuse(reason: str) -> CorruptCacheError:
-        return CorruptCacheError(f"{path}: {reason}: embedcache did not write this file; do not use the cache")
-
     try:
         # Published files never change, so libhdf5 needs no lock of its own, which some network file systems lack.
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise refuse(f"not a readable HDF5 file ({error})") from None
-    with file:
-        names = [name.decode("utf-8", "replace") for name in file.id]
-        if set(names) != set(expected):
-            raise refuse(f"it holds {sorted(names)}, expected {sorted(expected)}")
-        if h5py.h5a.get_num_attrs(file.id):
-            raise refuse("it has attributes")
-        size = path.stat().st_size
-        found = {}
-        for name, column in expected.items():
-            # The link is looked at before it is followed: following is what would read another file.
-            if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-                raise refuse(f"{name} is a link to somewhere else")
-            if h5py.h5o.get_info(file.id, name.encode()).type != h5py.h5o.TYPE_DATASET:
-                raise refuse(f"{name} is not an array")
-            dataset = h5py.h5d.open(file.id, name.encode())
-            layout = dataset.get_create_plist()
-            if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_nfilters() or layout.get_external_count():
-                raise refuse(f"{name} is not stored as one plain run of numbers")
-            if _attributes(dataset) != dict(column.attributes):
-                raise refuse(f"{name} has other attributes than {dict(column.attributes)}")
-            if not dataset.get_type().equal(h5py.h5t.py_create(column.dtype)):
-                raise refuse(f"{name} is not of type {column.dtype.str}")
-            shape = tuple(int(length) for length in dataset.shape)
-            wanted = column.shape
-            if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
-                raise refuse(f"{name} has the shape {shape}, expected {wanted}")
-            length = int(np.prod(shape, dtype=object)) * column.dtype.itemsize
-            offset = dataset.get_offset()
-            if length and (offset is None or dataset.get_storage_size() != length or offset + length > size):
-                raise refuse(f"{name} does not lie whole inside the file")
-            found[name] = Placed(int(offset or 0), shape, column.dtype.str)
+        with h5py.File(path, "r", locking=False) as file:
+            return _find(file.id, path.stat().st_size, expected)
+    except _Foreign as reason:
+        raise CorruptCacheError(f"{path}: {reason}: {_FOREIGN}") from None
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # h5py has all of them for HDF5's own
+        if isinstance(error, OSError) and error.errno:
+            raise CacheError(f"cannot read {path}: {explain(error)}") from error
+        said = " ".join(str(error).split())
+        raise CorruptCacheError(f"{path}: HDF5 cannot read it ({said}): {_FOREIGN}") from None
+
+
+_FOREIGN = "embedcache did not write this file; do not use the cache"
+
+
+class _Foreign(Exception):
+    """Why a file is none of ours."""
+
+
+def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Placed]:
+    """Do what ``place`` says in an open file of ``size`` bytes."""
+    import h5py
+
+    names = [name.decode("utf-8", "replace") for name in file]
+    if set(names) != set(expected):
+        raise _Foreign(f"it holds {_some(names)}, expected {_some(expected)}")
+    if h5py.h5a.get_num_attrs(file):
+        raise _Foreign("it has attributes")
+    found = {}
+    for name, column in expected.items():
+        # The link is looked at before it is followed: following is what would read another file.
+        if file.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+            raise _Foreign(f"{name} is a link to somewhere else")
+        if h5py.h5o.get_info(file, name.encode()).type != h5py.h5o.TYPE_DATASET:
+            raise _Foreign(f"{name} is not an array")
+        dataset = h5py.h5d.open(file, name.encode())
+        layout = dataset.get_create_plist()
+        if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_nfilters() or layout.get_external_count():
+            raise _Foreign(f"{name} is not stored as one plain run of numbers")
+        if _attributes(dataset) != dict(column.attributes):
+            raise _Foreign(f"{name} has other attributes than {dict(column.attributes)}")
+        if not dataset.get_type().equal(h5py.h5t.py_create(column.dtype)):
+            raise _Foreign(f"{name} is not of type {column.dtype.str}")
+        shape = tuple(int(length) for length in dataset.shape)
+        wanted = column.shape
+        if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
+            raise _Foreign(f"{name} has the shape {shape}, expected {wanted}")
+        length = math.prod(shape) * column.dtype.itemsize
+        offset = dataset.get_offset()
+        if length and (offset is None or dataset.get_storage_size() != length or offset + length > size):
+            raise _Foreign(f"{name} does not lie whole inside the file")
+        found[name] = Placed(int(offset or 0), shape, column.dtype.str)
     return found
+
+
+def _some(names: Iterable[str], most: int = 12) -> str:
+    """Return the first names in order, quoted."""
+    listed = sorted(names)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return f"{listed[:most]}{more}"
 
 
 def _attributes(dataset: Any) -> dict[str, str] | None:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from embedcache.cache.index import Keys
 from embedcache.cache.manifest import TARGETS, Dataset, Manifest
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
 from embedcache.shard import Column, FeatureSet, Placed, ShardFile, explain, place
 
+Array = npt.NDArray[Any]
 Identity = tuple[int, int, int, int, int]
 
 _KNOWN: dict[tuple[str, Identity], dict[str, Placed]] = {}
 """What has been hashed and parsed in this process. A file that changes in any way gets another key here."""
+
+_SENSIBLE: set[tuple[Dataset, int, Identity]] = set()
+"""Datasets in which this process found no nonsense."""
+
+_TICK = 20_000_000
+"""Nanoseconds; Linux stamps files every 1 to 10 ms."""
 
 _ADVICE = "restore it from a copy, or extract into a new directory"
 
@@ -86,6 +97,7 @@ def checked(path: Path, file: ShardFile, expected: Mapping[str, Column]) -> dict
     """Return where a file's arrays lie, after hashing it, unless this very file was hashed before in this process."""
     known = (file.sha256, identity(path, file))
     if known not in _KNOWN:
+        _settle(known[1])
         check(path, file)
         placed = place(path, expected)
         if identity(path, file) != known[1]:
@@ -96,6 +108,13 @@ def checked(path: Path, file: ShardFile, expected: Mapping[str, Column]) -> dict
     if placed.keys() != expected.keys() or not all(fits(placed[name], expected[name]) for name in expected):
         placed = place(path, expected)
     return placed
+
+
+def _settle(known: Identity) -> None:
+    """Wait until a change from now on would show in the time of the last change, which advances in ticks."""
+    age = time.time_ns() - known[-1]
+    if 0 <= age < _TICK:
+        time.sleep((_TICK - age) / 1e9)
 
 
 def fits(placed: Placed, column: Column) -> bool:
@@ -126,3 +145,61 @@ def check_all(directory: Path, manifest: Manifest) -> None:
 def is_known(folder: Path, file: ShardFile) -> bool:
     """Whether this very file was hashed before in this process."""
     return (file.sha256, identity(folder / file.name, file)) in _KNOWN
+
+
+def refuse_nonsense(path: Path, dataset: Dataset, columns: Mapping[str, Array], stored: int) -> None:
+    """Raise ``CorruptCacheError`` when a dataset points outside of what there is; looked at once in a process."""
+    known = (dataset, stored, identity(path, dataset.file))
+    if known not in _SENSIBLE:
+        if reason := nonsense(dataset, columns, stored):
+            raise CorruptCacheError(f"{path}: {reason}: embedcache did not write this file; do not use the cache")
+        _SENSIBLE.add(known)
+
+
+def stored_keys(path: Path, manifest: Manifest) -> Keys:
+    """Return the keys of every row in every shard, u1 [N, 16], in order."""
+    check_all(path, manifest)
+    keys = np.empty((manifest.rows, 16), np.uint8)
+    at = 0
+    for shard in manifest.shards:
+        file = path / "features" / shard.file.name
+        placed = checked(file, shard.file, shard_columns(manifest.feature_sets, shard.rows))
+        keys[at : at + shard.rows] = placed["row_key"].map(file)
+        at += shard.rows
+    return keys
+
+
+def nonsense(dataset: Dataset, columns: Mapping[str, Array], stored: int) -> str | None:
+    """Return what in a dataset's columns means nothing where ``stored`` rows are in the shards, or None."""
+    limits = {"row": (0, stored), "split": (0, len(dataset.split_names))}
+    if dataset.task == "classification":
+        limits["target"] = (-1, len(dataset.class_names))
+    if dataset.whole_rows is not None:
+        limits["number"] = (0, dataset.whole_rows)
+    for name, (low, high) in limits.items():
+        column = columns[name]
+        if len(column) and not (low <= int(column.min()) and int(column.max()) < high):
+            return f"the column {name} holds {column.min()} to {column.max()}, expected at least {low} and below {high}"
+    if dataset.task == "multilabel" and not np.isin(columns["target"], (0, 1, 255)).all():
+        return "the column target holds something other than 0, 1 and 255"
+    if dataset.task == "regression" and np.isinf(columns["target"]).any():
+        return "the column target holds infinity"
+    if "number" in columns and (columns["number"][1:] <= columns["number"][:-1]).any():
+        return "the column number does not rise"
+    for name in ("id", "input"):
+        offsets = columns.get(f"{name}.offsets")
+        if offsets is not None and not rises(offsets, len(columns[f"{name}.values"])):
+            return f"{name}.offsets do not rise from 0 to {len(columns[f'{name}.values']):,}"
+    return None
+
+
+def rises(offsets: Array, length: int) -> bool:
+    """Whether offsets rise from 0 to ``length``."""
+    # Compared, not subtracted: a difference of hostile numbers wraps around.
+    return int(offsets[0]) == 0 and int(offsets[-1]) == length and not bool((offsets[1:] < offsets[:-1]).any())
+
+
+def refuse_offsets(path: Path, name: str, offsets: Array, length: int) -> None:
+    """Raise ``CorruptCacheError`` unless offsets rise from 0 to ``length``."""
+    if not rises(offsets, length):
+        raise CorruptCacheError(f"{path}: {name}.offsets do not rise from 0 to {length:,}; do not use the cache")

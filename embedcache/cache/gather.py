@@ -81,7 +81,7 @@ def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], 
         begin, end = max(start, bounds[at]), min(stop, bounds[at + 1])
         into = out[begin - start : end - start]
         mine = whole[at].rows(begin - bounds[at], end - bounds[at])
-        if feature.dtype == "float32":
+        if feature.dtype == "float32" and np.dtype(mine.dtype).isnative:
             read_into(into, mine)
         else:
             decode(mine.map(), feature.dtype, into)

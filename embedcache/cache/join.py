@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, Labelled, packed
 from embedcache.errors import CacheError, IncompleteCacheError, InputError
+
+_INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
 
 def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = None) -> FeatureCache:
@@ -96,7 +99,8 @@ def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
     wholes = {each.whole_rows for each in datasets}
     if len(wholes) > 1:
         raise InputError(
-            "these caches are parts of different datasets, or some are no parts: merge the parts of one dataset, or none"
+            "these caches are parts of different datasets, or some are no parts: "
+            "merge the parts of one dataset, or none"
         )
     whole = wholes.pop()
     exact = whole is not None or task in ("multilabel", "regression")
@@ -138,13 +142,13 @@ def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
 
 
 def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Return all names: in their common order, or where parts differ in which they have, sorted as a fresh pass sorts."""
+    """Return all names in their common order, or where parts differ in which they have, as a fresh pass sorts them."""
     if all(tuple(each) == tuple(names[0]) for each in names):
         return tuple(names[0])
     every = {name for each in names for name in each}
     if every <= {"train", "validation", "test"}:
         return tuple(name for name in ("train", "validation", "test") if name in every)
-    if all(name.lstrip("-").isdigit() for name in every):
+    if all(_INTEGER.fullmatch(name) for name in every):
         return tuple(sorted(every, key=int))
     return tuple(sorted(every))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from embedcache.errors import CacheError, CacheNotFoundError, CorruptCacheError, SpecMismatchError
 from embedcache.fingerprint import differences, hash_json, strict_json
-from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, commit, explain
+from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, commit, explain, refuse_colliding
 from embedcache.spec import TASKS
 
 NAME = "manifest.json"
@@ -74,6 +75,7 @@ class Manifest:
     spec_hash: str = field(default="")
 
     def __post_init__(self) -> None:
+        refuse_colliding(self.feature_sets)
         object.__setattr__(self, "spec_hash", hash_json(self.spec))
 
     @property
@@ -141,8 +143,11 @@ def read(directory: Path) -> Manifest:
         for linked in (path, *(directory / folder for folder in FOLDERS)):
             if linked.is_symlink():
                 raise CorruptCacheError(f"{linked} is a link: a cache must not depend on what lies elsewhere; copy it")
-        if path.stat().st_size > _LARGEST:
-            raise CorruptCacheError(f"{path} has {path.stat().st_size:,} bytes, which no manifest has: restore it")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise CorruptCacheError(f"{path} is no plain file: restore it from a copy")
+        if status.st_size > _LARGEST:
+            raise CorruptCacheError(f"{path} has {status.st_size:,} bytes, which no manifest has: restore it")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         what = f"it has no {NAME}" if directory.is_dir() else "there is no such directory"
@@ -170,7 +175,7 @@ def parse(data: bytes) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CorruptCacheError("not an embedcache manifest: choose the directory of a cache")
     said = body.get("version")
-    version = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", said) if isinstance(said, str) else None
+    version = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", said) if isinstance(said, str) else None
     if version is None or int(version[1]) != MAJOR:
         raise CorruptCacheError(
             f"this cache has format {said}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
@@ -181,10 +186,9 @@ def parse(data: bytes) -> Manifest:
     if claimed != own or encoded(body) != data:
         raise CorruptCacheError("it was changed after it was written (its own hash differs): restore it from a copy")
     sets = tuple(FeatureSet(**_only(each, "name", "kind", "dim", "layers", "dtype")) for each in body["feature_sets"])
-    columns = ["row_key", *(name for each in sets for name in each.columns(1))]
-    _require(sets and len(set(columns)) == len(columns), "a list of feature sets")
     shards = tuple(Shard(_file(each), each["rows"], _mapping(each["provenance"])) for each in body["shards"])
-    _require(all(_count(each.rows, 1) for each in shards), "the rows of a shard")
+    # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on disk.
+    _require(all(_count(each.rows, 1) and each.rows * 16 <= each.file.bytes for each in shards), "the rows of a shard")
     _require(len({each.file.name for each in shards}) == len(shards), "a shard named twice")
     _require(isinstance(body["complete"], bool) and _count(body["generation"], 0), "complete or generation")
     manifest = Manifest(
@@ -210,7 +214,9 @@ def _dataset(body: Any) -> Dataset | None:
         split_names=_names(body["split_names"]),
         **{name: body[name] for name in names},
     )
-    _require(_count(found.rows, 0) and _count(found.targets, 0), "the sizes of the dataset")
+    _require(_count(found.rows, 0) and found.rows * 9 <= found.file.bytes, "the rows of the dataset")
+    columns = len(found.class_names) if found.task in ("multilabel", "regression") else 0
+    _require(_count(found.targets, 0) and found.targets == columns, "targets")
     _require(found.whole_rows is None or _count(found.whole_rows, found.rows), "whole_rows")
     _require(found.task is None or found.task in TASKS, f"task {found.task!r}")
     _require(isinstance(found.has_ids, bool) and isinstance(found.has_inputs, bool), "has_ids or has_inputs")
@@ -239,6 +245,7 @@ def _mapping(body: Any) -> dict[str, Any]:
 def _names(body: Any) -> tuple[str, ...]:
     strings = isinstance(body, list) and all(isinstance(name, str) for name in body)
     _require(strings and len(set(body)) == len(body), "a list of names")
+    "".join(body).encode("utf-8")  # a lone surrogate cannot be printed
     return tuple(body)
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import check, check_all, checked, dataset_columns, identity, shard_columns
+from embedcache.cache.files import (
+    check,
+    check_all,
+    checked,
+    dataset_columns,
+    identity,
+    refuse_nonsense,
+    refuse_offsets,
+    shard_columns,
+    stored_keys,
+)
 from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError
-from embedcache.shard import FeatureSet, Placed
+from embedcache.shard import FeatureSet, Placed, place
 from embedcache.spec import Task
 
 if TYPE_CHECKING:
@@ -40,6 +51,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> Array:
+        row = range(len(self))[row]
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
@@ -84,22 +96,7 @@ class FeatureCache:
         placed = checked(file, dataset.file, dataset_columns(dataset))
         self._columns = {name: each.map(file) for name, each in placed.items()}
         self._row, self._split = np.asarray(self._columns["row"]), np.asarray(self._columns["split"])
-        self._refuse_nonsense()
-
-    def _refuse_nonsense(self) -> None:
-        """Refuse a dataset that points outside of what there is: no writer made it."""
-        limits = [("row", 0, self.n_stored), ("split", 0, len(self.split_names))]
-        if self.task == "classification":
-            limits.append(("target", -1, len(self.class_names)))
-        for name, low, high in limits:
-            column = self._columns[name]
-            if len(column) and not (low <= int(column.min()) and int(column.max()) < high):
-                raise CorruptCacheError(f"{self.path}: the dataset's column {name} holds values that mean nothing here")
-        if self.task in ("multilabel", "regression") and self._columns["target"].shape[1] != len(self.class_names):
-            raise CorruptCacheError(f"{self.path}: the dataset has other targets than the manifest names")
-        for name in ("id", "input"):
-            if f"{name}.offsets" in self._columns:
-                refuse_offsets(self.path, name, self._columns[f"{name}.offsets"], len(self._columns[f"{name}.values"]))
+        refuse_nonsense(file, dataset, self._columns, self.n_stored)
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> FeatureCache:
@@ -177,7 +174,10 @@ class FeatureCache:
         return dict(zip(self.split_names, counts.tolist(), strict=True))
 
     def targets(self, split: str | None = None) -> Array:
-        """Return the targets: int64 [N], uint8 [N, C] or float64 [N, R] by task. Raises ``InputError`` without labels."""
+        """Return the targets: int64 [N], uint8 [N, C] or float64 [N, R] by task.
+
+        Raises ``InputError`` without labels.
+        """
         if self.task is None:
             raise InputError(f"{self.path} has no labels: give it some with embedcache relabel {self.path} INPUT")
         return np.asarray(self._columns["target"])[self._selected(split)]
@@ -191,14 +191,18 @@ class FeatureCache:
 
     def keys(self, split: str | None = None) -> Keys:
         """Return the row keys, u1 [N, 16]."""
-        return self.stored_keys()[self._row[self._selected(split)]]
+        keys: Keys = self.stored_keys()[self._row[self._selected(split)]]
+        return keys
 
     def ids(self, split: str | None = None) -> list[str]:
         """Return the rows' ids."""
         rows = self.rows(split)
         if self.dataset.has_ids:
             packed = Packed(self._columns["id.values"], self._columns["id.offsets"], rows)
-            return [each.decode("utf-8") for each in packed]
+            try:
+                return [each.decode("utf-8") for each in packed]
+            except UnicodeDecodeError:
+                raise CorruptCacheError(f"{self.path}: an id is not UTF-8: embedcache did not write this") from None
         return [str(number) for number in self.numbers()[rows]]
 
     def numbers(self) -> Rows:
@@ -224,7 +228,8 @@ class FeatureCache:
         each = self.feature(feature)
         if each.kind == "tokens":
             raise FeatureError(
-                f"{each.name} is a token-level set, one vector per token: use ragged(), or train a head such as attention"
+                f"{each.name} is a token-level set, one vector per token: "
+                "use ragged(), or train a head such as attention"
             )
         return self.take(self._row[self._selected(split)], each.name)
 
@@ -235,6 +240,10 @@ class FeatureCache:
         if name not in self.feature_sets:
             raise FeatureError(f"{self.path} has no feature set {name!r}: it has {', '.join(self.feature_sets)}")
         return self.feature_sets[name]
+
+    def places(self, split: str | None = None) -> Rows:
+        """Return where in the shards each row of a split is, int64 [N]; see ``take``."""
+        return self._row[self._selected(split)]
 
     def lookup(self, keys: Keys) -> Rows:
         """Return where in the shards each key [n, 16] is, int64 [n], -1 for a key that is not there; see ``take``."""
@@ -253,7 +262,8 @@ class FeatureCache:
         each = self.feature(feature if feature is not None else (names[0] if names else "tokens"))
         if each.kind != "tokens":
             raise FeatureError(
-                f"{each.name} is not a token-level set: use arrays(); token-level sets here: {', '.join(names) or 'none'}"
+                f"{each.name} is not a token-level set: use arrays(); "
+                f"token-level sets here: {', '.join(names) or 'none'}"
             )
         places = self._row[self._selected(split)]
         shards = np.searchsorted(self._starts, places, side="right") - 1
@@ -263,7 +273,7 @@ class FeatureCache:
         lengths = np.zeros(len(places), np.int64)
         runs: list[Array] = []
         opened: dict[int, tuple[Array, Array]] = {}
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             shard = int(shards[begin])
             if shard not in opened:
                 values, offsets = (self._piece(shard, f"{each.name}.{part}").map() for part in ("values", "offsets"))
@@ -357,24 +367,6 @@ class FeatureCache:
         return np.asarray(self._piece(shard, "row_key").map()[rows]), arrays
 
 
-def stored_keys(path: Path, manifest: manifests.Manifest) -> Keys:
-    """Return the keys of every row in every shard, u1 [N, 16], in order."""
-    keys = np.empty((manifest.rows, 16), np.uint8)
-    at = 0
-    for shard in manifest.shards:
-        file = path / "features" / shard.file.name
-        placed = checked(file, shard.file, shard_columns(manifest.feature_sets, shard.rows))
-        keys[at : at + shard.rows] = placed["row_key"].map(file)
-        at += shard.rows
-    return keys
-
-
-def refuse_offsets(path: Path, name: str, offsets: Array, length: int) -> None:
-    """Raise ``CorruptCacheError`` unless offsets rise from 0 to ``length``."""
-    if int(offsets[0]) != 0 or int(offsets[-1]) != length or bool((np.diff(offsets) < 0).any()):
-        raise CorruptCacheError(f"{path}: {name}.offsets do not rise from 0 to {length:,}; do not use the cache")
-
-
 def verify(path: Path | str) -> list[str]:
     """Hash every file of a cache again and return what is wrong, one line each, left-over files included.
 
@@ -385,10 +377,17 @@ def verify(path: Path | str) -> list[str]:
         manifest = manifests.read(directory)
     except CorruptCacheError as error:
         return [str(error)]
+    files = [("features", shard.file, shard_columns(manifest.feature_sets, shard.rows)) for shard in manifest.shards]
+    if manifest.examples is not None:
+        files.append(("examples", manifest.examples.file, dataset_columns(manifest.examples)))
     problems = []
-    for folder, file in manifest.files():
+    for folder, file, columns in files:
         try:
             check(directory / folder / file.name, file)
+            placed = place(directory / folder / file.name, columns)
+            if folder == "examples" and manifest.examples is not None:
+                mapped = {name: each.map(directory / folder / file.name) for name, each in placed.items()}
+                refuse_nonsense(directory / folder / file.name, manifest.examples, mapped, manifest.rows)
         except CacheError as error:
             problems.append(str(error))
     named = {Path(folder, file.name) for folder, file in manifest.files()} | {Path(manifests.NAME)}

@@ -23,8 +23,9 @@ class CachedDataset(Dataset[Any]):
         return len(self.x)
 
     def __getitem__(self, row: int) -> Any:
+        # Copied, because what is mapped is read-only, and torch has no such tensors.
         x = torch.from_numpy(np.array(self.x[row]))
-        return x if self.y is None else (x, torch.as_tensor(self.y[row]))
+        return x if self.y is None else (x, torch.from_numpy(np.array(self.y[row])))
 
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
         if not isinstance(self.x, np.ndarray):

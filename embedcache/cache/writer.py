@@ -15,12 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
+from embedcache.cache.files import check, nonsense, rises, stored_keys
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Shard
-from embedcache.cache.reader import stored_keys
-from embedcache.errors import CacheError, CacheLockedError, CacheNotFoundError, FeatureError, InputError
+from embedcache.errors import (
+    CacheError,
+    CacheLockedError,
+    CacheNotFoundError,
+    CorruptCacheError,
+    FeatureError,
+    InputError,
+)
 from embedcache.fingerprint import canonical_json, sha256_bytes
-from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, explain, publish
+from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, explain, publish, sync_directory
 
 try:
     import fcntl
@@ -91,10 +98,15 @@ class CacheWriter:
         self._failed = False
 
     def __enter__(self) -> CacheWriter:
-        self._read()  # refuses another spec or a directory of something else before anything is written
+        fresh = self._read() is None  # refuses another spec or a directory of something else before writing anything
         try:
+            made = [folder for folder in self.path.parents if not folder.exists()]
             for folder in (self.path, *(self.path / name for name in manifests.FOLDERS)):
                 folder.mkdir(parents=True, exist_ok=True)
+            # Until the directory above knows its name, a power cut can take a new directory with all that is in it.
+            for folder in (self.path, *made) if fresh else ():
+                with contextlib.suppress(PermissionError):  # one may write to a directory that one may not read
+                    sync_directory(folder.parent)
         except OSError as error:
             raise CacheError(f"cannot make {self.path}: {explain(error)}") from None
         self._lock = lock(self.path)
@@ -166,11 +178,11 @@ class CacheWriter:
                 refuse_misfit(name, array, column.shape, column.dtype)
                 contents[name], attributes[name] = array, column.attributes
             offsets = parts[1] if len(parts) == 2 else None
-            if offsets is not None and (
-                offsets[0] != 0 or offsets[-1] != len(parts[0]) or (np.diff(offsets) < 0).any()
-            ):
+            if offsets is not None and not rises(offsets, len(parts[0])):
                 raise FeatureError(f"{each.name}: offsets must rise from 0 to {len(parts[0])}")
-            refuse_non_finite(each, parts[0], offsets)
+            wrong = each.first_non_finite(parts[0], offsets)
+            if wrong is not None:
+                raise FeatureError(f"{each.name}: row {wrong} holds NaN or infinity, which no head can use")
         file = self._publish("features", len(self._manifest.shards), build(contents, attributes))
         self._commit(self._manifest.with_shard(Shard(file, len(keys), dict(provenance))))
         self._keys.append(np.array(keys))
@@ -224,15 +236,15 @@ class CacheWriter:
                 f"{len(missing):,} of {len(keys):,} rows are not in {self.path} (the first is row {int(missing[0])}): "
                 f"extract them first with embedcache extract INPUT -o {self.path}"
             )
-        contents: dict[str, npt.NDArray[Any]] = {"row": rows, "split": np.asarray(split, np.uint8)}
+        contents: dict[str, npt.NDArray[Any]] = {"row": rows, "split": exactly("split", split, np.dtype("u1"))}
         if task is not None and targets is not None:
-            contents["target"] = np.asarray(targets, TARGETS[task])
+            contents["target"] = exactly("target", targets, TARGETS[task])
         for name, pair in (("id", ids), ("input", inputs)):
             if pair is not None:
                 contents[f"{name}.values"] = np.asarray(pair[0], np.uint8)
                 contents[f"{name}.offsets"] = np.asarray(pair[1], np.int64)
         if numbers is not None:
-            contents["number"] = np.asarray(numbers, np.int64)
+            contents["number"] = exactly("number", numbers, np.dtype("i8"))
         dataset = Dataset(
             file=ShardFile("", 0, ""),
             rows=len(keys),
@@ -244,13 +256,15 @@ class CacheWriter:
             has_inputs=inputs is not None,
             whole_rows=None if numbers is None else whole_rows if whole_rows is not None else len(keys),
         )
-        refuse_misfits(dataset, contents)
+        refuse_misfits(dataset, contents, len(self._keys[0]))
         data = build(contents)
         former = self._manifest.examples
         if former is not None and self._manifest.complete:
             same = replace(former.file, bytes=len(data), sha256=sha256_bytes(data))
             if former == replace(dataset, file=same):
-                return
+                with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
+                    check(self.path / "examples" / former.file.name, former.file)
+                    return
         # A second generation is numbered by how many there were, so that a resumed run names its file alike.
         number = self._manifest.generation
         dataset = replace(dataset, file=self._publish("examples", number, data))
@@ -334,14 +348,15 @@ def lock(path: Path) -> contextlib.ExitStack:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise ``CacheError`` unless a path without a manifest may become a cache: it is empty, or a killed first run's."""
+    """Raise ``CacheError`` unless a path without a manifest may become a cache: empty, or of a killed first run."""
     if not path.is_dir():
         raise CacheError(f"{path} is a file: choose a new or an empty directory")
     for found in path.iterdir():
         if found.name in manifests.FOLDERS and found.is_dir() and not found.is_symlink():
             if any(FILE_NAME.fullmatch(inside.name) for inside in found.iterdir()):
                 raise CacheError(
-                    f"{path} holds {found.name} but no {manifests.NAME}: restore that from a copy, or choose another directory"
+                    f"{path} holds {found.name} but no {manifests.NAME}: "
+                    "restore that from a copy, or choose another directory"
                 )
         elif not _TEMPORARY.fullmatch(found.name) and found.name != _LOCK:
             raise CacheError(f"{path} exists and is no feature cache: choose a new or an empty directory")
@@ -354,31 +369,32 @@ def refuse_misfit(name: str, array: Any, shape: tuple[int | None, ...], dtype: n
         raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {dtype} {shape}")
 
 
-def refuse_non_finite(feature: FeatureSet, values: npt.NDArray[Any], offsets: npt.NDArray[Any] | None = None) -> None:
-    """Raise ``FeatureError`` naming the set and the first row that holds NaN or infinity."""
-    wrong = (values & 0x7F80) == 0x7F80 if feature.dtype == "bfloat16" else ~np.isfinite(values)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
-        if offsets is not None:
-            row = int(np.searchsorted(offsets, row, side="right")) - 1
-        raise FeatureError(f"{feature.name}: row {row} holds NaN or infinity, which no head can use")
+def exactly(name: str, values: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Return a column of a dataset in the type that is stored. Raises ``InputError`` when that would change it."""
+    given = np.asarray(values)
+    stored = given.astype(dtype)
+    if not np.array_equal(stored, given, equal_nan=given.dtype.kind == "f"):
+        raise InputError(f"the column {name} does not fit into {dtype.name}")
+    return stored
 
 
-def refuse_misfits(dataset: Dataset, contents: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raise ``InputError`` unless the columns of a dataset fit one another and the names."""
-    split, target = contents["split"], contents.get("target")
-    if any(len(contents[name]) != dataset.rows for name in ("split", "target", "number") if name in contents):
-        raise InputError(f"the columns of the dataset have other lengths than its {dataset.rows} rows")
-    if len(split) and int(split.max()) >= len(dataset.split_names):
-        raise InputError(f"split {int(split.max())} has no name: there are {len(dataset.split_names)}")
-    if target is None:
-        return
-    if target.ndim != (1 if dataset.task == "classification" else 2):
+def refuse_misfits(dataset: Dataset, contents: Mapping[str, npt.NDArray[Any]], stored: int) -> None:
+    """Raise ``InputError`` unless a dataset's columns fit one another, the names, and the ``stored`` rows."""
+    lengths = {name: dataset.rows for name in ("split", "target", "number")}
+    lengths |= {name: dataset.rows + 1 for name in ("id.offsets", "input.offsets")}
+    for name, length in lengths.items():
+        if name in contents and len(contents[name]) != length:
+            raise InputError(f"the column {name} has length {len(contents[name])}, expected {length}")
+    target = contents.get("target")
+    if target is not None and target.ndim != (1 if dataset.task == "classification" else 2):
         raise InputError(f"targets of shape {target.shape} do not fit the task {dataset.task}")
-    if target.ndim == 2 and target.shape[1] != len(dataset.class_names):
-        raise InputError(f"{target.shape[1]} targets and {len(dataset.class_names)} names")
-    if target.ndim == 1 and len(target) and not (-1 <= target.min() and target.max() < len(dataset.class_names)):
-        raise InputError(f"a class outside of the {len(dataset.class_names)} that are named")
+    if target is not None and target.ndim == 2 and target.shape[1] != len(dataset.class_names):
+        raise InputError(f"there are {target.shape[1]} targets and {len(dataset.class_names)} names")
+    for what, names in (("classes", dataset.class_names), ("splits", dataset.split_names)):
+        if len(set(names)) != len(names):
+            raise InputError(f"two {what} have the same name: {', '.join(names)}")
+    if reason := nonsense(dataset, contents, stored):
+        raise InputError(reason)
 
 
 def packed(contents: Iterable[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

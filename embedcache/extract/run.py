@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared, compute
+from embedcache.backbone import Backbone, Prepared, run_plan
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import plan
 from embedcache.cache import CacheWriter
@@ -233,11 +233,9 @@ def refuse_non_finite(window: Window, arrays: Mapping[str, Any], backbone: Backb
     """Raise ``FeatureError`` naming the first row whose features hold NaN or infinity."""
     for each in backbone.feature_sets:
         values, offsets = arrays[each.name] if each.kind == "tokens" else (arrays[each.name], None)
-        wrong = (values & 0x7F80) == 0x7F80 if each.dtype == "bfloat16" else ~np.isfinite(values)
-        if not wrong.any():
+        row = each.first_non_finite(values, offsets)
+        if row is None:
             continue
-        first = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
-        row = first if offsets is None else int(np.searchsorted(offsets, first, side="right")) - 1
         compute_dtype = backbone.identity.get("compute_dtype", "float32")
         advice = "compute in bfloat16 or float32" if compute_dtype == "float16" else "check the model's weights"
         raise FeatureError(
@@ -289,7 +287,7 @@ def run(
                 seen += len(window)
                 tokens_seen += batches.real
                 bar.expect(round(tokens_seen / seen * len(todo)))
-                arrays = compute(backbone, window.prepared, batches, bar.advance)
+                arrays = run_plan(backbone, window.prepared, batches, bar.advance)
                 if committing is not None:
                     committing.result()
                 committing = committer.submit(commit, window, arrays)
