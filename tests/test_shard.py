@@ -1,0 +1,368 @@
+"""One shard: its bytes are fixed, its arrays are found again, and a commit is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_caches import SETS, arrays, store
+
+from embedcache import shard
+from embedcache.errors import CacheError, SpecError
+from embedcache.shard import Column, FeatureSet, build, commit, explain, place, publish, refuse_colliding
+
+KEYS = np.arange(7 * 16, dtype=np.uint8).reshape(7, 16)
+
+
+# The bytes. They may change only with the version of the format; FORMAT.md says what must then be done.
+
+GOLDEN = {
+    "mean": "3b0c04b1a2532988",
+    "cls": "61d80a2020a440aa",
+    "l2:mean": "2ea7549828fd892f",
+    "mean@1+2": "fabb2d194420d4e6",
+    "cls@all": "1dc90cef8eb99a59",
+    "tokens": "9ed56051255338d7",
+    "tokens@-2": "8eb0266e793f4b42",
+}
+
+
+def test_golden_bytes() -> None:
+    small = build({"row_key": KEYS, "mean": np.arange(7 * 5, dtype=np.float32).reshape(7, 5)})
+    assert len(small) == 1924
+    assert hashlib.sha256(small).hexdigest() == "8ed125128545a87d077f5b050c301dd59d97589108f4deae6697b74b00c51051"
+
+
+def test_golden_bytes_of_every_type() -> None:
+    found = {}
+    for each in SETS:
+        stored = arrays([each], range(7))[each.name]
+        parts = stored if isinstance(stored, tuple) else (stored,)
+        columns = each.columns(7)
+        data = build(
+            {"row_key": KEYS} | dict(zip(columns, parts, strict=True)),
+            {name: column.attributes for name, column in columns.items()},
+        )
+        found[each.name] = hashlib.sha256(data).hexdigest()[:16]
+    assert found == GOLDEN
+
+
+def test_superblock_is_the_oldest() -> None:
+    assert build({"row_key": KEYS})[:9] == b"\x89HDF\r\n\x1a\n\x00"
+
+
+def test_byte_order_and_memory_order_of_the_input_change_no_byte() -> None:
+    plain = np.arange(35, dtype=np.float32).reshape(7, 5)
+    for other in (plain.astype(">f4"), np.asfortranarray(plain), np.repeat(plain, 2, axis=1)[:, ::2]):
+        assert build({"mean": other}) == build({"mean": plain})
+    assert build({"mean": plain + 1}) != build({"mean": plain})
+
+
+def test_large_arrays_start_on_a_page_and_lie_there_as_they_are(tmp_path: Path) -> None:
+    content = {
+        "row_key": np.arange(257 * 16, dtype=np.uint64).astype(np.uint8).reshape(257, 16),
+        "a": np.arange(1025, dtype="<f4").reshape(1025, 1),
+        "b": np.arange(2 * 1031, dtype="<f8").reshape(2, 1031),
+    }
+    path = tmp_path / "x.h5"
+    path.write_bytes(build(content))
+    found = place(path, {name: Column(array.shape, array.dtype) for name, array in content.items()})
+    for name, array in content.items():
+        assert found[name].offset % 4096 == 0
+        assert path.read_bytes()[found[name].offset :][: array.nbytes] == array.tobytes()
+
+
+@given(st.data())
+def test_what_is_built_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    content: dict[str, np.ndarray] = {}
+    for name in data.draw(st.lists(st.sampled_from("abcdefg"), min_size=1, unique=True)):
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 7, 1031]), min_size=1, max_size=2))
+        dtype = np.dtype(data.draw(st.sampled_from(["u1", "<u2", "<i8", "<f2", "<f4", "<f8"])))
+        content[name] = (np.arange(math.prod(shape)) % 253).astype(dtype).reshape(shape)
+    path = tmp_path_factory.mktemp("built") / "x.h5"
+    path.write_bytes(build(content))
+    found = place(path, {name: Column((None, *each.shape[1:]), each.dtype) for name, each in content.items()})
+    assert list(found) == list(content)
+    for name, array in content.items():
+        mapped = found[name].map(path)
+        assert mapped.dtype == array.dtype
+        assert np.array_equal(mapped, array)
+        assert not array.size or not mapped.flags.writeable
+
+
+# Feature sets.
+
+
+def test_columns_by_hand() -> None:
+    pooled, tokens = FeatureSet("m", "pooled", 5, 1, "float32"), FeatureSet("t", "tokens", 3, 1, "bfloat16")
+    layers = FeatureSet("l", "layers", 5, 2, "float16")
+    assert pooled.columns(7) == {"m": Column((7, 5), np.dtype("<f4"))}
+    assert layers.columns(7) == {"l": Column((7, 2, 5), np.dtype("<f2"))}
+    assert tokens.columns(7) == {
+        "t.values": Column((None, 3), np.dtype("<u2"), {"dtype": "bfloat16"}),
+        "t.offsets": Column((8,), np.dtype("<i8")),
+    }
+    assert (pooled.row_shape, layers.row_shape, tokens.row_shape) == ((5,), (2, 5), (3,))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": ""},
+        {"name": "."},
+        {"name": "a/b"},
+        {"name": "é"},
+        {"name": "a\n"},
+        {"name": "x" * 101},
+        {"name": None},
+        {"kind": "other"},
+        {"dtype": "float64"},
+        {"dim": 0},
+        {"dim": True},
+        {"dim": 5.0},
+        {"dim": 2**31},
+        {"layers": 2},
+        {"kind": "layers", "layers": 0},
+    ],
+)
+def test_impossible_sets_are_refused(wrong: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"name": "m", "kind": "pooled", "dim": 5, "layers": 1, "dtype": "float32"}
+    FeatureSet(**right)
+    with pytest.raises(SpecError, match="feature set"):
+        FeatureSet(**(right | wrong))
+
+
+@pytest.mark.parametrize("names", [["m", "m"], ["row_key"], ["t", "t.values"], ["t", "t.offsets"]])
+def test_sets_that_would_be_stored_under_one_name_are_refused(names: list[str]) -> None:
+    with pytest.raises(SpecError, match="two feature sets would both be stored as"):
+        refuse_colliding([FeatureSet(name, "tokens" if name == "t" else "pooled", 5, 1, "float32") for name in names])
+    refuse_colliding(SETS)
+
+
+@given(
+    each=st.sampled_from(SETS),
+    lengths=st.lists(st.integers(0, 3), min_size=1, max_size=7),
+    at=st.integers(0, 100),
+    wrong=st.sampled_from([None, np.nan, np.inf, -np.inf]),
+)
+def test_the_first_row_that_is_not_finite(each: FeatureSet, lengths: list[int], at: int, wrong: float | None) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    count = int(offsets[-1]) if each.kind == "tokens" else len(lengths)
+    decoded = np.full((count, *each.row_shape), 3.0, np.float32)
+    planted = wrong is not None and decoded.size > 0
+    if planted:
+        decoded.reshape(-1)[at % decoded.size :: 5] = wrong
+    naive = None
+    for row in range(len(lengths)):
+        mine = decoded[offsets[row] : offsets[row + 1]] if each.kind == "tokens" else decoded[row]
+        if naive is None and not np.isfinite(mine).all():
+            naive = row
+    assert (naive is not None) == planted
+    assert each.first_non_finite(store(each, decoded), offsets if each.kind == "tokens" else None) == naive
+
+
+# Commits.
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch, **instead: Callable[..., Any]) -> Iterator[list[str]]:
+    """Note the system calls of a commit in their order; ``instead`` replaces some."""
+    calls: list[str] = []
+    kinds: dict[int, str] = {}
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "close", "replace", "unlink")}
+
+    def spy(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if name == "open":
+                descriptor = real["open"](*args)
+                exclusive = os.O_CREAT | os.O_EXCL
+                kinds[descriptor] = "file" if args[1] & exclusive == exclusive else "directory"
+                calls.append(f"open {kinds[descriptor]}")
+                return descriptor
+            what = kinds.get(args[0], "") if isinstance(args[0], int) else ""
+            calls.append(f"{name} {what}".strip())
+            return instead.get(name, real[name])(*args)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in real:
+            patched.setattr(os, name, spy(name))
+        yield calls
+
+
+def fails(number: int) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_the_steps_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recorded(monkeypatch) as calls:
+        commit(tmp_path / "f", b"data")
+    assert calls == [
+        "unlink",
+        "open file",
+        "write file",
+        "fsync file",
+        "close file",
+        "replace",
+        "open directory",
+        "fsync directory",
+        "close directory",
+    ]
+    assert (tmp_path / "f").read_bytes() == b"data"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_published_file_is_named_after_its_hash(tmp_path: Path) -> None:
+    file = publish(tmp_path, "000007", b"data")
+    digest = hashlib.sha256(b"data").hexdigest()
+    assert (file.name, file.bytes, file.sha256) == (f"000007-{digest[:16]}.h5", 4, digest)
+    assert (tmp_path / file.name).read_bytes() == b"data"
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with recorded(monkeypatch, write=lambda descriptor, data: write(descriptor, data[:3])) as calls:
+        commit(tmp_path / "f", bytes(range(10)))
+    assert calls.count("write file") == 4
+    assert (tmp_path / "f").read_bytes() == bytes(range(10))
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "close", "replace"])
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "the disk is full: free some space"), (errno.EIO, "error")]
+)
+def test_a_failure_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, said: str
+) -> None:
+    commit(tmp_path / "f", b"old")
+    with recorded(monkeypatch, **{step: fails(number)}) as calls, pytest.raises(CacheError, match=said) as caught:
+        commit(tmp_path / "f", b"new")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "f") in str(caught.value)
+    assert sum(call.startswith(step) for call in calls) == 1, "nothing is tried twice"
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"], "the temporary is removed"
+
+
+def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, room = os.write, [5]
+
+    def until_full(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "full")
+        done = write(descriptor, data[: room[0]])
+        room[0] -= done
+        return done
+
+    with recorded(monkeypatch, write=until_full), pytest.raises(CacheError, match="the disk is full"):
+        commit(tmp_path / "f", b"more than five bytes")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_whose_fsync_fails_is_an_error_unless_there_is_no_such_thing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def on_directories(number: int) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                raise OSError(number, os.strerror(number))
+            fsync(descriptor)
+
+        return call
+
+    with (
+        recorded(monkeypatch, fsync=on_directories(errno.EIO)) as calls,
+        pytest.raises(CacheError, match="disk reports"),
+    ):
+        commit(tmp_path / "f", b"data")
+    assert calls.count("fsync directory") == 1
+    with recorded(monkeypatch, fsync=on_directories(errno.EINVAL)):
+        commit(tmp_path / "g", b"data")
+
+
+def test_a_temporary_that_a_killed_process_of_the_same_number_left_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / f".f.{os.getpid()}.tmp"
+    left.write_bytes(b"half")
+    commit(tmp_path / "f", b"whole")
+    assert (tmp_path / "f").read_bytes() == b"whole"
+    assert not left.exists()
+
+
+def test_a_link_in_place_of_the_temporary_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / f".f.{os.getpid()}.tmp").symlink_to(victim)
+    commit(tmp_path / "f", b"data")
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="a part of the path is a file"):
+        commit(tmp_path / "file" / "f", b"data")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX limits")
+def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from embedcache.shard import commit\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "commit(Path(sys.argv[1]), bytes(4096))\n"
+        "try:\n    commit(Path(sys.argv[1]), bytes(4097))\nexcept OSError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], capture_output=True, text=True, check=True)
+    assert "larger than this file system or its limit allows" in done.stdout
+    assert (tmp_path / "f").read_bytes() == bytes(4096)
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
+    commit(tiny_disk / "f", bytes(200_000))
+    with pytest.raises(CacheError, match="the disk is full"):
+        commit(tiny_disk / "f", bytes(200_001))
+    assert (tiny_disk / "f").read_bytes() == bytes(200_000)
+    assert os.listdir(tiny_disk) == ["f"]
+
+
+def test_every_error_is_explained_in_one_line() -> None:
+    for number in errno.errorcode:
+        said = explain(OSError(number, os.strerror(number)))
+        assert said
+        assert "\n" not in said
+
+
+def test_the_module_needs_no_hdf5_until_it_is_used() -> None:
+    code = "import sys, embedcache.shard; print('h5py' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert shard.ALIGNMENT == 4096
