@@ -1,0 +1,132 @@
+"""One configuration: a feature set, a head, how to train it, a seed; and its hash, by which results are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from embedcache.fingerprint import hash_json
+from embedcache.spec import HeadSpec, TrainSpec
+
+SEEDED = frozenset({"mlp", "hist-gradient-boosting", "random-projection"})
+"""Heads of scikit-learn whose result a seed changes."""
+
+_CONVEX = ("solver", "l2", "class_weight", "standardize")
+_MINIBATCH = (
+    "solver", "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup", "clip",
+    "patience", "metric", "label_smoothing", "class_weight", "standardize", "shuffle_seed",
+)  # fmt: skip
+_SKLEARN = ("class_weight",)
+_SHORT = {"learning_rate": "lr", "weight_decay": "wd", "label_smoothing": "smoothing", "batch_size": "batch"}
+DEFAULTS = TrainSpec()
+TRAIN_FIELDS = tuple(each.name for each in fields(TrainSpec))
+
+
+def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[str, ...]:
+    """Return the settings of ``TrainSpec`` that a head reads, the seed left out."""
+    if head.engine == "sklearn":
+        return _SKLEARN
+    if solver == "convex":
+        return _CONVEX
+    read = _MINIBATCH + (("momentum",) if optimizer == "sgd" else ())
+    return tuple(name for name in read if name in TRAIN_FIELDS)
+
+
+@dataclass(frozen=True, eq=False)
+class Configuration:
+    """A feature set by name, a head, and how to train it; ``train.seed`` is its seed.
+
+    What the head does not read is put back to its default, so that two ways of writing one thing are one thing.
+    """
+
+    feature: str
+    head: HeadSpec
+    train: TrainSpec
+
+    def __post_init__(self) -> None:
+        read = {*fields_read(self.head, self.train.solver, self.train.optimizer)}
+        if self.seeded:
+            read.add("seed")
+        idle = {name: getattr(DEFAULTS, name) for name in TRAIN_FIELDS if name not in read}
+        object.__setattr__(self, "train", replace(self.train, **idle))
+        object.__setattr__(self, "head", replace(self.head, options=_plain(self.head.options)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Configuration) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed gives another head."""
+        if self.head.engine == "sklearn":
+            return self.head.kind in SEEDED
+        return self.train.solver != "convex"
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings of training that it reads, without the seed."""
+        whole = asdict(self.train)
+        return {name: whole[name] for name in fields_read(self.head, self.train.solver, self.train.optimizer)}
+
+    def to_json(self, *, seed: bool = True) -> dict[str, Any]:
+        """Return it as JSON values."""
+        train = {**self.settings, "seed": self.train.seed} if seed else self.settings
+        head = {"kind": self.head.kind, "engine": self.head.engine, "options": dict(self.head.options)}
+        return {"feature": self.feature, "head": head, "train": train}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Configuration:
+        """Undo ``to_json``."""
+        return cls(value["feature"], HeadSpec(**value["head"]), TrainSpec(**value["train"]))
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits of the sha256 of its canonical JSON."""
+        return hash_json(self.to_json())[:16]
+
+    @cached_property
+    def candidate(self) -> str:
+        """The same without the seed: repetitions of one candidate."""
+        return hash_json(self.to_json(seed=False))[:16]
+
+    @cached_property
+    def label(self) -> str:
+        """One line for people: the head, what is not at its default, the feature set."""
+        parts = [self.head.kind if self.head.engine == "torch" else f"sklearn:{self.head.kind}"]
+        if self.train.solver == "convex" and self.head.engine == "torch":
+            parts = [f"{self.head.kind} l2={_text(self.train.l2)}"]
+        parts += [f"{name}={_text(value)}" for name, value in self.head.options.items()]
+        for name, value in self.settings.items():
+            shown = name in ("learning_rate", "weight_decay") or value != getattr(DEFAULTS, name)
+            if shown and name not in ("solver", "l2"):
+                parts.append(f"{_SHORT.get(name, name)}={_text(value)}")
+        return f"{' '.join(parts)} · {self.feature}"
+
+    def flat(self) -> dict[str, Any]:
+        """Return head, options and settings in one level, for tables and plots."""
+        return {"head": self.head.kind, "engine": self.head.engine, **self.head.options, **self.settings}
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as JSON would give them back; one hidden width is a list of one."""
+    out = {}
+    for name in sorted(options):
+        value = options[name]
+        if name == "hidden" and isinstance(value, int) and not isinstance(value, bool):
+            value = [value]
+        out[name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, (list, tuple)):
+        return "x".join(map(str, value))
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}:{_text(each)}" for name, each in value.items())
+    return str(value)

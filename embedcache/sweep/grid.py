@@ -1,0 +1,414 @@
+"""A grid from a YAML file, Python values or flags -> configurations.
+
+The written form (``sweep.yaml``; every key may be left out)::
+
+    features: [mean, cls@-2]            # default: every feature set that a head can read
+    seeds: [0, 1, 2]
+    folds: 5                            # and repeats, shots, draws, metric, learning_curve, random, seed
+    heads:
+      - majority                        # a name alone: the head as it is
+      - head: linear
+        learning_rate: [0.001, 0.01]    # a list is a choice of values
+        weight_decay: [0, 0.01]
+      - head: linear
+        solver: convex
+        l2: {log: [0.01, 1000], steps: 16}
+      - head: mlp
+        hidden: [256, [512, 256]]       # two choices: one layer of 256; 512 and then 256
+        dropout: [0.1, 0.5]
+        features: mean                  # features and seeds may also stand here
+      - {head: logistic-regression, engine: sklearn, C: [0.1, 1]}
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.errors import InputNotFoundError, SpecError, SweepError
+from embedcache.heads import engine_of, kinds
+from embedcache.shard import FeatureSet
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
+from embedcache.sweep.ranges import Choices, choices, number
+
+ASK_ABOVE = 10_000
+"""More configurations than this are not run without a yes."""
+MOST = 2_000_000
+
+PROTOCOL = ("folds", "repeats", "shots", "draws", "metric", "learning_curve", "random", "seed", "test_all")
+TOP = ("features", "seeds", "heads", *PROTOCOL)
+_ENTRY = ("head", "engine", "features", "seeds", "options")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One entry of a grid: a head, its feature sets, and the choices of its options and settings."""
+
+    kind: str
+    engine: str
+    features: tuple[str, ...]
+    seeds: tuple[int, ...]
+    options: Mapping[str, Choices]
+    settings: Mapping[str, Choices]
+
+    @property
+    def axes(self) -> tuple[Choices, ...]:
+        """The choices, feature sets first and seeds last."""
+        return (
+            Choices(self.features), *self.options.values(), *self.settings.values(), Choices(self.seeds)
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return math.prod(len(axis.values) for axis in self.axes)
+
+    def __iter__(self) -> Iterator[Configuration]:
+        import itertools
+
+        for values in itertools.product(*(axis.values for axis in self.axes)):
+            yield self.build(values)
+
+    def draw(self, generator: np.random.Generator) -> list[Configuration]:
+        """Return one random choice, with each of the seeds."""
+        values = [axis.draw(generator) for axis in self.axes[:-1]]
+        return [self.build((*values, seed)) for seed in self.seeds]
+
+    def build(self, values: Sequence[Any]) -> Configuration:
+        """Return the configuration of one value for each axis. Raises ``SpecError`` for an impossible value."""
+        count = len(self.options)
+        options = dict(zip(self.options, values[1 : 1 + count], strict=True))
+        settings = dict(zip(self.settings, values[1 + count : -1], strict=True))
+        try:
+            train = TrainSpec(seed=values[-1], **settings)
+        except TypeError as error:
+            raise SweepError(f"the head {self.kind}: {error}") from None
+        return Configuration(values[0], HeadSpec(self.kind, self.engine, options), train)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Blocks, configurations given as they are, how many to draw (None: all), and the protocol that a file asks for."""
+
+    blocks: tuple[Block, ...] = ()
+    given: tuple[Configuration, ...] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many configurations there are before duplicates are dropped; no list is made."""
+        return sum(map(len, self.blocks)) + len(self.given)
+
+    def configurations(self, random: int | None = None, seed: int = 0) -> list[Configuration]:
+        """Return all configurations, or ``random`` drawn ones with each of their seeds; each once, in a fixed order.
+
+        A draw chooses a head's entry first, all alike, then each setting: from its range where it was given as one.
+
+        Raises ``SweepError`` when there is none, or too many to hold.
+        """
+        if not len(self):
+            raise SweepError("the grid has no configurations: name at least one head")
+        if random is None:
+            if len(self) > MOST:
+                raise SweepError(f"{len(self):,} configurations are too many: draw some with --random 50")
+            every = [each for block in self.blocks for each in block]
+            return list(dict.fromkeys([*self.given, *every]))
+        if random < 1:
+            raise SweepError(f"--random {random}: expected at least 1")
+        generator = np.random.default_rng(seed)
+        found: dict[str, list[Configuration]] = {each.candidate: [each] for each in self.given}
+        for _ in range(50 * random):
+            if len(found) >= random or not self.blocks:
+                break
+            drawn = self.blocks[int(generator.integers(len(self.blocks)))].draw(generator)
+            found.setdefault(drawn[0].candidate, drawn)
+        return list(dict.fromkeys(each for group in list(found.values())[:random] for each in group))
+
+    def sample(self, count: int = 200, seed: int = 0) -> list[Configuration]:
+        """Return a few configurations at random, from which to estimate the cost of all."""
+        generator = np.random.default_rng(seed)
+        weights = np.array([len(block) for block in self.blocks], float)
+        if not weights.sum():
+            return list(self.given[:count])
+        picked = generator.choice(len(self.blocks), count, p=weights / weights.sum())
+        return [self.blocks[at].draw(generator)[0] for at in picked]
+
+
+def read_file(path: Path | str) -> dict[str, Any]:
+    """Read a sweep file: YAML without tags, a key at most once. Raises ``SweepError``."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """Refuses a key that stands twice, of which YAML would keep the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                name = self.construct_object(key)
+                if isinstance(name, (list, dict)) or name in seen:
+                    raise SweepError(f"{path}, line {key.start_mark.line + 1}: the key {name!r} stands twice")
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    file = Path(path)
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        raise InputNotFoundError(f"{path} does not exist: expected a sweep file such as sweep.yaml") from None
+    if len(text) > 1 << 20:
+        raise SweepError(f"{path} has {len(text):,} bytes: expected a sweep file of at most 1 MB")
+    try:
+        value = yaml.load(text, Strict)  # a SafeLoader: no tag makes an object
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise SweepError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(value, dict):
+        raise SweepError(f"{path} holds no settings: expected keys such as heads, features, seeds")
+    return value
+
+
+def parse(
+    value: Any, feature_sets: Mapping[str, FeatureSet], *, features: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> Grid:
+    """Turn what a user wrote into a grid.
+
+    ``value`` is the content of a file, a list of its ``heads`` (names, mappings, ``HeadSpec``, pairs of ``HeadSpec``
+    and ``TrainSpec``, ``Configuration``), or None for the default. ``features`` and ``seeds`` come before the file's.
+
+    Raises:
+        SweepError: names that are none (with the nearest), values that contradict each other, nothing to do.
+        SpecError: a head or a setting that cannot be.
+    """
+    if isinstance(value, (str, HeadSpec, Configuration)):
+        value = [value]
+    whole = {"heads": list(value)} if isinstance(value, (list, tuple)) else dict(value or {})
+    _known(whole, TOP, "the sweep file")
+    chosen = list(features) or _listed(whole.get("features"))
+    for name in chosen:
+        _feature(name, feature_sets)
+    common = tuple(chosen) or tuple(feature_sets)
+    everywhere = _seeds(list(seeds) or _listed(whole.get("seeds", 0)))
+    entries = whole.get("heads")
+    if entries is None:
+        entries = default_heads(feature_sets, common)
+    if not isinstance(entries, (list, tuple)):
+        entries = [entries]
+    blocks, given = [], []
+    for at, entry in enumerate(entries):
+        where = f"heads[{at}]"
+        if isinstance(entry, Configuration):
+            _feature(entry.feature, feature_sets)
+            given.append(entry)
+            continue
+        fixed = bool(chosen) and not (isinstance(entry, Mapping) and "features" in entry)
+        blocks.append(_block(where, _entry(where, entry), feature_sets, common, everywhere, fixed, bool(seeds)))
+    protocol = {name: whole[name] for name in PROTOCOL if whole.get(name) is not None}
+    _protocol(protocol)
+    grid = Grid(tuple(blocks), tuple(given), protocol)
+    if not len(grid):
+        raise SweepError("the grid has no configurations: name at least one head")
+    return grid
+
+
+def _protocol(protocol: Mapping[str, Any]) -> None:
+    for name, value in protocol.items():
+        expected = str if name == "metric" else (bool if name in ("learning_curve", "test_all") else int)
+        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+            kind = {str: "a name", bool: "true or false", int: "a whole number"}[expected]
+            raise SweepError(f"{name} is {value!r}: expected {kind}")
+
+
+def _entry(where: str, entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"head": entry}
+    if isinstance(entry, HeadSpec):
+        return {"head": entry.kind, "engine": entry.engine, "options": dict(entry.options)}
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], HeadSpec):
+        head, train = entry
+        read = fields_read(head, train.solver, train.optimizer)
+        return {**_entry(where, head), "seeds": [train.seed], **{name: getattr(train, name) for name in read}}
+    if not isinstance(entry, Mapping):
+        raise SweepError(f"{where} is {entry!r}: expected the name of a head, or settings with head: NAME")
+    found = dict(entry)
+    for other in ("kind", "name"):  # what people write instead
+        if other in found and "head" not in found:
+            found["head"] = found.pop(other)
+    if not isinstance(found.get("head"), str):
+        raise SweepError(f"{where} names no head: expected head: NAME, such as head: linear")
+    return found
+
+
+def _block(
+    where: str, entry: Mapping[str, Any], sets: Mapping[str, FeatureSet], common: tuple[str, ...],
+    everywhere: tuple[int, ...], fixed: bool, seeds_win: bool,
+) -> Block:  # fmt: skip
+    kind = entry["head"]
+    prefix, _, rest = kind.partition(":")
+    engine = entry.get("engine")
+    if rest and prefix in ("torch", "sklearn"):
+        kind, engine = rest, engine or prefix
+    found = engine_of(kind)
+    engine = engine or found
+    if engine not in ("torch", "sklearn") or kind not in kinds(engine):
+        raise SpecError(f"{where}: the engine {engine!r} has no head {kind!r}: leave engine out, or say {found}")
+    options = {**_mapping(where, entry.get("options", {}))}
+    allowed = option_names(kind, engine)
+    solvers = [each for each in choices("solver", entry.get("solver", "minibatch")).values]
+    optimizers = [each for each in choices("optimizer", entry.get("optimizer", "adamw")).values]
+    head = HeadSpec(kind, engine)
+    read = {name for solver in solvers for optimizer in optimizers for name in fields_read(head, solver, optimizer)}
+    settings: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name in _ENTRY:
+            continue
+        if name in allowed and name not in TRAIN_FIELDS:
+            options[name] = value
+        elif name in TRAIN_FIELDS or name == "seed":
+            if name == "seed":
+                raise SweepError(f"{where}: seeds are repetitions, not settings: write seeds: [{value}]")
+            settings[name] = value
+        else:
+            _known({name: value}, (*_ENTRY, *allowed, *sorted(read)), f"{where} ({kind})")
+    if "convex" in solvers and (engine != "torch" or kind != "linear"):
+        raise SweepError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
+    if engine == "sklearn":
+        read |= {"class_weight"}
+    for name in settings:
+        if name not in read:
+            who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {' or '.join(solvers)}"
+            hint = " (momentum goes with optimizer: sgd)" if name == "momentum" else ""
+            hint = " (l2 goes with solver: convex)" if name == "l2" and engine == "torch" else hint
+            raise SweepError(f"{where}: {who} does not read {name}{hint}: it reads {', '.join(sorted(read))}")
+    for name in options:
+        if name not in allowed:
+            _known({name: 0}, allowed, f"{where} ({kind})")
+    own = _listed(entry.get("features"))
+    for name in own:
+        _feature(name, sets)
+    features = _readable(where, kind, engine, tuple(own) or common, sets, bool(own) or fixed)
+    seeds = everywhere if seeds_win or "seeds" not in entry else _seeds(_listed(entry["seeds"]))
+    seeded = kind in SEEDED if engine == "sklearn" else "minibatch" in solvers
+    return Block(
+        kind, engine, features[:1] if kind == "majority" else features, seeds if seeded else seeds[:1],
+        {name: choices(f"{where}: {name}", value) for name, value in options.items()},
+        {name: _typed(f"{where}: {name}", name, value) for name, value in settings.items()},
+    )  # fmt: skip
+
+
+def _readable(
+    where: str, kind: str, engine: str, names: tuple[str, ...], sets: Mapping[str, FeatureSet], asked: bool
+) -> tuple[str, ...]:
+    takes = takes_of(kind, engine)
+    fit = tuple(name for name in names if sets[name].kind in takes)
+    if fit and (len(fit) == len(names) or not asked):
+        return fit
+    said = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
+    wanted = " or ".join(said[each] for each in takes)
+    if not fit:
+        raise SweepError(f"{where}: {kind} reads {wanted}, and none of {', '.join(names)} has that")
+    return fit
+
+
+def takes_of(kind: str, engine: str) -> tuple[str, ...]:
+    """Return the kinds of feature sets that a head reads."""
+    if engine == "sklearn":
+        return ("pooled",)
+    from embedcache.heads.registry import head_class
+
+    return tuple(head_class(kind).takes)
+
+
+def option_names(kind: str, engine: str) -> tuple[str, ...]:
+    """Return the names of a head's options."""
+    if engine == "sklearn":
+        from embedcache.heads import sklearn_kinds
+
+        return tuple(sklearn_kinds.option_names(kind))
+    from embedcache.heads.registry import head_class
+
+    return tuple(inspect.signature(head_class(kind).__init__).parameters)[3:]
+
+
+def _typed(where: str, name: str, value: Any) -> Choices:
+    """Read a setting of training, numbers as numbers."""
+    default = getattr(DEFAULTS, name)
+    found = choices(where, value)
+    if isinstance(default, bool):
+        wrong = [each for each in found.values if not isinstance(each, bool)]
+        if wrong:
+            raise SweepError(f"{where} is {wrong[0]!r}: expected true or false")
+    elif isinstance(default, float):
+        return Choices(tuple(number(where, each) for each in found.values), found.span)
+    elif isinstance(default, int):
+        values = [number(where, each) for each in found.values]
+        if any(each != int(each) for each in values):
+            raise SweepError(f"{where} is {value!r}: expected whole numbers")
+        # A range of whole numbers is drawn from its steps.
+        return Choices(tuple(dict.fromkeys(int(each) for each in values)))
+    return found
+
+
+def _mapping(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SweepError(f"{where}: options is {value!r}: expected names and values")
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _seeds(values: list[Any]) -> tuple[int, ...]:
+    for each in values:
+        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**32:
+            raise SweepError(f"seeds holds {each!r}: expected whole numbers from 0")
+    if not values:
+        raise SweepError("seeds is empty: expected at least one")
+    return tuple(dict.fromkeys(values))
+
+
+def _feature(name: Any, sets: Mapping[str, FeatureSet]) -> None:
+    if name not in sets:
+        near = get_close_matches(str(name), sets, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise SweepError(f"there is no feature set {name!r}{hint}: the cache has {', '.join(sets)}")
+
+
+def _known(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            near = get_close_matches(str(name), allowed, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise SweepError(f"{where} does not know {name!r}{hint}: expected {', '.join(allowed)}")
+
+
+def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the heads of a sweep that names none, as the ``heads`` of a file.
+
+    Every vector-a-row set gets a linear head by the convex solver at 16 strengths; the first of them also the
+    minibatch heads, which cost more; sets of tokens or layers get attention pooling. A majority head shows what the
+    features are worth.
+    """
+    vectors = [name for name in names if feature_sets[name].kind == "pooled"]
+    others = [name for name in names if feature_sets[name].kind != "pooled"]
+    heads: list[dict[str, Any]] = []
+    if vectors:
+        first = vectors[:1]
+        heads += [
+            {"head": "majority", "features": first},
+            {"head": "linear", "solver": "convex", "l2": {"log": [0.01, 10_000], "steps": 16}, "features": vectors},
+            {"head": "linear", "learning_rate": [0.001, 0.003, 0.01], "weight_decay": [0.0, 0.01, 0.1],
+             "seeds": [0, 1], "features": first},
+            {"head": "mlp", "learning_rate": [0.0003, 0.001], "dropout": [0.1, 0.5], "features": first},
+            {"head": "residual", "learning_rate": [0.0003], "features": first},
+        ]  # fmt: skip
+    heads += [{"head": "attention-pooling", "learning_rate": [0.0003, 0.001], "features": [name]} for name in others]
+    return heads

@@ -1,0 +1,199 @@
+"""What is swept over: the labelled rows of a cache, how they are divided, and what makes two sweeps the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import SpecError, SweepError
+from embedcache.fingerprint import sha256_bytes
+from embedcache.spec import Task
+from embedcache.sweep import folds
+from embedcache.sweep.folds import Fold, Strata
+from embedcache.train.metrics import labelled_rows, metric_named
+
+if TYPE_CHECKING:
+    from embedcache.cache import FeatureCache
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+
+DEFAULT_METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
+"""What heads are compared by when nobody says. Training stops early by a smooth metric all the same."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How heads are compared.
+
+    ``folds`` is 1 for the cache's own validation split. With ``shots`` there are ``draws`` few-shot draws instead.
+    ``stopping_share`` of a fold's training rows is held out where a head stops early, so that no head sees the rows
+    that it is scored on.
+    """
+
+    folds: int = 5
+    repeats: int = 1
+    shots: int | None = None
+    draws: int = 10
+    seed: int = 0
+    stopping_share: float = 0.1
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.shots is None and (self.folds < 1 or self.repeats < 1):
+            raise SweepError(f"folds is {self.folds}, repeats {self.repeats}: expected at least 1 of each")
+        if self.folds == 1 and self.repeats > 1 and self.shots is None:
+            raise SweepError("repeats needs folds: the cache's own validation split cannot be drawn again")
+        if not 0 <= self.seed < 2**32:
+            raise SpecError(f"seed is {self.seed}: expected a whole number from 0")
+
+    @property
+    def kind(self) -> str:
+        """``folds``, ``split`` or ``shots``."""
+        if self.shots is not None:
+            return "shots"
+        return "split" if self.folds == 1 else "folds"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what of it decides the results."""
+        body: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "stopping_share": self.stopping_share}
+        if self.shots is not None:
+            return {**body, "shots": self.shots, "draws": self.draws}
+        return {**body, "folds": self.folds, "repeats": self.repeats}
+
+    def text(self) -> str:
+        """Say it to people."""
+        if self.shots is not None:
+            return (
+                f"{self.draws} draws of {self.shots} rows a class from train and validation, each scored on all rows "
+                "that were not drawn"
+            )
+        if self.folds == 1:
+            return "trained on the train split, scored on the validation split"
+        times = f", {self.repeats} times" if self.repeats > 1 else ""
+        return f"{self.folds}-fold cross-validation{times} over train and validation, stratified, equal contents in one fold"
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Labelled rows of a cache: N for choosing (``rows``, in train and validation) and those of the test split.
+
+    ``y`` are the targets of ``rows``; ``test_rows`` is empty where there is no test split.
+    """
+
+    cache: FeatureCache
+    task: Task
+    class_names: tuple[str, ...]
+    rows: Rows
+    y: Array
+    validation: npt.NDArray[np.bool_]
+    strata: Strata
+    test_rows: Rows
+    test_y: Array
+    metric: str
+    protocol: Protocol
+
+    @classmethod
+    def of(cls, cache: FeatureCache, metric: str | None = None, protocol: Protocol | None = None) -> Problem:
+        """Look at a cache. Raises ``SweepError`` for one without labels or training rows, ``SpecError`` for a metric."""
+        if cache.task is None:
+            raise SweepError(f"{cache.path} has no labels: give it some with embedcache relabel {cache.path} INPUT")
+        task: Task = cache.task
+        name = metric or DEFAULT_METRIC[task]
+        metric_named(name, task)
+        targets, codes = cache.targets(), cache.split_codes()
+        labelled = labelled_rows(task, targets)
+        by_name = {split: codes == code for code, split in enumerate(cache.split_names)}
+        none = np.zeros(len(codes), bool)
+        train, validation = by_name.get("train", none), by_name.get("validation", none)
+        rows = np.flatnonzero((train | validation) & labelled)
+        if not len(rows):
+            raise SweepError(f"{cache.path} has no labelled row in train or validation: there is nothing to learn from")
+        if task == "classification" and len(np.unique(targets[rows])) < 2:
+            only = cache.class_names[int(targets[rows[0]])]
+            raise SweepError(f"every row of train and validation has the class {only!r}: expected at least two classes")
+        keys = np.asarray(cache.keys())
+        test = np.flatnonzero(by_name.get("test", none) & labelled)
+        return cls(
+            cache, task, tuple(cache.class_names), rows, targets[rows], validation[rows],
+            folds.strata(keys[rows], targets[rows], task, cache.class_names), test, targets[test], name,
+            protocol or Protocol(),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """The direction of the metric."""
+        return metric_named(self.metric, self.task).greater_is_better
+
+    @cached_property
+    def folds(self) -> list[Fold]:
+        """The divisions by which heads are compared. Raises ``SweepError`` where the rows do not allow them."""
+        plan = self.protocol
+        if plan.shots is not None:
+            if self.task != "classification":
+                raise SweepError(f"--shots draws rows of each class, and this is {self.task}: use --learning-curve")
+            return folds.shots(self.strata, plan.shots, plan.draws, seed=plan.seed)
+        options = {"seed": plan.seed, "stopping": plan.stopping_share}
+        if plan.folds == 1:
+            return folds.given_split(self.strata, ~self.validation, self.validation, **options)  # type: ignore[arg-type]
+        return folds.k_folds(self.strata, plan.folds, plan.repeats, exact=self.task == "classification", **options)  # type: ignore[arg-type]
+
+    @cached_property
+    def final(self) -> Fold:
+        """All rows to learn from, less the share to stop early by: how the chosen head is trained for the test."""
+        everything = np.ones(len(self), bool)
+        nothing = np.zeros(len(self), bool)
+        whole = Fold(everything, nothing, nothing)
+        if self.protocol.shots is not None:
+            return whole
+        # A subset that leaves nothing out, so that the held-out share is drawn as it is in every fold.
+        stopping = Fold(everything, everything, nothing)
+        return folds.subset(
+            self.strata, stopping, 1.0, seed=self.protocol.seed, stopping=self.protocol.stopping_share
+        )  # fmt: skip
+
+    def features(self, name: str, rows: Rows) -> Any:
+        """Return a feature set of some rows: float32 [n, D] or [n, L, D], a map where they lie together; or ragged."""
+        each = self.cache.feature(name)
+        if each.kind == "tokens":
+            from embedcache.train.data import choose
+
+            ragged = self.cache.ragged(None, name)
+            return choose((ragged.values, ragged.offsets), rows)
+        return self.cache.take(self.cache.places()[rows], name)
+
+    @cached_property
+    def dataset_hash(self) -> str:
+        """What rows, labels and splits there are: the sha256 of their keys, targets and split names."""
+        order = np.concatenate([self.rows, self.test_rows])
+        keys = np.ascontiguousarray(np.asarray(self.cache.keys())[order])
+        targets = np.ascontiguousarray(np.concatenate([self.y, self.test_y]))
+        sizes = f"{len(self.rows)},{len(self.test_rows)},{targets.dtype.str},{targets.shape}".encode()
+        return sha256_bytes(b"".join([sizes, keys.tobytes(), targets.tobytes(), self.validation.tobytes()]))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for results to belong together; no path and no time is in it."""
+        return {
+            "cache": {"spec": self.cache.spec_hash, "dataset": self.dataset_hash},
+            "task": self.task,
+            "class_names": list(self.class_names),
+            "metric": self.metric,
+            "protocol": self.protocol.to_json(),
+        }
+
+
+def part(x: Any, rows: Sequence[int] | Rows | npt.NDArray[np.bool_]) -> Any:
+    """Return some rows of features, dense or ragged; a mask or numbers."""
+    from embedcache.train.data import choose
+
+    numbers = np.asarray(rows)
+    numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers.astype(np.int64)
+    return choose(x, numbers)
