@@ -1,0 +1,152 @@
+"""Predictions beside the truth, and what is computed row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import SpecError
+from embedcache.spec import TASKS, Task
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+EPSILON = float(np.finfo(np.float64).eps)
+"""Probabilities are kept this far from 0 and 1 before their logarithm is taken."""
+KEEP = 1 << 23
+"""Up to how many outputs the order of the rows is remembered, class by class."""
+
+
+class Judged:
+    """What a head said beside what is true, unlabelled rows left out.
+
+    Attributes:
+        y: int64 [N], uint8 [N, C] or float64 [N, R].
+        outputs: probabilities [N, C], or values [N, R].
+        thresholds: [C], from which probability on a label of a multi-label row is on.
+    """
+
+    def __init__(self, task: Task, y: Array, outputs: Array, thresholds: Sequence[float] | Array | None = None) -> None:
+        y, outputs = np.asarray(y), np.asarray(outputs)
+        if outputs.ndim == 1 and task == "regression":
+            outputs = outputs[:, None]
+        if y.ndim == 1 and task == "regression":
+            y = y[:, None]
+        expected = outputs.shape[:1] if task == "classification" else outputs.shape
+        if task not in TASKS or outputs.ndim != 2 or y.shape != expected:
+            raise SpecError(f"{task}: y {y.shape} does not fit outputs {outputs.shape}: expected one row for each")
+        labelled = labelled_rows(task, y)
+        if not labelled.all():
+            y, outputs = y[labelled], outputs[labelled]
+        if task == "classification":
+            y = y.astype(np.int64, copy=False)
+            if len(y) and (int(y.min()) < 0 or int(y.max()) >= outputs.shape[1]):
+                raise SpecError(f"a class is {int(y.max())} or {int(y.min())}, outputs have {outputs.shape[1]} columns")
+        self.task = task
+        self.y = y
+        self.outputs = outputs
+        self.thresholds = np.full(outputs.shape[1], 0.5) if thresholds is None else np.asarray(thresholds, np.float64)
+        if self.thresholds.shape != outputs.shape[1:]:
+            raise SpecError(f"{len(self.thresholds)} thresholds for {outputs.shape[1]} classes")
+        self._ranked: dict[int, Ranked] = {}
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether every output is a number."""
+        return bool(np.isfinite(self.outputs).all())
+
+    @cached_property
+    def predicted(self) -> Array:
+        """The class of each row int64 [N], the labels bool [N, C], or the values."""
+        return decided(self.task, self.outputs, self.thresholds)
+
+    @cached_property
+    def right(self) -> Array:
+        """Which rows are classified rightly, float64 [N]."""
+        return right(self.task, self.y, self.predicted)
+
+    def ranked(self, column: int) -> Ranked:
+        """Return the rows in the order of their output for one class."""
+        if column not in self._ranked:
+            positive = self.y == column if self.task == "classification" else self.y[:, column] == 1
+            made = Ranked(positive, self.outputs[:, column])
+            if self.outputs.size > KEEP:
+                return made
+            self._ranked[column] = made
+        return self._ranked[column]
+
+
+def labelled_rows(task: Task, y: Array) -> npt.NDArray[np.bool_]:
+    """Return which rows have a label, bool [N]: classification has -1 for none, multi-label 255, regression NaN."""
+    if task == "classification":
+        return np.asarray(y != -1)
+    return np.asarray((y != 255).all(axis=1) if task == "multilabel" else ~np.isnan(y).any(axis=1))
+
+
+# What is computed row by row takes any axes in front of [N, C], so that one head and K of them share the code.
+
+
+def decided(task: Task, outputs: Array, thresholds: Array | float = 0.5) -> Array:
+    """Return the decisions: int64 [..., N], bool [..., N, C], or the values of a regression as they are."""
+    if task == "classification":
+        return np.asarray(outputs.argmax(axis=-1))
+    return np.asarray(outputs >= thresholds) if task == "multilabel" else outputs
+
+
+def right(task: Task, y: Array, predicted: Array) -> Floats:
+    """Return which rows are wholly right, float64 [..., N]."""
+    same = predicted == y
+    return np.asarray(same if task == "classification" else same.all(axis=-1), np.float64)
+
+
+def row_log_loss(task: Task, y: Array, outputs: Array) -> Floats:
+    """Return each row's loss, float64 [..., N]: -log p of its class, or the mean over labels of -log p of what is."""
+    if task == "classification":
+        p = outputs[..., np.arange(len(y)), y].astype(np.float64)
+        return np.ascontiguousarray(-np.log(np.clip(p, EPSILON, 1 - EPSILON)))
+    p = outputs.astype(np.float64)
+    p = np.clip(np.where(y == 1, p, 1 - p), EPSILON, 1 - EPSILON)
+    return np.asarray(-np.log(p).mean(axis=-1))
+
+
+def weighted_mean(values: Floats, weights: Floats) -> Floats:
+    """Return the mean over rows of values [..., N] under weights [..., N]; NaN where no row has any."""
+    total = weights.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((values * weights).sum(axis=-1) / total)
+
+
+class Ranked:
+    """Rows by falling score, so that the curves of any weights need no further sorting."""
+
+    def __init__(self, positive: npt.NDArray[np.bool_], score: Array) -> None:
+        self._order = np.argsort(-score, kind="stable")
+        score = score[self._order]
+        self._positive = positive[self._order]
+        self._ends = np.flatnonzero(np.append(score[1:] != score[:-1], True))
+
+    def _curve(self, weights: Floats) -> tuple[Floats, Floats]:
+        """Return the true and the false positives at every distinct score, from the highest down."""
+        mine = weights[self._order]
+        hits = np.cumsum(mine * self._positive)
+        return hits[self._ends], (np.cumsum(mine) - hits)[self._ends]
+
+    def roc_auc(self, weights: Floats) -> float:
+        """Return the area under the ROC curve, NaN where one side has no weight."""
+        hits, falls = self._curve(weights)
+        if hits[-1] <= 0 or falls[-1] <= 0:
+            return float("nan")
+        before = np.concatenate([[0.0], hits[:-1]])
+        return float(np.diff(falls, prepend=0.0) @ (hits + before) / (2 * hits[-1] * falls[-1]))
+
+    def average_precision(self, weights: Floats) -> float:
+        """Return the mean precision over the steps of recall, NaN without positives."""
+        hits, falls = self._curve(weights)
+        if hits[-1] <= 0:
+            return float("nan")
+        precision = hits / np.maximum(hits + falls, 1e-300)
+        return float(np.diff(hits, prepend=0.0) @ precision / hits[-1])
