@@ -111,15 +111,16 @@ class TrainSpec:
     ``solver`` is ``minibatch`` (``optimizer`` over shuffled batches) or ``convex`` (full batch, linear heads only).
     ``warmup`` is the share of all steps in [0, 1). ``clip`` is the largest gradient norm, 0 for none.
     ``patience`` counts epochs without a better ``metric`` on validation, 0 for never stopping early.
+    ``seed`` decides initial weights and dropout, ``shuffle_seed`` the order of the batches (None: ``seed`` does).
     ``l2`` is the strength of the convex solver's penalty, ``l2 / 2 * ||W||^2`` added to the *sum* of losses
     (scikit-learn's ``C`` is ``1 / l2``).
     """
 
     solver: Literal["minibatch", "convex"] = "minibatch"
     epochs: int = 30
-    batch_size: int = 256
+    batch_size: int = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     momentum: float = 0.9
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -132,6 +133,7 @@ class TrainSpec:
     standardize: bool = True
     l2: float = 1.0
     seed: int = 0
+    shuffle_seed: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.solver in ("minibatch", "convex"), "solver", self.solver, "minibatch or convex")
@@ -149,7 +151,15 @@ class TrainSpec:
         _check(self.patience >= 0, "patience", self.patience, "0 or more epochs")
         _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "a number in [0, 1)")
         _check(_positive(self.l2, zero=True), "l2", self.l2, "0 or a positive number")
-        _check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number in [0, 2**32)")
+        for name, seed in (("seed", self.seed), ("shuffle_seed", self.order_seed)):
+            _check(isinstance(seed, int) and 0 <= seed < 2**32, name, seed, "a whole number in [0, 2**32)")
+        fine = self.class_weight is None or self.class_weight == "balanced" or isinstance(self.class_weight, Mapping)
+        _check(fine, "class_weight", self.class_weight, "balanced, or a weight for each class")
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the batch order."""
+        return self.seed if self.shuffle_seed is None else self.shuffle_seed
 
 
 def _positive(value: float, zero: bool = False) -> bool:

@@ -74,7 +74,7 @@ class _Attending(Head):
 
     def _split(self, x: Tensor) -> Tensor:
         """[..., T, H] -> [..., heads, T, H / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        return x.reshape(*x.shape[:-1], self.heads, -1).transpose(-2, -3)
 
     def _joined(self, x: Tensor) -> Tensor:
         """Undo ``_split``."""

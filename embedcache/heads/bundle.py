@@ -103,7 +103,7 @@ def config_of(head: TrainedHead, weights: Path) -> dict[str, Any]:
 
 
 def load(directory: Path) -> TrainedHead:
-    """Read a bundle. Raises ``BundleError`` for a folder that is none, or for anything in it that is not as it must be."""
+    """Read a bundle. Raises ``BundleError`` for a folder that is none, and for anything in it that is not right."""
     path = directory / CONFIG
     if not path.is_file() or path.is_symlink():
         what = "has no config.json" if directory.is_dir() else "is not there" if not directory.exists() else "is a file"

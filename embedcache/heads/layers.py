@@ -7,7 +7,7 @@ all K heads share, [B, ..., D], as one matrix product; what comes after carries 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if self.mean is not None and self.scale is not None:
             weight = weight * self.scale.unsqueeze(-2)
             bias = bias - (weight @ self.mean.unsqueeze(-1)).squeeze(-1)
@@ -82,16 +83,16 @@ class Dropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rates: tuple[float, ...] = (rate,)
+        self.stacked = False
         self.generators: Sequence[torch.Generator] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero a share of the values and scale up the rest, in training only."""
         if not self.training or not any(self.rates):
             return x
-        stacked = len(self.rates) > 1
         kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for at, rate in enumerate(self.rates):
-            mine = kept[at] if stacked else kept
+            mine = kept[at] if self.stacked else kept
             generator = self.generators[at] if self.generators is not None else None
             if rate:
                 mine.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
@@ -100,7 +101,7 @@ class Dropout(nn.Module):
         return x * kept
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "silu": functional.silu,

@@ -7,7 +7,7 @@ layer is an ``Affine`` called ``output``. Because every layer works stacked too,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -38,8 +38,8 @@ class Head(nn.Module):
         """Draw all weights from ``seed``, and the dropout from another stream of it."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
-            if module is not self and hasattr(module, "initialize"):
-                module.initialize(generator)
+            if module is not self and callable(start := getattr(module, "initialize", None)):
+                start(generator)
         self.draw_from([torch.Generator().manual_seed(seed + 2**32)])
 
     def draw_from(self, generators: Sequence[torch.Generator]) -> None:
@@ -83,9 +83,42 @@ def stack_heads(heads: Sequence[Head]) -> Head:
         setattr(owners[owner], leaf, nn.Parameter(value))
     for name, module in owners.items():
         if isinstance(module, Dropout):
-            mine = [dict(head.named_modules())[name] for head in heads]
-            module.rates = tuple(rate for each in mine for rate in each.rates)  # type: ignore[attr-defined, union-attr]
+            module.rates = tuple(_rate_of(head, name) for head in heads)
+            module.stacked = True
     return stacked
+
+
+def _rate_of(head: Head, name: str) -> float:
+    dropout = head.get_submodule(name)
+    assert isinstance(dropout, Dropout)
+    return dropout.rates[0]
+
+
+def choose_heads(stacked: Head, heads: Tensor) -> Head:
+    """Return a stack of some heads of a stack, [k] int64: copies of their parameters, and their dropout rates."""
+    chosen = copy.copy(stacked)
+    chosen._modules = {}
+    for name, module in stacked.named_children():
+        setattr(chosen, name, _chosen(module, heads))
+    return chosen
+
+
+def _chosen(module: nn.Module, heads: Tensor) -> nn.Module:
+    made = copy.copy(module)
+    made._parameters, made._buffers, made._modules = {}, {}, {}
+    for name, parameter in module._parameters.items():
+        value = None if parameter is None else nn.Parameter(parameter.detach()[heads])
+        made.register_parameter(name, value)
+    for name, buffer in module._buffers.items():
+        per_head = buffer is not None and buffer.dim() > 1
+        made.register_buffer(name, buffer[heads] if per_head and buffer is not None else buffer)
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else _chosen(child, heads)
+    if isinstance(made, Dropout):
+        wanted = heads.tolist()
+        made.rates = tuple(made.rates[at] for at in wanted)
+        made.generators = None if made.generators is None else [made.generators[at] for at in wanted]
+    return made
 
 
 class Linear(Head):
@@ -210,7 +243,7 @@ def rate(head: str, value: object) -> float:
     return float(value)
 
 
-def activation_of(head: str, name: str) -> object:
+def activation_of(head: str, name: str) -> Callable[[Tensor], Tensor]:
     """Return an activation function by name. Raises ``SpecError`` with the names there are."""
     if name not in ACTIVATIONS:
         raise SpecError(f"{head}: activation is {name!r}: expected one of {', '.join(ACTIVATIONS)}")

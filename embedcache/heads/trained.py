@@ -82,15 +82,15 @@ class TrainedHead:
         rows = checked_features(x, self.feature)
         if self.linear:
             weight, bias = self._matrix
-            return np.asarray(rows @ weight.T.astype(rows.dtype if weight.dtype == rows.dtype else weight.dtype)) + bias
+            return np.asarray(rows.astype(weight.dtype, copy=False) @ weight.T + bias)
         if self.estimator is not None:
             from embedcache.heads.sklearn_kinds import outputs
 
-            values = outputs(self.estimator, rows, self.task, len(self.class_names))
+            values: Array = outputs(self.estimator, rows, self.task, len(self.class_names))
             if self.task == "regression":
                 return values
-            kept = np.clip(values, 1e-15, 1.0)
-            return np.log(kept) if self.task == "classification" else np.log(kept) - np.log1p(-np.minimum(kept, 1 - 1e-15))
+            kept = np.clip(values, 1e-15, 1.0 - 1e-15)
+            return np.asarray(np.log(kept) if self.task == "classification" else np.log(kept) - np.log1p(-kept))
         return self._run(rows)
 
     @cached_property
@@ -146,7 +146,7 @@ class TrainedHead:
         """Return the class of each row int64 [N], the labels bool [N, C], or the values float64 [N, R]."""
         values = self.probabilities(x)
         if self.task == "classification":
-            return values.argmax(axis=1)
+            return np.asarray(values.argmax(axis=1))
         return self.decide(values) if self.task == "multilabel" else values
 
     def save_pretrained(

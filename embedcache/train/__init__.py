@@ -1,0 +1,50 @@
+"""Training heads on features: one loop, stacked heads, solvers, metrics. No transformers, no HDF5.
+
+==================  ====================================================================
+``run``             one head, or many of one shape, on features in hand
+``cached``          the same on the splits of a cache
+``minibatch``       torch heads: what is trained on what
+``loop``            the one loop: epochs, early stopping, history
+``stack``           K heads and their optimizer
+``batches``         where batches come from: memory, disk, ragged, live
+``losses``          losses with their gradients
+``convex``          the full-batch solver for linear heads
+``sklearn_engine``  heads that scikit-learn fits
+``metrics``         what is measured; ``calibration``, temperature and thresholds
+``data``            features and targets, checked
+==================  ====================================================================
+
+Names are found when they are asked for: a scikit-learn head is trained without importing torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedcache.train.cached import evaluate_on_cache, train_on_cache
+    from embedcache.train.minibatch import Masks
+    from embedcache.train.result import TrainingResult
+    from embedcache.train.run import StackResult, train_head, train_stack
+
+_WHERE = {
+    "Masks": "minibatch",
+    "StackResult": "run",
+    "TrainingResult": "result",
+    "evaluate_on_cache": "cached",
+    "train_head": "run",
+    "train_on_cache": "cached",
+    "train_stack": "run",
+}
+
+__all__ = [
+    "Masks", "StackResult", "TrainingResult", "evaluate_on_cache", "train_head", "train_on_cache", "train_stack",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

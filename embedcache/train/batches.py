@@ -1,0 +1,157 @@
+"""Where training batches come from: features in memory, on disk, ragged, or made on the spot by a live backbone.
+
+The order of the rows is a pure value of (rows, seed, epoch), so cached and live training see the same batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedcache.heads.trained import pad
+from embedcache.train.readers import Reader, Rows
+
+BLOCK = 64
+"""Rows that block shuffling keeps together on disk: at 384 float32 values 96 kB, which a disk reads as one."""
+WINDOW_BYTES = 64 << 20
+"""How much of the features block shuffling holds in memory at once, twice: one window trains, the next is read."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features of some rows: ``x`` [B, D], [B, L, D] or, with a ``mask`` [B, T], [B, T, D]."""
+
+    x: Tensor
+    mask: Tensor | None
+    rows: Tensor
+
+
+class Batches(Protocol):
+    """A source of training batches over N rows, B at a time."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch, each row in one of them; the last may be smaller."""
+        ...
+
+
+def order(rows: int, seed: int, epoch: int) -> Rows:
+    """Return the order in which an epoch sees the rows: a permutation, int64 [N]."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def block_order(rows: int, seed: int, epoch: int, window: int) -> Iterator[Rows]:
+    """Yield the rows of an epoch window by window: blocks drawn at random, shuffled together within a window.
+
+    Reading costs what sequential reading costs, and every window is a random sample of blocks.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
+    blocks = generator.permutation(-(-rows // BLOCK))
+    per_window = max(1, window // BLOCK)
+    for start in range(0, len(blocks), per_window):
+        first = np.sort(blocks[start : start + per_window]) * BLOCK
+        inside = (first[:, None] + np.arange(BLOCK)).ravel()
+        inside = inside[inside < rows]
+        yield inside[generator.permutation(len(inside))]
+
+
+class InMemory:
+    """Features in memory as one tensor [N, ...], rows picked out by index."""
+
+    def __init__(self, x: Tensor, batch_size: int, seed: int) -> None:
+        self._x, self._size, self._seed = x, batch_size, seed
+        self.steps = -(-len(x) // batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        rows = torch.from_numpy(order(len(self._x), self._seed, number)).to(self._x.device)
+        for start in range(0, len(rows), self._size):
+            mine = rows[start : start + self._size]
+            yield Batch(self._x.index_select(0, mine), None, mine)
+
+
+class InMemoryRagged:
+    """Token-level features in memory: values [sum T, D] and offsets [N + 1], padded batch by batch."""
+
+    def __init__(self, values: Any, offsets: Rows, batch_size: int, seed: int, device: str) -> None:
+        self._values, self._offsets, self._size, self._seed, self._device = values, offsets, batch_size, seed, device
+        self.steps = -(-(len(offsets) - 1) // batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        rows = order(len(self._offsets) - 1, self._seed, number)
+        for start in range(0, len(rows), self._size):
+            mine = rows[start : start + self._size]
+            x, mask = (torch.from_numpy(each).to(self._device) for each in pad(self._values, self._offsets, mine))
+            yield Batch(x, mask, torch.from_numpy(mine).to(self._device))
+
+
+class OnDisk:
+    """Features that stay on disk: block-shuffled windows, one trained on while the next is read."""
+
+    def __init__(self, reader: Reader, batch_size: int, seed: int, device: str = "cpu") -> None:
+        self._reader, self._size, self._seed, self._device = reader, batch_size, seed, device
+        row_bytes = 4 * int(np.prod(reader.row_shape))
+        window = max(batch_size, BLOCK, WINDOW_BYTES // row_bytes)
+        self._window = -(-window // batch_size) * batch_size // BLOCK * BLOCK or BLOCK
+        self.steps = -(-len(reader) // batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        windows: queue.Queue[tuple[Rows, Tensor] | BaseException | None] = queue.Queue(maxsize=1)
+        stop = threading.Event()
+
+        def put(item: tuple[Rows, Tensor] | BaseException | None) -> bool:
+            while not stop.is_set():
+                try:
+                    windows.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def read() -> None:
+            try:
+                for rows in block_order(len(self._reader), self._seed, number, self._window):
+                    # Read in the order of the disk, then put in the order of training.
+                    ascending = np.sort(rows)
+                    x = self._reader.read(ascending)
+                    if not put((rows, torch.from_numpy(x[np.searchsorted(ascending, rows)]))):
+                        return
+                put(None)
+            except BaseException as error:  # handed to the thread that can act on it
+                put(error)
+
+        thread = threading.Thread(target=read, name="embedcache-window", daemon=True)
+        thread.start()
+        left: tuple[Rows, Tensor] | None = None
+        try:
+            while (item := windows.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                rows, x = item
+                if left is not None:  # what did not fill a batch goes in front of the next window
+                    rows, x = np.concatenate([left[0], rows]), torch.cat([left[1], x])
+                full = len(rows) // self._size * self._size
+                for start in range(0, full, self._size):
+                    yield self._batch(rows[start : start + self._size], x[start : start + self._size])
+                left = (rows[full:], x[full:].clone()) if full < len(rows) else None
+            if left is not None:
+                yield self._batch(*left)
+        finally:
+            stop.set()
+            thread.join()
+
+    def _batch(self, rows: Rows, x: Tensor) -> Batch:
+        return Batch(x.to(self._device), None, torch.from_numpy(rows).to(self._device))

@@ -1,0 +1,210 @@
+"""Training and measuring a head on the splits of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError
+from embedcache.fingerprint import differences
+from embedcache.heads import TrainedHead
+from embedcache.heads.registry import head_class
+from embedcache.shard import FeatureSet
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.train.data import checked_data, choose
+from embedcache.train.metrics import default_metric, interval, measure
+from embedcache.train.readers import CachedRows, fits_in_memory
+from embedcache.train.result import TrainingResult
+from embedcache.train.run import train_head
+
+if TYPE_CHECKING:
+    from embedcache.cache import FeatureCache
+
+Rows = npt.NDArray[np.int64]
+
+HELD_OUT = 10
+"""Without a validation split, one content in so many is held out for early stopping and calibration."""
+
+
+def train_on_cache(
+    cache: FeatureCache,
+    head: HeadSpec | str = "linear",
+    spec: TrainSpec | None = None,
+    *,
+    feature: str | None = None,
+    allow_unseen: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+) -> TrainingResult:
+    """Train one head on the train split of a cache, judged by its validation split.
+
+    Without a validation split, a tenth of the training contents is held out, chosen by content, so that duplicates
+    stay together. The test split is not looked at, but for its classes. ``feature`` names the feature set; None takes
+    the first that the head can read. Features that do not fit in memory are read as they are needed.
+
+    Raises as ``train_head`` does, and ``TrainingError`` for a class in test that no training row has, unless
+    ``allow_unseen``; ``FeatureError`` for a feature set that the cache does not have.
+    """
+    head = HeadSpec(head) if isinstance(head, str) else head
+    chosen = feature_for(cache, head, feature)
+    if "train" not in cache.split_names:
+        raise InputError(f"{cache.path} has no train split: it has {', '.join(cache.split_names)}")
+    train = cache.rows("train")
+    notes = []
+    if "validation" in cache.split_names:
+        judged = cache.rows("validation")
+    else:
+        held = held_out(cache)
+        train, judged = train[~held], train[held]
+        if not len(train) or not len(judged):
+            train, judged = cache.rows("train"), judged[:0]
+        notes.append(
+            f"there is no validation split: {len(judged):,} training rows are held out"
+            if len(judged)
+            else "there is no validation split and too few rows to hold some out: no early stopping, no calibration"
+        )
+    targets = cache.targets()
+    if not allow_unseen:
+        refuse_unseen(cache, train)
+    where = cache.provenance()[-1] if cache.provenance() else {}
+    result = train_head(
+        rows_of(cache, train, chosen), targets[train],
+        rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
+        head, spec, task=cache.task or "classification", class_names=cache.class_names, feature=chosen,
+        extraction=cache.spec, model=where.get("model"), revision=where.get("revision"), device=device,
+        progress=progress, notes=notes,
+    )  # fmt: skip
+    facts = {"features": f"{chosen.name} of a cache with spec {cache.spec_hash[:16]}", **result.facts}
+    return replace(result, facts=facts)
+
+
+def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> FeatureSet:
+    """Return the feature set a head is to read: the one named, else the first it can read.
+
+    Raises ``FeatureError`` when the cache has none such.
+    """
+    if name is not None:
+        return cache.feature(name)
+    takes = (
+        ("pooled",) if head.engine == "sklearn" else head_class(head.kind).takes if _needs_class(head) else ("pooled",)
+    )
+    for each in cache.feature_sets.values():
+        if each.kind in takes:
+            return each
+    has = ", ".join(f"{each.name} ({each.kind})" for each in cache.feature_sets.values())
+    what = "one vector a row" if "pooled" in takes else "tokens or several layers"
+    raise FeatureError(f"the head {head.kind} reads {what}, and {cache.path} has only {has}: extract such a set too")
+
+
+def _needs_class(head: HeadSpec) -> bool:
+    return head.kind not in ("linear", "mlp", "residual")
+
+
+def held_out(cache: FeatureCache) -> npt.NDArray[np.bool_]:
+    """Return which training rows are held out where there is no validation split, bool [N], by content."""
+    numbers = np.ascontiguousarray(cache.keys("train")[:, :8]).view("<u8").ravel()
+    return np.asarray(numbers % HELD_OUT == 0)
+
+
+def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Any:
+    """Return the features of some rows of a cache: in memory, mapped, ragged, or a reader of what does not fit."""
+    places = cache.places()[rows]
+    together = len(places) > 0 and bool((np.diff(places) == 1).all())
+    if feature.kind == "tokens":
+        ragged = cache.ragged(None, feature.name)
+        if len(rows) == len(cache) or not len(rows):
+            return ragged.values, ragged.offsets
+        return choose((ragged.values, ragged.offsets), rows)
+    size = 4 * len(rows) * int(np.prod(feature.row_shape))
+    # Training makes a standardised copy, so a mapped array has to fit as much as one that is read.
+    if not fits_in_memory(size * (1 if together else 2)):
+        return CachedRows(cache, rows, feature.name)
+    return cache.take(places, feature.name)
+
+
+def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
+    """Raise ``TrainingError`` for a class that occurs in another split and never in training."""
+    if cache.task != "classification":
+        return
+    targets = cache.targets()
+    counts = np.bincount(targets[train][targets[train] >= 0], minlength=len(cache.class_names))
+    for split in cache.split_names:
+        mine = cache.targets(split)
+        there = np.bincount(mine[mine >= 0], minlength=len(cache.class_names))
+        unseen = np.flatnonzero((counts == 0) & (there > 0))
+        if len(unseen) and split != "train":
+            names = ", ".join(f"{cache.class_names[at]!r} ({there[at]} rows)" for at in unseen[:5].tolist())
+            raise TrainingError(
+                f"{split} has classes that no training row has: {names}; no head can learn them: "
+                "give them training rows, leave them out, or pass --allow-unseen"
+            )
+
+
+def evaluate_on_cache(
+    head: TrainedHead, cache: FeatureCache, split: str = "test", *, intervals: bool = True
+) -> dict[str, Any]:
+    """Return the metrics of a head on a split of a cache, with bootstrap intervals of the most looked-at ones.
+
+    Raises:
+        BackboneMismatchError: the cache was made by another backbone or other settings than the head was trained on.
+        InputError: no such split, no labels, or a class that the head does not know.
+    """
+    refuse_other_cache(head, cache)
+    rows = cache.rows(split)
+    if not len(rows):
+        raise InputError(f"the split {split} of {cache.path} is empty")
+    x = rows_of(cache, rows, cache.feature(head.feature.name))
+    data = checked_data(x, targets_for(head, cache)[rows], head.feature, head.task, where=split)
+    if not len(data):
+        raise InputError(f"no row of the split {split} of {cache.path} has a label")
+    features = data.x.read(np.arange(len(data))) if data.on_disk else data.x
+    outputs = head.probabilities(features)
+    extra = {"thresholds": np.asarray(head.thresholds)} if head.task == "multilabel" else {}
+    found = measure(head.task, data.y, outputs, head.class_names, **extra)
+    if intervals:
+        names = {"classification": ("accuracy", "f1_macro"), "regression": ("rmse", "r2")}.get(head.task, ())
+        found["intervals"] = {name: list(interval(head.task, data.y, outputs, name)) for name in names}
+    return found
+
+
+def targets_for(head: TrainedHead, cache: FeatureCache) -> npt.NDArray[Any]:
+    """Return the targets of a cache in the head's own order of classes.
+
+    Raises ``InputError`` for another task or a class that the head does not know.
+    """
+    if cache.task != head.task:
+        raise InputError(f"the head is for {head.task}, and {cache.path} has labels for {cache.task}")
+    targets = cache.targets()
+    if cache.class_names == head.class_names:
+        return targets
+    unknown = sorted(set(cache.class_names) - set(head.class_names))
+    if cache.task != "classification" or unknown:
+        named = ", ".join(map(repr, unknown[:5])) or "another order"
+        raise InputError(
+            f"{cache.path} has labels that the head was not trained on ({named}): "
+            f"it knows {', '.join(head.class_names[:20])}"
+        )
+    table = np.array([head.class_names.index(name) for name in cache.class_names], np.int64)
+    return np.where(targets < 0, -1, table[np.maximum(targets, 0)])
+
+
+def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
+    """Raise ``BackboneMismatchError`` unless a cache holds the features that a head was trained on."""
+    theirs, ours = dict(head.extraction), dict(cache.spec)
+    named: Mapping[str, Any] = theirs.pop("features", {})
+    there: Mapping[str, Any] = ours.pop("features", {})
+    name = head.feature.name
+    if name not in cache.feature_sets:
+        raise FeatureError(f"{cache.path} has no feature set {name!r}: it has {', '.join(cache.feature_sets)}")
+    found = differences(theirs, ours) if theirs else []
+    found += differences(named.get(name), there.get(name), f"features.{name}") if name in named else []
+    if found:
+        shown = "; ".join(f"{field}: trained on {old!r}, the cache has {new!r}" for field, old, new in found[:4])
+        raise BackboneMismatchError(f"the head was trained on other features than {cache.path} holds ({shown})")
+
+
+__all__ = ["default_metric", "evaluate_on_cache", "train_on_cache"]

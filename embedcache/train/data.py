@@ -1,0 +1,205 @@
+"""Features and targets as training takes them: checked, unlabelled rows dropped, standardised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
+from embedcache.heads.trained import checked_features, count, refuse_non_finite
+from embedcache.shard import FeatureSet
+from embedcache.spec import Task, TrainSpec
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled rows. ``x`` is float32 [N, D] or [N, L, D], (values, offsets), or a reader of rows on disk."""
+
+    x: Any
+    y: Array
+    weight: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the features are read as they are needed."""
+        return hasattr(self.x, "read")
+
+
+def checked_data(
+    x: Any, y: Any, feature: FeatureSet, task: Task, *, weight: Any = None, where: str = "training"
+) -> Data:
+    """Return checked, labelled rows.
+
+    Raises ``FeatureError`` for features that do not fit or are not finite (naming the row), ``InputError`` for targets
+    that do not fit the task.
+    """
+    on_disk = hasattr(x, "read")
+    rows = x if on_disk else checked_features(x, feature)
+    y = np.asarray(y)
+    n = len(rows) if on_disk else count(rows)
+    if len(y) != n:
+        raise InputError(f"{where}: {n} rows of features and {len(y)} of targets")
+    if task == "classification":
+        if y.ndim != 1 or y.dtype.kind not in "iu":
+            raise InputError(f"{where}: classification targets are int64 [N], got {y.dtype} {y.shape}")
+        kept = y >= 0
+        y = y.astype(np.int64)
+    elif task == "multilabel":
+        if y.ndim != 2:
+            raise InputError(f"{where}: multi-label targets are [N, C], got {y.shape}")
+        kept = ~(y == 255).all(axis=1)
+    else:
+        y = y.astype(np.float64)
+        y = y[:, None] if y.ndim == 1 else y
+        if np.isinf(y).any():
+            raise InputError(f"{where}: row {int(np.flatnonzero(np.isinf(y).any(axis=1))[0])} has an infinite target")
+        kept = ~np.isnan(y).any(axis=1)
+        if np.isnan(y[~kept]).any() and not np.isnan(y[~kept]).all():
+            bad = int(np.flatnonzero(np.isnan(y).any(axis=1) & ~np.isnan(y).all(axis=1))[0])
+            raise InputError(f"{where}: row {bad} has a target that is NaN: give it a number, or leave the row out")
+    if weight is not None:
+        weight = np.asarray(weight, np.float32)
+        if weight.shape != (n,) or not np.isfinite(weight).all() or (weight < 0).any():
+            raise InputError(f"{where}: sample weights must be {n} finite numbers of 0 or more")
+    if not kept.all():
+        at = np.flatnonzero(kept)
+        rows, y = choose(rows, at), y[at]
+        weight = None if weight is None else weight[at]
+    return Data(rows, y, weight)
+
+
+def choose(x: Any, rows: npt.NDArray[np.int64]) -> Any:
+    """Return some rows of features, as the same sort of thing."""
+    if isinstance(x, tuple):
+        values, offsets = x
+        lengths = (offsets[1:] - offsets[:-1])[rows]
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        starts = np.repeat(offsets[:-1][rows] - ends[:-1], lengths)
+        return values[np.arange(int(ends[-1])) + starts], ends
+    if hasattr(x, "read"):
+        return _Chosen(x, rows)
+    return x[rows]
+
+
+class _Chosen:
+    """Some rows of a reader."""
+
+    def __init__(self, reader: Any, rows: npt.NDArray[np.int64]) -> None:
+        self._reader, self._rows = reader, rows
+        self.row_shape = reader.row_shape
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, rows: npt.NDArray[np.int64]) -> Any:
+        return self._reader.read(self._rows[rows])
+
+
+def refuse_untrainable(data: Data, task: Task, class_names: Sequence[str]) -> list[str]:
+    """Return what is worth saying of the training rows.
+
+    Raises ``TrainingError`` for no rows, one class only, or fewer rows than classes.
+    """
+    if not len(data):
+        raise TrainingError("there is no labelled row to train on")
+    if task == "classification":
+        present = np.unique(data.y)
+        if len(present) < 2:
+            only = class_names[int(present[0])]
+            raise TrainingError(f"all {len(data)} training rows have the class {only!r}: expected at least two classes")
+        if len(data) < len(class_names):
+            raise TrainingError(f"there are {len(data)} training rows for {len(class_names)} classes: add rows")
+        absent = [name for at, name in enumerate(class_names) if at not in set(present.tolist())]
+        return [f"no training row has the class {', '.join(absent)}"] if absent else []
+    if task == "multilabel":
+        never = [name for name, on in zip(class_names, (data.y == 1).any(axis=0), strict=True) if not on]
+        if len(never) == len(class_names):
+            raise TrainingError("no training row has any label: expected at least one")
+        return [f"no training row has the label {', '.join(never)}"] if never else []
+    if len(data) < 2:
+        raise TrainingError("there is one training row: expected at least two")
+    return []
+
+
+def moments(x: Any, feature: FeatureSet) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the mean and 1 / standard deviation of each feature, float32 [D]; constant features get a scale of 1.
+
+    One pass in blocks, in float64, whatever the size. Raises ``FeatureError`` where features on disk are not finite.
+    """
+    dim = feature.dim
+    total, squares, rows = np.zeros(dim), np.zeros(dim), 0
+    shift: Array | None = None
+    for part in _parts(x):
+        flat = part.reshape(-1, dim)
+        if hasattr(x, "read"):
+            refuse_non_finite(flat, feature.name)
+        if shift is None:  # shifted, so that a large mean costs no digits
+            shift = flat[:1].astype(np.float64)
+        centred = flat - shift.astype(np.float32)
+        total += centred.sum(axis=0, dtype=np.float64)
+        squares += np.einsum("nd,nd->d", centred, centred, dtype=np.float64, casting="unsafe")
+        rows += len(flat)
+    if shift is None:
+        raise FeatureError("there are no features to standardise")
+    mean = total / rows
+    deviation = np.sqrt(np.maximum(squares / rows - mean**2, 0.0))
+    mean = mean + shift[0]
+    constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-6)
+    scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, deviation))
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def _parts(x: Any) -> Any:
+    if hasattr(x, "read"):
+        size = max(1, (16 << 20) // (4 * int(np.prod(x.row_shape))))
+        for start in range(0, len(x), size):
+            yield x.read(np.arange(start, min(start + size, len(x))))
+        return
+    values = x[0] if isinstance(x, tuple) else x
+    size = max(1, (4 << 20) // max(1, values[:1].nbytes))
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def class_weights(
+    specs: Sequence[TrainSpec], y: npt.NDArray[Any], task: Task, class_names: Sequence[str]
+) -> npt.NDArray[np.float32] | None:
+    """Return the class weights of K heads, float32 [K, C], or None where no head has any.
+
+    ``balanced`` weighs a class by N / (C * its rows) as scikit-learn does, a label of a multi-label task by how many
+    rows lack it for each that has it. Raises ``SpecError`` for names that are no classes or for a regression.
+    """
+    if all(spec.class_weight is None for spec in specs):
+        return None
+    if task == "regression":
+        raise SpecError("class_weight is for classes, and this is a regression: drop it")
+    return np.stack([_weights(spec.class_weight, y, task, class_names) for spec in specs]).astype(np.float32)
+
+
+def _weights(given: str | Mapping[str, float] | None, y: Any, task: Task, names: Sequence[str]) -> Any:
+    if given is None:
+        return np.ones(len(names))
+    if isinstance(given, str):
+        if task == "multilabel":
+            on = (y == 1).sum(axis=0)
+            return (len(y) - on) / np.maximum(on, 1)
+        rows = np.bincount(y, minlength=len(names))
+        present = int((rows > 0).sum())
+        return np.where(rows > 0, rows.sum() / (present * np.maximum(rows, 1)), 1.0)
+    if unknown := sorted(set(given) - set(names)):
+        raise SpecError(f"class_weight names {unknown[0]!r}, which is no class: the classes are {', '.join(names)}")
+    weights = np.array([float(given.get(name, 1.0)) for name in names])
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise SpecError("class_weight holds a value that is no weight: expected numbers of 0 or more")
+    if task == "classification" and not weights[np.unique(y)].any():
+        raise TrainingError("class_weight leaves no row with a weight: give some class a weight above 0")
+    return weights

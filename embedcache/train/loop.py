@@ -1,0 +1,146 @@
+"""The one training loop: epochs, validation, early stopping, history. What a step is, is passed in.
+
+A ``Learner`` takes steps on batches: K stacked heads on cached features, one head on the features that a live backbone
+makes inside the step, or a whole model being fine-tuned.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from embedcache.errors import TrainingError
+from embedcache.train.batches import Batch, Batches
+
+Scores = npt.NDArray[np.float64]
+
+
+class Learner(Protocol):
+    """What the loop trains: K models at once, those at the places 0 to K - 1 still going on."""
+
+    @property
+    def alive(self) -> Sequence[int]:
+        """The numbers of the models still in training."""
+        ...
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take one step; return the losses, [] or [K], without waiting for a device."""
+        ...
+
+    def evaluate(self) -> Scores | None:
+        """Return the validation metric of each model still in training, [K]; None where there is no validation."""
+        ...
+
+    def remember(self, places: Sequence[int]) -> None:
+        """Keep the present weights of these models as their best."""
+        ...
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these models only."""
+        ...
+
+
+@dataclass
+class Fitted:
+    """What the loop did: for each model a dict an epoch, and its best epoch, -1 for none."""
+
+    history: list[list[dict[str, Any]]]
+    best_epoch: list[int]
+    steps: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    losses: list[Tensor] = field(default_factory=list)
+
+
+def fit(
+    learner: Learner,
+    batches: Batches,
+    *,
+    epochs: int,
+    patience: int = 0,
+    greater_is_better: bool = True,
+    metric: str = "",
+    title: str = "train",
+    progress: bool = True,
+    keep_losses: bool = False,
+    max_steps: int | None = None,
+    on_epoch: Callable[[int, Scores | None], None] | None = None,
+) -> Fitted:
+    """Train until the last epoch, or until no model has become better for ``patience`` epochs (0: never stop early).
+
+    Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set.
+
+    Raises ``TrainingError`` when a loss becomes NaN or infinite, saying what to lower.
+    """
+    from tqdm import tqdm
+
+    models = len(learner.alive)
+    result = Fitted([[] for _ in range(models)], [-1] * models)
+    best = np.full(models, -np.inf)
+    waited = np.zeros(models, np.int64)
+    sign = 1.0 if greater_is_better else -1.0
+    bar = tqdm(
+        total=epochs * batches.steps, desc=title, unit="step", mininterval=0.2,
+        disable=None if progress and sys.stderr.isatty() else True,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    try:
+        for epoch in range(epochs):
+            if not learner.alive or (max_steps is not None and result.steps >= max_steps):
+                break
+            start, total, seen = time.perf_counter(), None, 0
+            for batch in batches.epoch(epoch):
+                loss = learner.step(batch)
+                if keep_losses:
+                    result.losses.append(loss.clone())
+                weighted = loss * len(batch.rows)
+                total = weighted if total is None else total + weighted
+                seen += len(batch.rows)
+                result.steps += 1
+                bar.update()
+                if max_steps is not None and result.steps >= max_steps:
+                    break
+            mean = np.atleast_1d((total / seen).double().cpu().numpy()) if total is not None else np.zeros(models)
+            if not np.isfinite(mean).all() and len(mean) == 1:
+                raise TrainingError(
+                    f"the loss became {mean[0]} in epoch {epoch + 1}: use a lower learning rate, or --clip 1"
+                )
+            scores = learner.evaluate()
+            seconds = time.perf_counter() - start
+            alive = list(learner.alive)
+            for place, model in enumerate(alive):
+                entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": float(mean[place]), "seconds": seconds}
+                if scores is not None:
+                    entry[f"validation_{metric}"] = float(scores[place])
+                result.history[model].append(entry)
+            if scores is not None:
+                now = np.where(np.isfinite(scores) & np.isfinite(mean), sign * scores, -np.inf)
+                better = [place for place, model in enumerate(alive) if now[place] > best[model]]
+                for place in better:
+                    best[alive[place]] = now[place]
+                    result.best_epoch[alive[place]] = epoch
+                learner.remember(better)
+                waited[alive] += 1
+                waited[[alive[place] for place in better]] = 0
+                going = [
+                    place for place, model in enumerate(alive)
+                    if (not patience or waited[model] < patience) and np.isfinite(mean[place])
+                ]  # fmt: skip
+                if len(going) < len(alive):
+                    learner.keep(going)
+                bar.set_postfix_str(f"epoch {epoch + 1}, {metric} {sign * best.max():.4f}", refresh=False)
+            if on_epoch is not None:
+                on_epoch(epoch, scores)
+    except KeyboardInterrupt:
+        result.interrupted = True
+    finally:
+        bar.close()
+    result.seconds = time.perf_counter() - begun
+    return result

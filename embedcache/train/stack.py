@@ -1,0 +1,258 @@
+"""K heads of one shape in training together: each batch of features is read once, one step moves them all.
+
+What is the same for a head in a stack and alone: its initial weights, the batches, its dropout draws, its learning
+rates, and the formulas. What is not: the order in which a matrix product adds up, so losses agree to about 1e-6, not
+to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedcache.heads.modules import Head, Linear, choose_heads, stack_heads
+from embedcache.spec import TrainSpec
+from embedcache.train.losses import Loss
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+"""AdamW's constants (Loshchilov & Hutter 2019), torch's defaults."""
+
+MAY_DIFFER = (
+    "learning_rate", "weight_decay", "label_smoothing", "class_weight", "schedule", "warmup", "clip", "seed",
+)  # fmt: skip
+"""Settings in which the heads of one stack may differ."""
+
+
+def schedule_factors(spec: TrainSpec, start: int, steps: int, total: int) -> npt.NDArray[np.float64]:
+    """Return the factors of the learning rate for ``steps`` steps from ``start`` on, of ``total`` in all.
+
+    Linear warm-up over the first ``warmup`` share of the steps, then constant, linear to 0, or half a cosine to 0.
+    """
+    step = np.arange(start, start + steps, dtype=np.float64)
+    warm = math.ceil(spec.warmup * total)
+    rising = (step + 1) / max(warm, 1)
+    share = np.clip((step - warm) / max(total - warm, 1), 0.0, 1.0)
+    falling = {
+        "constant": np.ones_like(share),
+        "linear": 1 - share,
+        "cosine": 0.5 * (1 + np.cos(np.pi * share)),
+    }[spec.schedule]
+    return np.where(step < warm, rising, falling)
+
+
+class HeadStack:
+    """K heads and their optimizer. A single head is trained by the same code, without the K axis.
+
+    ``alive`` are the numbers of the heads still in training, in the order of the K axis.
+    """
+
+    def __init__(self, heads: Sequence[Head], specs: Sequence[TrainSpec], loss: Loss, total_steps: int) -> None:
+        self.specs = list(specs)
+        self.alive = list(range(len(heads)))
+        self.loss = loss
+        self._total = total_steps
+        self._taken = 0
+        self._ahead: tuple[int, Any] = (0, np.zeros((0, 1)))
+        self.stacked = len(heads) > 1
+        generators = [
+            torch.Generator(_device(head)).manual_seed(s.seed + 2**32) for head, s in zip(heads, specs, strict=True)
+        ]
+        self.module = stack_heads(heads) if self.stacked else heads[0]
+        self.module.draw_from(generators)
+        self.module.train()
+        self._collect()
+        self._moments = [(torch.zeros_like(each), torch.zeros_like(each)) for each in self.parameters]
+        self._scratch = [torch.empty_like(each) for each in self.parameters]
+        self.best: list[dict[str, Tensor] | None] = [None] * len(heads)
+
+    def _collect(self) -> None:
+        self.names = [name for name, _ in self.module.named_parameters()]
+        self.parameters = [parameter for _, parameter in self.module.named_parameters()]
+        # Decay pulls on matrices, not on biases, gains and embeddings of one vector.
+        rank = 3 if self.stacked else 2
+        self._decays = [each.dim() >= rank and name.endswith("weight") for name, each in self.module.named_parameters()]
+        self._plain = isinstance(self.module, Linear)
+        self._rate = self._per_head([spec.learning_rate for spec in self.specs])
+        self._decay = self._per_head([spec.weight_decay for spec in self.specs])
+        clips = [spec.clip for spec in self.specs]
+        self._clip = torch.tensor([clip or math.inf for clip in clips]) if any(clips) else None
+        self._one_schedule = len({(spec.schedule, spec.warmup) for spec in self.specs}) == 1
+
+    def _per_head(self, values: list[float]) -> float | Tensor:
+        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    def step(self, x: Tensor, mask: Tensor | None, y: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Take one step on a batch and return the losses, [] or [K]. ``rows`` are weights of rows, [B] or [B, K]."""
+        loss, gradients = self.gradients(x, mask, y, rows)
+        self._clipped(gradients)
+        self._update(gradients)
+        self._taken += 1
+        return loss
+
+    def gradients(
+        self, x: Tensor, mask: Tensor | None, y: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the losses and the gradients of all parameters, in their order."""
+        if self._plain:
+            return self._linear_gradients(x, y, rows)
+        logits = self.module(x, mask)
+        inner = logits.detach()
+        if self.stacked:
+            loss, slope = self.loss(inner.permute(1, 2, 0).contiguous(), y, rows)
+            slope = slope.permute(2, 0, 1)
+        else:
+            loss, slope = self.loss(inner, y, rows)
+        return loss, list(torch.autograd.grad(logits, self.parameters, grad_outputs=slope))
+
+    def _linear_gradients(self, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        # By hand: one matrix product forward, one back, and no graph.
+        layer = self.module.output
+        with torch.no_grad():
+            weight: Tensor = layer.weight
+            bias: Tensor = layer.bias
+            mean, scale = layer.mean, layer.scale
+            if mean is not None and scale is not None:
+                weight = weight * scale.unsqueeze(-2)
+                bias = bias - (weight @ mean.unsqueeze(-1)).squeeze(-1)
+            width = weight.shape[-1]
+            z = torch.addmm(bias.reshape(-1), x, weight.reshape(-1, width).t())
+            if self.stacked:
+                heads, outputs = bias.shape
+                loss, slope = self.loss(z.view(-1, heads, outputs).transpose(1, 2).contiguous(), y, rows)
+                slope = slope.transpose(1, 2).reshape(-1, heads * outputs)
+            else:
+                loss, slope = self.loss(z, y, rows)
+            by_weight = torch.mm(slope.t(), x).view_as(weight)
+            by_bias = slope.sum(dim=0).view_as(bias)
+            if mean is not None and scale is not None:
+                by_weight = (by_weight - by_bias.unsqueeze(-1) * mean.unsqueeze(-2)) * scale.unsqueeze(-2)
+            return loss, [by_weight, by_bias]
+
+    def _clipped(self, gradients: list[Tensor]) -> None:
+        if self._clip is None:
+            return
+        if self.stacked:
+            squares = sum(each.flatten(1).square().sum(dim=1) for each in gradients)
+            factor = (self._clip / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp_max(1.0)
+            for each in gradients:
+                each.mul_(_spread(factor, each))
+        else:
+            norm = math.sqrt(
+                sum(float(torch.dot(each.view(-1), each.view(-1))) for each in map(Tensor.contiguous, gradients))
+            )
+            if norm > self.specs[0].clip > 0:
+                for each in gradients:
+                    each.mul_(self.specs[0].clip / (norm + 1e-6))
+
+    def _factor(self) -> float | Tensor:
+        """Return the schedule's factor of this step, for all heads or each."""
+        first, table = self._ahead
+        if not first <= self._taken < first + len(table):
+            different = self.specs[:1] if self._one_schedule else self.specs
+            steps = min(1024, max(1, self._total - self._taken))
+            table = np.stack([schedule_factors(each, self._taken, steps, self._total) for each in different], axis=1)
+            self._ahead = first, table = self._taken, table
+        row = table[self._taken - first]
+        return float(row[0]) if self._one_schedule else torch.from_numpy(row.astype(np.float32))
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Tensor]) -> None:
+        rate = self._rate * self._factor()
+        adam = self.specs[0].optimizer == "adamw"
+        taken = self._taken + 1
+        grown, root = 1 - BETA1**taken, math.sqrt(1 - BETA2**taken)
+        for at, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            first, second = self._moments[at]
+            if not adam:
+                if self._decays[at]:
+                    gradient = gradient + _spread(self._decay, value) * value
+                if self.specs[0].momentum:
+                    gradient = first.mul_(self.specs[0].momentum).add_(gradient)
+                _subtract(value, gradient, rate)
+                continue
+            if self._decays[at]:
+                value.mul_(1 - _spread(rate * self._decay, value))
+            first.lerp_(gradient, 1 - BETA1)
+            second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+            below = torch.sqrt(second, out=self._scratch[at]).div_(root).add_(EPSILON)
+            if isinstance(rate, float):
+                value.addcdiv_(first, below, value=-rate / grown)
+            else:
+                _subtract(value, torch.div(first, below, out=below), rate / grown)
+
+    def logits(self, x: Tensor, mask: Tensor | None, heads: Tensor | None = None) -> Tensor:
+        """Return what all heads, or some of them by their place on the K axis, say: [K, B, C]."""
+        module = self.module if heads is None else choose_heads(self.module, heads)
+        module.eval()
+        with torch.no_grad():
+            said: Tensor = module(x, mask)
+        self.module.train()
+        return said if self.stacked else said.unsqueeze(0)
+
+    def state(self, place: int) -> dict[str, Tensor]:
+        """Return a copy of the parameters of the head at a place of the K axis."""
+        return {
+            name: (value[place] if self.stacked else value).detach().clone()
+            for name, value in zip(self.names, self.parameters, strict=True)
+        }
+
+    def optimizer_state(self, place: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the moments of the head at a place, by parameter."""
+        return {
+            name: (first[place].clone(), second[place].clone()) if self.stacked else (first.clone(), second.clone())
+            for name, (first, second) in zip(self.names, self._moments, strict=True)
+        }
+
+    def remember(self, places: Sequence[int]) -> None:
+        """Keep the present parameters of the heads at these places as their best."""
+        for place in places:
+            self.best[self.alive[place]] = self.state(place)
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with the heads at these places only; the others cost nothing from here on."""
+        for place in set(range(len(self.alive))) - set(places):
+            if self.best[self.alive[place]] is None:
+                self.remember([place])
+        self.alive = [self.alive[place] for place in places]
+        if not places or not self.stacked:
+            return
+        chosen = torch.tensor(places)
+        self.specs = [self.specs[place] for place in places]
+        self.loss.keep(chosen)
+        self.module = choose_heads(self.module, chosen)
+        self._moments = [(first[chosen], second[chosen]) for first, second in self._moments]
+        self._scratch = [each[chosen] for each in self._scratch]
+        self._ahead = (0, np.zeros((0, 1)))
+        self._collect()
+
+    def finish(self) -> list[dict[str, Tensor]]:
+        """Return the best parameters of every head there ever was; the last where nothing was measured."""
+        for place, head in enumerate(self.alive):
+            if self.best[head] is None:
+                self.best[head] = self.state(place)
+        return [each for each in self.best if each is not None]
+
+
+def _device(head: Head) -> torch.device:
+    return next(head.parameters()).device
+
+
+def _spread(value: float | Tensor, like: Tensor) -> Any:
+    """Give a number for each head the axes to multiply a parameter with."""
+    return value if isinstance(value, (int, float)) else value.to(like.device).view(-1, *[1] * (like.dim() - 1))
+
+
+def _subtract(value: Tensor, gradient: Tensor, rate: float | Tensor) -> None:
+    if isinstance(rate, float):
+        value.sub_(gradient, alpha=rate)
+    else:
+        value.addcmul_(gradient, _spread(rate, value), value=-1)
