@@ -1,3 +1,123 @@
-"""embedcache: run a frozen backbone once, cache its features in HDF5, train heads on them."""
+"""embedcache: run a frozen backbone once, cache its features in HDF5, train heads on them.
+
+::
+
+    import embedcache as ec
+
+    cache = ec.extract("reviews.csv", output_dir="reviews.cache", split="80/10/10")
+    X, y = cache.arrays("train")
+    results = ec.sweep(cache)
+    ec.Predictor.load("runs/best")(["Excellent movie!"])
+    ec.check_equivalence(cache, "reviews.csv").raise_if_different()
+
+Names are found when they are first asked for, so importing this package loads none of the heavy libraries.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from embedcache.cache import FeatureCache, merge, relabel
+    from embedcache.compare import compare_training_approaches
+    from embedcache.equivalence import check_equivalence
+    from embedcache.estimator import FeatureExtractor, HeadClassifier, HeadRegressor
+    from embedcache.examples import load_examples
+    from embedcache.extract import extract
+    from embedcache.finetune import (
+        AttentionClassifier,
+        FeatureBasedModel,
+        LinearClassifier,
+        MLPClassifier,
+        ResidualClassifier,
+        TextClassificationPipeline,
+    )
+    from embedcache.heads import TrainedHead, register_head
+    from embedcache.predict import Predictor
+    from embedcache.spec import HeadSpec, TrainSpec
+    from embedcache.sweep import sweep
+    from embedcache.train import evaluate_on_cache, train_head, train_on_cache
+
+_WHERE = {
+    "AttentionClassifier": "finetune",
+    "FeatureBasedModel": "finetune",
+    "FeatureCache": "cache",
+    "FeatureExtractor": "estimator",
+    "HeadClassifier": "estimator",
+    "HeadRegressor": "estimator",
+    "HeadSpec": "spec",
+    "LinearClassifier": "finetune",
+    "MLPClassifier": "finetune",
+    "Predictor": "predict",
+    "ResidualClassifier": "finetune",
+    "TextClassificationPipeline": "finetune",
+    "TrainSpec": "spec",
+    "TrainedHead": "heads",
+    "check_equivalence": "equivalence",
+    "compare_training_approaches": "compare",
+    "evaluate_on_cache": "train",
+    "extract": "extract",
+    "load_examples": "examples",
+    "merge": "cache",
+    "register_head": "heads",
+    "relabel": "cache",
+    "sweep": "sweep",
+    "train_head": "train",
+    "train_on_cache": "train",
+}
+
+__all__ = [
+    "AttentionClassifier",
+    "FeatureBasedModel",
+    "FeatureCache",
+    "FeatureExtractor",
+    "HeadClassifier",
+    "HeadRegressor",
+    "HeadSpec",
+    "LinearClassifier",
+    "MLPClassifier",
+    "Predictor",
+    "ResidualClassifier",
+    "TextClassificationPipeline",
+    "TrainSpec",
+    "TrainedHead",
+    "__version__",
+    "check_equivalence",
+    "compare_training_approaches",
+    "evaluate_on_cache",
+    "extract",
+    "load_examples",
+    "merge",
+    "register_head",
+    "relabel",
+    "sweep",
+    "train_head",
+    "train_on_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package, in which ``extract`` and ``sweep`` stay the functions when the modules of that name are loaded."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _WHERE and isinstance(value, ModuleType):
+            return  # the import system, which sets a loaded module on its parent
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
