@@ -19,7 +19,7 @@ from sklearn import metrics as oracle
 from embedcache.errors import SpecError, TrainingError
 from embedcache.spec import TASKS
 from embedcache.train import metrics
-from embedcache.train.metrics import METRICS, interval, measure, metrics_of, score, scores
+from embedcache.train.metrics import METRICS, interval, judged, measure, metrics_of, score, scores
 
 N, C, R, K = 97, 5, 3, 7
 
@@ -112,6 +112,16 @@ def test_two_classes_equal_scikit_learn(seed: int, ties: bool) -> None:
         }
         for name, value in expected.items():
             assert score(name, "classification", y, p) == pytest.approx(value, rel=1e-11, abs=1e-12), name
+
+
+@given(seed=st.integers(0, 2**16), rows=st.integers(1, 41), share=st.floats(0, 1), steps=st.integers(1, 13))
+def test_two_ways_to_rank_are_one(seed: int, rows: int, share: float, steps: int) -> None:
+    """The short way, for rows of equal weight, gives the areas of the long one; with many ties and with none."""
+    generator = np.random.default_rng(seed)
+    positive, score_ = generator.random(rows) < share, generator.integers(0, steps, rows) / steps
+    short, ranked = judged.areas(positive, score_), judged.Ranked(positive, score_)
+    ones = np.ones(rows)
+    np.testing.assert_allclose(short, [ranked.roc_auc(ones), ranked.average_precision(ones)], rtol=1e-12)
 
 
 def test_a_planted_fault_is_found() -> None:
@@ -374,7 +384,7 @@ def test_an_unknown_metric_names_the_nearest(name: str, task: str, message: str)
 )
 def test_shapes_that_do_not_fit_are_refused(task: str, y: Any, outputs: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        metrics.measuring.Judged(task, y, outputs)
+        judged.Judged(task, y, outputs)
 
 
 @pytest.mark.parametrize("outputs", [[[3.0, -1.0], [0.5, 0.5]], [[0.9, 0.9], [0.5, 0.5]]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -149,16 +150,22 @@ def mcc(true: Floats, predicted: Floats, hits: Floats) -> float:
     return float((hits.sum() * rows - true @ predicted) / math.sqrt(spread))
 
 
-def of_ranks(name: str) -> Callable[[Judged], Prepared]:
+def of_ranks(name: Literal["roc_auc", "average_precision"]) -> Callable[[Judged], Prepared]:
     """Make a metric of a method of ``Ranked``: the mean, one class against the rest, where it is defined."""
 
     def prepare(judged: Judged) -> Prepared:
         classes = judged.outputs.shape[1]
         # As in scikit-learn, of two classes the second is the one looked for.
         columns = [1] if judged.task == "classification" and classes == 2 else range(classes)
-        if not len(judged.y):
-            return lambda weights: math.nan
-        return lambda weights: mean_defined([getattr(judged.ranked(column), name)(weights) for column in columns])
+
+        def value(weights: Floats) -> float:
+            if not weights.any():
+                return math.nan
+            if (weights == 1).all():
+                return mean_defined([judged.areas(column)[name != "roc_auc"] for column in columns])
+            return mean_defined([getattr(judged.ranked(column), name)(weights) for column in columns])
+
+        return value
 
     return prepare
 
