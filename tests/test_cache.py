@@ -453,23 +453,29 @@ def test_verification_put_off_until_features_are_read(tmp_path: Path, monkeypatc
 def test_a_change_right_after_it_was_checked_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
-    """Many kernels stamp a change with a clock that advances in ticks, here of 10 ms; none may hide in one."""
-    real = files.identity
+    """Many kernels stamp changes with a clock that advances in ticks; here it does only while the reader waits."""
+    path = write(tmp_path / "c", 3, 3, SETS[:1])
+    (file,) = (path / folder).iterdir()
+    now, waited = time.time_ns(), [1 << 62]
+    real, sleep = files.identity, time.sleep
 
     def coarse(path: Path, file: ShardFile) -> files.Identity:
-        *rest, modified, changed = real(path, file)
-        return (*rest, modified // 10_000_000, changed // 10_000_000 * 10_000_000)  # type: ignore[return-value]
+        *rest, changed = real(path, file)
+        return (*rest[:-1], 0, changed if changed > waited[-1] else now)  # type: ignore[return-value]
+
+    def wait(seconds: float) -> None:
+        assert 0 < seconds <= 3600
+        sleep(0.05)  # no kernel has longer ticks
+        waited.append(time.time_ns() - 20_000_000)
 
     monkeypatch.setattr(files, "identity", coarse)
-    for attempt in range(10):
-        path = write(tmp_path / str(attempt), 3, 3, SETS[:1])
+    monkeypatch.setattr(files, "_TICK", 3600 * 10**9)
+    monkeypatch.setattr(files.time, "sleep", wait)
+    FeatureCache.open(path)
+    sleep(0.05)
+    damage(file)
+    with pytest.raises(CorruptCacheError, match="is not what was committed"):
         FeatureCache.open(path)
-        (file,) = (path / folder).iterdir()
-        status = file.stat()
-        damage(file)
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-        with pytest.raises(CorruptCacheError, match="is not what was committed"):
-            FeatureCache.open(path)
 
 
 def test_opening_again_takes_no_time(tmp_path: Path) -> None:
