@@ -77,8 +77,19 @@ def build_head(spec: HeadSpec, feature: FeatureSet, outputs: int, *, seed: int =
     head = head_class(spec.kind)
     refuse_unknown_options(spec, tuple(inspect.signature(head.__init__).parameters)[3:])
     built = head(feature, outputs, **spec.options)
+    refuse_headless(spec.kind, built)
     built.initialize(seed)
     return built
+
+
+def refuse_headless(kind: str, head: Head) -> None:
+    """Raise ``SpecError`` for a class that lacks the layers which standardisation and regression targets need."""
+    from embedcache.heads.layers import Affine
+
+    if not isinstance(getattr(head, "output", None), Affine):
+        raise SpecError(f"the head {kind} has no last layer called output that is an Affine: see CONTRIBUTING")
+    if not any(head.first_layers()):
+        raise SpecError(f"the head {kind} has no Affine(..., first=True) that reads the features: see CONTRIBUTING")
 
 
 def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:

@@ -1,12 +1,13 @@
 """A trained head: what it reads, what it says, and what it was trained on. Needs torch only for what torch trained.
 
-Linear heads, whichever engine trained them, are two arrays and run on numpy alone.
+Linear heads, whichever engine trained them, are two arrays and run on numpy alone. Every pass over features has a
+fixed shape, as the backbone's have, so that what a head says of a row depends on that row alone, to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,14 @@ Floats = npt.NDArray[np.float64]
 
 _ROWS = 4096
 _TOKENS = 1 << 17
+PASS_ROWS = 256
+"""Rows of one pass of a trained head; the last pass is filled up. At one shape a matrix product gives a row the same
+bits wherever it stands and whatever its neighbours are."""
+PASS_TOKENS = 2048
+"""Tokens of one pass over a token-level set."""
+_READ_BYTES = 16 << 20
+_BY_ROW = ("hist-gradient-boosting", "majority")
+"""scikit-learn kinds that look at each row by itself anyway, and cost much a call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +72,14 @@ class TrainedHead:
             f"reads {self.feature.name} [{self.feature.dim}])"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached beside the fields (the torch module) is made again where it is needed.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @property
     def linear(self) -> bool:
         """Whether it is one matrix: ``output.weight`` [C, D] and ``output.bias`` [C]."""
-        return set(self.state) <= LINEAR and bool(self.state)
+        return bool(self.state) and (self.spec.engine == "sklearn" or self.spec.kind == "linear")
 
     @property
     def parameters(self) -> int:
@@ -76,22 +89,45 @@ class TrainedHead:
     def logits(self, x: Any) -> Array:
         """Return what the head says before calibration, float [N, C]: logits, or the values of a regression.
 
-        ``x`` is float32 [N, D] or [N, L, D], or for a token-level set a ``Ragged`` or a pair (values, offsets).
+        ``x`` is float32 [N, D] or [N, L, D], or for a token-level set a ``Ragged`` or a pair (values, offsets); or a
+        reader of rows on disk, which is read block by block.
         Raises ``FeatureError`` for features of another shape, or that hold NaN or infinity.
         """
+        if hasattr(x, "read"):
+            size = max(1, _READ_BYTES // (4 * PASS_ROWS * int(np.prod(x.row_shape)))) * PASS_ROWS
+            parts = [self.logits(x.read(np.arange(at, min(at + size, len(x))))) for at in range(0, len(x), size)]
+            return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
         rows = checked_features(x, self.feature)
         if self.linear:
             weight, bias = self._matrix
-            return np.asarray(rows.astype(weight.dtype, copy=False) @ weight.T + bias)
+            return self._in_passes(rows, lambda part: part.astype(weight.dtype, copy=False) @ weight.T + bias)
         if self.estimator is not None:
-            from embedcache.heads.sklearn_kinds import outputs
-
-            values: Array = outputs(self.estimator, rows, self.task, len(self.class_names))
-            if self.task == "regression":
-                return values
-            kept = np.clip(values, 1e-15, 1.0 - 1e-15)
-            return np.asarray(np.log(kept) if self.task == "classification" else np.log(kept) - np.log1p(-kept))
+            return self._estimated(rows)
         return self._run(rows)
+
+    def _in_passes(self, rows: Array, said: Callable[[Array], Array], size: int = PASS_ROWS) -> Array:
+        """Apply a function of features [size, ...] to rows, the last pass filled up with copies of its first row."""
+        parts = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            short = size - len(part)
+            whole = np.concatenate([part, np.repeat(part[:1], short, axis=0)]) if short else part
+            parts.append(said(whole)[: len(part)])
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+
+    def _estimated(self, rows: Array) -> Array:
+        from embedcache.heads.sklearn_kinds import outputs
+
+        def said(part: Array) -> Array:
+            values: Array = outputs(self.estimator, part, self.task, len(self.class_names))
+            return values
+
+        whole = self.spec.kind in _BY_ROW and len(rows) > 0
+        values = said(rows) if whole else self._in_passes(rows, said)
+        if self.task == "regression":
+            return values
+        kept = np.clip(values, 1e-15, 1.0 - 1e-15)
+        return np.asarray(np.log(kept) if self.task == "classification" else np.log(kept) - np.log1p(-kept))
 
     @cached_property
     def _matrix(self) -> tuple[Array, Array]:
@@ -107,8 +143,8 @@ class TrainedHead:
         module = self.module.eval()
         out = np.empty((count(rows), len(self.class_names)), np.float32)
         with torch.inference_mode():
-            for start, stop, x, mask in blocks(rows):
-                out[start:stop] = module(x, mask).numpy()
+            for places, x, mask in passes(rows):
+                out[places] = module(x, mask)[: len(places)].numpy()
         return out
 
     @cached_property
@@ -179,32 +215,43 @@ def count(rows: Any) -> int:
     return len(rows[1]) - 1 if isinstance(rows, tuple) else len(rows)
 
 
-def checked_features(x: Any, feature: FeatureSet, *, finite: bool = True) -> Any:
-    """Return features as float32 [N, D] or [N, L, D], or (values, offsets), refusing what does not fit the set.
+def checked_features(x: Any, feature: FeatureSet, *, finite: bool = True, where: str = "") -> Any:
+    """Return features as float32 or float64 [N, D] or [N, L, D], or (values, offsets), refusing what does not fit.
 
-    Raises ``FeatureError`` saying what was expected, or which row holds NaN or infinity.
+    ``where`` names the rows in messages. Raises ``FeatureError`` saying what was expected, or which row holds NaN or
+    infinity.
     """
+    of = f"{feature.name} of {where}" if where else feature.name
     if feature.kind == "tokens":
         pair = (x.values, x.offsets) if hasattr(x, "offsets") else x
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise FeatureError(f"{feature.name} is a token-level set: expected values [sum T, D] and offsets [N + 1]")
+            raise FeatureError(f"{of} is a token-level set: expected values [sum T, D] and offsets [N + 1]")
         values, offsets = np.asarray(pair[0], np.float32), np.asarray(pair[1], np.int64)
-        if values.ndim != 2 or values.shape[1] != feature.dim or offsets.ndim != 1 or offsets[-1] != len(values):
+        fits = values.ndim == 2 and values.shape[1] == feature.dim and offsets.ndim == 1 and len(offsets) > 0
+        if not fits or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise FeatureError(
-                f"{feature.name}: got values {values.shape} and {len(offsets)} offsets, expected [sum T, {feature.dim}]"
+                f"{of}: got values {values.shape} and offsets {offsets.shape}, expected [sum T, {feature.dim}] and "
+                "ascending offsets from 0 to sum T"
             )
         if finite:
-            refuse_non_finite(values, feature.name, offsets)
+            refuse_non_finite(values, of, offsets)
         return values, offsets
+    if isinstance(x, tuple) or hasattr(x, "offsets"):
+        raise FeatureError(f"{of}: got ragged features, expected one array [{_shape(feature)}]")
     rows = np.asarray(x)
     if rows.dtype not in (np.float32, np.float64):
+        if rows.dtype.kind not in "fiub":
+            raise FeatureError(f"{of}: got features of type {rows.dtype}, expected float32")
         rows = rows.astype(np.float32)
     if rows.ndim != len(feature.row_shape) + 1 or rows.shape[1:] != feature.row_shape:
-        expected = ", ".join(str(length) for length in ("N", *feature.row_shape))
-        raise FeatureError(f"{feature.name}: got features of shape {rows.shape}, expected [{expected}]")
+        raise FeatureError(f"{of}: got features of shape {rows.shape}, expected [{_shape(feature)}]")
     if finite:
-        refuse_non_finite(rows, feature.name)
+        refuse_non_finite(rows, of)
     return rows
+
+
+def _shape(feature: FeatureSet) -> str:
+    return ", ".join(str(length) for length in ("N", *feature.row_shape))
 
 
 def refuse_non_finite(values: Array, name: str, offsets: Array | None = None) -> None:
@@ -212,13 +259,48 @@ def refuse_non_finite(values: Array, name: str, offsets: Array | None = None) ->
     block = max(1, (16 << 20) // max(1, values[:1].nbytes))
     for start in range(0, len(values), block):
         part = values[start : start + block]
-        if np.isfinite(np.sum(part, dtype=np.float64)):  # one pass without a temporary; NaN and infinity survive a sum
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = np.sum(part, dtype=np.float64)  # one pass without a temporary; NaN and infinity survive a sum
+        if np.isfinite(total):
             continue
         wrong = np.flatnonzero(~np.isfinite(part).reshape(len(part), -1).all(axis=1))
         if len(wrong):
             row = start + int(wrong[0])
             row = row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1
             raise FeatureError(f"{name}: row {row} holds NaN or infinity, which no head can use: extract it again")
+
+
+def passes(rows: Any) -> Iterator[tuple[npt.NDArray[np.int64], Any, Any]]:
+    """Yield (places, x, mask) tensors of fixed shapes, filled up behind the ``places`` that are real; mask True = real.
+
+    A row of T tokens is padded to ``padded_length(T)``, and each such length has its own number of rows a pass.
+    """
+    import torch
+
+    if not isinstance(rows, tuple):
+        for start in range(0, len(rows), PASS_ROWS):
+            part = rows[start : start + PASS_ROWS]
+            x = np.zeros((PASS_ROWS, *part.shape[1:]), np.float32)
+            x[: len(part)] = part
+            yield np.arange(start, start + len(part)), torch.from_numpy(x), None
+        return
+    values, offsets = rows
+    padded = np.array([padded_length(length) for length in np.diff(offsets).tolist()], np.int64)
+    for length in np.unique(padded).tolist():
+        mine, size = np.flatnonzero(padded == length), max(1, PASS_TOKENS // length)
+        for start in range(0, len(mine), size):
+            places = mine[start : start + size]
+            x, mask = pad(values, offsets, places, (size, length))
+            yield places, torch.from_numpy(x), torch.from_numpy(mask)
+
+
+def padded_length(length: int) -> int:
+    """Return to how many tokens a row is padded: a multiple of 8, further on of an eighth of a power of two.
+
+    The steps keep padding under an eighth for rows of 64 tokens or more, with few shapes.
+    """
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return max(1, -(-length // step)) * step
 
 
 def blocks(rows: Any) -> Iterator[tuple[int, int, Any, Any]]:
@@ -244,14 +326,22 @@ def blocks(rows: Any) -> Iterator[tuple[int, int, Any, Any]]:
         start = stop
 
 
-def pad(values: Array, offsets: Array, rows: Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Lay ragged rows out as [B, T, D] with a mask [B, T], True = real; T is the longest of them."""
+def pad(
+    values: Array, offsets: Array, rows: Array, shape: tuple[int, int] | None = None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Lay ragged rows out as [B, T, D] with a mask [B, T], True = real.
+
+    ``shape`` is (B, T); without it B is the number of rows and T the longest of them. Rows beyond the given ones are
+    zeros with one token, as attention over no token is not a number.
+    """
     lengths = offsets[rows + 1] - offsets[rows]
     if len(rows) and int(lengths.min()) < 1:
         raise InputError(f"row {int(rows[int(lengths.argmin())])} has no tokens")
-    longest = int(lengths.max()) if len(rows) else 1
-    mask = np.arange(longest) < lengths[:, None]
-    x = np.zeros((len(rows), longest, values.shape[1]), np.float32)
+    count, longest = shape or (len(rows), int(lengths.max()) if len(rows) else 1)
+    mask = np.arange(longest) < np.concatenate([lengths, np.ones(count - len(rows), np.int64)])[:, None]
+    x = np.zeros((count, longest, values.shape[1]), np.float32)
     if len(rows):
-        x[mask] = np.concatenate([values[offsets[row] : offsets[row + 1]] for row in rows.tolist()])
+        x[: len(rows)][mask[: len(rows)]] = np.concatenate(
+            [values[offsets[row] : offsets[row + 1]] for row in rows.tolist()]
+        )
     return x, mask

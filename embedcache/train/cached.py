@@ -161,8 +161,7 @@ def evaluate_on_cache(
     data = checked_data(x, targets_for(head, cache)[rows], head.feature, head.task, where=split)
     if not len(data):
         raise InputError(f"no row of the split {split} of {cache.path} has a label")
-    features = data.x.read(np.arange(len(data))) if data.on_disk else data.x
-    outputs = head.probabilities(features)
+    outputs = head.probabilities(data.x)
     extra = {"thresholds": np.asarray(head.thresholds)} if head.task == "multilabel" else {}
     found = measure(head.task, data.y, outputs, head.class_names, **extra)
     if intervals:

@@ -43,7 +43,7 @@ def checked_data(
     that do not fit the task.
     """
     on_disk = hasattr(x, "read")
-    rows = x if on_disk else checked_features(x, feature)
+    rows = x if on_disk else checked_features(x, feature, where=where)
     y = np.asarray(y)
     n = len(rows) if on_disk else count(rows)
     if len(y) != n:

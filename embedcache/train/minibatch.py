@@ -255,7 +255,7 @@ def train_minibatch(
         if relative is not None and masks is not None and mean is not None and scale is not None:
             mask = int(masks.of[at])
             own_mean, own_scale = mean + relative.mean[mask] / scale, scale * relative.scale[mask]
-        states.append(_finished(state, isinstance(modules[0], Linear), first, own_mean, own_scale, target, task))
+        states.append(_finished(state, type(modules[0]) is Linear, first, own_mean, own_scale, target, task))
     return Trained(states, fitted)
 
 

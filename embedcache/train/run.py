@@ -212,7 +212,7 @@ def calibrated(trained: TrainedHead, data: Data) -> TrainedHead:
 
 def measured(trained: TrainedHead, data: Data) -> dict[str, Any]:
     """Return the metrics of a head on labelled rows."""
-    outputs = trained.probabilities(data.x.read(np.arange(len(data))) if data.on_disk else data.x)
+    outputs = trained.probabilities(data.x)
     extra = {"thresholds": np.asarray(trained.thresholds)} if trained.task == "multilabel" else {}
     return measure(trained.task, data.y, outputs, trained.class_names, **extra)
 

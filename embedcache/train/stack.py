@@ -77,7 +77,7 @@ class HeadStack:
         # Decay pulls on matrices, not on biases, gains and embeddings of one vector.
         rank = 3 if self.stacked else 2
         self._decays = [each.dim() >= rank and name.endswith("weight") for name, each in self.module.named_parameters()]
-        self._plain = isinstance(self.module, Linear)
+        self._plain = type(self.module) is Linear  # a subclass may compute something else
         self._rate = self._per_head([spec.learning_rate for spec in self.specs])
         self._decay = self._per_head([spec.weight_decay for spec in self.specs])
         clips = [spec.clip for spec in self.specs]
