@@ -54,7 +54,8 @@ class BadRowsError(InputError):
         more = f" (first {len(self.rows)} of {total})" if total > len(self.rows) else ""
         noun = "row" if total == 1 else "rows"
         super().__init__(
-            f"{total} bad {noun}{more}: {shown}. Correct them, or pass --on-bad-row skip to set them aside in a quarantine file"
+            f"{total} bad {noun}{more}: {shown}. "
+            "Correct them, or pass --on-bad-row skip to set them aside in a quarantine file"
         )
 
 

@@ -256,8 +256,8 @@ def test_prompt_side_length_and_count_of_truncated(tiny: Callable[[str], Path]) 
     word = {name: 5 + at for at, name in enumerate(tiny_models.WORDS)}
     assert right.lengths.tolist() == left.lengths.tolist() == [4, 7, 7]  # [CLS] and [SEP] are tokens
     assert right.truncated == left.truncated == 1  # the second fits exactly
-    assert right.ids[-7:].tolist() == [2, *(word[each] for each in "the film was not very".split()), 3]
-    assert left.ids[-7:].tolist() == [2, *(word[each] for each in "film was not very good".split()), 3]
+    assert right.ids[-7:].tolist() == [2, *(word[each] for each in ("the", "film", "was", "not", "very")), 3]
+    assert left.ids[-7:].tolist() == [2, *(word[each] for each in ("film", "was", "not", "very", "good")), 3]
     prompted = load_backbone(str(tiny("bert")), features=["mean"], prompt="it is ", device="cpu").prepare(texts)
     assert prompted.lengths.tolist() == [6, 9, 10]
     assert prompted.ids[:3].tolist() == [2, word["it"], word["is"]]

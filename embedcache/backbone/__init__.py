@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone.compute import compute, features_of
+from embedcache.backbone.compute import features_of, run_plan
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, threads
 from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
 from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
@@ -32,11 +32,11 @@ __all__ = [
     "TextBackbone",
     "Tokens",
     "choose_device",
-    "compute",
     "features_of",
     "load_backbone",
     "needs_spare_row",
     "resolve_model",
+    "run_plan",
     "threads",
     "weight_files",
 ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from embedcache.backbone import Backbone, Prepared
 
 
-def compute(
+def run_plan(
     backbone: Backbone, prepared: Prepared, batches: Plan, done: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Run every batch and put the features in the rows' order, in the storage type.
@@ -68,7 +68,7 @@ def features_of(backbone: Backbone, contents: Sequence[bytes], name: str) -> Any
     (values [sum T, D], offsets int64 [N + 1]).
     """
     prepared = backbone.prepare(contents)
-    found = compute(backbone, prepared, plan(prepared.lengths, backbone.policy))[name]
+    found = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name]
     return (decoded(found[0]), found[1]) if isinstance(found, tuple) else decoded(found)
 
 

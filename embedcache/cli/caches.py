@@ -96,7 +96,8 @@ def info(cache: str, as_json: bool) -> None:
 def describe_text(facts: dict[str, Any]) -> str:
     """Lay out what ``FeatureCache.describe`` says."""
     lines = [
-        f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} shards"
+        f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB "
+        f"in {facts['shards']} shards"
     ]
     lines += [f"task: {facts['task'] or 'no labels'}"]
     splits = facts["splits"]
@@ -116,10 +117,8 @@ def describe_text(facts: dict[str, Any]) -> str:
     lines += ["", table(sets, ["feature set", "kind", "dim", "layers", "stored as"])]
     backbone = facts["spec"].get("backbone", {})
     if backbone:
-        lines += [
-            "",
-            f"backbone: {backbone.get('architecture')}, computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}",
-        ]
+        how = f"computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"
+        lines += ["", f"backbone: {backbone.get('architecture')}, {how}"]
     for ran in facts["provenance"]:
         lines.append("ran on:   " + ", ".join(f"{key} {value}" for key, value in ran.items() if value is not None))
     lines.append(f"spec:     {facts['spec_hash'][:16]}")

@@ -30,12 +30,17 @@ input_options = several(
     click.option("--train", type=click.Path(), multiple=True, metavar="FILE", help="A file of training rows."),
     click.option("--validation", type=click.Path(), multiple=True, metavar="FILE", help="A file of validation rows."),
     click.option("--test", type=click.Path(), multiple=True, metavar="FILE", help="A file of test rows."),
-    click.option("--split", metavar="80/10/10", help="Split by content: train/validation[/test]. Stable when rows are added."),
-    click.option("--split-seed", type=int, default=0, show_default=True, help="Another seed, another split by content."),
     click.option(
-        "--task", type=click.Choice(["classification", "multilabel", "regression"]), help="Guessed from the labels when not given."
+        "--split", metavar="80/10/10", help="Split by content: train/validation[/test]. Stable when rows are added."
     ),
-    click.option("--label-separator", metavar="TEXT", help="Multi-label cells: what stands between labels, such as ';'."),
+    click.option("--split-seed", type=int, default=0, show_default=True, help="Another seed, another split."),
+    click.option(
+        "--task", type=click.Choice(["classification", "multilabel", "regression"]),
+        help="Guessed from the labels when not given.",
+    ),
+    click.option(
+        "--label-separator", metavar="TEXT", help="Multi-label cells: what stands between labels, such as ';'."
+    ),
     click.option("--no-labels", is_flag=True, help="The input has no labels."),
     click.option(
         "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,

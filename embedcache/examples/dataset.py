@@ -73,7 +73,10 @@ class Examples:
         return findings.labelled(self.task, self.targets, len(self))
 
     def select(self, rows: NDArray[np.int64]) -> Examples:
-        """Return the examples at ``rows`` (int64, strictly increasing). Classes, splits and default ids stay the whole's."""
+        """Return the examples at ``rows``, int64, strictly increasing.
+
+        Classes, splits and default ids stay the whole's.
+        """
         rows = np.asarray(rows, np.int64)
         keys = self.keys[rows]
         return replace(
