@@ -50,6 +50,9 @@ class Configuration:
         if self.seeded:
             read.add("seed")
         idle = {name: getattr(DEFAULTS, name) for name in TRAIN_FIELDS if name not in read}
+        if "shuffle_seed" in read and self.train.shuffle_seed is None:
+            # One order of batches for all seeds: heads that differ in their seed can share a pass.
+            idle["shuffle_seed"] = 0
         object.__setattr__(self, "train", replace(self.train, **idle))
         object.__setattr__(self, "head", replace(self.head, options=_plain(self.head.options)))
 
@@ -102,7 +105,7 @@ class Configuration:
         parts += [f"{name}={_text(value)}" for name, value in self.head.options.items()]
         for name, value in self.settings.items():
             shown = name in ("learning_rate", "weight_decay") or value != getattr(DEFAULTS, name)
-            if shown and name not in ("solver", "l2"):
+            if shown and name not in ("solver", "l2", "shuffle_seed"):
                 parts.append(f"{_SHORT.get(name, name)}={_text(value)}")
         return f"{' '.join(parts)} · {self.feature}"
 

@@ -76,7 +76,8 @@ class Protocol:
         if self.folds == 1:
             return "trained on the train split, scored on the validation split"
         times = f", {self.repeats} times" if self.repeats > 1 else ""
-        return f"{self.folds}-fold cross-validation{times} over train and validation, stratified, equal contents in one fold"
+        rows = "stratified, equal contents in one fold"
+        return f"{self.folds}-fold cross-validation{times} over train and validation, {rows}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class Problem:
 
     @classmethod
     def of(cls, cache: FeatureCache, metric: str | None = None, protocol: Protocol | None = None) -> Problem:
-        """Look at a cache. Raises ``SweepError`` for one without labels or training rows, ``SpecError`` for a metric."""
+        """Look at a cache. Raises ``SweepError`` without labels or rows to learn from, ``SpecError`` for a metric."""
         if cache.task is None:
             raise SweepError(f"{cache.path} has no labels: give it some with embedcache relabel {cache.path} INPUT")
         task: Task = cache.task

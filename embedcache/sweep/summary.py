@@ -19,7 +19,8 @@ validation, in the order of the cache. Keys of version 1 stay; new ones may be a
                          are repetitions and nobody may choose the lucky one.
       rank, id, label    1..; 16 hex digits; one line for people such as "linear lr=0.003 wd=0.01 · mean"
       feature            name of the feature set, such as "l2:mean@-2"
-      pooling, layers, normalize     the same in parts: "mean", "-2", true; layers is "all", "-1" or "1+3"
+      pooling, layers, normalize     the same in parts: "mean", "-2", true; layers is "all", "-1" or "1+3"; null
+                         when the name does not parse
       head               {kind, engine, options}
       train              {every field of TrainSpec except seed} ; only those that this kind of head reads
       varied             {name: value}, the settings that differ within the sweep, head options as "hidden"; for plots
@@ -27,7 +28,7 @@ validation, in the order of the cache. Keys of version 1 stay; new ones may be a
       seeds              [int]
       score, sd          mean over folds of the mean over seeds; standard deviation over folds (null for one)
       interval           [low, high] at 1 - alpha for the score; interval_method says how: "nadeau-bengio" (corrected
-                         resampled t) or "bootstrap" (over rows)
+                         resampled t), "bootstrap" (over rows) or "wilson" (all or no rows right)
       fold_scores        [float], one a fold, mean over seeds
       difference         {value, interval: [low, high]}: this score less the winner's, paired on the same rows; the
                          winner's own is 0 and [0, 0]
@@ -45,7 +46,7 @@ validation, in the order of the cache. Keys of version 1 stay; new ones may be a
                          --choose simplest. best/ holds it.
     recommended          {id, label, why}; the simplest of those not distinguishable from the winner
     test                 the chosen head on the test split, trained on the development rows; null without a test split
-      id, label, split, rows, score, interval, interval_method ("bootstrap"), trained_on: rows
+      id, label, split, rows, score, interval, interval_method (as above), trained_on: rows
       metrics            what train.measure gives (scalars of every metric, and more)
       confusion          classification: {labels, matrix: [[rows]] with truth down and prediction across,
                          normalized: the same with each true row summing to 1}; else null
@@ -83,3 +84,211 @@ validation, in the order of the cache. Keys of version 1 stay; new ones may be a
     curve        null, or the number of training rows where the line is a point of a learning curve
     error        null, or why it could not be trained
 """
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.spec import Task
+from embedcache.sweep.problem import Problem
+from embedcache.train.metrics import measure, reliability
+
+Array = npt.NDArray[Any]
+
+POINTS = 2000
+MISTAKES = 50
+_TEXT = 2000
+_SIDE = 96
+_PACKAGES = ("embedcache", "numpy", "scipy", "scikit-learn", "torch", "safetensors", "h5py")
+_PICTURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+
+
+def data_facts(problem: Problem) -> dict[str, Any]:
+    """Return what was swept over."""
+    cache = problem.cache
+    provenance = cache.provenance()
+    classes = None
+    if problem.task == "classification":
+        codes, targets = cache.split_codes(), cache.targets()
+        classes = {
+            name: {
+                split: int(((codes == code) & (targets == at)).sum()) for code, split in enumerate(cache.split_names)
+            }
+            for at, name in enumerate(problem.class_names)
+        }
+    return {
+        "name": cache.path.resolve().name,
+        "model": provenance[-1].get("model") if provenance else None,
+        "rows": cache.split_sizes(),
+        "development_rows": len(problem),
+        "unique_rows": problem.strata.groups,
+        "feature_sets": [
+            {"name": each.name, "kind": each.kind, "dim": each.dim, "layers": each.layers}
+            for each in cache.feature_sets.values()
+        ],
+        "classes": classes,
+    }
+
+
+def protocol_facts(problem: Problem) -> dict[str, Any]:
+    """Return how heads were compared."""
+    plan = problem.protocol
+    return {
+        "kind": plan.kind,
+        "folds": None if plan.shots is not None else plan.folds,
+        "repeats": None if plan.shots is not None else plan.repeats,
+        "shots": plan.shots,
+        "draws": plan.draws if plan.shots is not None else None,
+        "seed": plan.seed,
+        "stopping_share": plan.stopping_share,
+        "alpha": plan.alpha,
+        "text": plan.text(),
+    }
+
+
+def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[float] | None) -> dict[str, Any]:
+    """Return all there is to say of outputs on some rows: metrics, confusion, classes, calibration, points."""
+    extra = {} if thresholds is None else {"thresholds": np.asarray(thresholds)}
+    metrics = measure(problem.task, y, outputs, problem.class_names, **extra)
+    confusion = None
+    if problem.task == "classification":
+        matrix = np.asarray(metrics["confusion_matrix"], np.float64)
+        rows = matrix.sum(axis=1, keepdims=True)
+        confusion = {
+            "labels": list(problem.class_names),
+            "matrix": metrics["confusion_matrix"],
+            "normalized": (matrix / np.maximum(rows, 1)).tolist(),
+        }
+    regression = problem.task == "regression"
+    return {
+        "metrics": {name: value for name, value in metrics.items() if name not in ("confusion_matrix", "per_class")},
+        "confusion": confusion,
+        "per_class": metrics["per_target"] if regression else metrics["per_class"],
+        "calibration": None if regression else reliability(problem.task, y, outputs),
+        "points": _points(problem, y, outputs) if regression else None,
+    }
+
+
+def _points(problem: Problem, y: Array, outputs: Array) -> dict[str, list[list[float]]]:
+    rows = np.unique(np.linspace(0, len(y) - 1, min(POINTS, len(y))).astype(np.int64))
+    return {
+        name: np.stack([y[rows, at], outputs[rows, at]], axis=1).tolist() for at, name in enumerate(problem.class_names)
+    }
+
+
+def mistakes(
+    problem: Problem, split: str, rows: npt.NDArray[np.int64], y: Array, outputs: Array, thresholds: Sequence[float]
+) -> dict[str, Any]:
+    """Return the most confident mistakes among ``rows`` of the cache, with what the rows hold where it was kept."""
+    wrong, weight = _wrong(problem.task, y, outputs, np.asarray(thresholds))
+    order = wrong[np.argsort(-weight[wrong], kind="stable")][:MISTAKES]
+    names, contents = problem.cache.ids(), problem.cache.inputs()
+    shown = []
+    for at in order.tolist():
+        true, predicted, probability = _said(problem, y[at], outputs[at], np.asarray(thresholds))
+        row = int(rows[at])
+        error = float(weight[at]) if problem.task == "regression" else None
+        shown.append(
+            {
+                "row": row, "id": names[row], "true": true, "predicted": predicted, "probability": probability,
+                "error": error, **_content(None if contents is None else contents[row]),
+            }
+        )  # fmt: skip
+    return {"split": split, "rows": len(wrong), "shown": shown}
+
+
+def _wrong(task: Task, y: Array, outputs: Array, thresholds: Array) -> tuple[npt.NDArray[np.int64], Array]:
+    """Return which rows are wrong, and how confidently: [N]."""
+    if task == "classification":
+        return np.flatnonzero(outputs.argmax(axis=1) != y), outputs.max(axis=1, initial=0.0)
+    if task == "multilabel":
+        off = (outputs >= thresholds) != (y == 1)
+        return np.flatnonzero(off.any(axis=1)), np.where(off, np.abs(outputs - y), 0.0).max(axis=1, initial=0.0)
+    spread = np.where(y.std(axis=0) > 0, y.std(axis=0), 1.0)
+    error = np.abs(outputs - y) / spread
+    return np.arange(len(y)), error.max(axis=1, initial=0.0)
+
+
+def _said(problem: Problem, y: Any, outputs: Array, thresholds: Array) -> tuple[Any, Any, float | None]:
+    names = problem.class_names
+    if problem.task == "classification":
+        at = int(outputs.argmax())
+        return names[int(y)], names[at], float(outputs[at])
+    if problem.task == "regression":
+        return [float(each) for each in y], [float(each) for each in outputs], None
+    on = outputs >= thresholds
+    off = on != (y == 1)
+    worst = int(np.where(off, np.abs(outputs - y), -1.0).argmax())
+    true = [name for name, label in zip(names, y, strict=True) if label == 1]
+    return true, [name for name, label in zip(names, on, strict=True) if label], float(outputs[worst])
+
+
+def _content(data: bytes | None) -> dict[str, str | None]:
+    """Return a row's content as a text or a small picture."""
+    if data is None:
+        return {"text": None, "image": None}
+    if any(data.startswith(start) for start in _PICTURES):
+        return {"text": None, "image": _thumbnail(data)}
+    try:
+        return {"text": data.decode("utf-8")[:_TEXT], "image": None}
+    except UnicodeDecodeError:
+        return {"text": None, "image": None}
+
+
+def _thumbnail(data: bytes) -> str | None:
+    import io
+
+    try:
+        from PIL import Image
+    except ImportError:
+        # Small ones can be shown as they are.
+        kind = next(name for start, name in _PICTURES.items() if data.startswith(start))
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if len(data) <= 20_000 else None
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((_SIDE, _SIDE))
+            out = io.BytesIO()
+            small.save(out, "PNG")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def machine() -> dict[str, Any]:
+    """Return where the sweep ran."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": threads}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a sweep depends on."""
+    out = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def strict(value: Any) -> Any:
+    """Return JSON values with null for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): strict(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(each) for each in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

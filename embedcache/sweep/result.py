@@ -1,0 +1,109 @@
+"""What a sweep gives back: its folder, read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedcache.errors import SweepError
+from embedcache.fingerprint import strict_json
+from embedcache.sweep.store import Result, read_results
+from embedcache.sweep.table import to_text
+
+if TYPE_CHECKING:
+    import pandas
+
+    from embedcache.heads import TrainedHead
+
+
+class SweepResult:
+    """A finished sweep, opened from its folder.
+
+    ``summary`` is everything found (see ``embedcache.sweep.summary``), ``leaderboard`` its rows, best first.
+
+    Example::
+
+        result = ec.sweep(cache)
+        print(result.to_text())
+        result.best.predict(X)
+        result.to_dataframe().groupby("label").score.mean()
+    """
+
+    def __init__(self, path: Path | str, *, keep: Any = None) -> None:
+        """Open a folder. Raises ``SweepError`` when it is no sweep, or no part of one is finished."""
+        self.path = Path(path)
+        self._keep = keep  # a temporary folder lives as long as its result
+        try:
+            self.summary: dict[str, Any] = strict_json((self.path / "summary.json").read_bytes())
+        except OSError:
+            raise SweepError(f"{path} has no summary.json: it is no sweep, or none that has finished a head") from None
+        except ValueError as error:
+            raise SweepError(f"{path}/summary.json is damaged ({error}): run the same sweep again") from None
+
+    def __repr__(self) -> str:
+        rows = self.leaderboard
+        best = f"; best {rows[0]['label']}: {rows[0]['score']:.4f}" if rows else ""
+        return f"SweepResult({str(self.path)!r}: {len(rows)} heads{best})"
+
+    @property
+    def leaderboard(self) -> list[dict[str, Any]]:
+        """The rows of the leaderboard, best first."""
+        return list(self.summary["leaderboard"])
+
+    @cached_property
+    def best(self) -> TrainedHead:
+        """The chosen head, trained on train and validation. Raises ``BundleError`` when the sweep kept none."""
+        from embedcache.heads import TrainedHead
+
+        return TrainedHead.from_pretrained(self.path / "best")
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """One for each configuration and fold, in the order in which they came."""
+        return read_results(self.path)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat dict for each configuration and fold: head, options and settings as ``name: value``."""
+        labels = {row["id"]: row["label"] for row in self.leaderboard}
+        return [_flat(each, labels.get(each.candidate)) for each in self.results]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return ``rows`` as a DataFrame. Raises ``ImportError`` without pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.rows())
+
+    def to_csv(self, path: Path | str) -> None:
+        """Write ``rows`` as CSV."""
+        import csv
+
+        rows = self.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def to_jsonl(self, path: Path | str) -> None:
+        """Write ``rows`` as JSON lines."""
+        import json
+
+        lines = (json.dumps(row, ensure_ascii=False) for row in self.rows())
+        Path(path).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+    def to_text(self, rows: int = 12) -> str:
+        """Return the leaderboard and what follows from it, for a terminal."""
+        return to_text(self.summary, rows)
+
+
+def _flat(result: Result, label: str | None) -> dict[str, Any]:
+    body = asdict(result)
+    head, train, metrics = body.pop("head"), body.pop("train"), body.pop("metrics")
+    first = {name: body.pop(name) for name in ("id", "candidate", "fold", "repeat", "feature")}
+    return {
+        **first, "label": label, "head": head["kind"], "engine": head["engine"], **head["options"],
+        **{name: value for name, value in train.items() if name not in head["options"]}, **body,
+        **{f"metric_{name}": value for name, value in metrics.items()},
+    }  # fmt: skip
