@@ -96,13 +96,13 @@ def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
             f"the parts have different tasks ({', '.join(sorted(map(str, tasks)))}): relabel them alike first"
         )
     task = tasks.pop()
-    wholes = {each.whole_rows for each in datasets}
+    wholes = {(each.whole_rows, each.whole_hash) for each in datasets}
     if len(wholes) > 1:
         raise InputError(
             "these caches are parts of different datasets, or some are no parts: "
             "merge the parts of one dataset, or none"
         )
-    whole = wholes.pop()
+    whole, _ = wholes.pop()
     exact = whole is not None or task in ("multilabel", "regression")
     if exact and len({(each.class_names, each.split_names) for each in datasets}) > 1:
         named = " / ".join(", ".join((*each.class_names, *each.split_names)) for each in datasets)
@@ -120,7 +120,7 @@ def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
         if len(numbers) != whole or not np.array_equal(numbers[order], np.arange(whole)):
             raise InputError(
                 f"these parts have {len(np.unique(numbers)):,} of the {whole:,} rows of their dataset: "
-                "a part is missing, given twice, or of another input"
+                "a part is missing or given twice"
             )
     ids = inputs = None
     if any(each.has_ids for each in datasets):

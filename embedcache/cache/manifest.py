@@ -43,7 +43,8 @@ class Dataset:
     """The current generation of the dataset: the file that says which feature row, label and split each row has.
 
     ``targets`` counts the columns of the targets: 0 for one class a row, else classes or regression targets.
-    ``whole_rows`` is None, or for a part of a larger dataset, whose row numbers it keeps, how many rows that has.
+    ``whole_rows`` is None, or for a part of a larger dataset, whose row numbers it keeps, how many rows that has, and
+    ``whole_hash`` what tells that dataset from others.
     """
 
     file: ShardFile
@@ -55,6 +56,7 @@ class Dataset:
     has_ids: bool
     has_inputs: bool
     whole_rows: int | None
+    whole_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def parse(data: bytes) -> Manifest:
 def _dataset(body: Any) -> Dataset | None:
     if body is None:
         return None
-    names = ("rows", "task", "targets", "has_ids", "has_inputs", "whole_rows")
+    names = ("rows", "task", "targets", "has_ids", "has_inputs", "whole_rows", "whole_hash")
     found = Dataset(
         file=_file(body),
         class_names=_names(body["class_names"]),
@@ -218,6 +220,8 @@ def _dataset(body: Any) -> Dataset | None:
     columns = len(found.class_names) if found.task in ("multilabel", "regression") else 0
     _require(_count(found.targets, 0) and found.targets == columns, "targets")
     _require(found.whole_rows is None or _count(found.whole_rows, found.rows), "whole_rows")
+    hashed = isinstance(found.whole_hash, str) and re.fullmatch(r"[0-9a-f]{64}", found.whole_hash)
+    _require(found.whole_hash is None or (found.whole_rows is not None and hashed), "whole_hash")
     _require(found.task is None or found.task in TASKS, f"task {found.task!r}")
     _require(isinstance(found.has_ids, bool) and isinstance(found.has_inputs, bool), "has_ids or has_inputs")
     return found

@@ -74,6 +74,8 @@ class Labelled(Protocol):
     @property
     def numbers(self) -> Rows | None: ...
     @property
+    def whole_hash(self) -> str | None: ...
+    @property
     def parts(self) -> Sequence[HasRows]: ...
     def contents(self) -> Iterable[bytes]:
         """Yield the contents of all rows."""
@@ -207,6 +209,7 @@ class CacheWriter:
             inputs=packed(examples.contents()) if keep_inputs else None,
             numbers=examples.numbers,
             whole_rows=None if examples.numbers is None else sum(part.rows for part in examples.parts),
+            whole_hash=examples.whole_hash,
         )
 
     def commit_dataset(
@@ -222,11 +225,12 @@ class CacheWriter:
         inputs: tuple[Any, Any] | None = None,
         numbers: Rows | None = None,
         whole_rows: int | None = None,
+        whole_hash: str | None = None,
     ) -> None:
         """Commit a dataset given by its columns; see ``finish``.
 
         ``ids`` and ``inputs`` are (u1 values, int64 offsets). ``numbers`` int64 [N] are the row numbers of a part in
-        the whole, which has ``whole_rows``.
+        the whole, which has ``whole_rows`` and, so that parts of different wholes are never joined, ``whole_hash``.
         """
         self._refuse_closed()
         rows = self.lookup(keys)
@@ -255,6 +259,7 @@ class CacheWriter:
             has_ids=ids is not None,
             has_inputs=inputs is not None,
             whole_rows=None if numbers is None else whole_rows if whole_rows is not None else len(keys),
+            whole_hash=None if numbers is None else whole_hash,
         )
         refuse_misfits(dataset, contents, len(self._keys[0]))
         data = build(contents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class Examples:
     regression (NaN: no label). ``class_names`` are the classes, or the names of the regression targets. ``split`` is
     u1 [N], an index into ``split_names``. ``notes`` are one-line facts to print: what was guessed, leaks,
     contradicting labels, classes a split lacks. ``n_unique`` counts different contents. ``numbers`` is None for a
-    whole input, else int64 [N], the row numbers in the whole that ``select`` chose.
+    whole input, else int64 [N], the row numbers in the whole that ``select`` chose, and ``whole_hash`` then tells that
+    whole from every other.
     """
 
     keys: NDArray[np.uint8]
@@ -55,6 +56,7 @@ class Examples:
     kind: str
     parts: tuple[Part, ...]
     numbers: NDArray[np.int64] | None = None
+    whole_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -87,7 +89,16 @@ class Examples:
             ids=self.ids.select(rows),
             n_unique=len(np.unique(keys.view(f"V{KEY_BYTES}"))),
             numbers=rows if self.numbers is None else self.numbers[rows],
+            whole_hash=self.whole_hash or self._hash(),
         )
+
+    def _hash(self) -> str:
+        """Return the sha256 of all rows in their order: contents, splits and targets."""
+        digest = sha256()
+        for column in (self.keys, self.split, self.targets):
+            if column is not None:
+                digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
     def contents(self, rows: NDArray[np.int64] | Sequence[int] | None = None) -> Iterator[bytes]:
         """Read the input again and yield the contents of ``rows`` (int64, strictly increasing; None for all).
