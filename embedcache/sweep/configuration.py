@@ -18,7 +18,7 @@ _MINIBATCH = (
     "solver", "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup", "clip",
     "patience", "metric", "label_smoothing", "class_weight", "standardize", "shuffle_seed",
 )  # fmt: skip
-_SKLEARN = ("class_weight",)
+_PENALIZED = frozenset({"linear", "logistic-regression", "linear-svm", "ridge", "random-projection"})
 _SHORT = {"learning_rate": "lr", "weight_decay": "wd", "label_smoothing": "smoothing", "batch_size": "batch"}
 DEFAULTS = TrainSpec()
 TRAIN_FIELDS = tuple(each.name for each in fields(TrainSpec))
@@ -27,7 +27,11 @@ TRAIN_FIELDS = tuple(each.name for each in fields(TrainSpec))
 def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[str, ...]:
     """Return the settings of ``TrainSpec`` that a head reads, the seed left out."""
     if head.engine == "sklearn":
-        return _SKLEARN
+        from embedcache.heads.sklearn_kinds import KINDS
+
+        kind = KINDS[head.kind]
+        asked = (kind.weights is not False, kind.scaled, head.kind in _PENALIZED)
+        return tuple(name for name, there in zip(("class_weight", "standardize", "l2"), asked, strict=True) if there)
     if solver == "convex":
         return _CONVEX
     read = _MINIBATCH + (("momentum",) if optimizer == "sgd" else ())
@@ -105,7 +109,7 @@ class Configuration:
         parts += [f"{name}={_text(value)}" for name, value in self.head.options.items()]
         for name, value in self.settings.items():
             shown = name in ("learning_rate", "weight_decay") or value != getattr(DEFAULTS, name)
-            if shown and name not in ("solver", "l2", "shuffle_seed"):
+            if shown and name not in ("solver", "shuffle_seed") and not (name == "l2" and self.head.engine == "torch"):
                 parts.append(f"{_SHORT.get(name, name)}={_text(value)}")
         return f"{' '.join(parts)} · {self.feature}"
 

@@ -267,7 +267,7 @@ def _block(
     for name, value in entry.items():
         if name in _ENTRY:
             continue
-        if name in allowed and name not in TRAIN_FIELDS:
+        if name in allowed and (engine == "sklearn" or name not in TRAIN_FIELDS):
             options[name] = value
         elif name in TRAIN_FIELDS or name == "seed":
             if name == "seed":
@@ -277,8 +277,6 @@ def _block(
             _known({name: value}, (*_ENTRY, *allowed, *sorted(read)), f"{where} ({kind})")
     if "convex" in solvers and (engine != "torch" or kind != "linear"):
         raise SweepError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
-    if engine == "sklearn":
-        read |= {"class_weight"}
     for name in settings:
         if name not in read:
             who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {' or '.join(solvers)}"
@@ -329,7 +327,7 @@ def option_names(kind: str, engine: str) -> tuple[str, ...]:
     if engine == "sklearn":
         from embedcache.heads import sklearn_kinds
 
-        return tuple(sklearn_kinds.option_names(kind))
+        return sklearn_kinds.option_names(kind)
     from embedcache.heads.registry import head_class
 
     return tuple(inspect.signature(head_class(kind).__init__).parameters)[3:]

@@ -7,19 +7,22 @@ ragged tokens, few-shot draws and points of learning curves are stacked fold by 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import EmbedcacheError, FeatureError, SpecError, TrainingError
+from embedcache.errors import EmbedcacheError, FeatureError, TrainingError
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
+from embedcache.heads.sklearn_kinds import checked_kind
 from embedcache.heads.trained import count
+from embedcache.spec import TrainSpec
 from embedcache.sweep.configuration import DEFAULTS, Configuration
 from embedcache.sweep.folds import Fold
 from embedcache.sweep.problem import Problem, part
@@ -32,6 +35,8 @@ MAY_DIFFER = (
 _STACK_BYTES = 1 << 30
 _STACK_HEADS = 384
 _BYTES_A_PARAMETER = 28  # weight, gradient, two moments, scratch, the best so far, a copy
+_STEPS = 300
+"""A head that learns from a part of the rows takes at least so many steps: thirty epochs of one batch teach nothing."""
 _IN_PROCESS = frozenset({"majority"})  # fitting takes less than sending the features
 
 Outputs = npt.NDArray[np.float32]
@@ -138,9 +143,12 @@ def refuse_impossible(problem: Problem, configurations: Sequence[Configuration])
     seen = set()
     for each in configurations:
         key = each.feature, stack_key(each.head), canonical_json(each.head.options.get("dropout"))
-        if each.head.engine == "torch" and key not in seen:
+        if key not in seen:
             seen.add(key)
-            build_head(each.head, problem.cache.feature(each.feature), len(problem.class_names))
+            if each.head.engine == "sklearn":
+                checked_kind(each.head, problem.task)
+            else:
+                build_head(each.head, problem.cache.feature(each.feature), len(problem.class_names))
         if each.train.metric is not None:
             from embedcache.train.metrics import metric_named
 
@@ -160,7 +168,7 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
     else:
         try:
             yield from _stack(problem, batch, x, progress, title)
-        except (TrainingError, FeatureError, SpecError) as error:
+        except (TrainingError, FeatureError) as error:
             if len(batch.jobs) == 1:
                 yield Trained(batch.jobs[0], None, error=str(error))
                 return
@@ -184,6 +192,7 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
         fold = jobs[0].fold
         learn, stop = _learn_and_stop(fold, stopping)
         judged = {"x_eval": part(x, stop), "y_eval": problem.y[stop]} if stop.any() else {}
+        specs = [_long_enough(spec, int(learn.sum())) for spec in specs]
         found = train_stack(part(x, learn), problem.y[learn], heads, specs, **judged, **shared)
     else:
         numbers = list(dict.fromkeys(job.number for job in jobs))
@@ -200,6 +209,14 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
     ran = [max(1, len(history)) for history in found.history]
     for at, (job, head) in enumerate(zip(jobs, found.heads, strict=True)):
         yield Trained(job, head, seconds * ran[at] / sum(ran), float(ran[at]), history=found.history[at])
+
+
+def _long_enough(spec: TrainSpec, rows: int) -> TrainSpec:
+    """Return settings with epochs, and patience with them, for at least ``_STEPS`` steps."""
+    times = _STEPS / (spec.epochs * math.ceil(rows / spec.batch_size))
+    if times <= 1:
+        return spec
+    return replace(spec, epochs=math.ceil(spec.epochs * times), patience=math.ceil(spec.patience * times))
 
 
 def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:

@@ -1,0 +1,108 @@
+"""sweep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from embedcache.cli.options import json_option, print_json
+
+
+@click.command()
+@click.argument("cache", type=click.Path())
+@click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="SWEEP", help="The folder to keep it in.")
+@click.option("--config", type=click.Path(), metavar="FILE", help="A sweep.yaml: heads and the values to try.")
+@click.option("--head", "heads", multiple=True, metavar="NAME", help="A head to try; repeat for more. Default: a grid.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE[,VALUE]", help="Values of a setting or option of --head."
+)
+@click.option(
+    "--feature", "features", multiple=True, metavar="NAME", help="A feature set; repeat for more. Default: all."
+)
+@click.option("--seeds", metavar="N[,N]", help="Seeds of the heads: repetitions, averaged.")
+@click.option("--folds", type=int, metavar="N", help="Folds of train and validation, 1 for the split.  [default: 5]")
+@click.option("--repeats", type=int, metavar="N", help="Do the folds again, divided anew.  [default: 1]")
+@click.option("--metric", metavar="NAME", help="What heads are compared by: accuracy, f1_macro, log_loss, rmse, ...")
+@click.option("--random", type=int, metavar="N", help="Try N random configurations instead of all.")
+@click.option("--seed", type=int, metavar="N", help="Of folds, draws and --random.  [default: 0]")
+@click.option("--shots", type=int, metavar="K", help="Learn from K rows of each class instead of folds.")
+@click.option("--draws", type=int, metavar="N", help="How many times, each with other rows.  [default: 10]")
+@click.option("--learning-curve", is_flag=True, default=None, help="Also train the best on shares of the rows.")
+@click.option(
+    "--choose", type=click.Choice(["best", "simplest"]), default="best", show_default=True,
+    help="Keep the winner, or the simplest head that cannot be told from it.",
+)  # fmt: skip
+@click.option("--test-all", is_flag=True, default=None, help="Look at the test split with every head; they are marked.")
+@click.option("--rows", type=int, default=12, show_default=True, metavar="N", help="Rows of the table to print.")
+@click.option("--yes", is_flag=True, help="Run more than 10,000 configurations.")
+@json_option
+def sweep(
+    cache: str, output_dir: str, config: str | None, heads: tuple[str, ...], settings: tuple[str, ...],
+    features: tuple[str, ...], seeds: str | None, rows: int, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Train many heads on CACHE, compare them honestly, keep the best in SWEEP/best.
+
+    Heads are compared on folds of the train and validation rows; the test split is looked at once, with the chosen
+    one. Run it again and nothing is trained twice: an interrupted sweep goes on, new heads cost only themselves.
+    """
+    import shlex
+    import sys
+    from pathlib import Path
+
+    from embedcache.sweep import sweep as run
+
+    if config is not None and heads:
+        raise click.UsageError("--config and --head contradict each other: name the heads in the file, or by flags")
+    if settings and not heads:
+        raise click.UsageError("--set goes with --head: which head is it for?")
+    grid: Any = Path(config) if config is not None else (_heads(heads, settings) if heads else None)
+    result = run(
+        cache, grid, output_dir=output_dir, features=features, seeds=_numbers(seeds),
+        command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
+    )  # fmt: skip
+    for note in result.summary["notes"]:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        return print_json(result.summary)
+    click.echo(result.to_text(rows))
+    click.echo(f"kept in {output_dir}; the chosen head in {output_dir}/best")
+
+
+def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[Any]:
+    """Turn flags into the heads of a file; a setting goes to every head."""
+    if not settings:
+        return list(names)
+    from embedcache.errors import SpecError
+
+    given = {}
+    for each in settings:
+        name, equals, values = each.partition("=")
+        if not equals or not values:
+            raise SpecError(f"--set {each!r}: expected NAME=VALUE or NAME=VALUE,VALUE")
+        given[name] = _values(values)
+    return [{"head": name, **given} for name in names]
+
+
+def _values(text: str) -> Any:
+    """Read values as JSON where they are: 0.1,0.01 or [256],[512,256]; words stay words."""
+    from embedcache.fingerprint import strict_json
+
+    try:
+        return strict_json(f"[{text}]")
+    except ValueError:
+        return text.split(",")
+
+
+def _numbers(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    from embedcache.errors import SpecError
+
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise SpecError(f"--seeds {text!r}: expected whole numbers such as 0,1,2") from None
+
+
+COMMANDS = (sweep,)
