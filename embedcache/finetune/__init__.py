@@ -1,0 +1,29 @@
+"""The live model, frozen or not, and the tutorial's names. The only place that unfreezes a backbone.
+
+================  =================================================================
+``model``         ``FeatureBasedModel``: backbone and head in one ``nn.Module``
+``classifiers``   the heads, by width and number of classes
+``live``          training with the backbone inside every step, by the one loop
+``pipeline``      texts in, predictions out
+================  =================================================================
+"""
+
+from embedcache.finetune.classifiers import AttentionClassifier, LinearClassifier, MLPClassifier, ResidualClassifier
+from embedcache.finetune.live import FINE_TUNING, FineTuned, fine_tune, live_outputs
+from embedcache.finetune.model import FeatureBasedModel, FeatureBasedOutput, ParameterCount
+from embedcache.finetune.pipeline import TextClassificationPipeline
+
+__all__ = [
+    "FINE_TUNING",
+    "AttentionClassifier",
+    "FeatureBasedModel",
+    "FeatureBasedOutput",
+    "FineTuned",
+    "LinearClassifier",
+    "MLPClassifier",
+    "ParameterCount",
+    "ResidualClassifier",
+    "TextClassificationPipeline",
+    "fine_tune",
+    "live_outputs",
+]

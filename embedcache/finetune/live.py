@@ -1,0 +1,359 @@
+"""Training with the backbone inside every step: full fine-tuning, fine-tuning from a trained head, or a frozen one.
+
+The loop, the loss, the order of the rows and the schedule are those of training on a cache; what differs is the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedcache.backbone import Tokens
+from embedcache.batching import Batch as Shape
+from embedcache.errors import InputError, SpecError
+from embedcache.finetune.model import FeatureBasedModel
+from embedcache.heads.modules import Head
+from embedcache.shard import FeatureSet
+from embedcache.spec import Task, TrainSpec
+from embedcache.train.batches import Batch, order
+from embedcache.train.data import Data, checked_data, class_weights, refuse_untrainable
+from embedcache.train.loop import Fitted, Scores, fit
+from embedcache.train.losses import Loss
+from embedcache.train.metrics import default_metric, measure, metric_named, scores
+from embedcache.train.stack import BETA1, BETA2, EPSILON, schedule_factors
+
+Array = npt.NDArray[Any]
+Contents = Sequence[str] | Sequence[bytes]
+
+FINE_TUNING = TrainSpec(
+    epochs=3, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="linear", warmup=0.1, clip=1.0, patience=0
+)
+"""How a whole model is tuned when nobody says: batches of 16, 3 epochs, warm-up and linear decay (Devlin et al. 2019),
+a tenth of the steps for warming up, Adam with its bias correction (Mosbach et al. 2021). ``learning_rate`` is the
+head's."""
+BACKBONE_RATE = 5e-5
+"""The backbone's learning rate: the largest of the three that Devlin et al. (2019) choose from, as the default model
+is small."""
+
+
+class LiveBatches:
+    """Batches of token ids, padded to the longest of each batch, in the order that a cache's rows are trained in.
+
+    ``x`` of a batch is the ids [B, T], ``mask`` the attention mask [B, T].
+    """
+
+    def __init__(self, model: FeatureBasedModel, tokens: Tokens, batch_size: int, seed: int) -> None:
+        self._extractor, self._tokens, self._size, self._seed = model.extractor, tokens, batch_size, seed
+        self.steps = -(-len(tokens.lengths) // batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        rows = order(len(self._tokens.lengths), self._seed, number)
+        for start in range(0, len(rows), self._size):
+            mine = rows[start : start + self._size]
+            ids, mask = laid_out(self._extractor, self._tokens, mine)
+            yield Batch(ids, mask, torch.from_numpy(mine).to(ids.device))
+
+
+def laid_out(extractor: Any, tokens: Tokens, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Return the token ids and the mask of some rows, int64 [B, T], padded to the longest of them."""
+    longest = int(tokens.lengths[rows].max())
+    ids, mask = extractor.batch_inputs(tokens, Shape(longest, len(rows), rows))
+    return ids, mask
+
+
+def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np.float32]:
+    """Run backbone and head over texts, in eval mode and without gradients: logits or values, float32 [N, C].
+
+    Rows of like length go together; the model is left in the mode it was in.
+    """
+    return _outputs(model, model.extractor.prepare(_bytes(contents)))
+
+
+def _outputs(model: FeatureBasedModel, tokens: Tokens) -> npt.NDArray[np.float32]:
+    lengths = tokens.lengths
+    by_length = np.argsort(-lengths, kind="stable")
+    positions = model.extractor.policy.positions
+    parts, start, training = [], 0, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            while start < len(by_length):
+                rows = by_length[start : start + max(1, positions // int(lengths[by_length[start]]))]
+                parts.append(model(*laid_out(model.extractor, tokens, rows)).logits.float().cpu().numpy())
+                start += len(rows)
+    finally:
+        model.train(training)
+    found = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+    out = np.empty_like(found)
+    out[by_length] = found
+    return out
+
+
+def _bytes(contents: Contents) -> list[bytes]:
+    return [each.encode("utf-8") if isinstance(each, str) else each for each in contents]
+
+
+def as_probabilities(logits: Array, task: Task) -> npt.NDArray[np.float64]:
+    """Turn logits [N, C] into probabilities by softmax or sigmoid; a regression's values stay values."""
+    z = logits.astype(np.float64)
+    if task == "regression":
+        return z
+    if task == "multilabel":
+        return np.asarray(0.5 * (1 + np.tanh(0.5 * z)))
+    z = np.exp(z - z.max(axis=1, keepdims=True))
+    return np.asarray(z / z.sum(axis=1, keepdims=True))
+
+
+class LiveLearner:
+    """One live model in training; see ``train.loop.Learner``.
+
+    AdamW with the backbone and the head in groups of their own learning rate; decay is kept off biases and gains.
+    ``judge`` gives the validation metric.
+    """
+
+    def __init__(
+        self,
+        model: FeatureBasedModel,
+        spec: TrainSpec,
+        backbone_rate: float,
+        loss: Loss,
+        y: Tensor,
+        total_steps: int,
+        judge: Callable[[], float] | None,
+    ) -> None:
+        self.model, self._loss, self._y, self._judge, self._clip = model, loss, y, judge, spec.clip
+        self.alive: list[int] = [0]
+        self._factors = schedule_factors(spec, 0, total_steps, total_steps)
+        self._taken = 0
+        self._rates: list[float] = []
+        groups = []
+        for module, rate in ((model.backbone, backbone_rate), (model.head, spec.learning_rate)):
+            trainable = [each for each in module.parameters() if each.requires_grad]
+            for decay, chosen in (
+                (spec.weight_decay, [each for each in trainable if each.dim() > 1]),
+                (0.0, [each for each in trainable if each.dim() <= 1]),
+            ):
+                if chosen:
+                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+                    self._rates.append(rate)
+        self.parameters = [each for group in groups for each in group["params"]]  # type: ignore[attr-defined]
+        device = self.parameters[0].device.type
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(BETA1, BETA2), eps=EPSILON, fused=True if device in ("cpu", "cuda") else None
+        )
+        self._best: dict[str, Tensor] | None = None
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take one step."""
+        if not self.model.training:
+            self.model.train()
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * float(self._factors[min(self._taken, len(self._factors) - 1)])
+        logits = self.model(batch.x, batch.mask).logits
+        loss, slope = self._loss(logits.detach(), self._y[batch.rows], None)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([logits], [slope])
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self._clip)
+        self.optimizer.step()
+        self._taken += 1
+        return loss
+
+    def evaluate(self) -> Scores | None:
+        """Return the validation metric, [1]."""
+        return None if self._judge is None or not self.alive else np.array([self._judge()])
+
+    def _changing(self) -> Mapping[str, Tensor]:
+        changing: dict[str, Tensor] = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        if not self.model.freeze_backbone:
+            changing |= {f"backbone.{name}": each for name, each in self.model.backbone.named_buffers()}
+        return changing
+
+    def remember(self, places: Sequence[int]) -> None:
+        """Keep the present weights as the best."""
+        if not places:
+            return
+        if self._best is None:
+            self._best = {name: each.detach().clone() for name, each in self._changing().items()}
+            return
+        for name, each in self._changing().items():
+            self._best[name].copy_(each.detach())
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on, or not."""
+        self.alive = [self.alive[place] for place in places]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Restore the best weights; the last where nothing was measured."""
+        if self._best is not None:
+            for name, each in self._changing().items():
+                each.copy_(self._best[name])
+        self.model.eval()
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A live model after training, with its best weights and in eval mode.
+
+    ``metrics`` has ``validation`` where there were rows for it, ``history`` a dict for each epoch; ``best_epoch``
+    counts from 1, 0 where nothing was measured. A regression's values are in real units.
+    """
+
+    model: FeatureBasedModel
+    task: Task
+    class_names: tuple[str, ...]
+    metrics: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    best_epoch: int
+    steps: int
+    seconds: float
+    interrupted: bool
+    losses: Sequence[float]
+    target: tuple[Array, Array]
+
+    def outputs(self, contents: Contents) -> npt.NDArray[np.float64]:
+        """Return probabilities float64 [N, C] for texts; for regression, values."""
+        return _judged_outputs(live_outputs(self.model, contents), self.task, self.target)
+
+
+def _judged_outputs(logits: Array, task: Task, target: tuple[Array, Array]) -> npt.NDArray[np.float64]:
+    said = as_probabilities(logits, task)
+    return np.asarray(said * target[1] + target[0]) if task == "regression" else said
+
+
+class _Rows:
+    """Texts, as rows that are read when they are needed."""
+
+    row_shape = ()
+
+    def __init__(self, contents: Sequence[bytes]) -> None:
+        self._contents = contents
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def read(self, rows: npt.NDArray[np.int64]) -> list[bytes]:
+        return [self._contents[row] for row in rows.tolist()]
+
+
+def fine_tune(
+    model: FeatureBasedModel,
+    contents: Contents,
+    y: Any,
+    eval_contents: Contents | None = None,
+    y_eval: Any = None,
+    spec: TrainSpec = FINE_TUNING,
+    *,
+    backbone_learning_rate: float = BACKBONE_RATE,
+    task: Task = "classification",
+    class_names: Sequence[str],
+    progress: bool = True,
+    title: str = "fine-tune",
+    keep_losses: bool = False,
+) -> FineTuned:
+    """Train a live model in place: all of it, or its head alone where the backbone is frozen.
+
+    Args:
+        model: unfrozen for full fine-tuning; with a head trained on a cache this is LP-FT (Kumar et al. 2022).
+        contents: texts, or their UTF-8 bytes.
+        y: int64 [N] class indices (-1: no label), uint8 [N, C], or float [N, R].
+        eval_contents, y_eval: validation rows: early stopping, best weights. None for none.
+        spec: how to train; ``learning_rate`` is the head's, ``standardize`` is not looked at.
+        backbone_learning_rate: the backbone's, where it is not frozen.
+
+    Draws of dropout come from ``spec.seed``; torch's own generators are left as they were.
+
+    Raises:
+        TrainingError: one class only, fewer rows than classes, a loss that became NaN.
+        InputError: targets that do not fit.
+        SpecError: settings that are not for a live model.
+    """
+    if spec.solver != "minibatch" or spec.optimizer != "adamw":
+        raise SpecError(f"a live model is trained by minibatch AdamW, not {spec.solver} {spec.optimizer}")
+    data = _labelled(contents, y, task, "training")
+    refuse_untrainable(data, task, class_names)
+    judged = None if eval_contents is None or y_eval is None else _labelled(eval_contents, y_eval, task, "validation")
+    judged = judged if judged is not None and len(judged) else None
+    name = spec.metric or default_metric(task)
+    greater = metric_named(name, task).greater_is_better
+    target = _target_moments(data.y, task)
+    with _seeded(spec.seed, model):
+        tokens = model.extractor.prepare(data.x.read(np.arange(len(data))))
+        judge = None
+        if judged is not None:
+            judge = _Judge(model, judged, task, name, target)
+        batches = LiveBatches(model, tokens, spec.batch_size, spec.order_seed)
+        weights = class_weights([spec], data.y, task, class_names)
+        device = model.extractor.device
+        loss = Loss(task, len(class_names), [spec.label_smoothing], weights, device=str(device))
+        targets = (data.y - target[0]) / target[1] if task == "regression" else data.y
+        targets = targets if task == "classification" else np.asarray(targets, np.float32)
+        learner = LiveLearner(
+            model, spec, backbone_learning_rate, loss, torch.from_numpy(targets).to(device),
+            spec.epochs * batches.steps, judge,
+        )  # fmt: skip
+        fitted: Fitted = fit(
+            learner, batches, epochs=spec.epochs, patience=spec.patience, greater_is_better=greater, metric=name,
+            title=title, progress=progress, keep_losses=keep_losses,
+        )  # fmt: skip
+        learner.finish()
+    metrics = {}
+    if judge is not None and judged is not None:
+        metrics["validation"] = measure(task, judged.y, judge.outputs(), class_names)
+    return FineTuned(
+        model, task, tuple(class_names), metrics, fitted.history[0], fitted.best_epoch[0] + 1, fitted.steps,
+        fitted.seconds, fitted.interrupted, [float(each) for each in fitted.losses], target,
+    )  # fmt: skip
+
+
+class _Judge:
+    """The validation metric of a live model."""
+
+    def __init__(
+        self, model: FeatureBasedModel, judged: Data, task: Task, metric: str, target: tuple[Array, Array]
+    ) -> None:
+        self._model, self._task, self._metric, self._target, self._y = model, task, metric, target, judged.y
+        self._tokens = model.extractor.prepare(judged.x.read(np.arange(len(judged))))
+
+    def outputs(self) -> npt.NDArray[np.float64]:
+        return _judged_outputs(_outputs(self._model, self._tokens), self._task, self._target)
+
+    def __call__(self) -> float:
+        return float(scores(self._metric, self._task, self._y, self.outputs()[None])[0])
+
+
+def _labelled(contents: Contents, y: Any, task: Task, where: str) -> Data:
+    if isinstance(contents, (str, bytes)):
+        raise InputError(f"{where}: expected a list of texts, got one text")
+    return checked_data(_Rows(_bytes(contents)), y, _NO_FEATURES, task, where=where)
+
+
+_NO_FEATURES = FeatureSet("texts", "pooled", 1, 1, "float32")
+"""What ``checked_data`` asks for and, of rows that are read later, does not look at."""
+
+
+def _target_moments(y: Array, task: Task) -> tuple[Array, Array]:
+    if task != "regression":
+        return np.zeros(1), np.ones(1)
+    deviation = y.std(axis=0)
+    return y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
+
+
+@contextmanager
+def _seeded(seed: int, model: FeatureBasedModel) -> Iterator[None]:
+    """Draw dropout from ``seed``: the backbone's from torch's generators, the head's from its own."""
+    device = model.extractor.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if isinstance(model.head, Head):
+            model.head.draw_from([torch.Generator(device).manual_seed(seed + 2**32)])
+        yield

@@ -1,0 +1,160 @@
+"""Backbone and head in one ``nn.Module``, frozen or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.errors import SpecError
+from embedcache.heads import build_head
+from embedcache.heads.layers import Dropout
+from embedcache.spec import HeadSpec
+
+
+class ParameterCount(NamedTuple):
+    """How many numbers a model has, and how many of them training may change."""
+
+    total: int
+    trainable: int
+    frozen: int
+
+
+@dataclass
+class FeatureBasedOutput(ModelOutput):
+    """``logits`` [B, C], ``features`` [B, D] ([B, L, D]; [B, T, D] for tokens), ``loss`` where labels were given."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    features: Tensor | None = None
+
+
+class FeatureBasedModel(nn.Module):
+    """A Hugging Face backbone and a head.
+
+    Frozen means frozen: the backbone stays in eval mode even after ``.train()`` (no dropout, no drift of batch-norm
+    statistics), runs without gradients, and none of its parameters is trainable. Unfrozen, the parameters that the
+    features depend on are trainable; those of an unused pooler, say, are not, and are not counted as if they were.
+
+    Args:
+        backbone: what ``load_backbone`` gives, with one feature set. Unfreezing changes its network in place.
+        head: a module ``forward(x)``, or ``forward(x, mask)`` for token-level features, -> logits [B, C].
+        freeze_backbone: whether only the head is trained.
+
+    Raises ``SpecError`` for a backbone with several feature sets.
+    """
+
+    def __init__(self, backbone: TextBackbone, head: nn.Module, *, freeze_backbone: bool = True) -> None:
+        super().__init__()
+        if len(backbone.specs) != 1:
+            raise SpecError(
+                f"a live model reads one feature set, got {', '.join(spec.name for spec in backbone.specs)}: "
+                "load the backbone with one of them"
+            )
+        self.extractor = backbone
+        self.backbone: nn.Module = backbone.network
+        self.head = head.to(backbone.device)
+        self.freeze_backbone = freeze_backbone
+        if backbone.device.type != "cpu":  # a head is made with generators of the CPU
+            for module in head.modules():
+                if isinstance(module, Dropout):
+                    module.generators = None
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(not freeze_backbone)
+        if not freeze_backbone:
+            self._refreeze_unused()
+            # Its weights are no longer those of its files: no cache may take its features for theirs.
+            identity = {**backbone.identity["backbone"], "unfrozen": uuid4().hex}
+            backbone.identity = {**backbone.identity, "backbone": identity}
+        self.train()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | None,
+        num_classes: int,
+        head: str = "linear",
+        freeze_backbone: bool = True,
+        *,
+        pooling: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        max_length: int | None = None,
+        **head_options: Any,
+    ) -> FeatureBasedModel:
+        """Load a backbone by hub name or folder (None: the packaged all-MiniLM-L6-v2) and put a new head on it.
+
+        Args:
+            name: hub name or local folder.
+            num_classes: C.
+            head: ``linear``, ``mlp``, ``residual``, or with ``pooling="tokens"`` or several layers ``attention`` or
+                ``attention-pooling``.
+            freeze_backbone: whether only the head is trained.
+            pooling: the feature set the head reads, in the written form of ``FeatureSpec``.
+            seed: decides the head's first weights.
+            head_options: settings of the head, such as ``hidden=[256]``.
+
+        Raises ``BackboneError``, or ``SpecError`` and ``FeatureError`` for a head that cannot be or cannot read that.
+
+        Example::
+
+            model = FeatureBasedModel.from_pretrained("bert-base-uncased", num_classes=3)
+            model.print_parameter_status()
+        """
+        if num_classes < 1:
+            raise SpecError(f"num_classes is {num_classes}: expected at least 1")
+        backbone = load_backbone(name, features=(pooling,), device=device, max_length=max_length)
+        module = build_head(HeadSpec(head, "torch", head_options), backbone.feature_sets[0], num_classes, seed=seed)
+        return cls(backbone, module, freeze_backbone=freeze_backbone)
+
+    def train(self, mode: bool = True) -> FeatureBasedModel:
+        """Set the head's mode, and the backbone's only where it is not frozen."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the backbone: token ids and mask [B, T] -> features and, for tokens, their mask (True = real)."""
+        with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
+            return self.extractor.features(input_ids, attention_mask)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> FeatureBasedOutput:
+        """Token ids [B, T], mask [B, T] (None: all are real) and labels [B] -> logits, features, cross-entropy."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        features, mask = self.features(input_ids, attention_mask)
+        logits = self.head(features) if mask is None else self.head(features, mask)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return FeatureBasedOutput(loss=loss, logits=logits, features=features)
+
+    def count_trainable_params(self) -> ParameterCount:
+        """Return how many parameters there are in all, how many are trainable and how many are frozen."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return ParameterCount(total, trainable, total - trainable)
+
+    def print_parameter_status(self) -> None:
+        """Print the three counts."""
+        count = self.count_trainable_params()
+        print(f"parameters: {count.total:,}")
+        print(f"  trainable {count.trainable:,} ({count.trainable / count.total:.2%})")
+        print(f"  frozen    {count.frozen:,} ({count.frozen / count.total:.2%})")
+
+    def _refreeze_unused(self) -> None:
+        """Freeze what has no part in the features, found by one small backward pass."""
+        device = self.extractor.device
+        ids = torch.zeros((2, min(4, self.extractor.policy.max_length)), dtype=torch.int64, device=device)
+        self.backbone.eval()
+        with torch.enable_grad():
+            self.extractor.features(ids, torch.ones_like(ids))[0].sum().backward()  # type: ignore[no-untyped-call]
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
