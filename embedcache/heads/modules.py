@@ -83,15 +83,18 @@ def stack_heads(heads: Sequence[Head]) -> Head:
         setattr(owners[owner], leaf, nn.Parameter(value))
     for name, module in owners.items():
         if isinstance(module, Dropout):
-            module.rates = tuple(_rate_of(head, name) for head in heads)
+            own = [_dropout_of(head, name) for head in heads]
+            module.rates = tuple(each.rates[0] for each in own)
+            drawn = [each.generators[0] for each in own if each.generators is not None]
+            module.generators = drawn if len(drawn) == len(own) else None
             module.stacked = True
     return stacked
 
 
-def _rate_of(head: Head, name: str) -> float:
+def _dropout_of(head: Head, name: str) -> Dropout:
     dropout = head.get_submodule(name)
     assert isinstance(dropout, Dropout)
-    return dropout.rates[0]
+    return dropout
 
 
 def choose_heads(stacked: Head, heads: Tensor) -> Head:
@@ -153,9 +156,13 @@ class MLP(Head):
         norm: bool = False,
     ) -> None:
         super().__init__(feature, outputs)
+        if not isinstance(hidden, (int, list, tuple)):
+            raise SpecError(f"mlp: hidden is {hidden!r}: expected a width, or a list of widths")
         widths = [hidden] if isinstance(hidden, int) else list(hidden)
-        if not widths:
-            raise SpecError("mlp: hidden is empty: expected at least one width, or use the head linear")
+        if not 1 <= len(widths) <= DEEPEST:
+            raise SpecError(f"mlp: {len(widths)} hidden layers: expected 1 to {DEEPEST}; none is the head linear")
+        if not isinstance(norm, bool):
+            raise SpecError(f"mlp: norm is {norm!r}: expected true or false")
         for width in widths:
             whole("mlp", "hidden", width)
         self.activation = activation_of("mlp", activation)
@@ -213,7 +220,7 @@ class ResidualMLP(Head):
     ) -> None:
         super().__init__(feature, outputs)
         for name, value in (("width", width), ("depth", depth), ("expansion", expansion)):
-            whole("residual", name, value)
+            whole("residual", name, value, DEEPEST if name == "depth" else WIDEST)
         activation_of("residual", activation)
         self.input = Affine(feature.dim, width, first=True)
         dropped = rate("residual", dropout)
@@ -229,10 +236,14 @@ class ResidualMLP(Head):
         return self.output(self.norm(x))  # type: ignore[no-any-return]
 
 
-def whole(head: str, name: str, value: object) -> int:
+WIDEST, DEEPEST = 65_536, 256
+"""Limits far above any use, so that a bundle from a stranger cannot ask for a head that takes hours to build."""
+
+
+def whole(head: str, name: str, value: object, most: int = WIDEST) -> int:
     """Return a positive whole number. Raises ``SpecError`` for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65536:
-        raise SpecError(f"{head}: {name} is {value!r}: expected a whole number from 1 to 65,536")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise SpecError(f"{head}: {name} is {value!r}: expected a whole number from 1 to {most:,}")
     return value
 
 
@@ -245,6 +256,6 @@ def rate(head: str, value: object) -> float:
 
 def activation_of(head: str, name: str) -> Callable[[Tensor], Tensor]:
     """Return an activation function by name. Raises ``SpecError`` with the names there are."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise SpecError(f"{head}: activation is {name!r}: expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

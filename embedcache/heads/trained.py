@@ -32,6 +32,7 @@ PASS_ROWS = 256
 bits wherever it stands and whatever its neighbours are."""
 PASS_TOKENS = 2048
 """Tokens of one pass over a token-level set."""
+_FEWEST_OUTPUTS = 16
 _READ_BYTES = 16 << 20
 _BY_ROW = ("hist-gradient-boosting", "majority")
 """scikit-learn kinds that look at each row by itself anyway, and cost much a call."""
@@ -140,11 +141,11 @@ class TrainedHead:
     def _run(self, rows: Any) -> Array:
         import torch
 
-        module = self.module.eval()
+        module = self._wide.eval()
         out = np.empty((count(rows), len(self.class_names)), np.float32)
         with torch.inference_mode():
             for places, x, mask in passes(rows):
-                out[places] = module(x, mask)[: len(places)].numpy()
+                out[places] = module(x, mask)[: len(places), : out.shape[1]].numpy()
         return out
 
     @cached_property
@@ -153,6 +154,22 @@ class TrainedHead:
         from embedcache.heads.bundle import module_of
 
         return module_of(self)
+
+    @cached_property
+    def _wide(self) -> Head:
+        # Products with few columns have kernels whose bits depend on where in memory a row begins; zeros widen them.
+        import copy
+
+        import torch
+
+        missing = _FEWEST_OUTPUTS - len(self.class_names)
+        if missing <= 0 or not type(self.module).__module__.startswith("embedcache."):
+            return self.module
+        wide = copy.deepcopy(self.module)
+        for name, value in wide.output.named_parameters():
+            filled = torch.cat([value.detach(), value.new_zeros(missing, *value.shape[1:])])
+            setattr(wide.output, name, torch.nn.Parameter(filled))
+        return wide
 
     def probabilities(self, x: Any) -> Floats:
         """Return calibrated probabilities float64 [N, C]; for regression, the values."""
