@@ -281,6 +281,8 @@ def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Pla
             raise _Foreign(f"{name} has other attributes than {dict(column.attributes)}")
         if not dataset.get_type().equal(h5py.h5t.py_create(column.dtype)):
             raise _Foreign(f"{name} is not of type {column.dtype.str}")
+        if dataset.shape is None:
+            raise _Foreign(f"{name} has no shape")
         shape = tuple(int(length) for length in dataset.shape)
         wanted = column.shape
         if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
