@@ -1,0 +1,218 @@
+"""Fitted scikit-learn estimators as files, by skops: read without pickle, and nothing but what heads are made of.
+
+skops asks which types a file may have; beyond those it trusts by itself all of scikit-learn, NumPy's and SciPy's
+functions and more. Here the list is closed: ``TRUSTED`` names every node that the heads of this package are stored
+as, and a file with any other is refused before a single object is made. Types say nothing about values, so what
+compiled code would follow blindly is checked afterwards: the trees of boosting (child and feature numbers), and the
+rows of nearest neighbours, which are fitted anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.errors import BundleError, MissingExtraError
+
+_SKLEARN = {
+    "compose._target.TransformedTargetRegressor",
+    "dummy.DummyClassifier",
+    "ensemble._hist_gradient_boosting.binning._BinMapper",
+    "ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
+    "ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingRegressor",
+    "ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "multioutput.MultiOutputClassifier",
+    "multioutput.MultiOutputRegressor",
+    "neighbors._classification.KNeighborsClassifier",
+    "neighbors._regression.KNeighborsRegressor",
+    "neural_network._multilayer_perceptron.MLPClassifier",
+    "neural_network._multilayer_perceptron.MLPRegressor",
+    "pipeline.Pipeline",
+    "preprocessing._data.StandardScaler",
+    "preprocessing._label.LabelBinarizer",
+    "preprocessing._label.LabelEncoder",
+    "_loss.link.IdentityLink",
+    "_loss.link.Interval",
+    "_loss.link.LogitLink",
+    "_loss.link.MultinomialLogit",
+    "_loss.loss.HalfBinomialLoss",
+    "_loss.loss.HalfMultinomialLoss",
+    "_loss.loss.HalfSquaredError",
+}
+_LOSSES = {"CyHalfBinomialLoss", "CyHalfMultinomialLoss", "CyHalfSquaredError"}
+_NUMBERS = {"bool", "bool_", "float32", "float64", "int32", "int64", "uint8", "uint32", "uint64"}
+
+TRUSTED: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("DictNode", "builtins.dict"),
+        ("JsonNode", "builtins.str"),
+        ("ListNode", "builtins.list"),
+        ("TupleNode", "builtins.tuple"),
+        ("TypeNode", "builtins.str"),
+        ("NdArrayNode", "numpy.ndarray"),
+        *(("NdArrayNode", f"numpy.{name}") for name in _NUMBERS),
+        *(("ObjectNode", f"sklearn.{name}") for name in _SKLEARN),
+        *(("LossNode", f"sklearn._loss._loss.{name}") for name in _LOSSES),
+    }
+)
+"""Every node that a file may hold: how skops loads it, and its type."""
+
+_PROTOCOL = 2
+_LARGEST = 4 << 30
+_STEPS = ("scale", "head")
+
+
+def save_estimator(path: Path | str, estimator: Any) -> None:
+    """Write a fitted estimator. Raises ``BundleError`` for one that could not be read back, ``MissingExtraError``."""
+    skops = _skops("saving this head")
+    from io import BytesIO
+
+    data = skops.dumps(estimator)
+    with zipfile.ZipFile(BytesIO(data)) as file:
+        _refuse_untrusted(Path(path), file)
+    Path(path).write_bytes(data)
+
+
+def load_estimator(path: Path | str) -> Any:
+    """Read a fitted estimator.
+
+    Raises ``BundleError`` for a file that cannot be read or holds a type that no head is made of, naming it, and
+    ``MissingExtraError`` without skops.
+    """
+    path = Path(path)
+    skops = _skops("loading this head")
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise BundleError(f"{path} is too large to be a head's")
+        with zipfile.ZipFile(path) as file:
+            _refuse_untrusted(path, file)
+        estimator = skops.load(path, trusted=[name for node, name in sorted(TRUSTED) if node == "ObjectNode"])
+        return _checked(estimator)
+    except (BundleError, MissingExtraError):
+        raise
+    except (OSError, MemoryError, RecursionError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} cannot be read: {str(error)[:200] or type(error).__name__}") from None
+    except Exception as error:  # a hostile file can make skops and scikit-learn raise anything
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BundleError(f"{path} is not a head as this version writes them ({what}): train it again") from error
+
+
+def _skops(what: str) -> Any:
+    # On its first import skops walks through all of scikit-learn, and that through every array library it can speak
+    # to: seconds of importing torch, for a head that was promised to do without.
+    libraries = [f"sklearn.externals.array_api_compat.{name}" for name in ("torch", "cupy", "dask")]
+    kept_out: list[str] = [] if "skops.io" in sys.modules else [name for name in libraries if name not in sys.modules]
+    try:
+        sys.modules.update(dict.fromkeys(kept_out))  # type: ignore[arg-type]  # None: the import fails, and is skipped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated corners of scikit-learn
+            import skops.io
+    except ImportError:
+        raise MissingExtraError(what, "skops", "sklearn-io") from None
+    finally:
+        for name in kept_out:
+            sys.modules.pop(name, None)
+    return skops.io
+
+
+def _refuse_untrusted(path: Path, file: zipfile.ZipFile) -> None:
+    names = [each.filename for each in file.infolist()]
+    packed = any(each.compress_type != zipfile.ZIP_STORED for each in file.infolist())
+    if packed or len(set(names)) != len(names) or "schema.json" not in names:
+        raise BundleError(f"{path} is not packed as this version packs heads: train the head again")
+    schema = json.loads(file.read("schema.json"))
+    if not isinstance(schema, dict) or schema.get("protocol") != _PROTOCOL:
+        raise BundleError(f"{path} is not of skops protocol {_PROTOCOL}: train the head again")
+    for node, name in _nodes(schema):
+        if (node, name) not in TRUSTED:
+            raise BundleError(f"{path} holds {name} (as {node}), which no head is made of: it was not read")
+
+
+def _nodes(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield loader and type of every node; whatever looks half like one is yielded too, and so refused."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            if value.keys() & {"__loader__", "__class__", "__module__"}:
+                yield str(value.get("__loader__")), f"{value.get('__module__')}.{value.get('__class__')}"
+            waiting += value.values()
+
+
+def _checked(pipeline: Any) -> Any:
+    """Return the estimator after looking at what types do not say. Raises ``ValueError`` or anything else."""
+    from sklearn.compose import TransformedTargetRegressor
+    from sklearn.dummy import DummyClassifier
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor
+    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if type(pipeline) is not Pipeline or tuple(name for name, _ in pipeline.steps) not in (_STEPS, _STEPS[1:]):
+        raise ValueError(f"it is no pipeline of {' and '.join(_STEPS)}")
+    for _, step in pipeline.steps[:-1]:
+        _refuse_unless(step, StandardScaler)
+    head = pipeline.steps[-1][1]
+    if type(head) is TransformedTargetRegressor:
+        _refuse_unless(head.transformer_, StandardScaler)
+        _refuse_unless(head.regressor_, MLPRegressor)
+        return pipeline
+    several = type(head) in (MultiOutputClassifier, MultiOutputRegressor)
+    boosting = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
+    neighbours = (KNeighborsClassifier, KNeighborsRegressor)
+    for each in head.estimators_ if several else [head]:
+        _refuse_unless(each, *boosting, *neighbours, MLPClassifier, DummyClassifier)
+        if type(each) in boosting:
+            _refuse_wild_trees(each)
+        elif type(each) in neighbours:
+            _fit_again(each)
+    return pipeline
+
+
+def _refuse_unless(step: Any, *types: type) -> None:
+    if type(step) not in types:
+        raise ValueError(f"{type(step).__name__} stands where {types[0].__name__} is expected")
+
+
+def _refuse_wild_trees(boosting: Any) -> None:
+    """Raise ``ValueError`` for a tree that prediction, which checks nothing, would follow out of its arrays."""
+    from sklearn.ensemble._hist_gradient_boosting.predictor import PREDICTOR_RECORD_DTYPE, TreePredictor
+
+    features = boosting.n_features_in_
+    if not isinstance(features, int) or np.any(boosting._bin_mapper.is_categorical_):
+        raise ValueError("features are not counted, or categories")
+    for trees in boosting._predictors:
+        if len(trees) != boosting.n_trees_per_iteration_:
+            raise ValueError("a round has too many trees or too few")
+        for tree in trees:
+            nodes = tree.nodes
+            if type(tree) is not TreePredictor or nodes.dtype != PREDICTOR_RECORD_DTYPE or nodes.ndim != 1:
+                raise ValueError("a tree is none")
+            at = np.flatnonzero(nodes["is_leaf"] == 0)
+            inner = nodes[at]
+            # Children come after their parent, so that following them ends.
+            fine = [(inner[side] > at) & (inner[side] < len(nodes)) for side in ("left", "right")]
+            fine += [(inner["feature_idx"] >= 0) & (inner["feature_idx"] < features), inner["is_categorical"] == 0]
+            if not len(nodes) or not np.all(fine):
+                raise ValueError("a tree points outside of itself")
+
+
+def _fit_again(neighbours: Any) -> None:
+    """Fit nearest neighbours on their own rows, so that what search relies on is true."""
+    x, y = neighbours._fit_X, neighbours._y
+    if hasattr(neighbours, "classes_"):
+        classes = neighbours.classes_
+        y = np.stack([own[y[:, at]] for at, own in enumerate(classes)], 1) if isinstance(classes, list) else classes[y]
+    neighbours.algorithm = "brute"
+    neighbours.fit(np.asarray(x), np.asarray(y))
