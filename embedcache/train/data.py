@@ -15,6 +15,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import Task, TrainSpec
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,17 @@ def refuse_untrainable(data: Data, task: Task, class_names: Sequence[str]) -> li
     return []
 
 
-def moments(x: Any, feature: FeatureSet) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def moments(
+    x: Any, feature: FeatureSet, weight: Array | None = None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the mean and 1 / standard deviation of each feature, float32 [D]; constant features get a scale of 1.
 
-    One pass in blocks, in float64, whatever the size. Raises ``FeatureError`` where features on disk are not finite.
+    One pass in blocks, in float64, whatever the size. ``weight`` [N] are weights of the rows: a row of weight 2 counts
+    as two. Raises ``FeatureError`` where features on disk are not finite.
     """
     dim = feature.dim
-    total, squares, rows = np.zeros(dim), np.zeros(dim), 0
+    total, squares, rows, seen = np.zeros(dim), np.zeros(dim), 0.0, 0
+    weights = None if weight is None else _vector_weights(x, feature, weight)
     shift: Array | None = None
     for part in _parts(x):
         flat = part.reshape(-1, dim)
@@ -145,9 +150,16 @@ def moments(x: Any, feature: FeatureSet) -> tuple[npt.NDArray[np.float32], npt.N
         if shift is None:  # shifted, so that a large mean costs no digits
             shift = flat[:1].astype(np.float64)
         centred = flat - shift.astype(np.float32)
-        total += centred.sum(axis=0, dtype=np.float64)
-        squares += np.einsum("nd,nd->d", centred, centred, dtype=np.float64, casting="unsafe")
-        rows += len(flat)
+        if weights is None:
+            total += centred.sum(axis=0, dtype=np.float64)
+            squares += np.einsum("nd,nd->d", centred, centred, dtype=np.float64, casting="unsafe")
+            rows += len(flat)
+        else:
+            mine = weights[seen : seen + len(flat)]
+            total += mine @ centred.astype(np.float64)
+            squares += mine @ np.square(centred, dtype=np.float64)
+            rows += float(mine.sum())
+        seen += len(flat)
     if shift is None:
         raise FeatureError("there are no features to standardise")
     mean = total / rows
@@ -156,6 +168,11 @@ def moments(x: Any, feature: FeatureSet) -> tuple[npt.NDArray[np.float32], npt.N
     constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-6)
     scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, deviation))
     return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def _vector_weights(x: Any, feature: FeatureSet, weight: Array) -> Floats:
+    """Return the weight of each vector: that of its row."""
+    return np.repeat(np.asarray(weight, np.float64), np.diff(x[1]) if isinstance(x, tuple) else feature.layers)
 
 
 def _parts(x: Any) -> Any:

@@ -215,7 +215,7 @@ def train_minibatch(
         for module, values in zip(modules, start, strict=True):
             module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
     target = _target_moments(data.y, task)
-    mean, scale = moments(data.x, feature) if spec.standardize else (None, None)
+    mean, scale = moments(data.x, feature, data.weight) if spec.standardize else (None, None)
     # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
     plain = batches is None and all(isinstance(each.x, np.ndarray) for each in (data, judged) if each is not None)
     x: Any = _tensor(data.x, *((mean, scale) if plain else (None, None)), device)

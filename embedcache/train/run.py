@@ -185,7 +185,7 @@ def _convex(
     if trained.spec.kind != "linear":
         raise SpecError(f"the convex solver is for linear heads, not {trained.spec.kind}: use --solver minibatch")
     x = _dense(data, "the convex solver", trained.feature)
-    mean, scale = moments(x, trained.feature) if spec.standardize else (0.0, 1.0)
+    mean, scale = moments(x, trained.feature, data.weight) if spec.standardize else (0.0, 1.0)
     x = (x - mean) * scale if spec.standardize else x
     weight = data.weight
     per_class = _class_weight(spec, data, trained)

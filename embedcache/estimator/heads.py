@@ -1,0 +1,326 @@
+"""Heads with scikit-learn's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
+
+from embedcache.errors import InputError, TrainingError
+from embedcache.heads import TrainedHead, engine_of
+from embedcache.heads.trained import Array, Floats
+from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.train import train_head
+
+_DTYPES = (np.float64, np.float32)
+
+
+class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """What both estimators share: the settings of ``TrainSpec`` as parameters, and the training."""
+
+    head_: TrainedHead
+
+    def __init__(
+        self,
+        head: str = "linear",
+        *,
+        engine: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        solver: str = "auto",
+        epochs: int = 30,
+        batch_size: int = 128,
+        optimizer: str = "adamw",
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        momentum: float = 0.9,
+        schedule: str = "cosine",
+        warmup: float = 0.05,
+        clip: float = 1.0,
+        standardize: bool = True,
+        l2: float = 1.0,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        patience: int = 5,
+        metric: str | None = None,
+        random_state: Any = 0,
+        device: str = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        self.head = head
+        self.engine = engine
+        self.options = options
+        self.solver = solver
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.momentum = momentum
+        self.schedule = schedule
+        self.warmup = warmup
+        self.clip = clip
+        self.standardize = standardize
+        self.l2 = l2
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.metric = metric
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    @property
+    def _several(self) -> bool:
+        """Whether the head reads several vectors a row, [N, L, D]."""
+        return isinstance(self.head, str) and self.head.startswith("attention")
+
+    def _rows(self, X: Any, y: Any = None, **options: Any) -> Any:
+        several = self._several
+        given = {"dtype": _DTYPES, "allow_nd": several, "ensure_2d": not several} | options
+        return validate_data(self, X, reset=False, **given) if y is None else validate_data(self, X, y, **given)
+
+    def _fitted(
+        self, X: Any, y: Any, sample_weight: Any, task: Task, names: list[str], **settings: Any
+    ) -> _HeadEstimator:
+        engine = self.engine or engine_of(self.head)
+        spec = HeadSpec(self.head, engine, _plain(dict(self.options or {})))  # type: ignore[arg-type]
+        solver = self.solver
+        if solver == "auto":
+            solver = "convex" if (self.head, engine) == ("linear", "torch") else "minibatch"
+        seed = _seed(self.random_state)
+        shared = (
+            "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "momentum", "schedule", "warmup",
+            "clip", "standardize", "l2", "patience", "metric",
+        )  # fmt: skip
+        values = {name: _plain(getattr(self, name)) for name in shared}
+        training = TrainSpec(solver=solver, seed=seed, **values, **settings)  # type: ignore[arg-type]
+        x_eval = y_eval = None
+        if self.early_stopping:
+            rows = np.arange(len(X))
+            mine, held = train_test_split(
+                rows, test_size=self.validation_fraction, random_state=seed,
+                stratify=y if task == "classification" else None,
+            )  # fmt: skip
+            x_eval, y_eval, X, y = X[held], y[held], X[mine], y[mine]
+            sample_weight = None if sample_weight is None else sample_weight[mine]
+        result = train_head(
+            X, y, x_eval, y_eval, spec, training, task=task, class_names=names, sample_weight=sample_weight,
+            device=self.device, progress=bool(self.verbose),
+        )  # fmt: skip
+        self.head_ = result.head
+        self.history_ = list(result.history)
+        self.notes_ = list(result.notes)
+        self.n_iter_ = max(1, int(result.history[-1]["epoch"])) if result.history else 1
+        if result.interrupted:  # whoever runs many fits wants to stop them all
+            raise KeyboardInterrupt
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = self._several
+        return tags
+
+
+class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
+    """A head that fits on features, as scikit-learn has its classifiers: one class a row, or several labels.
+
+    Args:
+        head: the kind, such as ``"linear"``, ``"mlp"``, ``"knn"``; see ``embedcache.heads``.
+        engine: ``"torch"`` or ``"sklearn"``; None for whichever has the head, torch first.
+        options: the head's own settings, such as ``{"hidden": [256]}``.
+        solver: ``"minibatch"``, ``"convex"`` (linear heads on torch), or ``"auto"`` for convex where it can be.
+        epochs, ..., metric: as in ``TrainSpec``. ``l2`` is 1 / ``C`` of scikit-learn's logistic regression.
+        label_smoothing, class_weight: as in ``TrainSpec``; a mapping has the labels as they are in ``y``.
+        early_stopping: hold out ``validation_fraction`` of the rows, stop when ``metric`` has not become better on
+            them for ``patience`` epochs, and calibrate on them.
+        random_state: decides initial weights, dropout, the order of rows and what is held out.
+
+    After ``fit``, ``classes_`` are the classes, ``head_`` is the ``TrainedHead`` (``head_.save_pretrained`` makes it a
+    bundle), ``history_`` has a dict for each epoch and ``notes_`` what training had to say.
+
+    Example::
+
+        cross_val_score(HeadClassifier("mlp", options={"hidden": [64]}), X, y)
+    """
+
+    def __init__(
+        self,
+        head: str = "linear",
+        *,
+        engine: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        solver: str = "auto",
+        epochs: int = 30,
+        batch_size: int = 128,
+        optimizer: str = "adamw",
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        momentum: float = 0.9,
+        schedule: str = "cosine",
+        warmup: float = 0.05,
+        clip: float = 1.0,
+        standardize: bool = True,
+        l2: float = 1.0,
+        label_smoothing: float = 0.0,
+        class_weight: Any = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        patience: int = 5,
+        metric: str | None = None,
+        random_state: Any = 0,
+        device: str = "cpu",
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(
+            head,
+            engine=engine,
+            options=options,
+            solver=solver,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            schedule=schedule,
+            warmup=warmup,
+            clip=clip,
+            standardize=standardize,
+            l2=l2,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            patience=patience,
+            metric=metric,
+            random_state=random_state,
+            device=device,
+            verbose=verbose,
+        )
+        self.label_smoothing = label_smoothing
+        self.class_weight = class_weight
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HeadClassifier:
+        """Train the head on features ``X`` [N, D] and labels ``y`` [N], or a 0/1 indicator [N, C].
+
+        Heads that attend take several vectors a row, [N, L, D]. Rows of weight 0 are left out.
+        """
+        X, y = self._rows(X, y, multi_output=True, ensure_min_samples=2)
+        y = y.toarray() if hasattr(y, "toarray") else y
+        check_classification_targets(y)
+        several = type_of_target(y) == "multilabel-indicator"
+        if not several:
+            y = column_or_1d(y, warn=True)
+        X, y, sample_weight = _weighted(X, y, sample_weight)
+        if several:
+            self.classes_ = np.arange(y.shape[1])
+            targets, task = y.astype(np.uint8), "multilabel"
+        else:
+            self.classes_, targets = np.unique(y, return_inverse=True)
+            targets, task = targets.astype(np.int64), "classification"
+        self._label_dtype = y.dtype
+        names = [str(label) for label in self.classes_.tolist()]
+        weights = self.class_weight
+        if isinstance(weights, Mapping):  # a fold may lack a class
+            named = dict(zip(self.classes_.tolist(), names, strict=True))
+            weights = {named[label]: float(weight) for label, weight in weights.items() if label in named}
+        self._fitted(
+            X, targets, sample_weight, task, names,  # type: ignore[arg-type]
+            label_smoothing=self.label_smoothing, class_weight=weights,
+        )  # fmt: skip
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Return logits [N, C], of two classes the difference [N]."""
+        logits = self._said(X)
+        binary = self.head_.task == "classification" and logits.shape[1] == 2
+        return np.asarray(logits[:, 1] - logits[:, 0]) if binary else logits
+
+    def predict_proba(self, X: Any) -> Floats:
+        """Return probabilities [N, C], calibrated where rows were held out for it."""
+        return self.head_.calibrated(self._said(X))
+
+    def predict(self, X: Any) -> Array:
+        """Return the label of each row [N], or a 0/1 indicator [N, C]."""
+        said = self._said(X)
+        if self.head_.task == "classification":
+            return np.asarray(self.classes_[said.argmax(axis=1)])
+        return self.head_.decide(self.head_.calibrated(said)).astype(self._label_dtype)
+
+    def _said(self, X: Any) -> Array:
+        check_is_fitted(self)
+        return self.head_.logits(self._rows(X))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+class HeadRegressor(RegressorMixin, _HeadEstimator):  # type: ignore[misc]
+    """A head that fits on features, as scikit-learn has its regressors: one target, or several.
+
+    Args as in ``HeadClassifier``.
+
+    Example::
+
+        HeadRegressor("mlp", early_stopping=True).fit(X, y).score(X_test, y_test)
+    """
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HeadRegressor:
+        """Train the head on features ``X`` [N, D] and numbers ``y`` [N] or [N, R]; rows of weight 0 are left out."""
+        X, y = self._rows(X, y, multi_output=True, y_numeric=True, ensure_min_samples=2)
+        y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
+        X, y, sample_weight = _weighted(X, y, sample_weight)
+        self._flat = y.ndim == 1
+        targets = np.asarray(y, np.float64).reshape(len(y), -1)
+        names = [f"target{at}" for at in range(targets.shape[1])]
+        self._fitted(X, targets, sample_weight, "regression", names)
+        return self
+
+    def predict(self, X: Any) -> Floats:
+        """Return the values of each row, float64 [N] or [N, R]."""
+        check_is_fitted(self)
+        values = np.asarray(self.head_.logits(self._rows(X)), np.float64)
+        return values[:, 0] if self._flat else values
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def _weighted(X: Array, y: Array, sample_weight: Any) -> tuple[Array, Array, npt.NDArray[np.float64] | None]:
+    """Return the rows that have a weight, and their weights."""
+    if sample_weight is None:
+        return X, y, None
+    weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    kept = weights > 0
+    if not kept.any():
+        raise InputError("every sample weight is zero: expected at least one above 0")
+    if kept.sum() < 2:
+        raise TrainingError("sample_weight leaves one sample: expected at least two, of two classes or more")
+    return (X, y, weights) if kept.all() else (X[kept], y[kept], weights[kept])
+
+
+def _seed(random_state: Any) -> int:
+    if isinstance(random_state, (int, np.integer)) and not isinstance(random_state, bool):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON would have it: grids give numpy's numbers."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+__all__ = ["HeadClassifier", "HeadRegressor"]
