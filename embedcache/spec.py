@@ -118,7 +118,7 @@ class TrainSpec:
 
     solver: Literal["minibatch", "convex"] = "minibatch"
     epochs: int = 30
-    batch_size: int = 128
+    batch_size: int = 64
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 3e-3
     weight_decay: float = 0.01

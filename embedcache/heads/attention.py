@@ -101,7 +101,8 @@ class SelfAttention(_Attending):
         super().__init__(feature, outputs, "attention", width, heads)
         self.input = Affine(feature.dim, self.width, first=True)
         self.norm = Norm(self.width)
-        self.qkv = Affine(self.width, 3 * self.width)
+        # No bias: one of the keys would move nothing, and an optimizer would drive it by rounding errors.
+        self.qkv = Affine(self.width, 3 * self.width, bias=False)
         self.mix = Affine(self.width, self.width)
         self.dropout = Dropout(rate("attention", dropout))
         self.final = Norm(self.width)
@@ -142,7 +143,7 @@ class AttentionPooling(_Attending):
         whole("attention-pooling", "queries", queries)
         self.input = Affine(feature.dim, self.width, first=True)
         self.norm = Norm(self.width)
-        self.key = Affine(self.width, self.width)
+        self.key = Affine(self.width, self.width, bias=False)  # as in SelfAttention
         self.queries = Queries(queries, self.width)
         self.dropout = Dropout(rate("attention-pooling", dropout))
         self.output = Affine(queries * self.width, outputs)

@@ -19,16 +19,19 @@ class Affine(nn.Module):
 
     ``first`` says that the layer reads the features themselves, which stacked heads share and which may have to be
     standardised: ``mean`` and ``scale`` [D] (or [K, D]) are folded into the weights, so that it costs nothing a row.
+    ``bias=False`` leaves ``b`` out.
     """
+
+    bias: nn.Parameter | None
 
     mean: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, inputs: int, outputs: int, *, first: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, *, first: bool = False, bias: bool = True) -> None:
         super().__init__()
         self.first = first
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
         self.register_buffer("mean", None)
         self.register_buffer("scale", None)
 
@@ -37,11 +40,16 @@ class Affine(nn.Module):
         bound = 1 / math.sqrt(self.weight.shape[-1])
         with torch.no_grad():
             self.weight.uniform_(-bound, bound, generator=generator)
-            self.bias.uniform_(-bound, bound, generator=generator)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         weight: Tensor = self.weight
+        if self.bias is None:
+            if weight.dim() == 3:
+                weight = weight.view(len(weight), *[1] * (x.dim() - 3), *weight.shape[1:])
+            return x @ weight.transpose(-1, -2)
         bias: Tensor = self.bias
         if self.mean is not None and self.scale is not None:
             weight = weight * self.scale.unsqueeze(-2)

@@ -100,11 +100,12 @@ class InMemoryRagged:
 class OnDisk:
     """Features that stay on disk: block-shuffled windows, one trained on while the next is read."""
 
-    def __init__(self, reader: Reader, batch_size: int, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self, reader: Reader, batch_size: int, seed: int, device: str = "cpu", *, window_bytes: int = WINDOW_BYTES
+    ) -> None:
         self._reader, self._size, self._seed, self._device = reader, batch_size, seed, device
         row_bytes = 4 * int(np.prod(reader.row_shape))
-        window = max(batch_size, BLOCK, WINDOW_BYTES // row_bytes)
-        self._window = -(-window // batch_size) * batch_size // BLOCK * BLOCK or BLOCK
+        self._window = max(1, window_bytes // row_bytes // BLOCK) * BLOCK
         self.steps = -(-len(reader) // batch_size)
 
     def epoch(self, number: int) -> Iterator[Batch]:

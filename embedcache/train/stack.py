@@ -118,6 +118,7 @@ class HeadStack:
         layer = self.module.output
         with torch.no_grad():
             weight: Tensor = layer.weight
+            assert layer.bias is not None
             bias: Tensor = layer.bias
             mean, scale = layer.mean, layer.scale
             if mean is not None and scale is not None:

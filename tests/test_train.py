@@ -1,0 +1,514 @@
+"""Training: losses and optimizer equal torch's, a stack equals its heads alone, and the loop keeps its promises."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
+from embedcache.heads import build_head
+from embedcache.shard import FeatureSet
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.train import Masks, train_head, train_stack
+from embedcache.train.batches import Batch, InMemory, InMemoryRagged, OnDisk, block_order, order
+from embedcache.train.data import class_weights, moments
+from embedcache.train.loop import fit
+from embedcache.train.losses import Loss
+from embedcache.train.minibatch import train_minibatch
+from embedcache.train.readers import MappedRows, fits_in_memory
+from embedcache.train.run import checked_data
+from embedcache.train.stack import HeadStack, schedule_factors
+
+POOLED = FeatureSet("features", "pooled", 7, 1, "float32")
+NAMES = ("a", "b", "c")
+
+
+def made(rows: int = 211, dim: int = 7, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    x = (generator.normal(size=(rows, dim)) * generator.uniform(0.1, 3, dim) + 2).astype(np.float32)
+    y = (x @ generator.normal(size=(dim, classes)) + generator.normal(size=(rows, classes))).argmax(axis=1)
+    return x, y.astype(np.int64)
+
+
+# losses --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.13])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_and_its_gradient_are_torchs(smoothing: float, weighted: bool) -> None:
+    torch.manual_seed(0)
+    logits, y = torch.randn(11, 5, requires_grad=True), torch.randint(0, 5, (11,))
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.7]) if weighted else None
+    expected = functional.cross_entropy(logits, y, weight=weight, label_smoothing=smoothing)
+    (slope,) = torch.autograd.grad(expected, logits)
+    loss = Loss("classification", 5, [smoothing], None if weight is None else weight.numpy()[None])
+    value, gradient = loss(logits.detach(), y)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, slope)
+
+
+def test_the_other_losses_are_torchs() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(11, 5, requires_grad=True)
+    labels, values = (torch.rand(11, 5) > 0.5).float(), torch.randn(11, 5)
+    positive = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.7])
+    for loss, target, expected in (
+        (Loss("multilabel", 5), labels, functional.binary_cross_entropy_with_logits(logits, labels)),
+        (
+            Loss("multilabel", 5, class_weight=positive.numpy()[None]),
+            labels,
+            functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=positive),
+        ),
+        (Loss("regression", 5), values, functional.mse_loss(logits, values)),
+    ):
+        (slope,) = torch.autograd.grad(expected, logits)
+        value, gradient = loss(logits.detach(), target)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradient, slope)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_row_weights_equal_repeated_rows_and_zero_rows_are_absent(task: Any, weighted: bool) -> None:
+    torch.manual_seed(1)
+    logits, smoothing = torch.randn(5, 3, 2), [0.0, 0.2] if task != "regression" else [0.0, 0.0]
+    y = torch.randint(0, 3, (5,)) if task == "classification" else torch.randint(0, 2, (5, 3)).float()
+    weights = np.array([[1, 2, 3], [2, 1, 1]], np.float32) if weighted and task != "regression" else None
+    loss = Loss(task, 3, smoothing, weights)
+    rows = torch.tensor([[2.0, 0], [1, 1], [0, 3], [1, 0], [0, 1]])
+    value, gradient = loss(logits, y, rows)
+    for head in range(2):
+        repeated = torch.repeat_interleave(torch.arange(5), rows[:, head].long())
+        alone = Loss(task, 3, smoothing[head : head + 1], None if weights is None else weights[head : head + 1])
+        expected, slope = alone(logits[repeated, :, head], y[repeated])
+        torch.testing.assert_close(value[head], expected)
+        summed = torch.zeros(5, 3).index_add_(0, repeated, slope)
+        torch.testing.assert_close(gradient[:, :, head], summed)
+
+
+def test_balanced_weights_are_scikit_learns() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    y = np.array([0, 0, 0, 1, 2, 2, 2, 2], np.int64)
+    mine = class_weights([TrainSpec(class_weight="balanced")], y, "classification", NAMES)
+    assert mine is not None
+    np.testing.assert_allclose(mine[0], compute_class_weight("balanced", classes=np.arange(3), y=y), rtol=1e-6)
+    with pytest.raises(SpecError, match="'d', which is no class"):
+        class_weights([TrainSpec(class_weight={"d": 1.0})], y, "classification", NAMES)
+    with pytest.raises(SpecError, match="regression"):
+        class_weights([TrainSpec(class_weight="balanced")], y, "regression", NAMES)
+
+
+# optimizer -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_steps_are_those_of_torchs_optimizer(optimizer: Any, kind: str) -> None:
+    x, y = made()
+    spec = TrainSpec(optimizer=optimizer, learning_rate=0.02, weight_decay=0.3, clip=0.5, schedule="linear", warmup=0.2)
+    options = {"hidden": [5], "dropout": 0.0, "activation": "tanh"} if kind == "mlp" else {}
+    mine, theirs = (build_head(HeadSpec(kind, "torch", options), POOLED, 3, seed=5) for _ in range(2))
+    stack = HeadStack([mine], [spec], Loss("classification", 3), total_steps=20)
+    decayed = [each for each in theirs.parameters() if each.dim() > 1]
+    groups = [
+        {"params": decayed, "weight_decay": 0.3},
+        {"params": [each for each in theirs.parameters() if each.dim() == 1], "weight_decay": 0.0},
+    ]
+    torchs: Any = torch.optim.AdamW(groups, 0.02) if optimizer == "adamw" else torch.optim.SGD(groups, 0.02, 0.9)
+    factors = schedule_factors(spec, 0, 20, 20)
+    for step in range(20):
+        rows = order(len(x), 3, step)[:32]
+        batch, target = torch.from_numpy(x[rows]), torch.from_numpy(y[rows])
+        loss = functional.cross_entropy(theirs(batch), target)
+        torchs.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in torchs.param_groups:
+            group["lr"] = 0.02 * factors[step]
+        torchs.step()
+        torch.testing.assert_close(stack.step(batch, None, target), loss.detach(), rtol=2e-5, atol=2e-6)
+    for name, value in theirs.named_parameters():
+        torch.testing.assert_close(stack.state(0)[name], value.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_schedules() -> None:
+    rising = schedule_factors(TrainSpec(schedule="constant", warmup=0.4), 0, 10, 10)
+    np.testing.assert_allclose(rising, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1])
+    np.testing.assert_allclose(
+        schedule_factors(TrainSpec(schedule="linear", warmup=0), 0, 5, 5), [1, 0.8, 0.6, 0.4, 0.2]
+    )
+    cosine = schedule_factors(TrainSpec(schedule="cosine", warmup=0), 0, 4, 4)
+    np.testing.assert_allclose(cosine, [0.5 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)])
+    np.testing.assert_allclose(schedule_factors(TrainSpec(), 3, 4, 20), schedule_factors(TrainSpec(), 0, 20, 20)[3:7])
+
+
+# stacks --------------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "mlp": {"hidden": [5, 3], "norm": True},
+    "residual": {"width": 6, "depth": 2, "expansion": 1},
+    "attention": {"width": 6, "heads": 2},
+    "attention-pooling": {"width": 6, "heads": 3, "queries": 2},
+}
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(sorted(KINDS)), st.data())
+def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataObject) -> None:
+    draw = data.draw
+    count = draw(st.integers(2, 5))
+    layers = kind.startswith("attention")
+    x, y = made(67, 21 if layers else 7)
+    x = x.reshape(67, 3, 7) if layers else x
+    optimizer = draw(st.sampled_from(["adamw", "sgd"]))
+    masked = draw(st.booleans())
+    smoothing = draw(st.sampled_from([0.0, 0.1]))
+    heads, specs = [], []
+    for seed in range(count):
+        rate = draw(st.sampled_from([0.0, 0.1, 0.5]))
+        heads.append(HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind == "linear" else {"dropout": rate})}))
+        specs.append(
+            TrainSpec(
+                epochs=3, batch_size=17, optimizer=optimizer, shuffle_seed=11, seed=seed, patience=2,
+                learning_rate=draw(st.sampled_from([1e-3, 1e-2])), weight_decay=draw(st.sampled_from([0.0, 0.1])),
+                label_smoothing=smoothing * seed / count, schedule=draw(st.sampled_from(["constant", "cosine"])),
+                class_weight=draw(st.sampled_from([None, "balanced"])), clip=draw(st.sampled_from([0.3, 1.0])),
+            )
+        )  # fmt: skip
+    folds = np.arange(67) % 3
+    train = np.stack([folds != fold for fold in range(3)])
+    of = np.array([draw(st.integers(0, 2)) for _ in range(count)])
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    if not masked:
+        options |= {"x_eval": x[:20], "y_eval": y[:20]}
+
+    def masks(which: np.ndarray) -> dict[str, Any]:
+        return {"masks": Masks(train, ~train, which)} if masked else {}
+
+    together = train_stack(x, y, heads, specs, **options, **masks(of))
+    for place in range(count):
+        alone = train_stack(
+            x, y, heads[place : place + 1], specs[place : place + 1], **options, **masks(of[place : place + 1])
+        )
+        mine, other = together.history[place], alone.history[0]
+        assert len(mine) == len(other)
+        for a, b in zip(mine, other, strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+            assert a["validation_log_loss"] == pytest.approx(b["validation_log_loss"], abs=1e-4)
+        for name, value in alone.heads[0].state.items():
+            np.testing.assert_allclose(together.heads[place].state[name], value, atol=2e-3, rtol=1e-3)
+
+
+def test_a_head_with_another_seed_is_seen_to_differ() -> None:
+    x, y = made()
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    heads = [HeadSpec("mlp", "torch", {"hidden": [5]})]
+    losses = [
+        train_stack(x, y, heads, [TrainSpec(epochs=1, seed=seed, shuffle_seed=0)], **options).history[0][0][
+            "train_loss"
+        ]
+        for seed in (0, 1)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_a_fold_is_trained_as_on_its_own_rows() -> None:
+    """Rows of weight zero are as good as absent: with one batch an epoch, a mask equals a selection."""
+    x, y = made(60)
+    train = (np.arange(60) % 4 != 0)[None]
+    spec = [TrainSpec(epochs=5, batch_size=64, weight_decay=0.0, patience=0, clip=0.0)]
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    masked = train_stack(x, y, [HeadSpec()], spec, masks=Masks(train, ~train, np.array([0])), **options)
+    chosen = train_stack(x[train[0]], y[train[0]], [HeadSpec()], spec, **options)
+    for a, b in zip(masked.history[0], chosen.history[0], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-6)
+    # The folded mean multiplies what differs in the weights.
+    np.testing.assert_allclose(masked.heads[0].logits(x), chosen.heads[0].logits(x), atol=1e-4)
+
+
+def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
+    x, y = made(300)
+    specs = [TrainSpec(epochs=40, patience=2, learning_rate=rate, shuffle_seed=0) for rate in (3.0, 1e-3)]
+    found = train_stack(
+        x[:150], y[:150], [HeadSpec("mlp")] * 2, specs, x_eval=x[150:], y_eval=y[150:],
+        task="classification", class_names=NAMES, progress=False,
+    )  # fmt: skip
+    assert len(found.history[0]) < len(found.history[1])
+    assert len(found.history[0]) == found.best_epoch[0] + 3
+    from embedcache.train.metrics import score
+
+    measured = score("log_loss", "classification", y[150:], found.heads[0].probabilities(x[150:]))
+    assert measured == pytest.approx(min(each["validation_log_loss"] for each in found.history[0]), rel=1e-4)
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    x, y = made()
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    with pytest.raises(SpecError, match="share epochs"):
+        train_stack(x, y, [HeadSpec()] * 2, [TrainSpec(epochs=1), TrainSpec(epochs=2)], **options)
+    with pytest.raises(SpecError, match="one kind and shape"):
+        train_stack(x, y, [HeadSpec("mlp"), HeadSpec()], [TrainSpec()] * 2, **options)
+    heads = [HeadSpec("mlp", "torch", {"hidden": [width]}) for width in (3, 5)]
+    with pytest.raises(SpecError, match="one kind and shape"):
+        train_stack(x, y, heads, [TrainSpec()] * 2, **options)
+
+
+# the loop ------------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A learner whose validation metric is written down, for the loop alone."""
+
+    def __init__(self, scores: list[float], losses: float = 1.0, wait: threading.Event | None = None) -> None:
+        self.alive = [0]
+        self.scores, self.losses, self.wait = iter(scores), losses, wait
+        self.kept: list[int] = []
+        self.steps = 0
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        self.steps += 1
+        if self.wait is not None and self.steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.tensor(self.losses)
+
+    def evaluate(self) -> np.ndarray:
+        return np.array([next(self.scores)])
+
+    def remember(self, places: Any) -> None:
+        self.kept += [self.steps] * len(places)
+
+    def keep(self, places: Any) -> None:
+        self.alive = [self.alive[place] for place in places]
+
+
+def batches(rows: int = 4) -> InMemory:
+    return InMemory(torch.zeros(rows, 1), rows, 0)
+
+
+def test_early_stopping_waits_for_patience_and_remembers_the_best() -> None:
+    learner = Scripted([0.5, 0.7, 0.6, 0.65, 0.9])
+    found = fit(learner, batches(), epochs=5, patience=2, progress=False, metric="accuracy")
+    assert [entry["validation_accuracy"] for entry in found.history[0]] == [0.5, 0.7, 0.6, 0.65]
+    assert found.best_epoch == [1]
+    assert learner.kept == [1, 2]
+
+
+def test_a_metric_that_is_better_when_lower() -> None:
+    found = fit(Scripted([0.5, 0.7, 0.4]), batches(), epochs=3, greater_is_better=False, progress=False)
+    assert found.best_epoch == [2]
+
+
+def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
+    found = fit(Scripted([math.nan, 0.1, math.nan]), batches(), epochs=3, progress=False)
+    assert found.best_epoch == [1]
+
+
+def test_a_loss_that_explodes_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="lower learning rate"):
+        fit(Scripted([0.5], losses=math.inf), batches(), epochs=1, progress=False)
+
+
+def test_ctrl_c_keeps_the_best_weights_so_far() -> None:
+    learner = Scripted([0.5, 0.7, 0.6], wait=threading.Event())
+    found = fit(learner, batches(), epochs=9, progress=False)
+    assert found.interrupted
+    assert found.best_epoch == [1]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+    x, y = made()
+    spec = TrainSpec(epochs=3, seed=4)
+    runs = [
+        train_head(x, y, x, y, HeadSpec("mlp"), each, class_names=NAMES, progress=False).head.state
+        for each in (spec, spec, TrainSpec(epochs=3, seed=5))
+    ]
+    assert all(np.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not np.array_equal(runs[0]["output.weight"], runs[2]["output.weight"])
+
+
+# batches -------------------------------------------------------------------------------------------------------------
+
+
+def rows_seen(source: Any, epoch: int) -> Iterator[tuple[Batch, list[int]]]:
+    for batch in source.epoch(epoch):
+        yield batch, batch.rows.tolist()
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 700), st.integers(1, 97), st.integers(0, 3))
+def test_every_source_gives_each_row_once_with_its_own_features(rows: int, size: int, epoch: int) -> None:
+    x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+    offsets = np.concatenate([[0], np.cumsum(1 + np.arange(rows) % 5)])
+    values = np.repeat(x, np.diff(offsets), axis=0)
+    sources = [
+        InMemory(torch.from_numpy(x), size, 7),
+        OnDisk(MappedRows(x), size, 7, window_bytes=12 * 100),
+        InMemoryRagged(values, offsets, size, 7, "cpu"),
+    ]
+    for source in sources:
+        seen: list[int] = []
+        steps = 0
+        for batch, mine in rows_seen(source, epoch):
+            steps += 1
+            assert len(mine) <= size
+            seen += mine
+            first = batch.x if batch.mask is None else batch.x[:, 0]
+            np.testing.assert_array_equal(first.numpy(), x[mine])
+            if batch.mask is not None:
+                assert batch.mask.sum(dim=1).tolist() == [1 + row % 5 for row in mine]
+        assert sorted(seen) == list(range(rows))
+        assert steps == source.steps
+
+
+def test_orders_depend_on_seed_and_epoch_alone() -> None:
+    assert np.array_equal(order(97, 1, 2), order(97, 1, 2))
+    assert not np.array_equal(order(97, 1, 2), order(97, 1, 3))
+    assert not np.array_equal(order(97, 1, 2), order(97, 2, 2))
+    windows = list(block_order(1000, 1, 0, 256))
+    assert len(windows) == 4
+    assert len(np.unique(windows[0] // 64)) == 4  # whole blocks, drawn at random
+    assert not np.array_equal(windows[0], np.sort(windows[0]))
+
+
+def test_features_on_disk_train_the_same_head_as_features_in_memory() -> None:
+    x, y = made(500)
+    feature = POOLED
+    data = checked_data(x, y, feature, "classification")
+    on_disk = checked_data(MappedRows(x), y, feature, "classification")
+    spec = TrainSpec(epochs=2, batch_size=32)
+    source = OnDisk(MappedRows(x), 32, 0)
+    mine = train_minibatch(data, None, [HeadSpec()], [spec], feature, "classification", NAMES, batches=source)
+    other = train_minibatch(on_disk, None, [HeadSpec()], [spec], feature, "classification", NAMES)
+    assert all(np.array_equal(mine.states[0][name], other.states[0][name]) for name in mine.states[0])
+
+
+def test_a_reader_that_fails_is_heard() -> None:
+    class Broken(MappedRows):
+        def read(self, rows: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(OnDisk(Broken(np.zeros((100, 3), np.float32)), 10, 0).epoch(0))
+
+
+def test_memory_is_what_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDCACHE_MEMORY", "4000")
+    assert fits_in_memory(1000)
+    assert not fits_in_memory(1001)
+
+
+@given(st.integers(2, 300), st.floats(-1e4, 1e4), st.floats(1e-3, 1e3))
+def test_moments_are_numpys(rows: int, shift: float, spread: float) -> None:
+    x = (np.random.default_rng(rows).normal(size=(rows, 7)) * spread + shift).astype(np.float32)
+    x[:, 3] = np.float32(shift)
+    mean, scale = moments(x, POOLED)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-5, atol=1e-5)
+    assert scale[3] == 1.0
+    varied = exact.std(axis=0) > 1e-5 * max(1.0, abs(shift))
+    np.testing.assert_allclose(scale[varied], 1 / exact.std(axis=0)[varied], rtol=2e-2)
+
+
+# tasks and bad input -------------------------------------------------------------------------------------------------
+
+
+def test_regression_is_in_real_units() -> None:
+    x, _ = made(400)
+    y = x @ np.arange(14).reshape(7, 2) * [1.0, 50.0] + [7.0, -300.0]
+    spec = TrainSpec(epochs=60, learning_rate=0.05, batch_size=16)
+    found = train_head(
+        x[:300], y[:300], x[300:], y[300:], "linear", spec, task="regression", class_names=["u", "v"], progress=False
+    )
+    assert found.metrics["validation"]["r2"] > 0.98
+    assert abs(found.head.predict(x[:300]) - y[:300]).max() < 0.2 * y.std(axis=0).max()
+
+
+def test_several_labels() -> None:
+    x, _ = made(400)
+    y = (x[:, :3] > np.median(x[:, :3], axis=0)).astype(np.uint8)
+    y[5] = 255
+    found = train_head(
+        x[:300],
+        y[:300],
+        x[300:],
+        y[300:],
+        "linear",
+        TrainSpec(epochs=60, learning_rate=0.05),
+        task="multilabel",
+        class_names=NAMES,
+        progress=False,
+    )
+    assert found.metrics["train"]["rows"] == 299
+    assert found.metrics["validation"]["f1_macro"] > 0.9
+    assert len(found.head.thresholds) == 3
+
+
+@pytest.mark.parametrize("solver", ["minibatch", "convex"])
+def test_a_linear_head_is_as_good_as_scikit_learns(solver: Any) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = made(600)
+    scaler = StandardScaler().fit(x[:400])
+    theirs = LogisticRegression(max_iter=1000).fit(scaler.transform(x[:400]), y[:400])
+    spec = TrainSpec(solver=solver, epochs=60, learning_rate=0.02, batch_size=16)
+    found = train_head(x[:400], y[:400], x[400:], y[400:], "linear", spec, class_names=NAMES, progress=False)
+    accuracy = theirs.score(scaler.transform(x[400:]), y[400:])
+    assert found.metrics["validation"]["accuracy"] >= accuracy - 0.02
+    if solver == "convex":
+        np.testing.assert_array_equal(found.head.predict(x[400:]), theirs.predict(scaler.transform(x[400:])))
+
+
+def test_bad_input_is_named() -> None:
+    x, y = made()
+    options: dict[str, Any] = {"class_names": NAMES, "progress": False}
+    broken = x.copy()
+    broken[13, 2] = np.nan
+    with pytest.raises(FeatureError, match="features: row 13 holds NaN"):
+        train_head(broken, y, **options)
+    with pytest.raises(FeatureError, match=r"row 13 holds NaN"):
+        train_head(x, y, broken, y, **options)
+    with pytest.raises(TrainingError, match="have the class 'b'"):
+        train_head(x, np.ones_like(y), **options)
+    with pytest.raises(TrainingError, match="2 training rows for 3 classes"):
+        train_head(x[:2], np.array([0, 1]), **options)
+    with pytest.raises(TrainingError, match="no labelled row"):
+        train_head(x, np.full_like(y, -1), **options)
+    with pytest.raises(InputError, match="210 of targets"):
+        train_head(x, y[:-1], **options)
+    values = x[:, 0].astype(np.float64)
+    values[3] = np.inf
+    with pytest.raises(InputError, match="row 3 has an infinite target"):
+        train_head(x, values, task="regression", class_names=["u"], progress=False)
+    with pytest.raises(SpecError, match=r"metric 'acuracy' .did you mean accuracy"):
+        train_head(x, y, x, y, spec=TrainSpec(metric="acuracy"), **options)
+    with pytest.raises(SpecError, match="did you mean linear"):
+        train_head(x, y, head=HeadSpec("linaer"), **options)
+    with pytest.raises(SpecError, match="convex solver is for linear"):
+        train_head(x, y, head="mlp", spec=TrainSpec(solver="convex"), **options)
+
+
+def test_a_head_too_large_for_the_data_is_said() -> None:
+    x, y = made(40)
+    found = train_head(
+        x,
+        y,
+        head=HeadSpec("mlp", "torch", {"hidden": [512]}),
+        spec=TrainSpec(epochs=1),
+        class_names=NAMES,
+        progress=False,
+    )
+    assert any("parameters for 40 training rows" in note for note in found.notes)
