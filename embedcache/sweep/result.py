@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +33,14 @@ class SweepResult:
         result.to_dataframe().groupby("label").score.mean()
     """
 
-    def __init__(self, path: Path | str, *, keep: Any = None) -> None:
-        """Open a folder. Raises ``SweepError`` when it is no sweep, or no part of one is finished."""
+    def __init__(self, path: Path | str, *, temporary: bool = False) -> None:
+        """Open a folder; a ``temporary`` one is removed together with this object.
+
+        Raises ``SweepError`` when it is no sweep, or no part of one is finished.
+        """
         self.path = Path(path)
-        self._keep = keep  # a temporary folder lives as long as its result
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         try:
             self.summary: dict[str, Any] = strict_json((self.path / "summary.json").read_bytes())
         except OSError:

@@ -101,14 +101,13 @@ def sweep(
     refuse_too_many(problem, parsed, options.get("random"), yes)
     configurations = parsed.configurations(options.get("random"), options.get("seed", 0))
     refuse_impossible(problem, configurations)
-    keep = tempfile.TemporaryDirectory(prefix="embedcache-sweep-") if output_dir is None else None
-    path = Path(keep.name) if keep is not None else Path(output_dir or "")
+    path = Path(tempfile.mkdtemp(prefix="embedcache-sweep-") if output_dir is None else output_dir)
     with SweepFolder(path, problem.identity()) as folder:
         run = Run(problem, folder, progress, command, choose, options)
         jobs = [Job(each, fold, at) for each in configurations for at, fold in enumerate(divided)]
         run.train(jobs)
         run.conclude()
-    return SweepResult(path, keep=keep)
+    return SweepResult(path, temporary=output_dir is None)
 
 
 def _is_file(text: str) -> bool:

@@ -39,6 +39,9 @@ _STEPS = 300
 """A head that learns from a part of the rows takes at least so many steps: thirty epochs of one batch teach nothing."""
 _IN_PROCESS = frozenset({"majority"})  # fitting takes less than sending the features
 
+_WORTH_PROCESSES = 4_000_000
+"""Below so many numbers to learn from, over all jobs, processes take longer to start than to work."""
+
 Outputs = npt.NDArray[np.float32]
 
 
@@ -256,7 +259,7 @@ def _sklearn(problem: Problem, batch: Batch, x: Any) -> Iterator[Trained]:
     yield from _one_by_one(problem, Batch("sklearn", tuple(here)), x)
     rest = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
     workers = min(len(rest), os.cpu_count() or 1)
-    if workers < 2 or len(rest) < 3:
+    if workers < 2 or len(rest) < 3 or np.size(x) * len(rest) < _WORTH_PROCESSES:
         yield from _one_by_one(problem, Batch("sklearn", tuple(rest)), x)
         return
     from joblib import Parallel, delayed
