@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class HeadLearner:
 
     def step(self, batch: Batch) -> Tensor:
         """Take one step."""
-        return self.stack.step(batch.x, batch.mask, self._y[batch.rows], self._weights(batch.rows))
+        return self.stack.step(batch.x, batch.mask, self._y.index_select(0, batch.rows), self._weights(batch.rows))
 
     def _weights(self, rows: Tensor) -> Tensor | None:
         weight = None if self._weight is None else self._weight[rows]
@@ -198,11 +198,13 @@ def train_minibatch(
     title: str = "train",
     keep_losses: bool = False,
     max_steps: int | None = None,
+    watch: Callable[[HeadStack], None] | None = None,
 ) -> Trained:
     """Train K heads of one shape in one pass over ``data``.
 
     ``judged`` are validation rows; with ``masks`` they must be ``data`` itself. ``batches`` replaces the source of
-    features, of which ``data`` then gives only targets and moments. ``start`` replaces initial weights.
+    features, of which ``data`` then gives only targets and moments. ``start`` replaces initial weights. ``watch`` is
+    shown the stack before its first step.
     """
     refuse_unstackable(heads, specs)
     spec = specs[0]
@@ -238,6 +240,8 @@ def train_minibatch(
         stack.module.standardize(*own)
     elif not plain and mean is not None and scale is not None:
         stack.module.standardize(torch.from_numpy(mean).to(device), torch.from_numpy(scale).to(device))
+    if watch is not None:
+        watch(stack)
     y = _targets(data.y, task, target, device)
     weight = None if data.weight is None else torch.from_numpy(data.weight).to(device)
     judge = None
