@@ -477,7 +477,7 @@ def test_bad_input_is_named() -> None:
     options: dict[str, Any] = {"class_names": NAMES, "progress": False}
     broken = x.copy()
     broken[13, 2] = np.nan
-    with pytest.raises(FeatureError, match="features: row 13 holds NaN"):
+    with pytest.raises(FeatureError, match="row 13 holds NaN"):
         train_head(broken, y, **options)
     with pytest.raises(FeatureError, match=r"row 13 holds NaN"):
         train_head(x, y, broken, y, **options)

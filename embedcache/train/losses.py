@@ -39,8 +39,7 @@ class Loss:
         self.outputs = outputs
         self._smoothing = torch.tensor(smoothing, dtype=torch.float32, device=device)
         self._weight = None if class_weight is None else torch.tensor(class_weight, device=device).T.contiguous()
-        self._same = len(set(smoothing)) == 1
-        self._epsilon = smoothing[0]
+        self._plain = class_weight is None and not any(smoothing)
 
     def keep(self, heads: Tensor) -> None:
         """Go on with some of the heads."""
@@ -58,22 +57,24 @@ class Loss:
     def _classification(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         log_p = functional.log_softmax(logits, dim=1)
         stacked = logits.dim() == 3
+        if self._plain:  # nothing but the log probability of each row's own class
+            own_class = y.view(-1, 1, 1).expand(-1, 1, logits.shape[2]) if stacked else y.view(-1, 1)
+            nll = log_p.gather(1, own_class).squeeze(1).neg_()
+            slope = log_p.exp_()
+            return _mean(nll, slope.scatter_add_(1, own_class, torch.full_like(nll, -1.0).unsqueeze(1)), rows)
         hot = torch.zeros(logits.shape[:2], dtype=logits.dtype, device=logits.device).scatter_(1, y[:, None], 1.0)
         target = hot.unsqueeze(-1) if stacked else hot
-        if self._weight is not None or not self._same or self._epsilon:
-            epsilon = self._smoothing if stacked else self._smoothing[0]
-            even = torch.ones_like(hot[:1]) / self.outputs
-            even = even.unsqueeze(-1) if stacked else even
-            own: Tensor | float = 1.0
-            if self._weight is not None:
-                weight = self._weight if stacked else self._weight[:, 0]
-                own = weight[y].unsqueeze(1)
-                even = even * weight
-            target = (1 - epsilon) * own * target + epsilon * even
+        epsilon = self._smoothing if stacked else self._smoothing[0]
+        even = torch.ones_like(hot[:1]) / self.outputs
+        even = even.unsqueeze(-1) if stacked else even
+        own: Tensor | float = 1.0
+        if self._weight is not None:
+            weight = self._weight if stacked else self._weight[:, 0]
+            own = weight[y].unsqueeze(1)
+            even = even * weight
+        target = (1 - epsilon) * own * target + epsilon * even
         loss = -(target * log_p).sum(dim=1)
-        mass = None if self._weight is None and not self._smoothing.any() else target.sum(dim=1, keepdim=True)
-        gradient = log_p.exp_()
-        gradient = gradient.sub_(target) if mass is None else gradient.mul_(mass).sub_(target)
+        gradient = log_p.exp_().mul_(target.sum(dim=1, keepdim=True)).sub_(target)
         share = rows
         if self._weight is not None:
             own_weight = (self._weight if stacked else self._weight[:, 0])[y]

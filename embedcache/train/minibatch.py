@@ -267,7 +267,8 @@ def _source(x: Any, spec: TrainSpec, device: str) -> Batches:
     if isinstance(x, Tensor):
         return InMemory(x, spec.batch_size, spec.order_seed)
     if isinstance(x, tuple):
-        return InMemoryRagged(*x, spec.batch_size, spec.order_seed, device)
+        values, offsets = x
+        return InMemoryRagged(values, offsets, spec.batch_size, spec.order_seed, device)
     return OnDisk(x, spec.batch_size, spec.order_seed, device)
 
 
