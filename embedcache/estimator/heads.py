@@ -81,10 +81,16 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         """Whether the head reads several vectors a row, [N, L, D]."""
         return isinstance(self.head, str) and self.head.startswith("attention")
 
-    def _rows(self, X: Any, y: Any = None, **options: Any) -> Any:
-        several = self._several
-        given = {"dtype": _DTYPES, "allow_nd": several, "ensure_2d": not several} | options
-        return validate_data(self, X, reset=False, **given) if y is None else validate_data(self, X, y, **given)
+    def _rows(self, X: Any) -> Any:
+        return validate_data(self, X, reset=False, **self._shape)
+
+    def _labelled_rows(self, X: Any, y: Any, **options: Any) -> Any:
+        more = {} if y is None else {"multi_output": True}  # without y scikit-learn says itself that it is missing
+        return validate_data(self, X, y, ensure_min_samples=2, **self._shape, **more, **options)
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return {"dtype": _DTYPES, "allow_nd": self._several, "ensure_2d": not self._several}
 
     def _fitted(
         self, X: Any, y: Any, sample_weight: Any, task: Task, names: list[str], **settings: Any
@@ -210,7 +216,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
 
         Heads that attend take several vectors a row, [N, L, D]. Rows of weight 0 are left out.
         """
-        X, y = self._rows(X, y, multi_output=True, ensure_min_samples=2)
+        X, y = self._labelled_rows(X, y)
         y = y.toarray() if hasattr(y, "toarray") else y
         check_classification_targets(y)
         several = type_of_target(y) == "multilabel-indicator"
@@ -243,7 +249,8 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> Floats:
         """Return probabilities [N, C], calibrated where rows were held out for it."""
-        return self.head_.calibrated(self._said(X))
+        said = self._said(X)
+        return self.head_.calibrated(said)
 
     def predict(self, X: Any) -> Array:
         """Return the label of each row [N], or a 0/1 indicator [N, C]."""
@@ -274,7 +281,7 @@ class HeadRegressor(RegressorMixin, _HeadEstimator):  # type: ignore[misc]
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HeadRegressor:
         """Train the head on features ``X`` [N, D] and numbers ``y`` [N] or [N, R]; rows of weight 0 are left out."""
-        X, y = self._rows(X, y, multi_output=True, y_numeric=True, ensure_min_samples=2)
+        X, y = self._labelled_rows(X, y, y_numeric=True)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
         X, y, sample_weight = _weighted(X, y, sample_weight)
         self._flat = y.ndim == 1

@@ -136,9 +136,15 @@ def moments(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the mean and 1 / standard deviation of each feature, float32 [D]; constant features get a scale of 1.
 
-    One pass in blocks, in float64, whatever the size. ``weight`` [N] are weights of the rows: a row of weight 2 counts
-    as two. Raises ``FeatureError`` where features on disk are not finite.
+    ``weight`` [N] are weights of the rows: a row of weight 2 counts as two. Raises ``FeatureError`` where features on
+    disk are not finite.
     """
+    mean, scale = exact_moments(x, feature, weight)
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def exact_moments(x: Any, feature: FeatureSet, weight: Array | None = None) -> tuple[Floats, Floats]:
+    """Return what ``moments`` does before it is rounded, float64 [D]: one pass in blocks, whatever the size."""
     dim = feature.dim
     total, squares, rows, seen = np.zeros(dim), np.zeros(dim), 0.0, 0
     weights = None if weight is None else _vector_weights(x, feature, weight)
@@ -167,7 +173,7 @@ def moments(
     mean = mean + shift[0]
     constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-6)
     scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, deviation))
-    return mean.astype(np.float32), scale.astype(np.float32)
+    return mean, scale
 
 
 def _vector_weights(x: Any, feature: FeatureSet, weight: Array) -> Floats:

@@ -16,7 +16,7 @@ from embedcache.heads.trained import count
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train.calibration import fit_temperature, fit_thresholds
-from embedcache.train.data import Data, checked_data, choose, class_weights, moments, refuse_untrainable
+from embedcache.train.data import Data, checked_data, choose, class_weights, exact_moments, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.result import TrainingResult
 
@@ -155,7 +155,7 @@ def _dense(data: Data, kind: str, feature: FeatureSet) -> npt.NDArray[np.float32
         x = np.asarray(data.x.read(np.arange(len(data))))
         refuse_non_finite(x, feature.name)
         return x
-    return np.asarray(data.x, np.float32)
+    return np.asarray(data.x)
 
 
 def _sklearn(trained: TrainedHead, data: Data, spec: TrainSpec) -> tuple[TrainedHead, list[str]]:
@@ -185,8 +185,8 @@ def _convex(
     if trained.spec.kind != "linear":
         raise SpecError(f"the convex solver is for linear heads, not {trained.spec.kind}: use --solver minibatch")
     x = _dense(data, "the convex solver", trained.feature)
-    mean, scale = moments(x, trained.feature, data.weight) if spec.standardize else (0.0, 1.0)
-    x = (x - mean) * scale if spec.standardize else x
+    mean, scale = exact_moments(x, trained.feature, data.weight) if spec.standardize else (0.0, 1.0)
+    x = (x - np.asarray(mean, x.dtype)) * np.asarray(scale, x.dtype) if spec.standardize else x
     weight = data.weight
     per_class = _class_weight(spec, data, trained)
     if per_class is not None and trained.task == "classification":

@@ -115,9 +115,10 @@ def fit_sklearn(
     linear, estimator = None, None
     with _heard(notes):
         if kind.linear:
-            linear = _linear(build, x, y, task, classes, standardize, rows, labels, notes)
+            linear = _linear(build, x, y, task, classes, standardize, rows, labels, notes, sample_weight)
         else:
-            estimator = _estimator(build, x, y, task, classes, standardize and kind.scaled, rows, labels)
+            scaled = standardize and kind.scaled
+            estimator = _estimator(build, x, y, task, classes, scaled, rows, labels, sample_weight)
     if head.kind == "knn" and options["n_neighbors"] > len(x):
         notes.append(f"knn asks for {options['n_neighbors']} neighbours and has {len(x)} rows: it uses them all")
     return FittedSklearn(task, classes, linear, estimator, tuple(dict.fromkeys(notes)))
@@ -233,7 +234,7 @@ def _fit(estimator: Any, x: Array, y: Array, rows: Floats | None) -> Any:
 
 def _linear(
     build: Any, x: Array, y: Array, task: Task, classes: int, standardize: bool, rows: Floats | None,
-    labels: Floats | None, notes: list[str],
+    labels: Floats | None, notes: list[str], sample_weight: Array | None,
 ) -> Matrix:  # fmt: skip
     x = x.astype(np.float64)
     dim = x.shape[1]
@@ -241,7 +242,7 @@ def _linear(
     if standardize:
         from sklearn.preprocessing import StandardScaler
 
-        scaler = StandardScaler(copy=False).fit(x)
+        scaler = StandardScaler(copy=False).fit(x, sample_weight=sample_weight)
         mean, scale = scaler.mean_, scaler.scale_
         x = scaler.transform(x)
     if task == "classification":
@@ -313,14 +314,14 @@ def _majority(y: Array, task: Task, classes: int, dim: int, rows: Floats | None,
 
 def _estimator(
     build: Any, x: Array, y: Array, task: Task, classes: int, standardize: bool, rows: Floats | None,
-    labels: Floats | None,
+    labels: Floats | None, sample_weight: Array | None,
 ) -> Any:  # fmt: skip
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
     steps: list[tuple[str, Any]] = []
     if standardize:
-        scaler = StandardScaler().fit(x)
+        scaler = StandardScaler().fit(x, sample_weight=sample_weight)
         steps, x = [("scale", scaler)], scaler.transform(x)
     head = build()
     alone = type(head).__name__.startswith("HistGradientBoosting")
