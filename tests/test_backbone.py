@@ -25,9 +25,12 @@ from embedcache.backbone import (
     DEFAULT_MODEL,
     TextBackbone,
     choose_device,
+    features_of,
     load_backbone,
     needs_spare_row,
     resolve_model,
+    run_plan,
+    side_by_side,
     threads,
     weight_files,
 )
@@ -400,19 +403,75 @@ def test_auto_equals_sentence_transformers(minilm_path: Path, normalize: bool) -
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_minilm_bits(minilm_path: Path, dtype: str) -> None:
-    """Permuted, in part, and with another number of threads: the same bits."""
-    backbone = load_backbone(str(minilm_path), features=["mean", "cls@-2"], compute_dtype=dtype, device="cpu")
+    """Permuted, in part, with another number of threads and side by side: the same bits."""
+    backbone = load_backbone(
+        str(minilm_path), features=["mean", "cls@-2"], compute_dtype=dtype, device="cpu", positions=512
+    )
     generator = np.random.default_rng(2)
     words = " ".join(SENTENCES[:6]).split()
-    contents = [" ".join(generator.choice(words, count)).encode() for count in generator.integers(1, 40, 53)]
+    contents = [" ".join(generator.choice(words, count)).encode() for count in generator.integers(12, 26, 29)]
     whole = run(backbone, contents)
-    assert_same_bits(run(backbone, contents, generator.permutation(len(contents)).tolist()), whole)
-    subset = sorted(generator.choice(len(contents), 23, replace=False).tolist())
-    part = run(backbone, [contents[index] for index in subset])
-    assert_same_bits(part, {name: values[subset] for name, values in whole.items()})
+    order = generator.permutation(len(contents)).tolist()
     with threads(2):
         assert torch.get_num_threads() == 2
-        assert_same_bits(run(backbone, contents), whole)
+        assert_same_bits(run(backbone, contents, order), whole)
+        assert backbone.side_by_side(4) == (2, 1)
+        for name in whole:
+            assert features_of(backbone, contents[::-1], name)[::-1].tobytes() == whole[name].tobytes()
+    subset = sorted(generator.choice(len(contents), 7, replace=False).tolist())
+    part = run(backbone, [contents[index] for index in subset])
+    assert_same_bits(part, {name: values[subset] for name, values in whole.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "modernbert"])
+def test_passes_side_by_side(tiny: Callable[[str], Path], kind: str, dtype: str) -> None:
+    """However many passes run at a time, and with however many threads each: the same bits in the same places."""
+    names = ("mean", "tokens", "cls@all")
+    backbone = load_backbone(
+        str(tiny(kind)), features=names, compute_dtype=dtype, storage_dtype=dtype, device="cpu", positions=64
+    )
+    contents = [b" ".join(TEXTS[at : at + 1 + at % 3]) for at in range(len(TEXTS))] * 3
+    tokens = backbone.prepare(contents)
+    expected, before = run(backbone, contents), torch.get_num_threads()
+    done: list[int] = []
+    for count in (1, 2, 3, 5):
+        with threads(count):
+            found = run_plan(backbone, tokens, plan(tokens.lengths, backbone.policy), lambda rows, _: done.append(rows))
+        assert torch.get_num_threads() == before
+        assert np.array_equal(found["tokens"][1], tokens.offsets)
+        values = {"mean": found["mean"], "tokens": found["tokens"][0]}
+        values["cls@all"] = found["cls@all"].reshape(expected["cls@all"].shape)
+        assert_same_bits(values, expected)
+    assert sum(done) == 4 * len(contents)
+    decoded, offsets = features_of(backbone, contents, "tokens")
+    assert decoded.dtype == np.float32
+    assert np.array_equal(offsets, tokens.offsets)
+
+
+def test_a_pass_that_fails_beside_others(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes out, the passes that wait are not run, and the number of threads is what it was."""
+    backbone = load_backbone(str(tiny("bert")), features=["mean"], device="cpu", positions=16)
+    before, ran, forward = torch.get_num_threads(), [], backbone.forward
+
+    def fail(prepared: Any, batch: Batch) -> Any:
+        ran.append(batch)
+        if len(ran) == 3:
+            raise FeatureError("the third pass")
+        return forward(prepared, batch)
+
+    monkeypatch.setattr(backbone, "forward", fail)
+    with pytest.raises(FeatureError, match="the third pass"), threads(2):
+        features_of(backbone, list(TEXTS) * 3, "mean")
+    assert len(ran) < 12
+    assert torch.get_num_threads() == before
+
+
+def test_how_many_side_by_side() -> None:
+    with threads(2):
+        assert [side_by_side("cpu", batches) for batches in (0, 1, 2, 9)] == [(1, 2), (1, 2), (2, 1), (2, 1)]
+        assert side_by_side("cpu", 1, single=True) == (1, 1)
+        assert side_by_side("cuda:0", 9) == (1, 1)
 
 
 def test_ordinary_batches_do_change_bits(minilm_path: Path) -> None:

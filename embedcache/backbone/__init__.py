@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.backbone.compute import features_of, run_plan
-from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, threads
+from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
 from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
 from embedcache.batching import Batch, ShapePolicy
@@ -37,6 +37,7 @@ __all__ = [
     "needs_spare_row",
     "resolve_model",
     "run_plan",
+    "side_by_side",
     "threads",
     "weight_files",
 ]
@@ -85,6 +86,10 @@ class Backbone(Protocol):
 
     def forward(self, prepared: Any, batch: Batch) -> Any:
         """Start one canonical pass; on a GPU it may return before the work is done."""
+        ...
+
+    def side_by_side(self, batches: int) -> tuple[int, int]:
+        """Return how many of ``batches`` passes may run at a time, in threads, and torch threads for each."""
         ...
 
     def fetch(self, running: Any) -> dict[str, Any]:

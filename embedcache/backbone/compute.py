@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.backbone.device import threads
 from embedcache.batching import Batch, Plan, plan
 from embedcache.errors import FeatureError
 from embedcache.shard import STORED
 
 if TYPE_CHECKING:
     from embedcache.backbone import Backbone, Prepared
+
+Passes = Generator[tuple[Batch, dict[str, Any]], None, None]
 
 
 def run_plan(
@@ -37,9 +42,9 @@ def run_plan(
         else:
             arrays[each.name] = np.empty((len(lengths), *each.row_shape), dtype)
 
-    def collect(batch: Batch, running: Any) -> None:
+    def collect(batch: Batch, features: Mapping[str, Any]) -> None:
         counts = lengths[batch.indices]
-        for name, value in backbone.fetch(running).items():
+        for name, value in features.items():
             if isinstance(value, tuple):
                 values, given = value
                 if not np.array_equal(given, counts):
@@ -51,14 +56,49 @@ def run_plan(
         if done is not None:
             done(len(batch.indices), int(counts.sum()))
 
-    trailing: deque[tuple[Batch, Any]] = deque()  # a GPU starts the next pass while the last is copied back
+    passes, each_threads = backbone.side_by_side(len(batches))
+    running = _together(backbone, prepared, batches, passes, each_threads) if passes > 1 else _trailing(
+        backbone, prepared, batches
+    )  # fmt: skip
+    with contextlib.closing(running):
+        for batch, features in running:
+            collect(batch, features)
+    return arrays
+
+
+def _trailing(backbone: Backbone, prepared: Prepared, batches: Plan) -> Passes:
+    """Run one pass after the other; a GPU starts the next one while the last is copied back."""
+    trailing: deque[tuple[Batch, Any]] = deque()
     for batch in batches:
         trailing.append((batch, backbone.forward(prepared, batch)))
         if len(trailing) > 1:
-            collect(*trailing.popleft())
-    while trailing:
-        collect(*trailing.popleft())
-    return arrays
+            batch, running = trailing.popleft()
+            yield batch, backbone.fetch(running)
+    for batch, running in trailing:
+        yield batch, backbone.fetch(running)
+
+
+def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int, threads_each: int) -> Passes:
+    """Run several passes at a time, and give them back in the order of the plan."""
+    import torch
+
+    def one(batch: Batch) -> dict[str, Any]:
+        return backbone.fetch(backbone.forward(prepared, batch))
+
+    # A new thread starts with torch's own idea of how many threads its kernels have.
+    workers = ThreadPoolExecutor(passes, "embedcache-pass", torch.set_num_threads, (threads_each,))
+    ahead: deque[tuple[Batch, Future[dict[str, Any]]]] = deque()
+    with threads(threads_each):
+        try:
+            for batch in batches:
+                ahead.append((batch, workers.submit(one, batch)))
+                if len(ahead) > passes:
+                    first, running = ahead.popleft()
+                    yield first, running.result()
+            for batch, running in ahead:
+                yield batch, running.result()
+        finally:
+            workers.shutdown(wait=True, cancel_futures=True)
 
 
 def features_of(backbone: Backbone, contents: Sequence[bytes], name: str) -> Any:

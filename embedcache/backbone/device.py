@@ -40,14 +40,36 @@ def needs_spare_row(device: str) -> bool:
     return device.split(":")[0] != "cpu"
 
 
+MOST_PASSES = 8
+"""Passes run side by side at most: past that, Python's lock between kernels would be waited for."""
+
+
+def side_by_side(device: str, batches: int, *, single: bool = False) -> tuple[int, int]:
+    """Return how many of ``batches`` passes run at a time, and with how many threads each.
+
+    On CPU several passes with few threads are faster than one pass after the other with all of them: no kernel waits
+    for the slowest of its threads, which matters most where other programs want the cores too. At a fixed shape
+    neither number changes a bit. ``single`` is for passes that must have one thread.
+    """
+    if device.split(":")[0] != "cpu":
+        return 1, 1
+    import torch
+
+    there = torch.get_num_threads()
+    passes = min(there, batches, MOST_PASSES)
+    return max(passes, 1), 1 if single else max(there // max(passes, 1), 1)
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Run with ``count`` torch threads, or with as many as torch likes when None."""
+    if count is None:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

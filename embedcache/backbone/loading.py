@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedcache.backbone.device import threads
 from embedcache.backbone.folder import SentenceTransformerSettings
 from embedcache.errors import BackboneError, SpecError
 
@@ -78,7 +80,7 @@ def load_tokenizer(folder: Path, name: str, trust: bool) -> Any:
     return tokenizer
 
 
-@contextmanager
+@contextlib.contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
     try:
         yield
@@ -89,7 +91,7 @@ def _one_line(name: str, what: str) -> Iterator[None]:
         raise BackboneError(f"{name} cannot be loaded {what}: {reason[:300]}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Load without progress bars and reports: what matters in them is checked, and what is wrong is raised."""
     from transformers.utils import logging as chatter
@@ -153,37 +155,63 @@ class Compiled:
     """A network run through ``torch.compile``: one compilation for all canonical shapes, always the same one.
 
     What inductor makes of a network, and with it the bits, may depend on the first shape it sees. So ``warm_up``, an
-    iterable of passes through this object at shapes that the canonical ones alone decide, always comes first.
+    iterable of passes through this object at shapes that the canonical ones alone decide, always comes first. It
+    writes the number of threads into its kernels too, so on CPU a pass always has one, and passes run side by side.
     """
+
+    _patches = contextlib.ExitStack()
+    _running = 0
+    _lock = threading.Lock()
 
     def __init__(self, network: torch.nn.Module, warm_up: Callable[[], Iterable[Any]]) -> None:
         self._network = network
         self._run: Any = None
         self._warm_up = warm_up
-        self._ready: set[int] = set()
+        self._ready = False
 
     def __call__(self, **inputs: Any) -> Any:
+        import torch
+
+        self.ready()
+        on_cpu = next(iter(inputs.values())).device.type == "cpu"
+        with self._settings(), threads(1 if on_cpu and torch.get_num_threads() > 1 else None):
+            return self._run(**inputs)
+
+    @classmethod
+    @contextlib.contextmanager
+    def _settings(cls) -> Iterator[None]:
+        """Change the compiler's settings while any pass runs, in whichever thread: they are the process's.
+
+        Freezing packs the weights once; it is read while tracing, and is nobody else's business. Dynamo counts all
+        models of a class together, and would fall back to eager past its limit.
+        """
         import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
-        self.ready()
-        # Freezing packs the weights once. Patched around each call, because it is read while tracing, and is nobody
-        # else's business. Dynamo counts all models of a class together, and would fall back to eager past its limit.
-        with inductor.patch(freezing=True), dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
-            return self._run(**inputs)
+        with cls._lock:
+            if not cls._running:
+                cls._patches.enter_context(inductor.patch(freezing=True))
+                cls._patches.enter_context(dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True))
+            cls._running += 1
+        try:
+            yield
+        finally:
+            with cls._lock:
+                cls._running -= 1
+                if not cls._running:
+                    cls._patches.close()
 
     def ready(self) -> None:
         """Compile, unless that is done. Raises ``BackboneError`` when it cannot be."""
         import torch
 
-        if (count := torch.get_num_threads()) in self._ready:  # dynamo compiles anew for each number of threads
+        if self._ready:
             return
-        self._ready.add(count)
+        self._ready = True
         try:
             with warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")
-                if self._run is None:
-                    self._run = torch.compile(self._network, dynamic=True)
+                self._run = torch.compile(self._network, dynamic=True)
                 for _ in self._warm_up():
                     pass
         except (MemoryError, torch.OutOfMemoryError):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
-from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row
+from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
@@ -342,6 +342,10 @@ class TextBackbone:
         with torch.inference_mode():
             ids, mask = self.batch_inputs(prepared, batch)
             return self.pool(self._outputs(self._run, ids, mask), mask, len(batch.indices))
+
+    def side_by_side(self, batches: int) -> tuple[int, int]:
+        """Return how many of ``batches`` passes run at a time, and torch threads for each."""
+        return side_by_side(self.device.type, batches, single=isinstance(self._run, Compiled))
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the plain network as it stands (its mode, its gradients) and make the first feature set, in float32.

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.backbone import Backbone
+from embedcache.backbone import Backbone, run_plan
 from embedcache.backbone import threads as torch_threads
-from embedcache.batching import plan
+from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
 from embedcache.extract.run import new_rows, row_bytes_of, shard_rows, unique_count
@@ -73,7 +73,7 @@ class Forecast:
         lines += [f"on disk     {name}: {size / 1e6:,.1f} MB" for name, size in self.bytes.items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:
-            lines.append(f"time        about {_duration(self.seconds)}, from {CALIBRATION} calibration batches")
+            lines.append(f"time        about {_duration(self.seconds)}, from a few calibration batches")
         return "\n".join(lines)
 
 
@@ -105,13 +105,14 @@ def forecast(
         prepared = backbone.prepare(list(examples.contents(sample)))
         lengths, truncated = np.asarray(prepared.lengths, np.int64), prepared.truncated
         batches = plan(lengths, backbone.policy)
-        chosen = [batches.batches[at] for at in np.unique(np.linspace(0, len(batches) - 1, CALIBRATION).astype(int))]
         with torch_threads(threads):
-            backbone.fetch(backbone.forward(prepared, chosen[-1]))
+            count = CALIBRATION * backbone.side_by_side(len(batches))[0]
+            chosen = np.unique(np.linspace(0, len(batches) - 1, count).astype(int))
+            some = Plan(tuple(batches.batches[at] for at in chosen), batches.real)
+            run_plan(backbone, prepared, Plan(some.batches[-1:], batches.real))
             start = time.perf_counter()
-            for batch in chosen:
-                backbone.fetch(backbone.forward(prepared, batch))
-            rate = sum(batch.positions for batch in chosen) / max(time.perf_counter() - start, 1e-9)
+            run_plan(backbone, prepared, some)
+            rate = some.computed / max(time.perf_counter() - start, 1e-9)
         seconds = batches.computed * scale / rate
     whole = plan(lengths, backbone.policy)
     counts: dict[tuple[int, int], int] = {}
