@@ -131,7 +131,7 @@ def kill_everywhere(
 
 def main() -> None:
     """Do it all."""
-    # What a killed process wrote is safe in the kernel: waiting for the disk, or for the tick of a clock, proves nothing.
+    # What a killed process wrote is safe in the kernel: waiting for the disk, or for a tick, proves nothing.
     os.fsync = lambda descriptor: None
     checked_files._TICK = 0
     with tempfile.TemporaryDirectory() as folder:
