@@ -32,12 +32,25 @@ have never heard of this module. The command line prints ``str(error)`` on one l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class EmbedcacheError(Exception):
     """Base class; ``str(error)`` is one line that says what, where, what was expected and what to do."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are unpickled by calling their class with the message, which is not what ours are made of; a
+        # worker's error would arrive in its parent as a TypeError, or not at all.
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[EmbedcacheError], arguments: tuple[Any, ...], state: dict[str, Any]) -> EmbedcacheError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(state)
+    return error
 
 
 class InputError(EmbedcacheError, ValueError):

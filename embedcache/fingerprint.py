@@ -22,6 +22,9 @@ class _Absent:
     def __repr__(self) -> str:
         return "nothing"
 
+    def __reduce__(self) -> str:
+        return "ABSENT"  # there is one, also on the other side of a pipe
+
 
 ABSENT = _Absent()
 
