@@ -119,6 +119,8 @@ def _loaded(model: str | None, pooling: str, max_length: int | None, dtype: str,
 def _texts(X: Any) -> list[str]:
     if isinstance(X, str):
         raise InputError("X is one string: expected a list of strings")
+    if getattr(X, "ndim", 1) > 1 and X.shape[1] != 1:
+        raise InputError(f"X has {X.shape[1]} columns: expected one, of texts")
     values = X.iloc[:, 0] if getattr(X, "ndim", 1) == 2 and hasattr(X, "iloc") and X.shape[1] == 1 else X
     values = values.ravel() if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1 else values
     texts: Sequence[Any] = list(values)
