@@ -17,16 +17,21 @@ DEMO := demo
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/installed ## set up, run the backbone once over real reviews, train a head, predict
+demo: $(VENV)/installed ## set up, run the backbone once over real reviews, train, predict, prove it, compare heads
 	$(BIN)/python data/prepare.py movie-reviews -o $(DEMO)
 	$(BIN)/embedcache extract $(DEMO)/movie-reviews.csv -o $(DEMO)/movie.cache \
-	    --text-column text --label-column label --split 80/10/10
+	    --text-column text --label-column label --split 80/10/10 --keep-inputs
 	$(BIN)/embedcache info $(DEMO)/movie.cache
 	$(BIN)/embedcache train $(DEMO)/movie.cache -o $(DEMO)/run --head linear
 	$(BIN)/embedcache evaluate $(DEMO)/run $(DEMO)/movie.cache --split test
 	$(BIN)/embedcache predict $(DEMO)/run \
 	    --text "An instant classic, I loved every minute." \
 	    --text "Two hours of my life I will not get back."
+	$(BIN)/embedcache check $(DEMO)/movie.cache $(DEMO)/movie-reviews.csv \
+	    --text-column text --label-column label --split-by 80/10/10
+	$(BIN)/embedcache sweep $(DEMO)/movie.cache -o $(DEMO)/sweep
+	$(BIN)/embedcache report $(DEMO)/sweep -o $(DEMO)/report.html
+	@echo "the sweep as a page: $(DEMO)/report.html"
 
 # Two workers, each with one thread (tests/conftest.py): the suite gains from a second core, small models do not.
 test: $(VENV)/installed-dev ## set up and run the tests
