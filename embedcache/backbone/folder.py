@@ -163,6 +163,12 @@ def _finite(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and value - value != 0 else value
 
 
+def lower_cases(folder: Path) -> bool:
+    """Return whether a folder's sentence-transformers files say that texts are lower-cased, however it is pooled."""
+    said = folder / "sentence_bert_config.json"
+    return (folder / "modules.json").is_file() and said.is_file() and bool(read_json(said).get("do_lower_case"))
+
+
 @dataclass(frozen=True)
 class SentenceTransformerSettings:
     """What a folder's own sentence-transformers files say: how its authors pool, cut and normalise."""

@@ -16,6 +16,7 @@ from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
     config_hash,
+    lower_cases,
     resolve_model,
     tokenizer_files,
     weight_files,
@@ -117,7 +118,7 @@ def load_backbone(
         "max_length": limit,
         "truncation_side": truncation_side,
         "prompt": prompt if prompt is not None else (settings.prompt if settings else ""),
-        "lower_case": bool(settings and settings.lower_case),
+        "lower_case": lower_cases(folder),
     }
     if preprocessing["prompt"] and settings and not settings.include_prompt and "auto" in features:
         raise BackboneError(

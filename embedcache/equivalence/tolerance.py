@@ -1,0 +1,145 @@
+"""How far two correct computations may be apart: derived from the arithmetic, before any difference is looked at.
+
+**Features.** Two implementations of one frozen model do the same arithmetic in another order. Each matrix product
+adds up K numbers; accumulated in float32 (so do the kernels for bfloat16), its result carries a relative error of about
+``sqrt(K) * u32``, where ``u32 = 2^-24`` is float32's unit roundoff: rounding errors are as good as independent and of
+mean zero, so they grow with the root of their number (Higham & Mary 2019, "A new approach to probabilistic rounding
+error analysis"). Between two products, about R = 4 more results are rounded to the compute type (the product itself,
+an activation or a softmax, a residual sum, a normalisation), each with a relative error of up to its ``u``
+(``2^-24``, ``2^-11``, ``2^-8`` for float32, float16, bfloat16). Together, each product is off by a relative
+
+    local = sqrt(K * u32^2 + R * u^2)
+
+with K the longest axis of any weight matrix. How much of that arrives at a feature is the model's *conditioning*,
+which no formula knows and which is therefore measured: every weight is multiplied by ``1 + delta * noise`` with
+standard normal noise and ``delta = 2^-10``, which puts a relative error of about ``delta`` on every product of every
+layer, and
+
+    kappa = max over rows of rms(change of the row's features) / delta
+
+is read off, in float32 and at one batch shape, so that rounding itself plays no part in it. A difference between two
+computations, each with independent errors, then has a standard deviation of at most ``sqrt(2) * local * kappa``, and
+of n such values none exceeds, but with probability 0.001,
+
+    tolerance = sqrt(2) * local * kappa * sqrt(2 * ln(2 * n / 0.001))
+
+by the tail of the normal distribution. Depth is in kappa; width in K; both are of the model at hand.
+
+**Training and predictions.** What differences of that size in the features do to losses, gradients, parameters, the
+optimizer's state and logits is measured too, on the cached features: training is repeated with noise added, uniform
+within the tolerance, three times with other noise, and the tolerance of each quantity is twice the largest change that
+was seen (three draws stand for the worst). Adam divides by the size of a gradient, so a parameter whose gradient is
+nearly zero may move by the whole learning rate whichever way rounding points: that is in it as well, where a bound from
+u alone would be wrong. The head's own rounding, ``sqrt(D) * u32`` relative, is far below the noise.
+
+**Labels** may differ only where the two largest logits (or a logit and its threshold) are closer than twice the
+tolerance of logits.
+
+Nothing here is fitted to the differences that the check then finds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts
+
+Array = npt.NDArray[Any]
+UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+ROUNDINGS = 4
+DELTA = 2.0**-10
+MISSED = 1e-3
+DRAWS = 3
+
+
+def local_error(longest: int, compute_dtype: str) -> float:
+    """Return the relative error of one matrix product over ``longest`` numbers and what is rounded after it."""
+    return math.sqrt(longest * UNIT["float32"] ** 2 + ROUNDINGS * UNIT[compute_dtype] ** 2)
+
+
+def longest_axis(network: nn.Module) -> int:
+    """Return the longest axis of a weight matrix, embeddings aside: an upper bound of K."""
+    return max(
+        (
+            max(parameter.shape)
+            for module in network.modules()
+            if not isinstance(module, nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() >= 2
+        ),
+        default=1,
+    )
+
+
+def conditioning(
+    network: nn.Module, features: Callable[[nn.Module], Mapping[str, Tensor]], *, seed: int = 0
+) -> dict[str, float]:
+    """Return kappa of each feature set: how much relative noise on every weight moves a row's features.
+
+    ``features`` runs a network over some rows and gives [n, ...] by name; the network itself is left as it is.
+    """
+    exact = copy.deepcopy(network).float().eval()
+    base = features(exact)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1 + DELTA * noise.to(parameter.device))
+    moved = features(exact)
+    return {
+        name: float((moved[name] - base[name]).double().flatten(1).square().mean(dim=1).sqrt().max()) / DELTA
+        for name in base
+    }
+
+
+def feature_tolerance(kappa: float, longest: int, compute_dtype: str, values: int) -> float:
+    """Return how far apart any of so many values of a feature may be; see the module."""
+    spread = math.sqrt(2) * local_error(longest, compute_dtype) * kappa
+    return spread * math.sqrt(2 * math.log(2 * max(values, 1) / MISSED))
+
+
+def training_tolerances(
+    base: Record, again: Callable[[int], Record], logits: Callable[[Record], Array]
+) -> dict[str, float]:
+    """Return the tolerance of each quantity of training; ``again(draw)`` repeats it with noise on the features."""
+    found = dict.fromkeys(TOLERATED, 0.0)
+    for draw in range(DRAWS):
+        other = again(draw)
+        theirs = parts(other)
+        for what, mine in parts(base).items():
+            if what in TOLERATED or what == "standardisation":
+                found[what] = max(found.get(what, 0.0), 2 * differences_of(mine, theirs[what])[0].largest)
+        apart = np.abs(logits(base).astype(np.float64) - logits(other).astype(np.float64))
+        found["logits"] = max(found["logits"], 2 * float(apart.max(initial=0.0)))
+    return found
+
+
+def noisy(x: Any, tolerance: float, seed: int) -> Any:
+    """Return features with uniform noise within the tolerance: an array, or (values, offsets)."""
+    if isinstance(x, tuple):
+        return noisy(x[0], tolerance, seed), x[1]
+    noise = np.random.Generator(np.random.PCG64(seed)).uniform(-tolerance, tolerance, x.shape)
+    return (x + noise).astype(np.float32)
+
+
+def labels_may_differ(logits: Array, tolerance: float, task: str) -> npt.NDArray[np.bool_]:
+    """Return for which rows (or, multi-label, rows and labels) rounding may decide the label."""
+    if task == "classification":
+        ordered = np.sort(logits, axis=1)
+        if ordered.shape[1] < 2:
+            return np.zeros(len(logits), bool)
+        return np.asarray(ordered[:, -1] - ordered[:, -2] <= 2 * tolerance)
+    return np.asarray(np.abs(logits) <= 2 * tolerance)
+
+
+def rows_for_conditioning(count: int, most: int = 32) -> Sequence[int]:
+    """Return rows spread evenly over so many."""
+    return [int(row) for row in np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))]

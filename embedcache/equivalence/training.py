@@ -1,0 +1,174 @@
+"""A few steps of training with everything written down, and two such records compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedcache.equivalence.bits import Difference, difference
+from embedcache.equivalence.result import Comparison, judged
+from embedcache.heads import TrainedHead
+from embedcache.heads.layers import Dropout
+from embedcache.shard import FeatureSet
+from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged
+from embedcache.train.data import Data
+from embedcache.train.minibatch import train_minibatch
+from embedcache.train.stack import HeadStack
+
+Array = npt.NDArray[Any]
+Named = Mapping[str, Array]
+
+
+@dataclass
+class Record:
+    """What training did: S steps, P parameters by name.
+
+    ``initial``, ``final`` and the optimizer's moments are by parameter; ``standardisation`` is mean and 1 / deviation
+    [D] each; ``batches`` are the rows of each step; ``losses`` and ``norms`` (of the gradients, before clipping) are
+    float32 [S]; ``draws`` is the state of the dropout's generator after the last step.
+    """
+
+    initial: dict[str, Array] = field(default_factory=dict)
+    standardisation: dict[str, Array] = field(default_factory=dict)
+    batches: list[Array] = field(default_factory=list)
+    losses: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    norms: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    final: dict[str, Array] = field(default_factory=dict)
+    first_moments: dict[str, Array] = field(default_factory=dict)
+    second_moments: dict[str, Array] = field(default_factory=dict)
+    draws: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
+    head: TrainedHead | None = None
+    logits: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+class _Seen:
+    """A source of batches that writes down which rows went by."""
+
+    def __init__(self, source: Batches, rows: list[Array]) -> None:
+        self._source, self._rows = source, rows
+        self.steps = source.steps
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        for batch in self._source.epoch(number):
+            self._rows.append(batch.rows.cpu().numpy())
+            yield batch
+
+
+def cached_batches(x: Any, spec: TrainSpec) -> Batches:
+    """Return the source of batches for features in memory: float32 [N, ...], or (values, offsets)."""
+    if isinstance(x, tuple):
+        return InMemoryRagged(x[0], x[1], spec.batch_size, spec.order_seed, "cpu")
+    return InMemory(torch.from_numpy(np.array(x, np.float32)), spec.batch_size, spec.order_seed)
+
+
+def train(
+    data: Data,
+    batches: Batches,
+    head: HeadSpec,
+    spec: TrainSpec,
+    feature: FeatureSet,
+    task: Task,
+    class_names: Sequence[str],
+    steps: int,
+    *,
+    progress: bool = False,
+    title: str = "train",
+) -> Record:
+    """Train one head for so many steps on ``batches`` of raw features and write down what happens.
+
+    ``data`` gives targets, and the features that standardisation is computed from.
+    """
+    record = Record()
+    norms: list[float] = []
+    stacks: list[HeadStack] = []
+
+    def watch(stack: HeadStack) -> None:
+        stacks.append(stack)
+        record.initial = _numpy(stack.state(0))
+        layer = next(stack.module.first_layers())
+        if layer.mean is not None and layer.scale is not None:
+            record.standardisation = _numpy({"mean": layer.mean, "scale": layer.scale})
+        gradients = stack.gradients
+
+        def observed(*given: Any) -> tuple[Tensor, list[Tensor]]:
+            loss, found = gradients(*given)
+            norms.append(float(torch.sqrt(torch.stack([each.double().square().sum() for each in found]).sum())))
+            return loss, found
+
+        stack.gradients = observed  # type: ignore[method-assign, assignment]
+
+    trained = train_minibatch(
+        data, None, [head], [spec], feature, task, class_names, batches=_Seen(batches, record.batches),
+        progress=progress, title=title, keep_losses=True, max_steps=steps, watch=watch,
+    )  # fmt: skip
+    stack = stacks[0]
+    moments = stack.optimizer_state()
+    record.losses = torch.stack(trained.fitted.losses).cpu().numpy()
+    record.norms = np.array(norms, np.float32)
+    record.final = _numpy(stack.state(0))
+    record.first_moments = _numpy({name: each[0] for name, each in moments.items()})
+    record.second_moments = _numpy({name: each[1] for name, each in moments.items()})
+    dropouts = [each for each in stack.module.modules() if isinstance(each, Dropout)]
+    if dropouts and dropouts[0].generators is not None:
+        record.draws = dropouts[0].generators[0].get_state().numpy()
+    record.head = TrainedHead(head, task, tuple(class_names), feature, state=trained.states[0])
+    return record
+
+
+def _numpy(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: each.detach().cpu().numpy().copy() for name, each in tensors.items()}
+
+
+TOLERATED = ("losses", "gradient norms", "final parameters", "optimizer: first", "optimizer: second", "logits")
+"""What rounding moves, and therefore has a tolerance where bits need not agree."""
+
+
+def parts(record: Record) -> dict[str, Named]:
+    """Return what two records are compared in, in the order in which a fault would show."""
+    return {
+        "initial head": record.initial,
+        "batch order": {"row of step": np.concatenate(record.batches) if record.batches else np.zeros(0, np.int64)},
+        "standardisation": record.standardisation,
+        "dropout draws": {"generator": record.draws},
+        "losses": {"step": record.losses},
+        "gradient norms": {"step": record.norms},
+        "final parameters": record.final,
+        "optimizer: first": record.first_moments,
+        "optimizer: second": record.second_moments,
+    }
+
+
+def differences_of(a: Named, b: Named) -> tuple[Difference, str]:
+    """Return what two sets of named arrays differ in, and in words where."""
+    whole, where = Difference(), ""
+    for name in dict.fromkeys([*a, *b]):
+        empty = np.zeros(0, np.float32)
+        found = difference(a.get(name, empty), b.get(name, empty))
+        if found.where is not None and (whole.where is None or found.largest > whole.largest):
+            shape = a[name].shape if name in a else ()
+            place = ", ".join(str(at) for at in found.where)
+            where = f"{name} {place}" if name in ("step", "row of step") else f"{name}[{place}]" if shape else name
+        whole = whole.joined(found, 0)
+    return whole, where
+
+
+def compare(
+    reference: str, cached: Record, live: Record, tolerances: Mapping[str, float] | None, given: Sequence[str] = ()
+) -> list[Comparison]:
+    """Compare two records; without ``tolerances`` every bit must agree. ``given`` was taken from the other."""
+    rows = []
+    theirs = parts(live)
+    for what, mine in parts(cached).items():
+        if what in given or not any(value.size for value in (*mine.values(), *theirs[what].values())):
+            continue
+        found, where = differences_of(mine, theirs[what])
+        tolerance = None if tolerances is None else tolerances.get(what)
+        rows.append(judged(reference, what, found, where, tolerance))
+    return rows
