@@ -6,11 +6,14 @@ exactly, so one formula says what any of them gives back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from embedcache.cache import CacheWriter
 from embedcache.fingerprint import row_key
@@ -94,6 +97,19 @@ def write(
         }
         writer.commit_dataset(keys(dataset), **(facts | columns))
     return path
+
+
+@contextmanager
+def tiny_disk(path: Path, size: str) -> Iterator[Path]:
+    """A file system of so many bytes at ``path``; the test is skipped where none may be mounted."""
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 def files(path: Path) -> dict[str, bytes]:

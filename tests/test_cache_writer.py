@@ -394,6 +394,19 @@ def test_after_a_failing_disk_the_same_call_goes_on(tmp_path: Path, name: str, n
     assert at > 6
 
 
+def test_a_disk_that_is_really_full_and_then_has_room_again(tmp_path: Path) -> None:
+    whole = files(write(tmp_path / "whole", 23, 3))
+    with small_caches.tiny_disk(tmp_path / "disk", "64k") as disk:
+        with pytest.raises(CacheError, match="the disk is full: free some space and run the same command again"):
+            write(disk / "c", 23, 3)
+        kept = manifest.read(disk / "c").rows
+        assert 0 < kept < 23
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        write(disk / "c", 23, 3)
+        assert files(disk / "c") == whole
+
+
 def test_after_a_failure_the_writer_is_no_longer_to_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with CacheWriter(tmp_path / "c", SPEC, POOLED) as open_writer:
         with monkeypatch.context() as patch:

@@ -137,6 +137,17 @@ def _outside(cache: Path) -> None:
     forge.put(cache, "features", data.replace(address.to_bytes(8, "little"), len(data).to_bytes(8, "little")))
 
 
+def _storage(cache: Path) -> None:
+    """The array's storage, made larger than the array."""
+    path = forge.first_shard(cache)
+    with h5py.File(path, "r") as file:
+        address = file[NAME].id.get_offset()
+    data = path.read_bytes()
+    old = address.to_bytes(8, "little") + (140).to_bytes(8, "little")
+    assert data.count(old) == 1
+    forge.put(cache, "features", data.replace(old, address.to_bytes(8, "little") + (144).to_bytes(8, "little")))
+
+
 def _longer(cache: Path) -> None:
     """The array's number of rows, made larger than its storage."""
     path = forge.first_shard(cache)
@@ -175,6 +186,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "compact": ("is not stored as one plain run", shard(_compact)),
     "never_written": ("does not lie whole inside the file", created_empty),
     "outside": ("does not lie whole inside the file|cannot read it", _outside),
+    "shorter_than_its_storage": ("does not lie whole inside the file", _storage),
     "longer_than_its_storage": ("has the shape|does not lie whole|cannot read it", _longer),
     # Other types.
     "big_endian": ("is not of type <f4", typed(">f4")),
