@@ -202,6 +202,29 @@ def pickle_in_place_of_the_manifest(cache: Path) -> None:
     (cache / "manifest.json").write_bytes(pickle.dumps(Bomb(exploded(cache))))
 
 
+# What is said, beside the path, where one reason could hide another.
+SAID = {
+    "flipped_bit_in_a_feature": "its sha256 differs",
+    "flipped_bit_in_the_metadata": "its sha256 differs",
+    "flipped_bit_in_the_dataset": "its sha256 differs",
+    "flipped_bit_in_the_manifest": "its own hash differs",
+    "flipped_bit_that_keeps_all_times": "its sha256 differs",
+    "truncated_shard": "were committed: restore it",
+    "zeroed_shard": "its sha256 differs",
+    "longer_shard": "were committed: restore it",
+    "removed_shard": "is missing",
+    "removed_dataset": "is missing",
+    "directory_in_place_of_a_shard": "not a plain file",
+    "pipe_in_place_of_a_shard": "not a plain file",
+    "linked_shard": "not a plain file",
+    "linked_dataset": "not a plain file",
+    "linked_features": "is a link: a cache must not depend on what lies elsewhere",
+    "linked_manifest": "is a link: a cache must not depend on what lies elsewhere",
+    "pipe_in_place_of_the_manifest": "is no plain file",
+    "directory_in_place_of_the_manifest": "is no plain file",
+    "signed_pickle_in_place_of_a_shard": "HDF5 cannot read it",
+    "signed_pickle_in_place_of_the_dataset": "HDF5 cannot read it",
+}
 HELPERS = ("flip", "exploded", "Callable")
 ATTACKS: dict[str, Callable[[Path], None]] = {
     name: function

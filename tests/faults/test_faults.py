@@ -83,7 +83,7 @@ def test_the_sound_cache_is_sound(cache: Path) -> None:
 @pytest.mark.parametrize("attack", damage.ATTACKS)
 def test_damage(cache: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     damage.ATTACKS[attack](cache)
-    refused(cache, ".", monkeypatch)
+    refused(cache, damage.SAID.get(attack, "."), monkeypatch)
 
 
 @pytest.mark.parametrize("attack", manifests.ATTACKS)
