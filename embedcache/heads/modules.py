@@ -150,14 +150,15 @@ class MLP(Head):
         self,
         feature: FeatureSet,
         outputs: int,
-        hidden: Sequence[int] = (256,),
+        hidden: Sequence[int] | int = (256,),
         activation: str = "relu",
         dropout: float = 0.1,
         norm: bool = False,
     ) -> None:
         super().__init__(feature, outputs)
-        if not isinstance(hidden, (int, list, tuple)):
-            raise SpecError(f"mlp: hidden is {hidden!r}: expected a width, or a list of widths")
+        given: object = hidden
+        if not isinstance(given, (int, list, tuple)):
+            raise SpecError(f"mlp: hidden is {given!r}: expected a width, or a list of widths")
         widths = [hidden] if isinstance(hidden, int) else list(hidden)
         if not 1 <= len(widths) <= DEEPEST:
             raise SpecError(f"mlp: {len(widths)} hidden layers: expected 1 to {DEEPEST}; none is the head linear")

@@ -223,10 +223,6 @@ class TrainedHead:
         return load(Path(directory))
 
 
-LINEAR = {"output.weight", "output.bias", "output.mean", "output.scale"}
-"""The arrays of a linear head; the last two only where features are standardised."""
-
-
 def count(rows: Any) -> int:
     """Return how many rows features have, ragged or not."""
     return len(rows[1]) - 1 if isinstance(rows, tuple) else len(rows)
