@@ -191,11 +191,11 @@ def pickle_in_place_of_a_shard(cache: Path) -> None:
 
 
 def signed_pickle_in_place_of_a_shard(cache: Path) -> None:
-    forge.put(cache, "features", pickle.dumps(Bomb(exploded(cache))))
+    forge.put(cache, "features", pickle.dumps(Bomb(exploded(cache))) + bytes(1000))
 
 
 def signed_pickle_in_place_of_the_dataset(cache: Path) -> None:
-    forge.put(cache, "examples", pickle.dumps(Bomb(exploded(cache))))
+    forge.put(cache, "examples", pickle.dumps(Bomb(exploded(cache))) + bytes(1000))
 
 
 def pickle_in_place_of_the_manifest(cache: Path) -> None:

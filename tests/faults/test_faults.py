@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -264,3 +265,8 @@ def test_a_writer_never_opens_a_published_file_for_writing(cache: Path, monkeypa
     write(cache, 30)
     assert opened
     assert all(name.startswith(".") and name.endswith(".tmp") for name in opened)
+
+
+def test_the_bomb_is_one(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(damage.Bomb(damage.exploded(tmp_path / "c"))))
+    assert damage.exploded(tmp_path / "c").exists()
