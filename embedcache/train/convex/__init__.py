@@ -1,0 +1,22 @@
+"""Linear heads by full-batch convex optimisation: one optimum, a whole path of penalties, folds side by side.
+
+The objective is ``sum_i w_i loss_i + l2 / 2 ||W||^2`` with the bias unpenalised: that of scikit-learn's
+``LogisticRegression`` with ``C = 1 / l2``, and of its ``Ridge`` with ``alpha = l2`` (for squared errors, halved). Of
+two classes the penalty is on the difference of their rows, as scikit-learn has it.
+
+| module | what is in it |
+|---|---|
+| ``design`` | rows, targets and weights, checked; standardisation that is folded in, never applied to a copy |
+| ``objective`` | losses and gradients of K problems over the same rows, in one matrix product there and one back |
+| ``curvature`` | what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty |
+| ``descent`` | limited-memory BFGS for K problems in lock-step |
+| ``squared`` | squared errors, in closed form |
+| ``solve`` | ``solve``, ``path`` and ``path_folds`` |
+"""
+
+from __future__ import annotations
+
+from embedcache.train.convex.design import NEVER, Solution
+from embedcache.train.convex.solve import path, path_folds, solve
+
+__all__ = ["NEVER", "Solution", "path", "path_folds", "solve"]

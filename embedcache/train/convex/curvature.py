@@ -1,0 +1,157 @@
+"""An approximate inverse Hessian that every penalty, class and fold shares the dear part of.
+
+The Hessian of row i is ``L_i (x) x_i x_i^T`` with ``L_i = diag(p_i) - p_i p_i^T``. Boehning (1992) bounds every ``L_i``
+by one matrix, so that one factorisation of ``X^T X`` serves all iterations. Here the sum of Kronecker products is
+approximated by a product of sums instead, as K-FAC does (Martens and Grosse 2015): ``B (x) G`` with ``B = sum_i L_i``
+and ``G`` the mean of ``x x^T`` weighted by ``tr L_i``, both at the point where the solver is. For one logit it is the
+Hessian itself, up to the rows that are sampled for ``G``; for many classes it follows the shrinking probabilities,
+where a fixed bound is loose by a factor of their number. With ``G = U diag(g) U^T`` and ``B = Q diag(b) Q^T``,
+
+    (B (x) G + l2 I)^-1 V = U [ (U^T V Q) / (g b^T + l2) ] Q^T
+
+for any ``l2``: a path of penalties needs no new factorisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedcache.train.convex.design import Array, Design, Floats
+
+Inverse = Callable[[Floats], Floats]
+"""Gradient [D + 1, C] -> step [D + 1, C]."""
+
+_ROWS_PER_FEATURE = 8
+_MOST_FEATURES = 4096  # above this the rows sampled are fewer than the features, and their inner products are used
+
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """``G``: centre [D], eigenvectors [D, R] and eigenvalues [R]; ``rest`` is the curvature of all other directions."""
+
+    centre: Floats
+    vectors: Array
+    values: Array
+    rest: float
+
+
+class Curvature:
+    """Rows sampled once, from which the approximation is rebuilt at any point."""
+
+    def __init__(self, design: Design) -> None:
+        n, features = design.x.shape
+        wanted = max(_ROWS_PER_FEATURE * features, 8 * design.columns, 2048)
+        if features > _MOST_FEATURES:
+            wanted = _MOST_FEATURES // 2
+        self._design = design
+        rows = np.arange(n)
+        if wanted < n:
+            rows = np.sort(np.random.default_rng(0).choice(n, wanted, replace=False))
+        scale = np.ones(features) if design.scale is None else design.scale.mean(axis=0)
+        x = design.x[rows] if wanted < n else design.x
+        self._x = ((x - design.shift.astype(x.dtype)) / scale.astype(x.dtype)).astype(np.float32)
+        self._y = design.y[rows]
+        self._all = len(rows) == n
+        self._mass = np.ones((1, len(rows))) if design.weight is None else design.weight[:, rows]
+        self._mass = self._mass * (n / len(rows))
+        self._basis: _Basis | None = None
+
+    @property
+    def spread(self) -> float:
+        """The mean squared length of a row, standardised where that is asked for."""
+        return float(np.einsum("nd,nd->", self._x, self._x) / len(self._x))
+
+    def at(
+        self, points: Sequence[Floats], problems: Sequence[int], strengths: Sequence[float], *, renew: bool = True
+    ) -> list[Inverse]:
+        """Return an inverse for each problem at its point [D + 1, C]; ``renew`` rebuilds ``G`` as well."""
+        unsure = np.zeros(len(self._x))
+        outer = []
+        for point, problem in zip(points, problems, strict=True):
+            block, own = self._outputs(point, self._mass[problem])
+            outer.append(block)
+            unsure += own
+        if renew or self._basis is None:
+            self._basis = _basis(self._x, unsure, self._all)
+        basis = self._basis
+        return [
+            _inverse(basis, block, l2, self._design.softmax, float(self._mass[problem].sum()))
+            for block, l2, problem in zip(outer, strengths, problems, strict=True)
+        ]
+
+    def _outputs(self, point: Floats, mass: Floats) -> tuple[Floats, Floats]:
+        """Return ``B`` [C, C] (its diagonal [C] for sigmoids) and the weight ``tr L_i`` of each row."""
+        logits = self._x @ point[:-1].astype(np.float32) + point[-1].astype(np.float32)
+        if self._design.softmax:
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            weighed = p * mass[:, None].astype(np.float32)
+            block = np.diag(weighed.sum(axis=0, dtype=np.float64)) - weighed.T @ p
+            return block, np.maximum(0.0, mass * (1 - np.einsum("nc,nc->n", p, p)))
+        small = np.exp(-np.abs(logits), dtype=np.float64)
+        spread = small / np.square(1 + small) * mass[:, None]
+        if self._design.on is not None:
+            spread *= 1 + self._y * (self._design.on - 1)
+        return spread.sum(axis=0), spread.sum(axis=1)
+
+
+def _basis(x: Array, unsure: Floats, every: bool) -> _Basis:
+    """Return ``G`` of rows [T, D] whose weights are proportional to ``unsure`` [T]."""
+    import scipy.linalg
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    total = unsure.sum()
+    # A thousandth of it by equal parts: where all rows but two are certain, two rows are no estimate.
+    share = (0.999 * unsure / total if total > 0 else 0.999 / len(x)) + 0.001 / len(x)
+    centre = share @ x
+    rows = (x - centre.astype(np.float32)) * np.sqrt(share).astype(np.float32)[:, None]
+    few = len(rows) < rows.shape[1]
+    gram = rows @ rows.T if few else rows.T @ rows
+    # One thread: of this size LAPACK's is faster with one than with two, several times where the cores are shared.
+    with threadpool_limits(1, user_api="blas"):
+        values, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
+    values = np.maximum(values, 0)
+    if not few:
+        return _Basis(centre, vectors, values, 0.0)
+    kept = values > values.max() * 1e-6
+    values, vectors = values[kept], rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+    return _Basis(centre, vectors, values, 0.0 if every or not len(values) else float(values.min()))
+
+
+def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float) -> Inverse:
+    turn: Array | None = None
+    own = block
+    if softmax:
+        # Adding the same to every class changes nothing but the penalty: give that direction an ordinary curvature.
+        own, turned = np.linalg.eigh(block + np.trace(block) / len(block) ** 2)
+        turn = turned.astype(np.float32)
+    own = np.maximum(own, max(1e-6 * own.max(), 1e-10 * mass))
+    below = (np.outer(basis.values, own) + l2).astype(np.float32)
+    rest = basis.rest * own + l2
+    whole = basis.vectors.shape[1] == basis.vectors.shape[0]
+    vectors = basis.vectors
+
+    def apply(gradient: Floats) -> Floats:
+        bias = gradient[-1]
+        # Around the weighted centre weights and biases are uncoupled: go there, divide, come back.
+        inner = (gradient[:-1] - np.outer(basis.centre, bias)).astype(np.float32)
+        if turn is not None:
+            inner, bias = inner @ turn, bias @ turn
+        within = vectors.T @ inner
+        step = np.empty_like(gradient)
+        divided = within / below
+        if whole:
+            found = vectors @ divided
+        else:
+            found = inner / rest.astype(np.float32) + vectors @ (divided - within / rest.astype(np.float32))
+        bias = bias / own
+        if turn is not None:
+            found, bias = found @ turn.T, bias @ turn.T
+        step[:-1] = found
+        step[-1] = bias - basis.centre @ step[:-1]
+        return step
+
+    return apply

@@ -1,0 +1,178 @@
+"""One optimum, a path of penalties, and a path for each of several folds.
+
+Products are in float32 first. Where its rounding could be felt at the tolerance (weak penalties, large features,
+float64 features) the walk goes on in float64 from there, which takes a step or two: most work is done at the speed of
+float32, and the optimum is that of float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import SpecError
+from embedcache.spec import Task
+from embedcache.train.convex.curvature import Curvature
+from embedcache.train.convex.descent import Walk, descend
+from embedcache.train.convex.design import (
+    Design,
+    Solution,
+    checked_l2,
+    checked_masks,
+    design,
+    every,
+)
+from embedcache.train.convex.objective import Objective
+from embedcache.train.convex.squared import squares
+
+
+def solve(
+    x: Any,
+    y: Any,
+    *,
+    task: Task,
+    outputs: int,
+    l2: float,
+    sample_weight: npt.ArrayLike | None = None,
+    class_weight: npt.ArrayLike | str | None = None,
+    standardize: bool = False,
+    start: Solution | None = None,
+    tolerance: float = 1e-9,
+    max_iterations: int = 1000,
+) -> Solution:
+    """Return the linear head at the optimum. The same arguments on as many threads give the same bits.
+
+    Args:
+        x: features [N, D], float32 or float64.
+        y: int64 [N] of classes 0 to ``outputs - 1``, uint8 [N, C] of labels, or float [N, R] of values.
+        task: which loss: multinomial logistic, logistic for each label, or half the squared error.
+        outputs: C or R. Classes that no training row has get the bias ``NEVER``.
+        l2: strength of the penalty on the weights, beside the *sum* of losses; scikit-learn's ``1 / C``.
+        sample_weight: float [N]; a row of weight 2 counts as two.
+        class_weight: float [C], or ``balanced``; for labels, the weight of a row where the label is on.
+        standardize: penalise the weights of features scaled to variance 1, as ``StandardScaler`` before the head does.
+        start: a solution of a similar problem to start from.
+        tolerance: the estimated gap to the optimal loss, relative to it, at which to stop.
+        max_iterations: steps at most; ``converged`` tells.
+
+    Raises ``FeatureError`` for features that are not finite (naming the row) or not [N, D], ``InputError`` for targets
+    that do not fit, ``SpecError`` for a setting that cannot be (``l2=0`` of a logistic loss, whose optimum need not be
+    finite, among them), ``TrainingError`` for no rows or one class only.
+    """
+    made = design(
+        x,
+        y,
+        task=task,
+        outputs=outputs,
+        sample_weight=sample_weight,
+        class_weight=class_weight,
+        standardize=standardize,
+    )
+    starts = None if start is None else [start]
+    return _solve(made, task, [checked_l2(l2)], starts, tolerance, max_iterations)[0][0]
+
+
+def path(
+    x: Any,
+    y: Any,
+    l2s: Sequence[float],
+    *,
+    task: Task,
+    outputs: int,
+    sample_weight: npt.ArrayLike | None = None,
+    class_weight: npt.ArrayLike | str | None = None,
+    standardize: bool = False,
+    tolerance: float = 1e-9,
+    max_iterations: int = 1000,
+) -> list[Solution]:
+    """Return ``solve`` for each penalty, in the order given; each starts at the next stronger one's solution.
+
+    Raises what ``solve`` raises.
+    """
+    made = design(
+        x,
+        y,
+        task=task,
+        outputs=outputs,
+        sample_weight=sample_weight,
+        class_weight=class_weight,
+        standardize=standardize,
+    )
+    return [found[0] for found in _solve(made, task, every(l2s), None, tolerance, max_iterations)]
+
+
+def path_folds(
+    x: Any,
+    y: Any,
+    l2s: Sequence[float],
+    folds: npt.ArrayLike,
+    *,
+    task: Task,
+    outputs: int,
+    sample_weight: npt.ArrayLike | None = None,
+    class_weight: npt.ArrayLike | str | None = None,
+    standardize: bool = False,
+    tolerance: float = 1e-7,
+    max_iterations: int = 1000,
+) -> list[list[Solution]]:
+    """Return for each penalty, in the order given, the solution of each of K folds, trained on the other folds' rows.
+
+    The folds are solved side by side in the same matrix products. Standardisation and balanced class weights are those
+    of each fold's own training rows.
+
+    Args:
+        folds: int [N], the fold that holds each row out, 0 to K - 1 (-1: none does); or the training rows, bool [K, N].
+
+    Other arguments and what is raised are as for ``solve``. The tolerance is one for choosing a penalty.
+    """
+    masks = checked_masks(folds, len(x))
+    made = design(
+        x, y, task=task, outputs=outputs, sample_weight=sample_weight, class_weight=class_weight, masks=masks,
+        standardize=standardize,
+    )  # fmt: skip
+    return _solve(made, task, every(l2s), None, tolerance, max_iterations)
+
+
+def _solve(
+    made: Design, task: Task, l2s: list[float], starts: list[Solution] | None, tolerance: float, most: int
+) -> list[list[Solution]]:
+    """Return solutions by penalty and problem."""
+    if not tolerance > 0 or most < 1:
+        raise SpecError(f"tolerance is {tolerance} and max_iterations {most}: expected positive numbers")
+    if task == "regression":
+        problems = squares(made)
+        return [[problem.solve(l2) for problem in problems] for l2 in l2s]
+    if min(l2s) == 0:
+        raise SpecError(
+            "l2 is 0: a logistic loss then has no finite optimum where classes can be separated; "
+            "give it a small positive number"
+        )
+    curvature, quick = Curvature(made), Objective(made, np.float32)
+    exact: Objective | None = None
+    numbers = range(made.problems)
+    points = [made.start(at) if starts is None else made.to_point(starts[at], at) for at in numbers]
+    walks = [Walk(at, point, max(l2s), tolerance) for at, point in zip(numbers, points, strict=True)]
+    # How far from the optimum rounding alone can keep float32, were all of its error where only the penalty curves.
+    noise = np.finfo(np.float32).eps ** 2 * len(made.x) * curvature.spread
+    found: dict[float, list[Solution]] = {}
+    for l2 in sorted(set(l2s), reverse=True):
+        for walk in walks:
+            walk.again(l2)
+        descend(quick, curvature, walks, most)
+        if made.x.dtype == np.float64 or noise / l2 > tolerance or any(walk.stuck for walk in walks):
+            exact = exact or Objective(made, np.float64)
+            descend(exact, curvature, walks, most)
+        found[l2] = [_solution(made, walk) for walk in walks]
+    return [found[l2] for l2 in l2s]
+
+
+def _solution(made: Design, walk: Walk) -> Solution:
+    weight, bias = made.to_head(walk.point, walk.problem)
+    norm = float(np.linalg.norm(walk.gradient))
+    return Solution(weight, bias, walk.l2, walk.loss, norm, walk.iterations, walk.converged)
+
+
+__all__ = ["path", "path_folds", "solve"]
