@@ -2,10 +2,12 @@
 
 ==============  ======================================================================
 ``manifest``    which files there are and what they hold; committed last
-``files``       a file checked against the manifest, once per process
+``files``       a file checked against the manifest, once per process; what its values may be
 ``index``       row key -> place in the cache
 ``writer``      one writer at a time: shards, then the dataset
 ``reader``      splits, targets, ids, features as arrays
+``gather``      rows out of many shards, mapped or copied
+``torch_data``  the same as a torch ``Dataset``
 ``join``        relabel and merge
 ==============  ======================================================================
 """
