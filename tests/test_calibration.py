@@ -109,14 +109,19 @@ def test_too_few_rows_are_left_alone() -> None:
 
 def test_a_class_that_training_never_saw_does_not_spoil_it() -> None:
     logits, y = sample(2, 199, C, 2.0)
-    wide = np.hstack([logits, np.full((199, 1), -1e4)])
-    assert fit_temperature(wide, y) == pytest.approx(fit_temperature(logits, y), rel=1e-9)
-    lost = y.copy()
-    lost[:11] = C
-    assert fit_temperature(wide, lost) == pytest.approx(fit_temperature(logits[11:], y[11:]), rel=1e-9)
-    assert fit_temperature(wide, logits.argmax(axis=1)) == pytest.approx(
-        fit_temperature(logits, logits.argmax(axis=1)), rel=1e-9
-    )
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    own = logits.argmax(axis=1)
+    for never in (-1e4, np.log(1e-15)):  # the bias of a linear head, the probability 0 of an estimator
+        wide = np.hstack([logits, np.full((199, 2), never)])
+        assert fit_temperature(wide, y) == pytest.approx(fit_temperature(logits, y), rel=1e-6)
+        lost = y.copy()
+        lost[:11] = C
+        assert fit_temperature(wide, lost) == pytest.approx(fit_temperature(logits[11:], y[11:]), rel=1e-6)
+        assert fit_temperature(wide, own) == pytest.approx(fit_temperature(logits, own), rel=1e-6)
+        assert fit_temperature(wide, np.full(199, C)) == 1.0
+    seen = np.hstack([logits, np.full((199, 1), -1e4)])
+    seen[0, C] = 0.0  # not the same in every row, so that it was seen: its rows are wrong ones, and count
+    assert fit_temperature(seen, lost) > 5
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LOWEST, HIGHEST = 0.05, 20.0
 """The bounds of a temperature."""
 FEWEST_ROWS = 10
 """With fewer labelled rows nothing is fitted: the temperature is 1."""
-_HOPELESS = 1e3
+_OUT_OF_REACH = 20.0
 _STEPS = 60
 
 
@@ -28,8 +28,9 @@ def fit_temperature(logits: Array, y: Array) -> float:
     1 / T, and Newton's steps are kept between bounds that close in, so that it ends within [0.05, 20] whatever comes.
     Where every row is right the loss falls for ever as T goes to 0; targets are then smoothed by 1 / (N + 2), as
     Platt (1999) does, for it would be a mistake to learn from a few dozen right rows that none can be wrong. The loss
-    on these rows is never above that at T = 1, which is what comes back from too few of them. Rows of a class whose
-    logit is out of reach (1,000 below the highest: training never saw it) do not count: no temperature helps them.
+    on these rows is never above that at T = 1, which is what comes back from too few of them. Rows of a class that
+    training never saw do not count, for no temperature helps them; its logit is the same in every row, and far (20 or
+    more) below the highest.
 
     Raises ``TrainingError`` for logits that are not finite, ``SpecError`` for shapes that do not fit.
     """
@@ -41,17 +42,20 @@ def fit_temperature(logits: Array, y: Array) -> float:
         raise SpecError(f"classes go from {y.min()} to {y.max()}, logits have {z.shape[1]} columns")
     if not np.isfinite(z).all():
         raise TrainingError("logits are not finite: nothing can be calibrated on them")
-    z = z - z.max(axis=1, keepdims=True, initial=-np.inf) if z.size else z
+    if len(y) < FEWEST_ROWS or z.shape[1] < 2:
+        return 1.0
+    same = (z == z[:1]).all(axis=0)
+    same &= not same.all()  # a head that says the same of every row says it of classes it saw
+    z = z - z.max(axis=1, keepdims=True)
+    reachable = ~(same & (z <= -_OUT_OF_REACH).all(axis=0))
+    z, y = z[reachable[y]], y[reachable[y]]
     own = z[np.arange(len(y)), y]
-    z, own = z[own > -_HOPELESS], own[own > -_HOPELESS]
-    if len(own) < FEWEST_ROWS or z.shape[1] < 2:
+    if len(own) < FEWEST_ROWS:
         return 1.0
     target = own
     if (own == 0).all():
         epsilon = 1 / (len(own) + 2)
-        reachable = z > -_HOPELESS
-        even = np.where(reachable, z, 0).sum(axis=1) / reachable.sum(axis=1)
-        target = (1 - epsilon) * own + epsilon * even
+        target = (1 - epsilon) * own + epsilon * z[:, reachable].mean(axis=1)
     sharpness = _least(z, float(target.sum()))
     return 1 / sharpness if _loss(z, own, sharpness) <= _loss(z, own, 1.0) else 1.0
 
