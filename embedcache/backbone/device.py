@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from embedcache.errors import BackboneError
+from embedcache.errors import BackboneError, SpecError
 
 POSITIONS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
 """Positions a batch, by device: on 2 CPU cores 1,024 is as fast as more and wastes least on dummy rows."""
@@ -62,10 +62,12 @@ def side_by_side(device: str, batches: int, *, single: bool = False) -> tuple[in
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Run with ``count`` torch threads, or with as many as torch likes when None."""
+    """Run with ``count`` torch threads, or with as many as torch likes when None. Raises ``SpecError`` below 1."""
     if count is None:
         yield
         return
+    if count < 1:
+        raise SpecError(f"threads is {count}: expected at least 1")
     import torch
 
     before = torch.get_num_threads()

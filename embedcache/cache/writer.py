@@ -432,4 +432,7 @@ def read_spec(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         manifest = manifests.read(Path(path))
     except CacheNotFoundError:
         return None
-    return dict(manifest.spec), dict(manifest.shards[-1].provenance) if manifest.shards else {}
+    spec = dict(manifest.spec)
+    if isinstance(features := spec.get("features"), dict):  # JSON on disk has sorted keys; the sets have their order
+        spec["features"] = {each.name: features[each.name] for each in manifest.feature_sets if each.name in features}
+    return spec, dict(manifest.shards[-1].provenance) if manifest.shards else {}

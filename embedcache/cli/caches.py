@@ -9,7 +9,7 @@ import click
 from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples, table
 
 
-@click.command()
+@click.command(short_help="Run the backbone once over INPUT, into CACHE.")
 @click.argument("inputs", nargs=-1, type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), metavar="CACHE", help="The cache to make or to extend.")
 @click.option("--model", metavar="NAME|FOLDER", help="Hugging Face model. Default: the packaged all-MiniLM-L6-v2.")
@@ -48,25 +48,25 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         raise click.UsageError("say where the cache goes: -o CACHE")
     if not inputs and not any(options[name] for name in ("train", "validation", "test")):
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
-    from embedcache import extract as extraction
+    from embedcache.extract import compile_hint, forecast, load_for, parse_part, part_of, run
 
     settings = {name: options.pop(name) for name in SETTINGS}
     settings["poolings"] = [*settings["poolings"], *(["tokens"] if options.pop("tokens") else [])]
     threads, rows_per_shard, part, keep = (
         options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs")
     )
-    part_of = extraction.parse_part(part)
+    selected = parse_part(part)
     examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
-    backbone = extraction.load_for(output_dir, **settings)
-    if part_of is not None:
-        examples = extraction.part_of(examples, *part_of)
+    backbone = load_for(output_dir, **settings)
+    if selected is not None:
+        examples = part_of(examples, *selected)
     if dry_run:
-        forecast = extraction.forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
-        return print_json(forecast.to_json()) if as_json else click.echo(forecast.to_text())
+        said = forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
+        return print_json(said.to_json()) if as_json else click.echo(said.to_text())
     assert output_dir is not None
-    if (hint := extraction.compile_hint(examples, backbone, output_dir)) is not None:
+    if (hint := compile_hint(examples, backbone, output_dir)) is not None:
         click.echo(f"note: {hint}", err=True)
-    report = extraction.run(
+    report = run(
         examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads
     )  # fmt: skip
     if as_json:
@@ -80,7 +80,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="What is in a cache.")
 @click.argument("cache", type=click.Path())
 @json_option
 def info(cache: str, as_json: bool) -> None:
@@ -97,7 +97,7 @@ def describe_text(facts: dict[str, Any]) -> str:
     """Lay out what ``FeatureCache.describe`` says."""
     lines = [
         f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB "
-        f"in {facts['shards']} shards"
+        f"in {facts['shards']} shard{'s' * (facts['shards'] != 1)}"
     ]
     lines += [f"task: {facts['task'] or 'no labels'}"]
     splits = facts["splits"]
@@ -125,14 +125,13 @@ def describe_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+@click.command(short_help="Hash everything again.")
 @click.argument("cache", type=click.Path())
 def verify(cache: str) -> None:
     """Hash every byte of CACHE again and compare it with what was committed."""
-    from embedcache.cache import FeatureCache
+    from embedcache.cache import verify as verify_cache
 
-    opened = FeatureCache.open(cache, verify=False)
-    problems = opened.verify()
+    problems = verify_cache(cache)
     for problem in problems:
         click.echo(problem)
     if problems:
@@ -140,7 +139,7 @@ def verify(cache: str) -> None:
     click.echo(f"{cache} is sound: every file is what was committed")
 
 
-@click.command()
+@click.command(short_help="New labels or splits, no forward pass.")
 @click.argument("cache", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path())
 @input_options
@@ -155,7 +154,7 @@ def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
     click.echo(f"{opened.n_rows:,} rows relabelled in {cache}; no forward pass")
 
 
-@click.command()
+@click.command(short_help="Join parts into one cache.")
 @click.argument("parts", nargs=-1, required=True, type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="CACHE", help="The cache to make.")
 def merge(parts: tuple[str, ...], output_dir: str) -> None:
@@ -166,7 +165,7 @@ def merge(parts: tuple[str, ...], output_dir: str) -> None:
     click.echo(f"{merged.n_rows:,} rows of {len(parts)} parts merged into {output_dir}")
 
 
-@click.command()
+@click.command(short_help="Versions and devices, for bug reports.")
 @json_option
 def env(as_json: bool) -> None:
     """Print versions and devices, for bug reports."""

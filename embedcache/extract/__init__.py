@@ -18,6 +18,7 @@ from embedcache.errors import SpecError
 from embedcache.examples import Examples, load_examples
 from embedcache.extract.forecast import Forecast, compile_hint, forecast
 from embedcache.extract.run import Bar, ExtractionReport, Progress, new_rows, run
+from embedcache.spec import FeatureSpec
 
 if TYPE_CHECKING:
     from embedcache.backbone import TextBackbone
@@ -73,7 +74,7 @@ def load_for(
 
     return load_backbone(
         chosen(model, provenance.get("model"), None),
-        features=tuple(poolings) or tuple(spec.get("features", ())) or ("auto",),
+        features=_in_order(tuple(poolings), tuple(spec.get("features", ()))) or ("auto",),
         max_length=chosen(max_length, text.get("max_length"), None),
         truncation_side=chosen(truncation_side, text.get("truncation_side"), "right"),
         prompt=chosen(prompt, text.get("prompt"), None),
@@ -87,6 +88,12 @@ def load_for(
         revision=chosen(revision, provenance.get("revision") if model is None else None, None),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _in_order(asked: tuple[str, ...], there: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sets asked for, in the order of the cache when it has just these; without any, the cache's."""
+    names = {FeatureSpec.parse(text).name for text in asked if text != "auto"}
+    return there if not asked or (names == set(there) and len(asked) == len(there)) else asked
 
 
 def parse_part(text: str | None) -> tuple[int, int] | None:

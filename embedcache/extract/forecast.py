@@ -62,22 +62,32 @@ class Forecast:
         most = max(each["rows"] for each in self.histogram)
         lines.append("tokens a row")
         for each in self.histogram:
-            bar = "#" * max(1, round(40 * each["rows"] / most))
-            lines.append(f"  {each['from']:>5}-{each['to']:<5} {each['rows']:>9,}  {bar}")
+            bar = "#" * -(-40 * each["rows"] // most)
+            lines.append(f"  {each['from']:>5}-{each['to']:<5} {each['rows']:>9,}  {bar}".rstrip())
         if self.truncated:
             lines.append(f"truncated   {self.truncated:,} rows are longer than the model reads")
         shown = ", ".join(f"{each['rows']}x{each['length']} ({each['batches']:,})" for each in self.shapes[:6])
         more = f" and {len(self.shapes) - 6} more" if len(self.shapes) > 6 else ""
         lines.append(f"shapes      rows x tokens (batches): {shown}{more}")
         lines.append(f"padding     {self.computed:,} positions for {self.tokens:,} tokens: {self.overhead:.3f}")
-        lines += [f"on disk     {name}: {size / 1e6:,.1f} MB" for name, size in self.bytes.items()]
+        lines += [f"on disk     {name}: {_size(size)}" for name, size in self.bytes.items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:
             lines.append(f"time        about {_duration(self.seconds)}, from a few calibration batches")
         return "\n".join(lines)
 
 
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "a second"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -67,11 +67,17 @@ class ExtractionReport:
             rate = f"{self.extracted / self.seconds:,.0f} rows/s, {self.tokens / self.seconds:,.0f} tokens/s"
             padding = f"{self.computed / max(self.tokens, 1):.3f} positions computed for each real one"
             lines.append(
-                f"{self.seconds:.1f} s, {rate}; {self.batches:,} forward passes, {padding}; {self.shards} new shards"
+                f"{self.seconds:.1f} s, {rate}; {_count(self.batches, 'forward pass')}, {padding}; "
+                f"{_count(self.shards, 'new shard')}"
             )
         if self.truncated:
             lines.append(f"{self.truncated:,} rows were longer than the model reads and were cut")
         return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {plural}"
 
 
 @dataclass(frozen=True)
@@ -264,8 +270,8 @@ def run(
     start = time.perf_counter()
     counts = {"extracted": 0, "truncated": 0, "batches": 0, "tokens": 0, "computed": 0, "shards": 0}
     with (
-        CacheWriter(Path(output_dir), dict(backbone.identity), backbone.feature_sets) as writer,
         torch_threads(threads),
+        CacheWriter(Path(output_dir), dict(backbone.identity), backbone.feature_sets) as writer,
     ):
         known = writer.lookup(examples.keys)
         todo = new_rows(examples, known)
