@@ -57,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run(arguments))
 
 
+def _usage(error: click.ClickException) -> str:
+    """Return a usage error as one line that ends with where the options are listed."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return f"{message}; see {context.command_path} --help" if context is not None else message
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake costs one line on stderr."""
     try:
@@ -67,7 +74,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
+        click.echo(f"error: {_usage(error)}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
