@@ -28,7 +28,7 @@ demo: $(VENV)/installed ## set up, run the backbone once over real reviews, trai
 	    --text "An instant classic, I loved every minute." \
 	    --text "Two hours of my life I will not get back."
 	$(BIN)/embedcache check $(DEMO)/movie.cache $(DEMO)/movie-reviews.csv \
-	    --text-column text --label-column label --split-by 80/10/10
+	    --text-column text --label-column label --split 80/10/10
 	$(BIN)/embedcache sweep $(DEMO)/movie.cache -o $(DEMO)/sweep
 	$(BIN)/embedcache report $(DEMO)/sweep -o $(DEMO)/report.html
 	@echo "the sweep as a page: $(DEMO)/report.html"

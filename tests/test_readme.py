@@ -1,0 +1,67 @@
+"""The README's commands and Python blocks do what it says, in its order, in a fresh folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+README = (REPO / "README.md").read_text("utf-8")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(README) if kind == language]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a checkout: only what the README's own lines read."""
+    made = tmp_path_factory.mktemp("readme")
+    (made / "data").mkdir()
+    shutil.copy(REPO / "data" / "sample.csv", made / "data")
+    return made
+
+
+def run(arguments: list[str], where: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(arguments, cwd=where, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_run(folder: Path, minilm_path: Path) -> None:
+    (commands,) = blocks("bash")
+    said = run(["bash", "-euc", commands], folder)
+    assert "60 extracted" in said
+    assert re.search(r"^(negative|neutral|positive)\b", said, re.MULTILINE)
+
+
+def test_the_python_blocks_run(folder: Path, minilm_path: Path) -> None:
+    code = "\n".join(blocks("python"))
+    said = run([sys.executable, "-W", "error::UserWarning", "-c", code], folder)
+    assert "trainable 1,155" in said
+
+
+def test_a_command_that_fails_would_be_seen(folder: Path) -> None:
+    with pytest.raises(AssertionError, match="no feature cache"):
+        run(["embedcache", "info", "nothing.cache"], folder)
+
+
+def test_every_command_is_in_the_table() -> None:
+    from embedcache.cli import cli
+
+    table = README.split("## Commands")[1].split("### Features")[0]
+    for name in cli.commands:
+        assert f"`{name} " in table or f"`{name}`" in table, f"{name} is not in the README's table"
+
+
+def test_every_figure_of_a_path_is_there() -> None:
+    for path in set(re.findall(r"`((?:embedcache|pipelines|data|tests)/[\w./-]+)`", README)):
+        assert (REPO / path).exists(), path
