@@ -17,6 +17,7 @@ from embedcache.examples import Examples
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
 
+_OF_TEXT = ("max_length", "truncation_side", "prompt")
 WINDOW = 2048
 """Rows tokenised and batched together: enough company for canonical batches, little enough to stay small."""
 
@@ -50,7 +51,9 @@ class Predictor:
         refuse_other_backbone(head, backbone)
 
     @classmethod
-    def load(cls, run: Path | str, *, model: str | None = None, device: str = "auto") -> Predictor:
+    def load(
+        cls, run: Path | str, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
+    ) -> Predictor:
         """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
 
         Raises:
@@ -58,10 +61,12 @@ class Predictor:
             BackboneMismatchError: that backbone, or its settings, are not those the head was trained on.
         """
         head = TrainedHead.from_pretrained(run)
-        return cls(head, backbone_of(head, model=model, device=device))
+        return cls(head, backbone_of(head, model=model, device=device, trust_remote_code=trust_remote_code))
 
     def __call__(self, texts: Iterable[str]) -> list[Prediction]:
-        """Predict texts, in order."""
+        """Predict texts, in order. Raises ``InputError`` for one that is empty or no text."""
+        if isinstance(texts, str):
+            raise InputError("got one string: expected a list of texts")
         return list(self.stream(texts))
 
     def stream(self, texts: Iterable[str]) -> Iterator[Prediction]:
@@ -69,14 +74,16 @@ class Predictor:
         waiting = iter(texts)
         number = 0
         while block := list(islice(waiting, WINDOW)):
-            for at, text in enumerate(block):
-                _refuse_empty(number + at, text)
-            yield from self.contents([text.encode("utf-8") for text in block])
+            yield from self.contents([_content(number + at, text) for at, text in enumerate(block)])
             number += len(block)
 
     def contents(self, contents: Sequence[bytes]) -> list[Prediction]:
-        """Predict rows by their canonical content, as ``Examples.contents`` gives it."""
-        return [self._prediction(values) for values in self.head.probabilities(self.features(contents))]
+        """Predict rows by their canonical content, as ``Examples.contents`` gives it; equal rows are computed once."""
+        if not contents:
+            return []
+        places = {content: at for at, content in enumerate(dict.fromkeys(contents))}
+        values = self.head.probabilities(self.features(list(places)))
+        return [self._prediction(values[places[content]]) for content in contents]
 
     def stream_examples(self, examples: Examples) -> Iterator[tuple[str, Prediction]]:
         """Predict every row of an input and yield ``(id, prediction)``, in order, with flat memory."""
@@ -103,18 +110,26 @@ class Predictor:
         return Prediction(names[best], float(values[best]), by_name)
 
 
-def _refuse_empty(number: int, text: object) -> None:
+def _content(number: int, text: object) -> bytes:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"text {number} is {text!r}: expected a text that is not empty")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"text {number} holds half a surrogate pair, which is no character") from None
 
 
-def backbone_of(head: TrainedHead, *, model: str | None = None, device: str = "auto") -> Backbone:
+def backbone_of(
+    head: TrainedHead, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> Backbone:
     """Load the backbone a head was trained on, with the settings it was trained with."""
     spec = head.extraction
     if "preprocessing" not in spec:
         raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not text")
     text = spec["preprocessing"]
     asked = model if model is not None else head.model
+    if not isinstance(text, Mapping) or not {*_OF_TEXT, "compute_dtype"} <= {*text, *spec}:
+        raise BackboneMismatchError("this head was trained on features of another sort of backbone than texts have")
     try:
         return load_backbone(
             asked,
@@ -128,9 +143,9 @@ def backbone_of(head: TrainedHead, *, model: str | None = None, device: str = "a
             compiled=spec["execution"] == "compiled",
             policy=spec["shapes"],
             device=device,
+            revision=head.revision if model is None else None,
+            trust_remote_code=trust_remote_code,
         )
-    except BackboneMismatchError:
-        raise
     except BackboneError as error:
         if model is None:
             raise BackboneError(

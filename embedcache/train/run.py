@@ -90,6 +90,8 @@ def train_head(
     feature = feature or feature_set_of(x)
     data = checked_data(x, y, feature, task, weight=sample_weight)
     said = [*notes, *refuse_untrainable(data, task, class_names)]
+    if len(data) < len(y):
+        said.append(f"{len(y) - len(data):,} of {len(y):,} training rows have no label and are left out")
     judged = None
     if x_eval is not None and y_eval is not None:
         judged = checked_data(x_eval, y_eval, feature, task, where="validation")
