@@ -270,3 +270,14 @@ def test_a_writer_never_opens_a_published_file_for_writing(cache: Path, monkeypa
 def test_the_bomb_is_one(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(damage.Bomb(damage.exploded(tmp_path / "c"))))
     assert damage.exploded(tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "attack", ["set_dim_other", "set_dtype_other", "set_name_up", "set_more", "set_fewer", "rows_one_less"]
+)
+def test_what_was_found_for_one_manifest_is_not_believed_for_another(cache: Path, attack: str) -> None:
+    """The shards are the very files that this process has hashed and looked into before."""
+    FeatureCache.open(cache)
+    manifests.ATTACKS[attack](cache)
+    with pytest.raises(CorruptCacheError):
+        FeatureCache.open(cache)
