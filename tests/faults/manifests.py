@@ -180,5 +180,28 @@ ATTACKS: dict[str, Callable[[Path], None]] = {
     "hash_missing": raw(lambda data: data.replace(b'"manifest_hash"', b'"manifest_hush"')),
 }
 
+# What is said, where one reason could hide another.
+SAID = {
+    "rows_more_than_bytes": "the rows of a shard is not what this format allows",
+    "rows_beyond_memory": "the rows of a shard is not what this format allows",
+    "dataset_rows_huge": "the rows of the dataset is not what this format allows",
+    "name_with_arabic_digits": "file name",
+    "name_with_another_hash": "the entry of",
+    "shard_named_twice": "a shard named twice",
+    "version_arabic_digits": "upgrade embedcache",
+    "version_unknown": "upgrade embedcache",
+    "spec_of_another_hash": "spec_hash",
+    "key_twice": "the key 'complete' occurs twice",
+    "key_twice_deep_down": "the key 'device' occurs twice",
+    "nan": "NaN is not JSON",
+    "infinity_in_digits": "1e999 is too large a number",
+    "deep": "nested too deeply",
+    "escape_in_another_case": "its own hash differs",
+    "dataset_targets_huge": "targets is not what",
+    "dataset_hash_of_no_whole": "whole_hash is not what",
+    "dataset_classes_not_printable": "surrogates not allowed",
+    "set_name_of_the_keys": "two feature sets would both be stored as row_key",
+}
+
 if __name__ == "__main__":
     forge.main(ATTACKS)

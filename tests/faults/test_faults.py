@@ -90,7 +90,7 @@ def test_damage(cache: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("attack", manifests.ATTACKS)
 def test_hostile_manifests(cache: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests.ATTACKS[attack](cache)
-    said = refused(cache, ".", monkeypatch)
+    said = refused(cache, manifests.SAID.get(attack, "."), monkeypatch)
     signed = "edit" in manifests.ATTACKS[attack].__qualname__
     assert not (signed and "its own hash differs" in said), "refused for another reason than the attack"
 
