@@ -11,12 +11,12 @@ two classes the penalty is on the difference of their rows, as scikit-learn has 
 | ``curvature`` | what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty |
 | ``descent`` | limited-memory BFGS for K problems in lock-step |
 | ``squared`` | squared errors, in closed form |
-| ``solve`` | ``solve``, ``path`` and ``path_folds`` |
+| ``solver`` | ``solve``, ``path`` and ``path_folds`` |
 """
 
 from __future__ import annotations
 
 from embedcache.train.convex.design import NEVER, Solution
-from embedcache.train.convex.solve import path, path_folds, solve
+from embedcache.train.convex.solver import path, path_folds, solve
 
 __all__ = ["NEVER", "Solution", "path", "path_folds", "solve"]

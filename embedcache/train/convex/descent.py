@@ -28,8 +28,9 @@ _RENEW = frozenset({8, 16, 32, 64, 128, 256, 512, 1024})
 class Walk:
     """One problem on its way to the optimum."""
 
-    def __init__(self, problem: int, point: Floats, l2: float, tolerance: float) -> None:
-        self.problem, self.point, self.l2, self.tolerance = problem, point, l2, tolerance
+    def __init__(self, problem: int, point: Floats, l2: float, tolerance: float, floor: float) -> None:
+        """Begin at a point [D + 1, C]; a gap below ``floor`` is nothing, however small the loss."""
+        self.problem, self.point, self.l2, self.tolerance, self.floor = problem, point, l2, tolerance, floor
         self.loss, self.gradient = math.inf, np.zeros_like(point)
         self.iterations = 0
         self.converged = self.stuck = False
@@ -111,7 +112,7 @@ class Walk:
         self._first = float(np.vdot(self.gradient, self._direction))
         self._step, self._tried = 1.0, 0
         self._low, self._high = (0.0, self._first), _NONE
-        if -self._first / 2 <= self.tolerance * abs(self.loss):
+        if -self._first / 2 <= self.tolerance * abs(self.loss) + self.floor:
             # Rounding may make the slope positive, but only where there is nothing left to gain.
             self.converged = True
 
@@ -132,16 +133,14 @@ class Walk:
 def descend(objective: Objective, curvature: Curvature, walks: Sequence[Walk], most: int) -> None:
     """Walk until every problem has ended, or has taken ``most`` steps."""
 
-    def inverses(of: Sequence[Walk], renew: bool) -> dict[int, Inverse]:
-        made = curvature.at(
-            [walk.point for walk in of], [walk.problem for walk in of], [walk.l2 for walk in of], renew=renew
-        )
+    def inverses(of: Sequence[Walk]) -> dict[int, Inverse]:
+        made = curvature.at([walk.point for walk in of], [walk.problem for walk in of], [walk.l2 for walk in of])
         return {id(walk): inverse for walk, inverse in zip(of, made, strict=True)}
 
     def values(of: Sequence[Walk], points: list[Floats]) -> list[tuple[float, Floats]]:
         return objective(points, [walk.problem for walk in of], [walk.l2 for walk in of])
 
-    inverse = inverses(walks, True)
+    inverse = inverses(walks)
     for walk, (loss, gradient) in zip(walks, values(walks, [walk.point for walk in walks]), strict=True):
         walk.enter(loss, gradient, inverse[id(walk)])
     for turn in range(1, 3 * most + 1):
@@ -149,7 +148,8 @@ def descend(objective: Objective, curvature: Curvature, walks: Sequence[Walk], m
         if not active:
             return
         if turn in _RENEW:
-            inverse |= inverses(active, True)
+            curvature.widen()
+            inverse |= inverses(active)
         found = values(active, [walk.trial() for walk in active])
         for walk, (loss, gradient) in zip(active, found, strict=True):
             walk.judge(loss, gradient, inverse[id(walk)])

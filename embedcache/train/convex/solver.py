@@ -154,9 +154,11 @@ def _solve(
     exact: Objective | None = None
     numbers = range(made.problems)
     points = [made.start(at) if starts is None else made.to_point(starts[at], at) for at in numbers]
-    walks = [Walk(at, point, max(l2s), tolerance) for at, point in zip(numbers, points, strict=True)]
+    # What rounding leaves of the losses even in float64: a probability of 1 is told from 1 - 1e-16 by nobody.
+    floors = [float(np.finfo(np.float64).eps * made.mass(at).sum()) for at in numbers]
+    walks = [Walk(at, points[at], max(l2s), tolerance, floors[at]) for at in numbers]
     # How far from the optimum rounding alone can keep float32, were all of its error where only the penalty curves.
-    noise = np.finfo(np.float32).eps ** 2 * len(made.x) * curvature.spread
+    noise = 4 * np.finfo(np.float32).eps ** 2 * len(made.x) * curvature.spread
     found: dict[float, list[Solution]] = {}
     for l2 in sorted(set(l2s), reverse=True):
         for walk in walks:
