@@ -130,7 +130,7 @@ def _word(report: SetReport, contents: Mapping[int, bytes]) -> str | None:
     common = set.intersection(*(set(re.findall(r"\w+", text)) for text in wrong))
     common -= set().union(*(re.findall(r"\w+", text) for text in right))
     if common:
-        return f"those with the word {sorted(common)[0]!r} and no others: the tokenizer reads it as something else"
+        return f"those with the word {max(sorted(common), key=len)!r} and no others: the tokenizer reads it as something else"
     return None
 
 
@@ -165,8 +165,9 @@ TRAINING = {
     "batch order": "batches hold other rows: another seed of the order, or other rows",
     "standardisation": "features are standardised by another mean or scale",
     "dropout draws": "dropout is drawn from another seed or another number of times",
-    "losses": "the same features, weights and batches give other losses: labels, loss or class weights differ",
+    "losses": "the same features, weights and batches give other losses: labels, loss or dropout differ",
     "gradient norms": "the same losses give other gradients",
+    "steps": "the first steps agree, then one moved another way: learning rate, decay, clipping or schedule",
     "final parameters": "the same gradients give other parameters: the optimizer differs",
     "optimizer: first": "the optimizer's state differs",
     "optimizer: second": "the optimizer's state differs",
@@ -185,4 +186,11 @@ def of_training(comparisons: Sequence[Comparison], reference: str, features_agre
     if first is None:
         return []
     place = f" at {first.where}" if first.where else ""
-    return [f"training, {reference} reference: {first.what} differ{place}: {TRAINING[first.what]}"]
+    later = first.what == "losses" and not first.where.startswith("step 0 ")
+    meaning = TRAINING["steps" if later and _gradients_agree_at_first(wrong) else first.what]
+    return [f"training, {reference} reference: {first.what} differ{place}: {meaning}"]
+
+
+def _gradients_agree_at_first(wrong: Sequence[Comparison]) -> bool:
+    norms = [each for each in wrong if each.what == "gradient norms"]
+    return not norms or not norms[0].where.startswith("step 0 ")

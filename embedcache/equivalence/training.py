@@ -134,7 +134,7 @@ def parts(record: Record) -> dict[str, Named]:
     """Return what two records are compared in, in the order in which a fault would show."""
     return {
         "initial head": record.initial,
-        "batch order": {"row of step": np.concatenate(record.batches) if record.batches else np.zeros(0, np.int64)},
+        "batch order": {"step": _laid_out(record.batches)},
         "standardisation": record.standardisation,
         "dropout draws": {"generator": record.draws},
         "losses": {"step": record.losses},
@@ -143,6 +143,20 @@ def parts(record: Record) -> dict[str, Named]:
         "optimizer: first": record.first_moments,
         "optimizer: second": record.second_moments,
     }
+
+
+def _laid_out(batches: Sequence[Array]) -> Array:
+    """Return the rows of each step as one array [S, B], the missing places of smaller batches -1."""
+    widest = max(map(len, batches), default=0)
+    return np.array([[*rows, *[-1] * (widest - len(rows))] for rows in batches], np.int64).reshape(-1, widest)
+
+
+def first_step(a: Named, b: Named) -> int | None:
+    """Return the first step in which two series differ, None for none."""
+    if "step" not in a or "step" not in b or a["step"].shape != b["step"].shape:
+        return None
+    differs = (a["step"] != b["step"]).reshape(len(a["step"]), -1).any(axis=1)
+    return int(differs.argmax()) if differs.any() else None
 
 
 def differences_of(a: Named, b: Named) -> tuple[Difference, str]:
@@ -154,7 +168,8 @@ def differences_of(a: Named, b: Named) -> tuple[Difference, str]:
         if found.where is not None and (whole.where is None or found.largest > whole.largest):
             shape = a[name].shape if name in a else ()
             place = ", ".join(str(at) for at in found.where)
-            where = f"{name} {place}" if name in ("step", "row of step") else f"{name}[{place}]" if shape else name
+            first = first_step(a, b)
+            where = f"step {first} first" if first is not None else f"{name}[{place}]" if shape else name
         whole = whole.joined(found, 0)
     return whole, where
 
