@@ -1,0 +1,70 @@
+"""The picture of a comparison: what each approach costs, and how well it does with how many rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from embedcache.compare.approaches import APPROACHES
+
+if TYPE_CHECKING:
+    from embedcache.compare.result import Comparison
+
+COLOURS = dict(zip(APPROACHES, ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7"), strict=True))
+"""Told apart by people who see fewer colours, too (Okabe & Ito 2008)."""
+
+
+def draw(comparison: Comparison, file: Path) -> None:
+    """Draw into an SVG or PNG file, by its ending; equal comparisons make equal SVGs."""
+    with matplotlib.rc_context({"svg.hashsalt": "embedcache", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        times, metrics = figure.subplots(1, 2)
+        _times(times, comparison)
+        _metrics(metrics, comparison)
+        metadata = {"Date": None} if file.suffix == ".svg" else None
+        figure.savefig(file, metadata=metadata, dpi=150)
+
+
+def _times(axes: Any, comparison: Comparison) -> None:
+    largest = max(comparison.facts["fractions"])
+    rows = [each for each in comparison.rows if each["fraction"] == largest][::-1]
+    for place, row in enumerate(rows):
+        extraction = row["extraction_seconds"] or 0.0
+        axes.barh(place, row["total_seconds"], color=COLOURS[row["approach"]])
+        if extraction:
+            axes.barh(place, extraction, color="#999999", label="extraction" if row["approach"] == "cached" else None)
+        axes.annotate(
+            f" {row['total_seconds']:.3g} s", (row["total_seconds"], place), va="center", annotation_clip=False
+        )
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"seconds for {comparison.facts['epochs']} epochs of {rows[0]['train_rows']:,} rows")
+    if any(row["approach"] == "cached" for row in rows):
+        axes.legend(loc="best", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _metrics(axes: Any, comparison: Comparison) -> None:
+    fractions = comparison.facts["fractions"]
+    for number, name in enumerate(comparison.facts["approaches"]):
+        rows = [each for each in comparison.rows if each["approach"] == name]
+        x = [each["train_rows"] for each in rows] if len(fractions) > 1 else [number]
+        y = [each["test"] for each in rows]
+        bounds = [each["test_interval"] or [each["test"]] * 2 for each in rows]
+        below = [max(value - low, 0.0) for value, (low, _) in zip(y, bounds, strict=True)]
+        above = [max(high - value, 0.0) for value, (_, high) in zip(y, bounds, strict=True)]
+        axes.errorbar(
+            x, y, yerr=[below, above], color=COLOURS[name], marker="o", capsize=3, label=APPROACHES[name].title
+        )
+    if len(fractions) > 1:
+        axes.set_xscale("log")
+        axes.set_xlabel("training rows")
+    else:
+        axes.set_xticks([])
+        axes.margins(x=0.2)
+    axes.set_ylabel(f"test {comparison.facts['metric']}, 95 % interval")
+    axes.legend(loc="best", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,149 @@
+"""A comparison's folder: results as they come, so that a killed comparison goes on and nothing is measured twice.
+
+::
+
+    DIR/
+    ├── results.jsonl              one line a measurement, appended and synced; ``key`` hashes all that decides it
+    ├── outputs/KEY.npy            what the approach said of the test rows, float32 [N, C]
+    ├── caches/KEY.cache           the features
+    ├── comparison.json, .md, .svg what was found
+
+A key holds the data, the backbone's weights, the recipe, the seed and the kind of machine. A line whose key nobody
+asks for is left alone, so a folder may hold several comparisons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import InputError
+from embedcache.fingerprint import canonical_json, strict_json
+from embedcache.shard import commit, explain
+
+Result = dict[str, Any]
+
+
+class Folder:
+    """A comparison's folder, opened by one process at a time, as a context manager.
+
+    Raises ``InputError`` for a path that cannot be one, and for a damaged line, naming it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._found: dict[str, Result] = {}
+        self._lock: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Folder:
+        from embedcache.cache.writer import lock
+
+        self._refuse_foreign()
+        try:
+            for name in ("outputs", "caches"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make {self.path}: {explain(error)}") from None
+        self._lock = lock(self.path)
+        try:
+            self._found = self._read()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: choose a new or an empty directory")
+        if self.path.is_dir() and not (self.path / "results.jsonl").exists():
+            strangers = [each.name for each in self.path.iterdir() if each.name not in ("outputs", "caches", ".lock")]
+            if strangers:
+                raise InputError(
+                    f"{self.path} exists and is no comparison (it holds {strangers[0]}): "
+                    "choose a new or an empty directory"
+                )
+
+    def _read(self) -> dict[str, Result]:
+        file = self.path / "results.jsonl"
+        if not file.exists():
+            return {}
+        data = file.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):  # half written: it was never counted
+            with open(file, "r+b") as handle:
+                handle.truncate(whole)
+                os.fsync(handle.fileno())
+        found: dict[str, Result] = {}
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                result = strict_json(line)
+                key = result["key"]
+                if not isinstance(key, str) or not isinstance(result["approach"], str):
+                    raise ValueError("its key or its approach is no text")
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(
+                    f"{file}, line {number} is damaged ({error}): delete that line, and it is measured again"
+                ) from None
+            found[key] = result
+        return found
+
+    def get(self, key: str) -> Result | None:
+        """Return a measurement that is there already, with what it said where it says anything."""
+        result = self._found.get(key)
+        if result is None or (result["approach"] != "extraction" and self.outputs(key) is None):
+            return None
+        return result
+
+    def add(self, result: Result) -> Result:
+        """Keep a measurement, and return it as it will be read again."""
+        line = (canonical_json(result) + "\n").encode("ascii")
+        try:
+            descriptor = os.open(self.path / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                rest = memoryview(line)
+                while len(rest):
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path / 'results.jsonl'}: {explain(error)}") from error
+        kept: Result = strict_json(line)
+        self._found[kept["key"]] = kept
+        return kept
+
+    def cache_path(self, key: str) -> Path:
+        """Return where the features are."""
+        return self.path / "caches" / f"{key[:16]}.cache"
+
+    def output_path(self, key: str) -> Path:
+        """Return where the outputs of a measurement are."""
+        return self.path / "outputs" / f"{key[:32]}.npy"
+
+    def outputs(self, key: str) -> npt.NDArray[np.float32] | None:
+        """Return what an approach said of the test rows, None where the file is gone or damaged."""
+        try:
+            found = np.load(self.output_path(key), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return found if found.ndim == 2 and found.dtype == np.float32 else None
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the folder, atomically."""
+        commit(self.path / name, text.encode("utf-8"))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the folder, atomically."""
+        self.write(name, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
