@@ -16,7 +16,7 @@ from embedcache.heads.trained import count
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train.calibration import fit_temperature, fit_thresholds
-from embedcache.train.data import Data, checked_data, choose, class_weights, exact_moments, refuse_untrainable
+from embedcache.train.data import Data, checked_data, choose, class_weights, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.result import TrainingResult
 
@@ -186,19 +186,14 @@ def _convex(
 
     if trained.spec.kind != "linear":
         raise SpecError(f"the convex solver is for linear heads, not {trained.spec.kind}: use --solver minibatch")
-    x = _dense(data, "the convex solver", trained.feature)
-    mean, scale = exact_moments(x, trained.feature, data.weight) if spec.standardize else (0.0, 1.0)
-    x = (x - np.asarray(mean, x.dtype)) * np.asarray(scale, x.dtype) if spec.standardize else x
-    weight = data.weight
-    per_class = _class_weight(spec, data, trained)
-    if per_class is not None and trained.task == "classification":
-        weight = per_class[data.y] * (1.0 if weight is None else weight)
-    found = solve(x, data.y, task=trained.task, outputs=len(trained.class_names), l2=spec.l2, sample_weight=weight)
-    matrix = found.weight * scale
-    bias = found.bias - matrix @ np.broadcast_to(np.asarray(mean, np.float64), (trained.feature.dim,))
+    found = solve(
+        _dense(data, "the convex solver", trained.feature), data.y, task=trained.task, outputs=len(trained.class_names),
+        l2=spec.l2, sample_weight=data.weight, class_weight=_class_weight(spec, data, trained),
+        standardize=spec.standardize,
+    )  # fmt: skip
     notes = [] if found.converged else [f"the solver stopped after {found.iterations} iterations, short of the optimum"]
     entry = {"epoch": found.iterations, "train_loss": found.loss / len(data), "gradient_norm": found.gradient_norm}
-    return replace(trained, state={"output.weight": matrix, "output.bias": bias}), [entry], notes
+    return replace(trained, state={"output.weight": found.weight, "output.bias": found.bias}), [entry], notes
 
 
 def calibrated(trained: TrainedHead, data: Data) -> TrainedHead:
