@@ -82,7 +82,8 @@ def test_residual_by_hand() -> None:
     head = ResidualMLP(FeatureSet("mean", "pooled", 2, 1, "float32"), 1, width=2, depth=1, activation="relu").eval()
     fill(
         head, input_weight=[[1, 0], [0, 1]], blocks_0_norm_weight=[1, 1], blocks_0_up_weight=[[1, 0]] * 4,
-        blocks_0_down_weight=[[1, 1, 1, 1], [0, 0, 0, 0]], norm_weight=[1, 1], norm_bias=[5, 0], output_weight=[[1, 10]],
+        blocks_0_down_weight=[[1, 1, 1, 1], [0, 0, 0, 0]], norm_weight=[1, 1], norm_bias=[5, 0],
+        output_weight=[[1, 10]],
     )  # fmt: skip
     # [3, 1] -> normed [1, -1] -> up 1 four times -> down [4, 0] -> [7, 1] -> normed [1, -1] -> [6, -1] -> 6 - 10
     assert head(torch.tensor([[3.0, 1.0]])).item() == pytest.approx(-4.0, abs=1e-4)

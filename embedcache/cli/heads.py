@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
 import click
 
-from embedcache.cli.options import device_option, json_option, print_json, table
+from embedcache.cli.options import device_option, json_option, print_json, several, table
 
-TRAIN_OPTIONS = (
-    "solver", "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup", "clip",
-    "patience", "metric", "label_smoothing", "class_weight", "l2", "seed",
+_MINIBATCH = (
+    "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "momentum", "schedule", "warmup", "clip",
+    "patience", "metric", "label_smoothing",
+)  # fmt: skip
+"""Settings that only training by minibatches has."""
+
+training_options = several(
+    click.option("--solver", type=click.Choice(["minibatch", "convex"]),
+                 help="minibatch (the default), or convex: the exact optimum of a linear head, found in full batches."),
+    click.option("--epochs", type=int, metavar="N", help="Passes over the training rows. Default: 30."),
+    click.option("--batch-size", type=int, metavar="N", help="Rows in a step. Default: 128."),
+    click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), help="Default: adamw."),
+    click.option("--learning-rate", "--lr", type=float, metavar="X", help="Its largest value. Default: 0.003."),
+    click.option("--weight-decay", type=float, metavar="X", help="Pull on matrices, not on biases. Default: 0.01."),
+    click.option("--momentum", type=float, metavar="X", help="Of sgd. Default: 0.9."),
+    click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]),
+                 help="How the learning rate falls. Default: cosine."),
+    click.option("--warmup", type=float, metavar="SHARE", help="Share of the steps in which it rises. Default: 0.05."),
+    click.option("--clip", type=float, metavar="NORM", help="Largest norm of a gradient, 0 for any. Default: 1."),
+    click.option("--patience", type=int, metavar="EPOCHS",
+                 help="Stop after so many epochs without a better metric, 0 for never. Default: 5."),
+    click.option("--metric", metavar="NAME", help="What validation is judged by. Default: by the task."),
+    click.option("--label-smoothing", type=float, metavar="X", help="Share of a label spread over all. Default: 0."),
+    click.option("--class-weight", metavar="balanced|JSON", help='balanced, or {"class": weight}.'),
+    click.option("--l2", type=float, metavar="X",
+                 help="Penalty of convex and scikit-learn's linear heads, 1 / C. Default: 1."),
+    click.option("--standardize/--no-standardize", default=None,
+                 help="Give features mean 0 and variance 1 first; folded into the head. Default: yes."),
+    click.option("--seed", type=int, metavar="N", help="Of weights, dropout and the order of rows. Default: 0."),
 )  # fmt: skip
 
 
@@ -22,39 +48,22 @@ TRAIN_OPTIONS = (
 @click.argument("cache", type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
 @click.option(
-    "--head",
-    "kind",
-    default="linear",
-    show_default=True,
-    metavar="NAME",
-    help="linear, mlp, residual, attention, or an sklearn head.",
-)
-@click.option("--engine", type=click.Choice(["torch", "sklearn"]), help="Default: whichever has the head, torch first.")
+    "--head", "kind", default="linear", show_default=True, metavar="NAME",
+    help="linear, mlp, residual, attention, attention-pooling; or scikit-learn's logistic-regression, linear-svm, "
+    "ridge, lda, knn, hist-gradient-boosting, and the baselines majority and random-projection.",
+)  # fmt: skip
 @click.option(
-    "--head-option",
-    "head_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A setting of the head, as JSON: hidden=[256].",
-)
-@click.option("--feature", metavar="NAME", help="Feature set. Default: the cache's first.")
-@click.option("--solver", type=click.Choice(["minibatch", "convex"]), help="convex: full batch, linear heads only.")
-@click.option("--epochs", type=int, metavar="N")
-@click.option("--batch-size", type=int, metavar="N")
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]))
-@click.option("--learning-rate", "--lr", type=float, metavar="X")
-@click.option("--weight-decay", type=float, metavar="X")
-@click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]))
-@click.option("--warmup", type=float, metavar="SHARE", help="Share of the steps.")
-@click.option("--clip", type=float, metavar="NORM", help="Largest gradient norm; 0 for none.")
+    "--engine", type=click.Choice(["torch", "sklearn"]),
+    help="Whose linear or mlp. Default: torch; sklearn for what only it has.",
+)  # fmt: skip
 @click.option(
-    "--patience", type=int, metavar="EPOCHS", help="Stop after so many epochs without a better metric; 0 never."
-)
-@click.option("--metric", metavar="NAME", help="What validation is judged by.")
-@click.option("--label-smoothing", type=float, metavar="X")
-@click.option("--class-weight", metavar="balanced|JSON", help='balanced, or {"class": weight}.')
-@click.option("--l2", type=float, metavar="X", help="Strength of the convex solver's penalty (1/C in scikit-learn).")
-@click.option("--seed", type=int, metavar="N")
+    "--head-option", "head_options", multiple=True, metavar="NAME=VALUE",
+    help="A setting of the head, as JSON: hidden=[256]. Repeat for more.",
+)  # fmt: skip
+@click.option("--feature", metavar="NAME", help="Feature set. Default: the first that the head can read.")
+@training_options
+@click.option("--allow-unseen", is_flag=True, help="Train although a class of another split has no training row.")
+@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where a torch head is trained. Default: cpu.")
 @json_option
 def train(
     cache: str,
@@ -63,53 +72,105 @@ def train(
     engine: str | None,
     head_options: tuple[str, ...],
     feature: str | None,
+    allow_unseen: bool,
+    device: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train one head on CACHE and save it, with its metrics and a model card, in RUN."""
+    """Train one head on CACHE and save it, with its metrics and a model card, in RUN.
+
+    The head with the best metric on the validation split is kept, or, without such a split, on a tenth of the training
+    rows that is held out. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
+    training and saves the best head so far.
+    """
+    from pathlib import Path
+
     from embedcache.cache import FeatureCache
-    from embedcache.errors import SpecError
+    from embedcache.errors import Interrupted
     from embedcache.heads import engine_of
+    from embedcache.heads.bundle import prepare
     from embedcache.spec import HeadSpec, TrainSpec
     from embedcache.train import train_on_cache
 
     given = {name: value for name, value in options.items() if value is not None}
-    if "class_weight" in given and given["class_weight"] != "balanced":
+    if given.get("class_weight", "balanced") != "balanced":
         given["class_weight"] = _json(given["class_weight"], "--class-weight")
-    settings = {}
-    for option in head_options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise SpecError(f"--head-option {option!r}: expected NAME=VALUE")
-        settings[name] = _json(value, f"--head-option {name}", text=True)
-    spec = HeadSpec(kind, engine or engine_of(kind), settings)
+    spec = HeadSpec(kind, engine or engine_of(kind), dict(map(_setting, head_options)))  # type: ignore[arg-type]
+    _refuse_unused(spec.engine, kind, given, device)
     opened = FeatureCache.open(cache)
-    result = train_on_cache(opened, spec, TrainSpec(**given), feature=feature)
+    prepare(Path(output_dir))
+    result = train_on_cache(
+        opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
+    )
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
     result.save(output_dir)
     if as_json:
-        return print_json(result.metrics)
-    click.echo(metrics_text(result.metrics))
-    click.echo(f'saved in {output_dir}: try  embedcache predict {output_dir} --text "..."')
+        print_json(result.metrics)
+    else:
+        click.echo(metrics_text(result.metrics))
+        predicts = "preprocessing" in result.head.extraction
+        click.echo(f"saved in {output_dir}" + (f': try  embedcache predict {output_dir} --text "..."' * predicts))
+    if result.interrupted:
+        raise Interrupted(f"stopped after {len(result.history)} epochs: the best head so far is saved in {output_dir}")
 
 
-def _json(text: str, where: str, text_is_fine: bool = False, **options: Any) -> Any:
+def _refuse_unused(engine: str, kind: str, given: Mapping[str, Any], device: str | None) -> None:
+    """Raise ``SpecError`` for a setting that would change nothing: silence would look like an experiment."""
+    from embedcache.errors import SpecError
+
+    solver = given.get("solver", "minibatch")
+    if engine == "sklearn":
+        from embedcache.heads.sklearn_kinds import KINDS
+
+        penalised = kind in KINDS and KINDS[kind].linear
+        unused: Sequence[str] = (*_MINIBATCH, "solver", *(() if penalised else ("l2",)))
+        what, instead = f"the scikit-learn head {kind}", "its own settings are given by --head-option"
+    elif solver == "convex":
+        unused, what, instead = _MINIBATCH, "the convex solver", "its one setting is --l2"
+    else:
+        unused, what, instead = ("l2",), "training by minibatches", "use --weight-decay, or --solver convex"
+        if "momentum" in given and given.get("optimizer", "adamw") == "adamw":
+            unused, what, instead = ("momentum",), "adamw", "use --optimizer sgd"
+    wrong = next((name for name in unused if name in given), "device" if device and engine == "sklearn" else None)
+    if wrong is not None:
+        raise SpecError(f"--{wrong.replace('_', '-')} means nothing to {what}: {instead}")
+
+
+def _device(asked: str | None) -> str:
+    if asked in (None, "cpu"):
+        return "cpu"
+    from embedcache.backbone import choose_device
+
+    return choose_device(str(asked))
+
+
+def _setting(option: str) -> tuple[str, Any]:
+    from embedcache.errors import SpecError
+
+    name, equals, value = option.partition("=")
+    if not equals:
+        raise SpecError(f"--head-option {option!r}: expected NAME=VALUE, such as hidden=[256]")
+    return name, _json(value, f"--head-option {name}", or_text=True)
+
+
+def _json(text: str, where: str, *, or_text: bool = False) -> Any:
     from embedcache.errors import SpecError
     from embedcache.fingerprint import strict_json
 
     try:
         return strict_json(text)
     except ValueError as error:
-        if text_is_fine or options.get("text"):
+        if or_text:
             return text
         raise SpecError(f"{where} {text!r} is not JSON: {error}") from None
 
 
-def metrics_text(metrics: dict[str, Any]) -> str:
+def metrics_text(metrics: Mapping[str, Any]) -> str:
     """Lay out the scalar metrics, a column for each split."""
     splits = list(metrics)
-    names = [name for name, value in metrics[splits[0]].items() if isinstance(value, (int, float)) or value is None]
+    first = metrics[splits[0]]
+    names = [name for name, value in first.items() if isinstance(value, (int, float)) or value is None]
     rows = [[name, *(_number(metrics[split].get(name)) for split in splits)] for name in names]
     return table(rows, ["metric", *splits])
 
@@ -124,51 +185,64 @@ def _number(value: Any) -> str:
 @click.argument("run", type=click.Path())
 @click.argument("cache", type=click.Path())
 @click.option("--split", default="test", show_default=True, metavar="NAME", help="The split to measure on.")
+@click.option("--record", is_flag=True, help="Add what is measured to the metrics and the model card of RUN.")
 @json_option
-def evaluate(run: str, cache: str, split: str, as_json: bool) -> None:
-    """Measure the head of RUN on a split of CACHE."""
+def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> None:
+    """Measure the head of RUN on a split of CACHE, with 95 % intervals.
+
+    CACHE must hold features made as those the head was trained on; it may be another data set.
+    """
+    from pathlib import Path
+
     from embedcache.cache import FeatureCache
     from embedcache.heads import TrainedHead
     from embedcache.train import evaluate_on_cache
 
     head = TrainedHead.from_pretrained(run)
     measured = evaluate_on_cache(head, FeatureCache.open(cache), split)
+    if record:
+        from embedcache.heads import bundle
+
+        bundle.record(Path(run), split, measured)
     if as_json:
         return print_json({split: measured})
     click.echo(metrics_text({split: measured}))
-    for part in ("per_class", "missing_classes"):
-        if measured.get(part):
-            click.echo("")
-            click.echo(
-                _per_class(measured["per_class"])
-                if part == "per_class"
-                else f"not in {split}: {', '.join(measured[part])}"
-            )
+    for name, (low, high) in measured.get("intervals", {}).items():
+        click.echo(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
+    for part in ("per_class", "per_target"):
+        if rows := measured.get(part):
+            cells = [[each if isinstance(each, str) else _number(each) for each in row.values()] for row in rows]
+            click.echo("\n" + table([[shown(row[0]), *row[1:]] for row in cells], list(rows[0])))
+    if missing := measured.get("missing_classes"):
+        click.echo(f"\nnot in {split}: {', '.join(map(shown, missing))}")
 
 
-def _per_class(rows: Any) -> str:
-    items = rows if isinstance(rows, list) else [{"class": name, **values} for name, values in rows.items()]
-    header = list(items[0])
-    return table(
-        [[str(row[key]) if isinstance(row[key], str) else _number(row[key]) for key in header] for row in items], header
-    )
+def shown(name: str) -> str:
+    """Return a class name as it can stand in a line of a terminal: line breaks and control characters escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 
 
 @click.command()
 @click.argument("run", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path(allow_dash=True))
-@click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to predict; repeat for more.")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to predict. Repeat for more.")
 @click.option(
     "--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="Write here instead of to stdout."
 )
-@click.option(
-    "--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of --output, else CSV."
-)
+@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of FILE, else CSV.")
 @click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
 @click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number.")
-@click.option("--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)
+@click.option(
+    "--input-format", "input_format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
+    help="What the input is. Default: by its ending; standard input is one text a line.",
+)  # fmt: skip
+@click.option(
+    "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
+    help="Stop at rows that cannot be used, or set them aside in a quarantine file.",
+)  # fmt: skip
 @click.option("--quarantine", type=click.Path(), metavar="FILE", help="Where skipped rows go.")
 @click.option("--model", metavar="NAME|FOLDER", help="Where the head's backbone is now, if not where it was.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @device_option
 def predict(
     run: str,
@@ -176,16 +250,22 @@ def predict(
     texts: tuple[str, ...],
     output: str | None,
     form: str | None,
+    input_format: str | None,
     model: str | None,
+    trust_remote_code: bool,
     device: str,
     **options: Any,
 ) -> None:
-    """Predict with the head of RUN: --text "...", a file (CSV, TSV, JSONL, Parquet), or - for one text a line."""
+    """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet), or - for standard input.
+
+    The backbone is the one the head was trained on, with the same settings; any other is refused. CSV has the columns
+    id, label, confidence, and the probability of each class (of a regression, the value of each target).
+    """
     if bool(inputs) == bool(texts):
         raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')
     from embedcache.predict import Predictor
 
-    predictor = Predictor.load(run, model=model, device=device)
+    predictor = Predictor.load(run, model=model, device=device, trust_remote_code=trust_remote_code)
     if texts and output is None and form is None:
         for text, prediction in zip(texts, predictor(texts), strict=True):
             click.echo(_line(text, prediction))
@@ -197,34 +277,47 @@ def predict(
         from embedcache.examples import load_examples
 
         if options["on_bad_row"] == "skip" and options["quarantine"] is None:
-            options["quarantine"] = f"{run}.quarantine.jsonl"
-        examples = load_examples(list(inputs), labels="none", **options)
+            options["quarantine"] = f"{output or run}.quarantine.jsonl"
+        examples = load_examples(list(inputs), labels="none", format=input_format, **options)
         for note in examples.notes:
             click.echo(f"note: {note}", err=True)
         rows, total = predictor.stream_examples(examples), len(examples)
     form = form or ("jsonl" if output and output.endswith((".jsonl", ".json")) else "csv")
     with _destination(output) as file:
-        _write(file, form, _progress(rows, total), predictor.head)
+        write = _csv(file, predictor.head) if form == "csv" else _jsonl(file, predictor.head)
+        for name, prediction in _progress(rows, total):
+            write(name, prediction)
+
+
+_SHOWN = 5
 
 
 def _line(text: str, prediction: Any) -> str:
-    label = prediction.label if isinstance(prediction.label, str) else ", ".join(map(str, prediction.label)) or "(none)"
+    values = prediction.probabilities
+    given = [prediction.label] if isinstance(prediction.label, str) else list(prediction.label)
+    label = ", ".join(shown(each) if isinstance(each, str) else f"{each:.4g}" for each in given) or "(none)"
     confidence = "" if prediction.confidence is None else f"  {prediction.confidence:.3f}"
-    detail = "  ".join(f"{name} {value:.3f}" for name, value in prediction.probabilities.items())
-    return f"{label}{confidence}  {text!r}  [{detail}]"
+    best = sorted(values, key=lambda name: -values[name])[:_SHOWN] if len(values) > _SHOWN else list(values)
+    detail = "  ".join(f"{shown(name)} {values[name]:.3f}" for name in best)
+    return f"{label}{confidence}  {text!r}  [{detail}{'  ...' if len(best) < len(values) else ''}]"
 
 
 @contextmanager
 def _destination(output: str | None) -> Iterator[IO[str]]:
     """Open stdout, or a file that only takes its place when it is whole."""
+    import io
+
     if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a class name may hold what a terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
+        sys.stdout.flush()
         return
     import os
 
     partial = f"{output}.partial"
     try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             yield file
         os.replace(partial, output)
     except BaseException:
@@ -236,40 +329,42 @@ def _destination(output: str | None) -> Iterator[IO[str]]:
 def _progress(rows: Iterable[tuple[str, Any]], total: int) -> Iterable[tuple[str, Any]]:
     from tqdm import tqdm
 
-    shown: Iterable[tuple[str, Any]] = tqdm(
+    said: Iterable[tuple[str, Any]] = tqdm(
         rows, total=total, unit="row", desc="predict", disable=not sys.stderr.isatty()
     )
-    return shown
+    return said
 
 
-def _write(file: IO[str], form: str, rows: Iterable[tuple[str, Any]], head: Any) -> None:
+def _jsonl(file: IO[str], head: Any) -> Callable[[str, Any], None]:
+    regression = head.task == "regression"
+
+    def write(name: str, prediction: Any) -> None:
+        values = dict(prediction.probabilities)
+        label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
+        said = {"label": label, "confidence": prediction.confidence, "probabilities": values}
+        file.write(json.dumps({"id": name} | ({"values": values} if regression else said), ensure_ascii=False) + "\n")
+
+    return write
+
+
+def _csv(file: IO[str], head: Any) -> Callable[[str, Any], None]:
     import csv
 
-    regression = head.task == "regression"
     writer = csv.writer(file, lineterminator="\n")
-    if form == "csv":
-        writer.writerow(["id", *([] if regression else ["label", "confidence"]), *head.class_names])
-    for name, prediction in rows:
-        values = prediction.probabilities
-        label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
-        if form == "jsonl":
-            record: dict[str, Any] = {"id": name}
-            record |= (
-                {"values": dict(values)}
-                if regression
-                else {"label": label, "confidence": prediction.confidence, "probabilities": dict(values)}
-            )
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            continue
-        cells = (
-            []
-            if regression
-            else [
-                label if isinstance(label, str) else ";".join(label),
-                "" if prediction.confidence is None else f"{prediction.confidence:.6g}",
-            ]
-        )
-        writer.writerow([name, *cells, *(f"{value:.6g}" for value in values.values())])
+    ours = ["id", *([] if head.task == "regression" else ["label", "confidence"])]
+    prefix = "probability of " if set(ours) & set(head.class_names) else ""
+    writer.writerow([*ours, *(prefix + name for name in head.class_names)])
+    # Labels are joined by a semicolon, unless a class has one in its name.
+    join = json.dumps if any(";" in name for name in head.class_names) else ";".join
+
+    def write(name: str, prediction: Any) -> None:
+        cells = [name]
+        if head.task != "regression":
+            label, sure = prediction.label, prediction.confidence
+            cells += [label if isinstance(label, str) else join(list(label)), "" if sure is None else f"{sure:.6g}"]
+        writer.writerow([*cells, *(f"{value:.6g}" for value in prediction.probabilities.values())])
+
+    return write
 
 
 COMMANDS = (train, evaluate, predict)

@@ -185,7 +185,7 @@ def targets_for(head: TrainedHead, cache: FeatureCache) -> npt.NDArray[Any]:
         named = ", ".join(map(repr, unknown[:5])) or "another order"
         raise InputError(
             f"{cache.path} has labels that the head was not trained on ({named}): "
-            f"it knows {', '.join(head.class_names[:20])}"
+            f"it knows {', '.join(map(repr, head.class_names[:20]))}"
         )
     table = np.array([head.class_names.index(name) for name in cache.class_names], np.int64)
     return np.where(targets < 0, -1, table[np.maximum(targets, 0)])

@@ -120,12 +120,12 @@ def refuse_untrainable(data: Data, task: Task, class_names: Sequence[str]) -> li
         if len(data) < len(class_names):
             raise TrainingError(f"there are {len(data)} training rows for {len(class_names)} classes: add rows")
         absent = [name for at, name in enumerate(class_names) if at not in set(present.tolist())]
-        return [f"no training row has the class {', '.join(absent)}"] if absent else []
+        return [f"no training row has the class {', '.join(map(repr, absent))}"] if absent else []
     if task == "multilabel":
         never = [name for name, on in zip(class_names, (data.y == 1).any(axis=0), strict=True) if not on]
         if len(never) == len(class_names):
             raise TrainingError("no training row has any label: expected at least one")
-        return [f"no training row has the label {', '.join(never)}"] if never else []
+        return [f"no training row has the label {', '.join(map(repr, never))}"] if never else []
     if len(data) < 2:
         raise TrainingError("there is one training row: expected at least two")
     return []
@@ -219,7 +219,8 @@ def _weights(given: str | Mapping[str, float] | None, y: Any, task: Task, names:
         present = int((rows > 0).sum())
         return np.where(rows > 0, rows.sum() / (present * np.maximum(rows, 1)), 1.0)
     if unknown := sorted(set(given) - set(names)):
-        raise SpecError(f"class_weight names {unknown[0]!r}, which is no class: the classes are {', '.join(names)}")
+        known = ", ".join(map(repr, names[:20]))
+        raise SpecError(f"class_weight names {unknown[0]!r}, which is no class: the classes are {known}")
     weights = np.array([float(given.get(name, 1.0)) for name in names])
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise SpecError("class_weight holds a value that is no weight: expected numbers of 0 or more")
