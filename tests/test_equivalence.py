@@ -23,7 +23,7 @@ from embedcache import pooling
 from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
-from embedcache.equivalence import EquivalenceResult, check, check_equivalence
+from embedcache.equivalence import EquivalenceResult, check, check_equivalence, examination
 from embedcache.equivalence.bits import Difference, difference, ordered_bits, rounded
 from embedcache.equivalence.plain import plain_head
 from embedcache.equivalence.result import Comparison
@@ -535,33 +535,33 @@ def test_a_head_trained_another_way(
     change: dict[str, Any], cause: str, cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch,
     command: Callable[..., Said],
 ) -> None:  # fmt: skip
-    honest = check.train_live
+    honest = examination.train_live
 
     def other(data: Any, batches: Any, head: Any, spec: Any, *rest: Any, **options: Any) -> Any:
         batches._seed = change.get("shuffle_seed", 0)
         return honest(data, batches, head, replace(spec, **change), *rest, **options)
 
-    monkeypatch.setattr(check, "train_live", other)
+    monkeypatch.setattr(examination, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "training, canonical reference: ", cause)
 
 
 def test_standardised_by_other_moments_and_other_dropout(
     cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
 ) -> None:
-    honest = check.train_live
+    honest = examination.train_live
 
     def moved(data: Data, *rest: Any, **options: Any) -> Any:
         return honest(replace(data, x=data.x[:-1]), *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(check, "train_live", moved)
+        patched.setattr(examination, "train_live", moved)
         fails(command(cache.path, csv, *QUICK), "standardisation differ at ", "another mean or scale")
 
     def wetter(data: Any, batches: Any, head: HeadSpec, *rest: Any, **options: Any) -> Any:
         return honest(data, batches, replace(head, options={"dropout": 0.2}), *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(check, "train_live", wetter)
+        patched.setattr(examination, "train_live", wetter)
         said = command(cache.path, csv, *QUICK[:2], "--head", "mlp", "--reference", "canonical")
         fails(said, "training, canonical reference: losses differ at step")
 
@@ -569,7 +569,7 @@ def test_standardised_by_other_moments_and_other_dropout(
 def test_predictions_that_read_features_another_way(
     cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
 ) -> None:
-    honest = check.train_live
+    honest = examination.train_live
 
     def other(*arguments: Any, **options: Any) -> Any:
         record = honest(*arguments, **options)
@@ -577,7 +577,7 @@ def test_predictions_that_read_features_another_way(
         record.head = replace(record.head, state=state)
         return record
 
-    monkeypatch.setattr(check, "train_live", other)
+    monkeypatch.setattr(examination, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "logits differ at row r")
 
 

@@ -1,17 +1,18 @@
 """Is training on the cache really the same as training with the backbone in the loop?
 
-==============  ==========================================================================
-``check``       ``check_equivalence``: the whole check
-``rows``        the input matched with the cache, and which rows are looked at
-``features``    features recomputed from raw rows, compared with what is stored
-``live``        batches that the frozen backbone makes inside every step
-``training``    a few steps with everything written down, and two records compared
-``standard``    the same work as anyone would write it; ``plain``, its heads
-``tolerance``   how far apart two correct computations may be, derived
-``bits``        two arrays compared bit by bit
-``causes``      what is behind a difference
-``result``      the table, the findings, the verdict
-==============  ==========================================================================
+===============  =========================================================================
+``check``        ``check_equivalence``: the whole check
+``examination``  one check in progress: each comparison in turn
+``rows``         the input matched with the cache, and which rows are looked at
+``features``     features recomputed from raw rows, compared with what is stored
+``live``         batches that the frozen backbone makes inside every step
+``training``     a few steps with everything written down, and two records compared
+``standard``     the same work as anyone would write it; ``plain``, its heads
+``tolerance``    how far apart two correct computations may be, derived
+``bits``         two arrays compared bit by bit
+``causes``       what is behind a difference
+``result``       the table, the findings, the verdict
+===============  =========================================================================
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def _word(report: SetReport, contents: Mapping[int, bytes]) -> str | None:
     common = set.intersection(*(set(re.findall(r"\w+", text)) for text in wrong))
     common -= set().union(*(re.findall(r"\w+", text) for text in right))
     if common:
-        return f"those with the word {max(sorted(common), key=len)!r} and no others: the tokenizer reads it as something else"
+        word = max(sorted(common), key=len)
+        return f"those with the word {word!r} and no others: the tokenizer reads it as something else"
     return None
 
 
