@@ -449,6 +449,18 @@ def test_verification_put_off_until_features_are_read(tmp_path: Path, monkeypatc
         FeatureCache.open(path)
 
 
+@pytest.mark.parametrize("hurt", ["removed", "truncated"])
+def test_names_and_sizes_are_compared_whatever_is_put_off(tmp_path: Path, hurt: str) -> None:
+    path = write(tmp_path / "c", 11, 3, SETS[:1])
+    file = sorted((path / "features").iterdir())[2]
+    if hurt == "removed":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(CorruptCacheError, match=file.name):
+        FeatureCache.open(path, verify=False)
+
+
 @pytest.mark.parametrize("folder", ["features", "examples"])
 def test_a_change_right_after_it_was_checked_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
