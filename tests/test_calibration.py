@@ -63,6 +63,8 @@ def test_all_right_is_not_certainty() -> None:
         assert confidence == pytest.approx(1 - 1 / (rows + 2) / 2, rel=1e-9)
         found.append(temperature)
     assert found == sorted(found, reverse=True)
+    # More confidence than so many rows can tell is left as it is: less of it would be a higher loss on them.
+    assert fit_temperature(np.tile([[50.0, 0.0]], (30, 1)), np.zeros(30, int)) == 1.0
 
 
 @given(

@@ -321,6 +321,19 @@ def test_a_row_of_weight_two_is_two_rows(kind: str, task: str) -> None:
     assert np.abs(weighted.outputs(x) - plain.outputs(x)).max() > 1e-4
 
 
+def test_weights_of_rows_and_of_classes_multiply() -> None:
+    x, y, _ = data("classification")
+    rows, classes = np.random.default_rng(1).random(N), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = fit_sklearn(
+        head("majority"), x, y, task="classification", classes=C, sample_weight=rows, class_weight=classes
+    )
+    np.testing.assert_allclose(found.outputs(x)[0], np.bincount(y, rows * classes[y]) / (rows * classes[y]).sum())
+    even = fit_sklearn(
+        head("majority"), x, y, task="classification", classes=C, sample_weight=rows, class_weight="balanced"
+    )
+    np.testing.assert_allclose(even.outputs(x), 1 / C)
+
+
 @pytest.mark.parametrize("kind", ["linear", "majority", "hist-gradient-boosting"])
 def test_labels_that_are_on_can_weigh_more(kind: str) -> None:
     x, y, _ = data("multilabel")

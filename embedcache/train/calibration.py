@@ -52,10 +52,7 @@ def fit_temperature(logits: Array, y: Array) -> float:
     own = z[np.arange(len(y)), y]
     if len(own) < FEWEST_ROWS:
         return 1.0
-    target = own
-    if (own == 0).all():
-        epsilon = 1 / (len(own) + 2)
-        target = (1 - epsilon) * own + epsilon * z[:, reachable].mean(axis=1)
+    target = own if own.any() else z[:, reachable].mean(axis=1) / (len(own) + 2)
     sharpness = _least(z, float(target.sum()))
     return 1 / sharpness if _loss(z, own, sharpness) <= _loss(z, own, 1.0) else 1.0
 
