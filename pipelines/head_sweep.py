@@ -30,8 +30,11 @@ def main(source: str, work: Path) -> None:
         ]
     }
     # Heads are compared on folds of train and validation; the test split is looked at once, with the chosen one.
-    results = ec.sweep(cache, grid, output_dir=work / "sweep", folds=3, choose="simplest")
+    results = ec.sweep(cache, grid, output_dir=work / "sweep", folds=3)
+    # `=` marks those that the data cannot tell from the winner; choose="simplest" would keep the simplest of them.
     print(results.to_text())
+    for note in results.summary["notes"]:
+        print(f"note: {note}")
 
     # One row a head and fold, for whatever you want to know beyond the table.
     results.to_csv(work / "results.csv")

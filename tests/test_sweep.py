@@ -415,3 +415,34 @@ def test_a_pair_of_specs_is_a_configuration(cache: FeatureCache) -> None:
     )
     assert result.leaderboard[0]["seeds"] == [7]
     assert result.leaderboard[0]["train"]["learning_rate"] == 0.05
+
+
+def test_a_path_of_penalties_is_each_of_them_alone(cache: FeatureCache, passes: list[int]) -> None:
+    """Folds and penalties side by side, against one head at a time by the trainer."""
+    from embedcache.train import train_head
+
+    result = sweep(cache, [{"head": "linear", "solver": "convex", "l2": [0.3, 30.0]}], folds=3, progress=False)
+    assert passes == [6, 1]
+    problem = Problem.of(cache, protocol=Protocol(folds=3))
+    x = problem.features("mean", problem.rows)
+    for each in result.results:
+        fold = problem.folds[each.fold]
+        learn = fold.train | fold.stopping
+        alone = train_head(
+            x[learn], problem.y[learn], None, None, HeadSpec("linear"), TrainSpec("convex", l2=each.train["l2"]),
+            class_names=problem.class_names, progress=False, calibrate=False,
+        ).head  # fmt: skip
+        said = training.outputs_of(alone, x[fold.score])
+        assert each.metrics["log_loss"] == pytest.approx(
+            score("log_loss", "classification", problem.y[fold.score], said), abs=1e-4
+        )
+
+
+def test_the_default_sweep_has_every_sort_of_head_and_says_where_to_look_further(cache: FeatureCache) -> None:
+    result = sweep(cache, folds=2, progress=False)
+    assert {row["head"]["kind"] for row in result.leaderboard} == {"majority", "linear", "mlp", "residual"}
+    simple = next(row for row in result.leaderboard if row["id"] == result.summary["recommended"]["id"])
+    group = [row for row in result.leaderboard if not row["distinguishable"]]
+    assert simple["parameters"] == min(row["parameters"] for row in group)
+    edge = sweep(cache, [{"head": "linear", "solver": "convex", "l2": [1e3, 1e4, 1e5]}], folds=2, progress=False)
+    assert "the winner's l2 is the" in " ".join(edge.summary["notes"])

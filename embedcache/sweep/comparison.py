@@ -22,6 +22,11 @@ from embedcache.train.metrics.judged import Judged, decided, right, row_log_loss
 Array = npt.NDArray[Any]
 DRAWS = 1000
 _FEWER_DRAWS = 300  # enough for a standard error to 4 %, which is all that the test takes from them
+BOUNDS = {
+    "mcc": (-1.0, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0), "r2": (-math.inf, 1.0),
+    **dict.fromkeys(("log_loss", "mae", "rmse"), (0.0, math.inf)), "brier": (0.0, 2.0),
+}  # fmt: skip
+"""What a metric can be, where that is not from 0 to 1: a t interval knows no bounds."""
 _ROW_METRICS = ("accuracy", "subset_accuracy", "log_loss")
 
 
@@ -268,7 +273,8 @@ def _interval(
     alpha = problem.protocol.alpha
     found = statistics.resampled_t_interval(each.fold_scores(), *_correction(problem), alpha)
     if found is not None:
-        return found, "nadeau-bengio"
+        low, high = BOUNDS.get(problem.metric, (0.0, 1.0))
+        return (max(low, found[0]), min(high, found[1])), "nadeau-bengio"
     return row_interval(problem.metric, problem.task, problem.y, scored, resampled, alpha)
 
 

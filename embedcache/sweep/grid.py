@@ -392,8 +392,8 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
     """Return the heads of a sweep that names none, as the ``heads`` of a file.
 
     Every vector-a-row set gets a linear head by the convex solver at 16 strengths; the first of them also the
-    minibatch heads, which cost more; sets of tokens or layers get attention pooling. A majority head shows what the
-    features are worth.
+    minibatch heads, which cost more, in widths that 10,000 rows can feed; sets of tokens or layers get attention
+    pooling. A majority head shows what the features are worth.
     """
     vectors = [name for name in names if feature_sets[name].kind == "pooled"]
     others = [name for name in names if feature_sets[name].kind != "pooled"]
@@ -402,11 +402,13 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
         first = vectors[:1]
         heads += [
             {"head": "majority", "features": first},
-            {"head": "linear", "solver": "convex", "l2": {"log": [0.01, 10_000], "steps": 16}, "features": vectors},
+            {"head": "linear", "solver": "convex", "l2": {"log": [0.1, 100_000], "steps": 16}, "features": vectors},
             {"head": "linear", "learning_rate": [0.001, 0.003, 0.01], "weight_decay": [0.0, 0.01, 0.1],
-             "seeds": [0, 1], "features": first},
-            {"head": "mlp", "learning_rate": [0.0003, 0.001], "dropout": [0.1, 0.5], "features": first},
-            {"head": "residual", "learning_rate": [0.0003], "features": first},
+             "batch_size": 128, "seeds": [0, 1], "features": first},
+            {"head": "mlp", "hidden": [128], "learning_rate": 0.001, "dropout": [0.1, 0.5], "batch_size": 128,
+             "features": first},
+            {"head": "residual", "width": 128, "depth": 1, "learning_rate": 0.001, "batch_size": 128,
+             "features": first},
         ]  # fmt: skip
     heads += [{"head": "attention-pooling", "learning_rate": [0.0003, 0.001], "features": [name]} for name in others]
     return heads

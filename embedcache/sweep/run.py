@@ -192,13 +192,12 @@ class Run:
             try:
                 for trained in train_batch(self.problem, batch, progress=self.show, title=title):
                     waiting.append(trained)
-                    # What comes one by one is kept one by one; a stack comes whole.
-                    if batch.how != "stack":
+                    # What comes one by one is kept one by one; a stack or a path comes whole.
+                    if batch.how == "sklearn":
                         self._keep(waiting)
                         done, waiting = done + 1, []
                 self._keep(waiting)
             except (Interruption, KeyboardInterrupt):
-                self._keep(waiting if batch.how != "stack" else [])
                 self._stop(len(wanted) - len(self._missing(wanted)), len(wanted))
             done += len(waiting)
             if self.show and at + 1 < len(work):
@@ -390,6 +389,12 @@ def _notes(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[str]:
         notes.append(
             "the cache has no labelled test split: nothing here was measured on rows that no choice was made by"
         )
+    notes += _edges(rows)
+    if any(row["head"]["kind"] == "majority" and not row["distinguishable"] for row in rows) and len(rows) > 1:
+        notes.append("these rows cannot tell the best head from one that always says the same: more rows are needed")
+    if problem.task == "classification" and (unseen := sorted({*problem.test_y.tolist()} - {*problem.y.tolist()})):
+        names = ", ".join(problem.class_names[at] for at in unseen[:5])
+        notes.append(f"the test split has classes that no other row has, so no head can know them: {names}")
     looked = sum(row["looked_at_test"] for row in rows)
     if looked > 1:
         notes.append(
@@ -397,6 +402,23 @@ def _notes(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[str]:
         )
     if problem.protocol.shots is None and problem.protocol.folds == 1:
         notes.append("one split only: its rows decide everything, and the spread over training sets is not seen")
+    return notes
+
+
+def _edges(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which settings of the winner lie at the end of what was tried: the best may lie beyond."""
+    best = rows[0]
+    alike = [
+        row for row in rows
+        if row["head"]["kind"] == best["head"]["kind"] and row["head"]["engine"] == best["head"]["engine"]
+        and row["train"].get("solver") == best["train"].get("solver")
+    ]  # fmt: skip
+    notes = []
+    for name, value in best["varied"].items():
+        tried = sorted({row["varied"][name] for row in alike if isinstance(row["varied"].get(name), (int, float))})
+        if isinstance(value, (int, float)) and len(tried) >= 3 and value in (tried[0], tried[-1]) and value != 0:
+            end = "largest" if value == tried[-1] else "smallest"
+            notes.append(f"the winner's {name} is the {end} tried ({value:g}): the best may lie beyond")
     return notes
 
 

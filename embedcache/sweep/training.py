@@ -71,6 +71,8 @@ class Trained:
         """How many numbers the head holds."""
         if self.head is None:
             return 0
+        if self.head.spec.kind == "majority":  # saved as a matrix of zeros; what it holds is its bias
+            return len(self.head.class_names)
         return self.head.parameters or _estimator_size(self.head.estimator)
 
 
@@ -166,18 +168,17 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
     x = problem.features(batch.jobs[0].configuration.feature, problem.rows)
     if batch.how == "sklearn":
         yield from _sklearn(problem, batch, x)
-    elif batch.how == "convex":
-        yield from _one_by_one(problem, batch, x)
-    else:
-        try:
-            yield from _stack(problem, batch, x, progress, title)
-        except (TrainingError, FeatureError) as error:
-            if len(batch.jobs) == 1:
-                yield Trained(batch.jobs[0], None, error=str(error))
-                return
-            # One head spoils a stack: each for itself, so that the others keep their place.
-            for job in batch.jobs:
-                yield from train_batch(problem, Batch("stack", (job,)))
+        return
+    together = _convex if batch.how == "convex" else _stack
+    try:
+        yield from together(problem, batch, x, progress, title)
+    except (TrainingError, FeatureError) as error:
+        if len(batch.jobs) == 1:
+            yield Trained(batch.jobs[0], None, error=str(error))
+            return
+        # One head spoils what is trained together: each for itself, so that the others keep their place.
+        for job in batch.jobs:
+            yield from train_batch(problem, Batch(batch.how, (job,)))
 
 
 def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -> Iterator[Trained]:
@@ -212,6 +213,39 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
     ran = [max(1, len(history)) for history in found.history]
     for at, (job, head) in enumerate(zip(jobs, found.heads, strict=True)):
         yield Trained(job, head, seconds * ran[at] / sum(ran), float(ran[at]), history=found.history[at])
+
+
+def _convex(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -> Iterator[Trained]:
+    """Solve all penalties on all folds side by side: a path from the strongest penalty to the weakest."""
+    from embedcache.train.convex import path_folds
+
+    first = batch.jobs[0].configuration
+    if first.train.class_weight is not None:
+        yield from _one_by_one(problem, batch, x)  # weights by class name are the trainer's business
+        return
+    begun = time.perf_counter()
+    penalties = list(dict.fromkeys(job.configuration.train.l2 for job in batch.jobs))
+    numbers = list(dict.fromkeys(job.number for job in batch.jobs))
+    learn = {job.number: job.fold.train | job.fold.stopping for job in batch.jobs}
+    masks, y = np.stack([learn[number] for number in numbers]), problem.y
+    if _alone(problem, batch.jobs[0]):
+        rows = masks[0]
+        x, y, masks = part(x, rows), y[rows], np.ones((1, int(rows.sum())), bool)
+    found = path_folds(
+        x, y, penalties, masks, task=problem.task, outputs=len(problem.class_names),
+        standardize=first.train.standardize,
+    )  # fmt: skip
+    seconds = (time.perf_counter() - begun) / len(batch.jobs)
+    feature = problem.cache.feature(first.feature)
+    for job in batch.jobs:
+        one = found[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
+        head = TrainedHead(
+            job.configuration.head, problem.task, problem.class_names, feature,
+            state={"output.weight": one.weight, "output.bias": one.bias}, training=asdict(job.configuration.train),
+            **_origin(problem),
+        )  # fmt: skip
+        entry = {"epoch": one.iterations, "train_loss": one.loss / len(y), "gradient_norm": one.gradient_norm}
+        yield Trained(job, head, seconds, float(one.iterations), history=[entry])
 
 
 def _long_enough(spec: TrainSpec, rows: int) -> TrainSpec:
