@@ -34,6 +34,7 @@ from embedcache.backbone import (
     threads,
     weight_files,
 )
+from embedcache.backbone.loading import Compiled
 from embedcache.batching import Batch, plan
 from embedcache.errors import BackboneError, FeatureError, MissingExtraError, PoolingUnavailableError, SpecError
 from embedcache.fingerprint import differences
@@ -865,6 +866,13 @@ def test_compiled_once_for_all_shapes(tiny: Callable[[str], Path]) -> None:
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     whole = run(backbone, contents)
     assert_same_bits(run(backbone, contents, range(len(contents))[::-1]), whole)
+    with threads(2):  # each pass has one thread all the same, in threads of their own
+        assert backbone.side_by_side(7) == (2 if Compiled.may_run_side_by_side() else 1, 1)
+        for name in ("mean", "cls@-2"):
+            assert features_of(backbone, contents * 5, name)[: len(contents)].tobytes() == whole[name].tobytes()
+        assert_same_bits(run(backbone, contents), whole)
+        assert torch.get_num_threads() == 2
+    assert not inductor.freezing
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
     for name, values in run(eager, contents).items():
         np.testing.assert_allclose(whole[name], values, rtol=1e-3, atol=1e-4)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,10 +159,6 @@ class Compiled:
     writes the number of threads into its kernels too, so on CPU a pass always has one, and passes run side by side.
     """
 
-    _patches = contextlib.ExitStack()
-    _running = 0
-    _lock = threading.Lock()
-
     def __init__(self, network: torch.nn.Module, warm_up: Callable[[], Iterable[Any]]) -> None:
         self._network = network
         self._run: Any = None
@@ -171,35 +167,27 @@ class Compiled:
 
     def __call__(self, **inputs: Any) -> Any:
         import torch
-
-        self.ready()
-        on_cpu = next(iter(inputs.values())).device.type == "cpu"
-        with self._settings(), threads(1 if on_cpu and torch.get_num_threads() > 1 else None):
-            return self._run(**inputs)
-
-    @classmethod
-    @contextlib.contextmanager
-    def _settings(cls) -> Iterator[None]:
-        """Change the compiler's settings while any pass runs, in whichever thread: they are the process's.
-
-        Freezing packs the weights once; it is read while tracing, and is nobody else's business. Dynamo counts all
-        models of a class together, and would fall back to eager past its limit.
-        """
         import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
-        with cls._lock:
-            if not cls._running:
-                cls._patches.enter_context(inductor.patch(freezing=True))
-                cls._patches.enter_context(dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True))
-            cls._running += 1
-        try:
-            yield
-        finally:
-            with cls._lock:
-                cls._running -= 1
-                if not cls._running:
-                    cls._patches.close()
+        self.ready()
+        on_cpu = next(iter(inputs.values())).device.type == "cpu"
+        # Freezing packs the weights once. Patched around each call, because it is read while tracing, and is nobody
+        # else's business. Dynamo counts all models of a class together, and would fall back to eager past its limit.
+        with (
+            inductor.patch(freezing=True),
+            dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True),
+            threads(1 if on_cpu and torch.get_num_threads() > 1 else None),
+        ):
+            return self._run(**inputs)
+
+    @staticmethod
+    def may_run_side_by_side() -> bool:
+        """Whether the compiler's settings are each thread's own, as they are in newer versions of torch."""
+        import torch._inductor.config as inductor
+
+        entry = getattr(inductor, "_config", {}).get("freezing")
+        return isinstance(getattr(entry, "user_override", None), ContextVar)
 
     def ready(self) -> None:
         """Compile, unless that is done. Raises ``BackboneError`` when it cannot be."""

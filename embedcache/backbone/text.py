@@ -346,7 +346,9 @@ class TextBackbone:
 
     def side_by_side(self, batches: int) -> tuple[int, int]:
         """Return how many of ``batches`` passes run at a time, and torch threads for each."""
-        return side_by_side(self.device.type, batches, single=isinstance(self._run, Compiled))
+        single = isinstance(self._run, Compiled)
+        batches = batches if not single or Compiled.may_run_side_by_side() else 1
+        return side_by_side(self.device.type, batches, single=single)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the plain network as it stands (its mode, its gradients) and make the first feature set, in float32.
