@@ -28,6 +28,9 @@ from embedcache.train.convex.design import (
 from embedcache.train.convex.objective import Objective
 from embedcache.train.convex.squared import squares
 
+_FINEST = 1e-9
+"""The tolerance to which float32 is taken: below, its rounding would be walked in until no step is left."""
+
 
 def solve(
     x: Any,
@@ -163,8 +166,16 @@ def _solve(
     for l2 in sorted(set(l2s), reverse=True):
         for walk in walks:
             walk.again(l2)
+            walk.tolerance = max(tolerance, _FINEST)
         descend(quick, curvature, walks, most)
-        if made.x.dtype == np.float64 or noise / l2 > tolerance or any(walk.stuck for walk in walks):
+        for walk in walks:
+            walk.tolerance = tolerance
+        if (
+            made.x.dtype == np.float64
+            or tolerance < _FINEST
+            or noise / l2 > tolerance
+            or any(walk.stuck for walk in walks)
+        ):
             exact = exact or Objective(made, np.float64)
             descend(exact, curvature, walks, most)
         found[l2] = [_solution(made, walk) for walk in walks]
