@@ -381,8 +381,8 @@ def runs(tmp_path_factory: Any) -> dict[str, Path]:
         given = [{"text": text, "label": label(at)} for at, text in enumerate(tiny_models.TEXTS)]
         cache = folder / f"{task}.cache"
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-        arguments = ["extract", folder / f"{task}.jsonl", "-o", cache, "--model", model, "--pooling", "mean", "--device",
-                     "cpu", "--task", task]  # fmt: skip
+        arguments = ["extract", folder / f"{task}.jsonl", "-o", cache, "--model", model, "--pooling", "mean"]
+        arguments += ["--device", "cpu", "--task", task]
         assert cli.run([str(each) for each in arguments]) == 0
         assert cli.run(["train", str(cache), "-o", str(folder / task), "--solver", "convex"]) == 0
         made[task] = folder / task
