@@ -224,6 +224,18 @@ def test_what_rounding_to_storage_costs_is_said_and_not_a_fault(store: str, mode
     assert "accuracy" in found.costs
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "roberta"])
+def test_other_architectures_agree_too(kind: str, tmp_path: Path) -> None:
+    """A decoder without a padding token, the encoder of an encoder-decoder, positions counted from the padding id."""
+    there = made(tmp_path / "c", tiny_models.build(kind, tmp_path / "m"), ROWS[:11], pooling=["last", "mean"])
+    found = check_equivalence(there, ROWS[:11], head="mlp", steps=2, progress=False)
+    assert found.equal, found.to_text()
+    features = [each for each in found.comparisons if each.reference == "standard" and each.what.startswith("features")]
+    assert len(features) == 2
+    # The tolerance is of the size of what it bounds: neither never reached nor nearly broken.
+    assert all(each.tolerance and each.tolerance / 100 < each.difference.largest < each.tolerance for each in features)
+
+
 def test_the_real_model_agrees(minilm_path: Path, tmp_path: Path) -> None:
     rows = [
         {"text": f"{text} and {at} in Zürich", "label": str(at % 2), "split": "validation" if at > 7 else "train"}

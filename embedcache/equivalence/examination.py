@@ -92,12 +92,6 @@ class Examination:
                 entry = (name, made.get(name), here.get(name))
                 if entry[1] != entry[2] and entry not in self.environment_differs:
                     self.environment_differs.append(entry)
-        if self.environment_differs:
-            said = ", ".join(f"{name} {there} there, {now} here" for name, there, now in self.environment_differs)
-            self.notes.append(
-                f"the cache was made in another environment ({said}), where kernels may add up in another order: "
-                "the canonical reference is held to the tolerance instead of to every bit"
-            )
 
     def same_shape(self) -> bool:
         """Say so where the model gives features of another shape, which nothing can be compared with."""
@@ -138,7 +132,7 @@ class Examination:
         few = self.raw.contents(self.rows.features[:16])
         first = features_of(self.backbone, few, self.feature.name)
         self.recomputed = recompute(
-            self.cache, self.backbone, self.raw.contents, self.rows.features, wanted, self.feature,
+            self.cache, self.backbone, self.raw.stream, self.rows.features, wanted, self.feature,
             self._bar("features", len(self.rows.features)),
         )  # fmt: skip
         self._steady(first, features_of(self.backbone, few, self.feature.name), before)
@@ -189,6 +183,13 @@ class Examination:
                 for name, report in self.recomputed.reports.items()
             }
         allowed = self.tolerances if self.environment_differs else None
+        if self.environment_differs:
+            said = ", ".join(f"{name} {there} there, {now} here" for name, there, now in self.environment_differs)
+            held = "the tolerance instead of to every bit" if allowed is not None else "every bit all the same"
+            self.notes.append(
+                f"the cache was made in another environment ({said}), where kernels may add up in another order: "
+                f"the canonical reference is held to {held}"
+            )
         for name, report in self.recomputed.reports.items():
             tolerance = None if allowed is None else allowed[name] + _ulp(report.feature, self.recomputed, name)
             self.comparisons.append(judged("canonical", f"features {name}", report.total, report.where, tolerance))

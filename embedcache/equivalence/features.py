@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Any:
 def recompute(
     cache: FeatureCache,
     backbone: Backbone,
-    contents: Callable[[Rows], list[bytes]],
+    contents: Callable[[Rows], Iterator[bytes]],
     rows: Rows,
     wanted: Rows,
     feature: FeatureSet,
@@ -95,9 +96,10 @@ def recompute(
     found = Recomputed({each.name: SetReport(each) for each in cache.feature_sets.values()}, {}, {})
     ids = cache.ids()
     keep = set(wanted.tolist())
+    reading = contents(rows)
     for start in range(0, len(rows), WINDOW):
         mine = rows[start : start + WINDOW]
-        raw = contents(mine)
+        raw = list(islice(reading, len(mine)))
         prepared = backbone.prepare(raw)
         arrays = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
         for name, report in found.reports.items():
