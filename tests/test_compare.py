@@ -519,6 +519,7 @@ def test_the_peak_is_what_was_held_since_and_not_what_the_parent_held() -> None:
     """A child of a large parent reports its own: ``ru_maxrss`` would be the parent's."""
     code = (
         "from embedcache.compare.memory import Peak\n"
+        "before = bytearray(90 << 20)\nbefore[::4096] = b'x' * len(before[::4096])\ndel before\n"
         "peak = Peak()\nheld = bytearray(40 << 20)\nheld[::4096] = b'x' * len(held[::4096])\ndel held\n"
         "found = peak.read()\nprint(found['peak'] - found['baseline'])"
     )

@@ -126,6 +126,8 @@ def test_frozen_means_frozen(folder: Path) -> None:
     fine_tune(model, TEXTS, LABELS, TEXTS, LABELS, SEEDED, class_names=NAMES, progress=False)
     assert changed(model.backbone, before) == []
     assert not any(each.requires_grad for each in model.backbone.parameters())
+    model.requires_grad_(True)  # of everything, by mistake
+    assert not model(ids, mask).features.requires_grad
 
 
 def test_freezing_as_it_is_often_written_would_be_seen(folder: Path) -> None:
@@ -144,8 +146,9 @@ def test_freezing_as_it_is_often_written_would_be_seen(folder: Path) -> None:
 
 
 def test_the_mode_of_an_unfrozen_backbone_is_set(folder: Path) -> None:
-    model = FeatureBasedModel(wobbly(folder), LinearClassifier(13, 2), freeze_backbone=False)
-    before = weights(model.backbone)
+    backbone = wobbly(folder)
+    before = weights(backbone.network.train())
+    model = FeatureBasedModel(backbone, LinearClassifier(13, 2), freeze_backbone=False)
     assert model.backbone.training
     assert changed(model.backbone, before) == [], "looking for unused parameters moved the statistics"
     model(*inputs(model, TEXTS))
