@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from embedcache import __version__
-from embedcache.cli import caches, checks, comparison, heads, sweeps
+from embedcache.cli import caches, checks, comparison, heads, reports, sweeps
 from embedcache.errors import EmbedcacheError, Interrupted
 
 
@@ -48,7 +48,8 @@ def cli(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (*caches.COMMANDS, *heads.COMMANDS, *sweeps.COMMANDS, *checks.COMMANDS, *comparison.COMMANDS):
+GROUPS = (caches, heads, sweeps, reports, checks, comparison)
+for command in (command for group in GROUPS for command in group.COMMANDS):
     cli.add_command(command)
 
 

@@ -1,0 +1,35 @@
+"""report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("sweep", type=click.Path())
+@click.option(
+    "--output", "-o", type=click.Path(dir_okay=False), metavar="FILE",
+    help="Where it goes. Default: SWEEP/report.html, or stdout for Markdown and JSON.",
+)  # fmt: skip
+@click.option(
+    "--format", "form", type=click.Choice(["html", "markdown", "json"]),
+    help="Default: by the ending of --output, else HTML.",
+)  # fmt: skip
+def report(sweep: str, output: str | None, form: Any) -> None:
+    """Show what a SWEEP found: leaderboard, plots, errors, on one page that needs no network."""
+    from pathlib import Path
+
+    from embedcache.report import report as write
+
+    endings = {".md": "markdown", ".json": "json"}
+    form = form or (endings.get(Path(output).suffix.lower(), "html") if output is not None else "html")
+    if output is None and form != "html":
+        return click.echo(write(sweep, form=form), nl=False)
+    where = output if output is not None else str(Path(sweep) / "report.html")
+    write(sweep, where, form)
+    click.echo(f"written to {where}")
+
+
+COMMANDS = (report,)

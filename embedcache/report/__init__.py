@@ -1,0 +1,56 @@
+"""A sweep's findings as one self-contained page, as Markdown, or as JSON.
+
+==============  ==============================================================
+``reading``     the summary of a sweep's folder, checked
+``charts``      pictures as SVG, written by hand: they follow the page's colours
+``sections``    a summary -> what the page shows
+``page``        the template, the style and the script put together
+``markdown``    the same for a terminal or a pull request
+==============  ==============================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from embedcache.errors import SweepError
+from embedcache.report.markdown import to_markdown
+from embedcache.report.page import to_html
+from embedcache.report.reading import read_summary
+from embedcache.shard import explain
+
+Form = Literal["html", "markdown", "json"]
+
+
+def report(sweep: Path | str, output: Path | str | None = None, form: Form = "html") -> str:
+    """Return the report of a sweep's folder, and write it to ``output`` where that is given.
+
+    Raises ``SweepError`` for a folder that is no sweep or has no finished summary, and when ``output`` cannot be
+    written; ``MissingExtraError`` without jinja2, for HTML.
+    """
+    summary = read_summary(Path(sweep))
+    if form == "html":
+        text = to_html(summary)
+    elif form == "markdown":
+        text = to_markdown(summary)
+    else:
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    if output is not None:
+        _write(Path(output), text)
+    return text
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+        raise SweepError(f"cannot write {path}: {explain(error)}") from error
+
+
+__all__ = ["Form", "read_summary", "report", "to_html", "to_markdown"]

@@ -1,0 +1,46 @@
+"""The page: one file, no network, nothing from data that could become markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import MissingExtraError
+from embedcache.report.sections import page_values
+
+_HERE = Path(__file__).parent
+
+
+def source_hash(text: str) -> str:
+    """Return what a content security policy calls an inline style or script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def to_html(summary: Mapping[str, Any]) -> str:
+    """Return a summary as one self-contained HTML page.
+
+    All values go through jinja2's escaping; only charts, whose texts are escaped where they are drawn, and the page's
+    own style and script go in as they are, and the policy in its head allows nothing but these two.
+
+    Raises ``MissingExtraError`` without jinja2.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError:
+        raise MissingExtraError("the report's page", "jinja2", "report") from None
+    style, script = ((_HERE / name).read_text("utf-8") for name in ("style.css", "sort.js"))
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    # Neither file of our own holds anything from data.
+    return environment.get_template("page.html.j2").render(
+        **page_values(summary),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=Markup(source_hash(style)),
+        script_hash=Markup(source_hash(script)),
+    )

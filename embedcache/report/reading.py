@@ -1,0 +1,35 @@
+"""The summary of a sweep's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import SweepError
+from embedcache.fingerprint import strict_json
+
+_NEEDED = ("task", "metric", "data", "protocol", "leaderboard", "ran", "notes", "class_names", "failures")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read and check ``summary.json``. Raises ``SweepError`` saying what is missing and how to get it."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        if not folder.is_dir():
+            raise SweepError(f"{folder} is not there: make a sweep with embedcache sweep CACHE -o {folder}")
+        if (folder / "sweep.json").is_file():
+            raise SweepError(f"{folder} has no results yet: run the same sweep command again to go on")
+        raise SweepError(f"{folder} is no sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
+    try:
+        summary = strict_json(path.read_bytes().decode("utf-8"))
+    except (ValueError, OSError) as error:
+        raise SweepError(f"{path} cannot be read ({str(error)[:120]}): run the same sweep command again") from None
+    if not isinstance(summary, dict) or summary.get("format") != "embedcache-sweep":
+        raise SweepError(f"{path} is not the summary of a sweep: run the sweep command again")
+    if summary.get("version") != 1:
+        raise SweepError(f"{path} has version {summary.get('version')}, this embedcache reads 1: upgrade embedcache")
+    if missing := [name for name in _NEEDED if name not in summary]:
+        raise SweepError(f"{path} lacks {missing[0]}: run the same sweep command again")
+    if not summary["leaderboard"]:
+        raise SweepError(f"{folder} has no head that could be trained: see {folder}/results.jsonl for the reasons")
+    return summary
