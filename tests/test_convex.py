@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.train.convex import NEVER, Solution, path, path_folds, solve
@@ -22,6 +23,7 @@ from embedcache.train.convex import descent as descent_module
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.design import design
 from embedcache.train.convex.objective import Objective
+from embedcache.train.convex.workers import Workers
 
 Array = np.ndarray[Any, Any]
 N, D = 211, 7
@@ -173,7 +175,7 @@ def test_gradients_are_differences_of_losses(task: Any, outputs: int) -> None:
         x.astype(np.float64), target, task=task, outputs=outputs, masks=masks, standardize=True,
         sample_weight=np.linspace(0, 2, N), class_weight=np.linspace(1, 2, outputs),
     )  # fmt: skip
-    value = Objective(made, np.float64)
+    value = Objective(made, np.float64, Workers())
     generator = np.random.default_rng(0)
     points = [generator.standard_normal(made.shape) for _ in range(2)]
     at = value(points, [0, 1], [0.7, 1.3])
@@ -189,8 +191,8 @@ def test_gradients_are_differences_of_losses(task: Any, outputs: int) -> None:
 def test_the_inverse_is_that_of_the_hessian_for_one_logit_and_near_it_for_more(classes: int) -> None:
     x, y = rows(classes)
     made = design(x.astype(np.float64), y, task="classification", outputs=classes)
-    value, point = Objective(made, np.float64), made.start(0)
-    inverse = Curvature(made).at([point], [0], [0.7])[0]
+    value, point = Objective(made, np.float64, Workers()), made.start(0)
+    inverse = Curvature(made, Workers()).at([point], [0], [0.7])[0]
     step = np.random.default_rng(0).standard_normal(made.shape)
     if classes > 2:
         step -= step.mean(axis=1, keepdims=True)  # the direction that moves only the penalty
@@ -362,10 +364,33 @@ def test_the_same_input_gives_the_same_bits() -> None:
         assert one.weight.tobytes() == two.weight.tobytes()
 
 
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_threads_change_no_bit(task: Any) -> None:
+    x, y = rows(5, n=10_007)
+    target = y if task == "classification" else np.eye(5)[y]
+    found = []
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads, user_api="blas"):
+            seen = threadpool_info()
+            found.append(solve(x, target, task=task, outputs=5, l2=0.1, standardize=True))
+            assert threadpool_info() == seen  # as many as before
+    assert len({each.weight.tobytes() + each.bias.tobytes() for each in found}) == 1
+
+
+def test_a_fault_on_a_thread_is_raised_and_blas_has_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = rows(3, n=4099)
+    monkeypatch.setattr(Objective, "_softmax", lambda *_: 1 / 0)
+    with threadpool_limits(2, user_api="blas"):
+        seen = threadpool_info()
+        with pytest.raises(ZeroDivisionError):
+            solve(x, y, task="classification", outputs=3, l2=1.0)
+        assert threadpool_info() == seen
+
+
 def test_blocks_of_rows_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(3, n=1009)
     whole = solve(x.astype(np.float64), y, task="classification", outputs=3, l2=0.1, standardize=True)
-    monkeypatch.setattr("embedcache.train.convex.design._BLOCK", 1)
+    monkeypatch.setattr("embedcache.train.convex.workers._ROWS", 67)
     same(whole, solve(x.astype(np.float64), y, task="classification", outputs=3, l2=0.1, standardize=True), 1e-6)
 
 

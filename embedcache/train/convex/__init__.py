@@ -9,6 +9,7 @@ two classes the penalty is on the difference of their rows, as scikit-learn has 
 | ``design`` | rows, targets and weights, checked; standardisation that is folded in, never applied to a copy |
 | ``objective`` | losses and gradients of K problems over the same rows, in one matrix product there and one back |
 | ``curvature`` | what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty |
+| ``workers`` | blocks of rows on several threads |
 | ``descent`` | limited-memory BFGS for K problems in lock-step |
 | ``squared`` | squared errors, in closed form |
 | ``solver`` | ``solve``, ``path`` and ``path_folds`` |

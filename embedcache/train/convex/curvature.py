@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.train.convex.design import Array, Design, Floats
+from embedcache.train.convex.workers import Workers
 
 Inverse = Callable[[Floats], Floats]
 """Gradient [D + 1, C] -> step [D + 1, C]."""
@@ -43,9 +44,9 @@ class _Basis:
 class Curvature:
     """Rows sampled once, from which the approximation is rebuilt at any point."""
 
-    def __init__(self, design: Design) -> None:
+    def __init__(self, design: Design, workers: Workers) -> None:
         features = design.x.shape[1]
-        self._design = design
+        self._design, self._workers = design, workers
         self._sample(max(_ROWS_PER_FEATURE * features, 8 * design.columns, 2048))
 
     def widen(self) -> None:
@@ -74,57 +75,69 @@ class Curvature:
 
     def at(self, points: Sequence[Floats], problems: Sequence[int], strengths: Sequence[float]) -> list[Inverse]:
         """Return an inverse for each problem at its point [D + 1, C]; they share one ``G``."""
-        unsure = np.zeros(len(self._x))
-        outer = []
-        for point, problem in zip(points, problems, strict=True):
-            block, own = self._outputs(point, self._mass[problem])
-            outer.append(block)
-            unsure += own
-        basis = _basis(self._x, unsure, len(self._x) == len(self._design.x))
+        width = self._x.shape[1]
+        stacked = np.hstack([point[:-1] for point in points]).astype(np.float32)
+        biases = np.concatenate([point[-1] for point in points]).astype(np.float32)
+
+        def outputs(block: slice) -> tuple[list[Floats], Floats]:
+            logits = np.split(self._x[block] @ stacked + biases, len(points), axis=1)
+            found = [self._outputs(each, block, at) for each, at in zip(logits, problems, strict=True)]
+            return [outer for outer, _ in found], np.sum([own for _, own in found], axis=0)
+
+        parts = list(self._workers.each(len(self._x), max(width, len(biases)), outputs))
+        outers = [np.sum(each, axis=0) for each in zip(*(outer for outer, _ in parts), strict=True)]
+        basis = self._renewed(np.concatenate([own for _, own in parts]))
         return [
-            _inverse(basis, block, l2, self._design.softmax, float(self._mass[problem].sum()))
-            for block, l2, problem in zip(outer, strengths, problems, strict=True)
+            _inverse(basis, outer, l2, self._design.softmax, float(self._mass[problem].sum()))
+            for outer, l2, problem in zip(outers, strengths, problems, strict=True)
         ]
 
-    def _outputs(self, point: Floats, mass: Floats) -> tuple[Floats, Floats]:
-        """Return ``B`` [C, C] (its diagonal [C] for sigmoids) and the weight ``tr L_i`` of each row."""
-        logits = self._x @ point[:-1].astype(np.float32) + point[-1].astype(np.float32)
+    def _outputs(self, logits: Array, rows: slice, problem: int) -> tuple[Floats, Floats]:
+        """Return the rows' share of ``B`` [C, C] (its diagonal [C] for sigmoids) and the weight ``tr L_i`` of each."""
+        mass = self._mass[problem, rows]
         if self._design.softmax:
             # In float64: how far a probability is from 1 is what counts.
             p = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
             p /= p.sum(axis=1, keepdims=True)
             weighed = p * mass[:, None]
-            block = np.diag(weighed.sum(axis=0)) - weighed.T @ p
-            return block, np.maximum(0.0, mass * (1 - np.einsum("nc,nc->n", p, p)))
+            outer = np.diag(weighed.sum(axis=0)) - weighed.T @ p
+            return outer, np.maximum(0.0, mass * (1 - np.einsum("nc,nc->n", p, p)))
         small = np.exp(-np.abs(logits), dtype=np.float64)
         spread = small / np.square(1 + small) * mass[:, None]
         if self._design.on is not None:
-            spread *= 1 + self._y * (self._design.on - 1)
+            spread *= 1 + self._y[rows] * (self._design.on - 1)
         return spread.sum(axis=0), spread.sum(axis=1)
 
+    def _renewed(self, unsure: Floats) -> _Basis:
+        """Return ``G`` of the rows sampled, whose weights are proportional to ``unsure`` [T]."""
+        import scipy.linalg
 
-def _basis(x: Array, unsure: Floats, every: bool) -> _Basis:
-    """Return ``G`` of rows [T, D] whose weights are proportional to ``unsure`` [T]."""
-    import scipy.linalg
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+        x, total = self._x, unsure.sum()
+        # A thousandth of it by equal parts: where all rows but two are certain, two rows are no estimate.
+        even = np.full(len(x), 1 / len(x))
+        share = 0.999 * unsure / total + 0.001 * even if total > 0 else even
+        centre = share.astype(np.float32) @ x
+        root = np.sqrt(share).astype(np.float32)[:, None]
 
-    total = unsure.sum()
-    # A thousandth of it by equal parts: where all rows but two are certain, two rows are no estimate.
-    even = np.full(len(x), 1 / len(x))
-    share = 0.999 * unsure / total + 0.001 * even if total > 0 else even
-    centre = share @ x
-    rows = (x - centre.astype(np.float32)) * np.sqrt(share).astype(np.float32)[:, None]
-    few = len(rows) < rows.shape[1]
-    gram = rows @ rows.T if few else rows.T @ rows
-    # One thread: of this size LAPACK's is faster with one than with two, several times where the cores are shared.
-    with threadpool_limits(1, user_api="blas"):
+        def square(block: slice) -> Array:
+            rows = (x[block] - centre) * root[block]
+            return np.asarray(rows.T @ rows)
+
+        every = len(x) == len(self._design.x)
+        if few := len(x) < x.shape[1]:
+            rows = (x - centre) * root
+            gram = rows @ rows.T
+        else:
+            gram = np.sum(list(self._workers.each(len(x), x.shape[1], square)), axis=0)
+        # BLAS has one thread here, which of this size LAPACK is faster with than with two.
         values, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
-    values = np.maximum(values, 0)
-    if not few:
-        return _Basis(centre, vectors, values, 0.0)
-    kept = values > values.max() * 1e-6
-    values, vectors = values[kept], rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
-    return _Basis(centre, vectors, values, 0.0 if every or not len(values) else float(values.min()))
+        values = np.maximum(values, 0)
+        if not few:
+            return _Basis(centre.astype(np.float64), vectors, values, 0.0)
+        kept = values > values.max() * 1e-6
+        values, vectors = values[kept], rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+        rest = 0.0 if every or not len(values) else float(values.min())
+        return _Basis(centre.astype(np.float64), vectors, values, rest)
 
 
 def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float) -> Inverse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.spec import TASKS, Task
+from embedcache.train.convex.workers import blocks
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -18,7 +19,6 @@ Floats = npt.NDArray[np.float64]
 NEVER = -1e4
 """The bias of a class that no training row has: its probability is 0. The optimum itself would be minus infinity."""
 
-_BLOCK = 1 << 24  # numbers in a temporary array: 64 MB of float32
 _OFFSET = 100.0  # means larger than so many deviations lose digits of the gradient in float32
 
 
@@ -141,12 +141,6 @@ class Design:
         elif self.columns != self.absent.shape[1]:
             weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         return weight, bias
-
-
-def blocks(rows: int, width: int) -> Iterator[slice]:
-    """Return slices of rows, so that arrays of ``width`` columns stay small."""
-    step = max(256, _BLOCK // max(width, 1))
-    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
 def design(
@@ -291,7 +285,7 @@ def _moments(x: Array, near: Floats, mass: Floats) -> tuple[Floats, Floats]:
     """Return the mean over all rows [D] and the deviations of each problem [K, D]; 1 for a constant feature."""
     total = mass.sum(axis=1, keepdims=True)
     first, second = np.zeros((len(mass), x.shape[1])), np.zeros((len(mass), x.shape[1]))
-    for part in blocks(len(x), 4 * x.shape[1]):
+    for part in blocks(len(x), x.shape[1]):
         gap = x[part].astype(np.float64) - near
         first += mass[:, part] @ gap
         second += mass[:, part] @ np.square(gap, out=gap)
@@ -311,7 +305,7 @@ def _without_offset(x: Array, mean: Floats) -> tuple[Array, Floats]:
     if (np.abs(mean) <= _OFFSET * spread).all():
         return x, mean
     centred = np.empty_like(x)
-    for part in blocks(len(x), 4 * x.shape[1]):
+    for part in blocks(len(x), x.shape[1]):
         centred[part] = x[part] - mean
     return centred, np.zeros_like(mean)
 

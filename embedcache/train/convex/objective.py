@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from embedcache.train.convex.design import Array, Design, Floats, blocks
+from embedcache.train.convex.design import Array, Design, Floats
+from embedcache.train.convex.workers import Workers
 
 _SAFE = 60.0  # exp of logits within this range neither overflows nor vanishes in float32, so no maximum is subtracted
 
@@ -19,12 +20,12 @@ _SAFE = 60.0  # exp of logits within this range neither overflows nor vanishes i
 class Objective:
     """``sum_i w_i loss_i + l2 / 2 ||W||^2`` of each problem, and its gradient."""
 
-    def __init__(self, design: Design, dtype: type[np.floating]) -> None:
+    def __init__(self, design: Design, dtype: type[np.floating], workers: Workers) -> None:
         self.design = design
+        self._workers = workers
         self._dtype = np.dtype(dtype)
         self._x = design.x if dtype is np.float64 else np.ascontiguousarray(design.x, dtype)
         self._masses: dict[tuple[int, ...], Array] = {}
-        self._logits = np.empty(0, dtype)
         self.evaluations = 0
 
     def __call__(
@@ -51,18 +52,20 @@ class Objective:
         """Return losses [K], and the residuals' product with the rows [D, K C] and with ones [K C]."""
         n, width = len(self._x), weight.shape[1]
         mass = self._mass(problems)
-        losses, sums, back = np.zeros(len(problems)), np.zeros(width), np.zeros((len(weight), width))
-        for part in blocks(n, max(width, self._x.shape[1] if self._x.dtype != self._dtype else 1)):
-            rows = np.ascontiguousarray(self._x[part], self._dtype)
-            if self._logits.size < len(rows) * width:
-                self._logits = np.empty(len(rows) * width, self._dtype)
-            logits = self._logits[: len(rows) * width].reshape(len(rows), width)
-            np.matmul(rows, weight, out=logits)
+        act = self._softmax if self.design.softmax else self._sigmoid
+
+        def part(block: slice) -> tuple[Floats, Array, Array]:
+            rows = np.ascontiguousarray(self._x[block], self._dtype)
+            logits = rows @ weight
             logits += bias
-            act = self._softmax if self.design.softmax else self._sigmoid
-            losses += act(logits, self.design.y[part], None if mass is None else mass[part])
-            back += rows.T @ logits
-            sums += np.ones(len(rows), self._dtype) @ logits
+            losses = act(logits, self.design.y[block], None if mass is None else mass[block])
+            return losses, rows.T @ logits, np.ones(len(rows), self._dtype) @ logits
+
+        losses, sums, back = np.zeros(len(problems)), np.zeros(width), np.zeros((len(weight), width))
+        for loss, product, total in self._workers.each(n, max(weight.shape), part):
+            losses += loss
+            back += product
+            sums += total
         return losses, back, sums
 
     def _mass(self, problems: tuple[int, ...]) -> Array | None:

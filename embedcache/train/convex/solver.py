@@ -27,6 +27,7 @@ from embedcache.train.convex.design import (
 )
 from embedcache.train.convex.objective import Objective
 from embedcache.train.convex.squared import squares
+from embedcache.train.convex.workers import Workers, workers
 
 _FINEST = 1e-9
 """The tolerance to which float32 is taken: below, its rounding would be walked in until no step is left."""
@@ -46,7 +47,7 @@ def solve(
     tolerance: float = 1e-9,
     max_iterations: int = 1000,
 ) -> Solution:
-    """Return the linear head at the optimum. The same arguments on as many threads give the same bits.
+    """Return the linear head at the optimum. The same arguments give the same bits, on any number of threads.
 
     Args:
         x: features [N, D], float32 or float64.
@@ -65,17 +66,10 @@ def solve(
     that do not fit, ``SpecError`` for a setting that cannot be (``l2=0`` of a logistic loss, whose optimum need not be
     finite, among them), ``TrainingError`` for no rows or one class only.
     """
-    made = design(
-        x,
-        y,
-        task=task,
-        outputs=outputs,
-        sample_weight=sample_weight,
-        class_weight=class_weight,
-        standardize=standardize,
-    )
+    weights: dict[str, Any] = {"sample_weight": sample_weight, "class_weight": class_weight}
     starts = None if start is None else [start]
-    return _solve(made, task, [checked_l2(l2)], starts, tolerance, max_iterations)[0][0]
+    options = (task, outputs, standardize, tolerance, max_iterations)
+    return _solve(x, y, [checked_l2(l2)], *options, starts=starts, **weights)[0][0]
 
 
 def path(
@@ -95,16 +89,9 @@ def path(
 
     Raises what ``solve`` raises.
     """
-    made = design(
-        x,
-        y,
-        task=task,
-        outputs=outputs,
-        sample_weight=sample_weight,
-        class_weight=class_weight,
-        standardize=standardize,
-    )
-    return [found[0] for found in _solve(made, task, every(l2s), None, tolerance, max_iterations)]
+    weights: dict[str, Any] = {"sample_weight": sample_weight, "class_weight": class_weight}
+    options = (task, outputs, standardize, tolerance, max_iterations)
+    return [found[0] for found in _solve(x, y, every(l2s), *options, **weights)]
 
 
 def path_folds(
@@ -131,29 +118,50 @@ def path_folds(
 
     Other arguments and what is raised are as for ``solve``. The tolerance is one for choosing a penalty.
     """
-    masks = checked_masks(folds, len(x))
-    made = design(
-        x, y, task=task, outputs=outputs, sample_weight=sample_weight, class_weight=class_weight, masks=masks,
-        standardize=standardize,
-    )  # fmt: skip
-    return _solve(made, task, every(l2s), None, tolerance, max_iterations)
+    weights: dict[str, Any] = {"sample_weight": sample_weight, "class_weight": class_weight}
+    options = (task, outputs, standardize, tolerance, max_iterations)
+    return _solve(x, y, every(l2s), *options, masks=checked_masks(folds, len(x)), **weights)
 
 
 def _solve(
-    made: Design, task: Task, l2s: list[float], starts: list[Solution] | None, tolerance: float, most: int
+    x: Any,
+    y: Any,
+    l2s: list[float],
+    task: Task,
+    outputs: int,
+    standardize: bool,
+    tolerance: float,
+    most: int,
+    *,
+    starts: list[Solution] | None = None,
+    **rows: Any,
 ) -> list[list[Solution]]:
     """Return solutions by penalty and problem."""
+    with workers() as threads:
+        made = design(x, y, task=task, outputs=outputs, standardize=standardize, **rows)
+        return _designed(made, task, l2s, starts, tolerance, most, threads)
+
+
+def _designed(
+    made: Design,
+    task: Task,
+    l2s: list[float],
+    starts: list[Solution] | None,
+    tolerance: float,
+    most: int,
+    threads: Workers,
+) -> list[list[Solution]]:
     if not tolerance > 0 or most < 1:
         raise SpecError(f"tolerance is {tolerance} and max_iterations {most}: expected positive numbers")
     if task == "regression":
-        problems = squares(made)
+        problems = squares(made, threads)
         return [[problem.solve(l2) for problem in problems] for l2 in l2s]
     if min(l2s) == 0:
         raise SpecError(
             "l2 is 0: a logistic loss then has no finite optimum where classes can be separated; "
             "give it a small positive number"
         )
-    curvature, quick = Curvature(made), Objective(made, np.float32)
+    curvature, quick = Curvature(made, threads), Objective(made, np.float32, threads)
     exact: Objective | None = None
     numbers = range(made.problems)
     points = [made.start(at) if starts is None else made.to_point(starts[at], at) for at in numbers]
@@ -176,7 +184,7 @@ def _solve(
             or noise / l2 > tolerance
             or any(walk.stuck for walk in walks)
         ):
-            exact = exact or Objective(made, np.float64)
+            exact = exact or Objective(made, np.float64, threads)
             descend(exact, curvature, walks, most)
         found[l2] = [_solution(made, walk) for walk in walks]
     return [found[l2] for l2 in l2s]

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from embedcache.train.convex.design import Design, Floats, Solution, blocks
+from embedcache.train.convex.design import Design, Floats, Solution
+from embedcache.train.convex.workers import Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Squares:
         return Solution(weight, bias, l2, loss, float(np.linalg.norm(gradient[~small])), 1, True)
 
 
-def squares(design: Design) -> list[Squares]:
+def squares(design: Design, workers: Workers) -> list[Squares]:
     """Return each problem, its moments taken in one reading of the rows."""
     masses = np.ones((1, len(design.x))) if design.weight is None else design.weight
     width = design.x.shape[1]
@@ -53,13 +55,21 @@ def squares(design: Design) -> list[Squares]:
         whole = masses.max(axis=0)
         held = [np.flatnonzero(mass != whole) for mass in masses]
         masses = np.vstack([whole[None], [whole - mass for mass in masses]])
-    sums = [np.zeros((width + design.columns + 1,) * 2) for _ in masses]
-    for at, mass in enumerate(masses):
-        rows = np.arange(len(mass)) if held is None or at == 0 else held[at - 1]
-        for part in blocks(len(rows), 4 * width):
-            own = rows[part]
-            values = np.hstack([design.x[own].astype(np.float64) - design.shift, design.y[own], np.ones((len(own), 1))])
-            sums[at] += (values * mass[own, None]).T @ values
+
+    def moments(mass: Floats, rows: npt.NDArray[np.intp]) -> Floats:
+        def part(block: slice) -> Floats:
+            own = rows[block]
+            x = design.x[own].astype(np.float64) - design.shift
+            values = np.hstack([x, design.y[own], np.ones((len(own), 1))])
+            return np.asarray((values * mass[own, None]).T @ values)
+
+        total = np.zeros((width + design.columns + 1,) * 2)
+        for each in workers.each(len(rows), width, part):
+            total += each
+        return total
+
+    every = np.arange(len(design.x))
+    sums = [moments(mass, every if held is None or not at else held[at - 1]) for at, mass in enumerate(masses)]
     if held is not None:
         sums = [sums[0] - each for each in sums[1:]]
     return [_squares(design, problem, moments) for problem, moments in enumerate(sums)]
