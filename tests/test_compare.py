@@ -512,6 +512,18 @@ def test_a_worker_that_fails_or_dies_says_so(monkeypatch: pytest.MonkeyPatch, tm
             running.in_own_process({"approach": "full"})
 
 
+def test_a_worker_ends_with_the_comparison_that_started_it() -> None:
+    """Whoever is killed leaves nobody behind: the pipe that both hold is closed when the last of them is gone."""
+    worker = "from embedcache.compare.worker import end_with; import sys, time; end_with(int(sys.argv[1])); {}"
+    code = (
+        "import os, subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())])\n"
+        "time.sleep(2)\nos._exit(0)"
+    )
+    command = [sys.executable, "-c", code, worker.format("time.sleep(60)")]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=30)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -270,7 +270,7 @@ def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "job.json"
-        file.write_text(json.dumps(dict(job)), "utf-8")
+        file.write_text(json.dumps({**job, "parent": os.getpid()}), "utf-8")
         done = subprocess.run(
             [sys.executable, "-c", "from embedcache.compare.worker import main; main()", str(file)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.DEVNULL, check=False,

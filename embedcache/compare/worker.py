@@ -6,8 +6,10 @@ The parent writes a job, a JSON object, and reads a result; a mistake of the use
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -39,13 +41,26 @@ INTERRUPTED = 130
 def main() -> None:
     """Read the job's file, named in the arguments, do the job, write the result beside it."""
     file = Path(sys.argv[1])
+    job = json.loads(file.read_text("utf-8"))
+    end_with(int(job["parent"]))
     try:
-        result = perform(json.loads(file.read_text("utf-8")))
+        result = perform(job)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except EmbedcacheError as error:
         result = {"error": type(error).__name__, "message": str(error)}
     file.with_suffix(".result").write_text(json.dumps(result), "utf-8")
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone: a killed comparison must not hold the cache its successor needs."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="embedcache-parent", daemon=True).start()
 
 
 def perform(job: Job) -> dict[str, Any]:
