@@ -13,6 +13,8 @@ from html import escape
 Pair = tuple[float, float]
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+LETTER = 6.3
+"""The width of a letter of 11 pixels, on the safe side."""
 
 
 @dataclass(frozen=True)
@@ -76,49 +78,82 @@ class Scale:
         if not self.log:
             return ticks(self.low, self.high)
         powers = range(math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9) + 1)
-        if len(powers) < 2:
+        if len(powers) < 3:
             steps = [
                 factor * 10.0**power
                 for power in range(math.floor(self.low), math.ceil(self.high) + 1)
                 for factor in (1, 2, 5)
             ]
-            return [each for each in steps if self.low - 1e-9 <= math.log10(each) <= self.high + 1e-9]
+            within = [each for each in steps if self.low - 1e-9 <= math.log10(each) <= self.high + 1e-9]
+            return within if within else [10**self.low, 10**self.high]
         every = max(1, -(-len(powers) // 5))
         return [10.0**power for power in powers if (power - powers[0]) % every == 0]
 
 
-def figure(inside: str, title: str, width: float = WIDTH, height: float = HEIGHT) -> str:
-    """Wrap drawing instructions in an SVG with an accessible name."""
+def without_outliers(values: Sequence[float], ends: Sequence[float]) -> Pair:
+    """Return the range of ``values`` and ``ends``, unless few of them would squeeze all others into a corner.
+
+    Fences are three interquartile ranges of the values beyond their quartiles (Tukey 1977, "far out").
+    """
+    whole = min(*values, *ends), max(*values, *ends)
+    ordered = sorted(values)
+    if len(ordered) < 8:
+        return whole
+    first, third = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+    reach = 3 * (third - first)
+    near = [value for value in ordered if first - reach <= value <= third + reach]
+    low, high = max(whole[0], min(near) - reach / 6), min(whole[1], max(near) + reach / 6)
+    return (low, high) if 0 < high - low < 0.6 * (whole[1] - whole[0]) else whole
+
+
+def short(name: str, most: int = 22) -> str:
+    """Shorten a name in its middle, for names of one family often differ at their end; not yet escaped."""
+    if len(name) <= most:
+        return name
+    tail = (most - 1) * 2 // 5
+    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
+
+
+def figure(inside: str, title: str, width: float = WIDTH, height: float = HEIGHT, fixed: bool = False) -> str:
+    """Wrap drawing instructions in an SVG with an accessible name; ``fixed`` keeps its size rather than its place's."""
+    size = f' class="fixed" width="{width:g}" height="{height:g}"' if fixed else ""
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {width:g} {height:g}"{size} role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{inside}</svg>"
     )
 
 
-def axes(x: Scale, y: Scale, x_label: str, y_label: str, x_names: Sequence[str] | None = None) -> str:
-    """Draw grid, ticks and labels; ``x_names`` replaces numbers on the x axis, at 0, 1, 2, ..."""
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, x_names: Sequence[str] | None = None) -> tuple[str, float]:
+    """Draw grid, ticks and labels; ``x_names`` replaces numbers on the x axis, at 0, 1, 2, ...
+
+    Returns the markup and the height that the picture needs: names that are too wide to stand side by side are turned.
+    """
     parts = []
     for value in y.ticks():
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5}" text-anchor="end">{number(value)}</text>')
-    marks = list(enumerate(x_names)) if x_names is not None else [(value, number(value)) for value in x.ticks()]
-    for value, name in marks:
-        short = name if len(name) <= 12 else name[:11] + "…"
-        parts.append(
-            f'<text class="tick" x="{x(value)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(short)}'
-            f"<title>{escape(name)}</title></text>"
-        )
     base = HEIGHT - BOTTOM
+    marks = list(enumerate(x_names)) if x_names is not None else [(value, number(value)) for value in x.ticks()]
+    widest = max((len(short(name)) for _, name in marks), default=0) * LETTER
+    turned = x_names is not None and widest > (WIDTH - LEFT - RIGHT) / len(marks) - 6
+    for value, name in marks:
+        place = f'x="{x(value)}" y="{base + 16}" text-anchor="middle"'
+        if turned:
+            place = f'x="{x(value)}" y="{base + 14}" text-anchor="end" transform="rotate(-35 {x(value)} {base + 14})"'
+        parts.append(f'<text class="tick" {place}>{escape(short(name))}<title>{escape(name)}</title></text>')
+    height = HEIGHT + (max(0.0, widest * 0.5 - 4) if turned else 0.0)
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="name" x="{middle}" y="{height - 8:.1f}" text-anchor="middle">{escape(short(x_label, 40))}</text>'
+    )
     across = (TOP + base) / 2
     parts.append(
-        f'<text class="label" x="12" y="{across}" text-anchor="middle" transform="rotate(-90 12 {across})">'
-        f"{escape(y_label)}</text>"
+        f'<text class="name" x="12" y="{across}" text-anchor="middle" transform="rotate(-90 12 {across})">'
+        f"{escape(short(y_label, 28))}</text>"
     )
-    return "".join(parts)
+    return "".join(parts), height
 
 
 def scatter(
@@ -130,11 +165,18 @@ def scatter(
     log: bool = False,
     names: Sequence[str] | None = None,
     lines: Sequence[tuple[str, Sequence[Point]]] = (),
+    even: bool = False,
 ) -> str:
-    """Draw points with their intervals; ``lines`` join points of one series each, and name it at its end."""
+    """Draw points with their intervals; ``lines`` join points of one series each; ``even`` draws y = x behind them.
+
+    Points far from all others stand hollow at the edge, so that the others keep their room.
+    """
     every = [*points, *(point for _, series in lines for point in series)]
-    heights = [end for point in every for end in (point.interval or (point.y, point.y))] + [point.y for point in every]
-    y = Scale(padded(heights), (HEIGHT - BOTTOM, TOP))
+    heights = [point.y for point in every]
+    # Of hundreds of intervals none can be read.
+    crowded = len(points) > 60
+    drawn = [point for point in every if point.interval and not (crowded and point.style == "other")]
+    y_domain = padded(without_outliers(heights, [end for point in drawn for end in point.interval or ()] or heights))
     spread = [point.x for point in every]
     if names is not None:
         domain = (-0.5, len(names) - 0.5)
@@ -143,96 +185,143 @@ def scatter(
         domain = (low / 1.3, high * 1.3) if high > low else (low / 3, high * 3)
     else:
         domain = padded(spread)
-    x = Scale(domain, (LEFT, WIDTH - RIGHT), log)
-    parts = [axes(x, y, x_label, y_label, names)]
+    if even:
+        domain = y_domain = padded([*spread, *heights])
+    x, y = Scale(domain, (LEFT, WIDTH - RIGHT), log), Scale(y_domain, (HEIGHT - BOTTOM, TOP))
+    ground, height = axes(x, y, x_label, y_label, names)
+    parts = [ground]
+    if even:
+        ends = f'x1="{x(domain[0])}" y1="{y(domain[0])}" x2="{x(domain[1])}" y2="{y(domain[1])}"'
+        parts.append(f'<line class="even" {ends}/>')
     for at, (name, series) in enumerate(lines):
-        path = " ".join(f"{x(point.x)},{y(point.y)}" for point in series)
+        # Moved aside by a little, so that intervals at the same number of rows stand side by side.
+        path = " ".join(f"{x(point.x) + 3.0 * (at % 5):.1f},{y(point.y)}" for point in series)
         parts.append(f'<polyline class="series s{at % 5}" points="{path}"><title>{escape(name)}</title></polyline>')
-        parts += [_dot(point, x, y, f"s{at % 5}") for point in series]
+        parts += [_dot(point, x, y, f"s{at % 5}", 3.0 * (at % 5)) for point in series]
     order = {"other": 0, "group": 1, "chosen": 2}
-    parts += [_dot(point, x, y, point.style) for point in sorted(points, key=lambda each: order.get(each.style, 0))]
-    return figure("".join(parts), title)
+    aside = _aside(points, x, len(names)) if names is not None else [0.0] * len(points)
+    placed = sorted(zip(points, aside, strict=True), key=lambda each: order.get(each[0].style, 0))
+    parts += [_dot(point, x, y, point.style, shift, crowded, 2.5 if even else 3.5) for point, shift in placed]
+    return figure("".join(parts), title, height=round(height, 1))
 
 
-def _dot(point: Point, x: Scale, y: Scale, style: str) -> str:
+def _aside(points: Sequence[Point], x: Scale, columns: int) -> list[float]:
+    """Return how far each point of a column moves aside, in pixels, so that none hides another."""
+    room = 0.7 * (x(1) - x(0)) if columns > 1 else 120.0
+    columns_of: dict[float, list[int]] = {}
+    for at, point in enumerate(points):
+        columns_of.setdefault(point.x, []).append(at)
+    shifts = [0.0] * len(points)
+    for members in columns_of.values():
+        step = min(9.0, room / max(len(members) - 1, 1))
+        for place, at in enumerate(members):
+            # 0, 1, -1, 2, -2, ...: the best, which come first, stand in the middle.
+            shifts[at] = step * ((place + 1) // 2) * (1 if place % 2 else -1)
+    return shifts
+
+
+def _dot(
+    point: Point, x: Scale, y: Scale, style: str, aside: float = 0.0, crowded: bool = False, radius: float = 3.5
+) -> str:
+    at = round(x(point.x) + aside, 1)
+    bottom, top = HEIGHT - BOTTOM, TOP
     whisker = ""
-    if point.interval is not None:
-        ends = f'y1="{y(point.interval[0])}" y2="{y(point.interval[1])}"'
-        whisker = f'<line class="whisker {style}" x1="{x(point.x)}" x2="{x(point.x)}" {ends}/>'
-    radius = 5 if style == "chosen" else 3.5
-    dot = f'<circle class="dot {style}" cx="{x(point.x)}" cy="{y(point.y)}" r="{radius}">'
+    if point.interval is not None and not (crowded and style == "other"):
+        low, high = (min(max(y(end), top), bottom) for end in point.interval)
+        if low != high:
+            whisker = f'<line class="whisker {style}" x1="{at}" x2="{at}" y1="{low}" y2="{high}"/>'
+    down = min(max(y(point.y), top), bottom)
+    off = " off" if down != y(point.y) else ""
+    radius = 5 if style == "chosen" else radius
+    dot = f'<circle class="dot {style}{off}" cx="{at}" cy="{down}" r="{radius}">'
     return f"{whisker}{dot}<title>{escape(point.title)}</title></circle>"
 
 
 def interval_bar(value: float, ends: Pair | None, domain: Pair, style: str) -> str:
-    """Draw one row of a leaderboard: the interval as a line, the score as a dot, on an axis that all rows share."""
-    x = Scale(domain, (4, 156))
+    """Draw one row of a leaderboard: the interval as a line, the score as a dot, on an axis that all rows share.
+
+    What lies beyond the axis ends in an arrow at its edge.
+    """
+    x = Scale(domain, (6, 154))
     bar = ""
-    if ends is not None:
+    if ends is not None and ends[1] > ends[0]:
         low, high = (min(max(end, domain[0]), domain[1]) for end in ends)
         bar = f'<line class="whisker {style}" x1="{x(low)}" x2="{x(high)}" y1="8" y2="8"/>'
     said = f"{value:.4f}" if ends is None else f"{value:.4f}, interval {ends[0]:.4f} to {ends[1]:.4f}"
-    line = '<line class="grid" x1="4" x2="156" y1="8" y2="8"/>'
-    return figure(f'{line}{bar}<circle class="dot {style}" cx="{x(value)}" cy="8" r="3.5"/>', said, 160, 16)
+    reached = (value, *(ends or ()))
+    if min(reached) < domain[0]:
+        bar += f'<path class="dot {style}" d="M6 4 L1 8 L6 12 Z"/>'
+    if max(reached) > domain[1]:
+        bar += f'<path class="dot {style}" d="M154 4 L159 8 L154 12 Z"/>'
+    dot = ""
+    if domain[0] <= value <= domain[1]:
+        dot = f'<circle class="dot {style}" cx="{x(value)}" cy="8" r="3.5"/>'
+    return figure(f'<line class="grid" x1="6" x2="154" y1="8" y2="8"/>{bar}{dot}', said, 160, 16)
 
 
 def grid(values: Sequence[Sequence[float | None]], down: Sequence[str], across: Sequence[str], title: str, *,
-         shares: Sequence[Sequence[float]] | None = None, digits: int = 3) -> str:  # fmt: skip
-    """Draw a heat map with its numbers in the cells; ``shares`` in [0, 1] colour it, else its own range does."""
-    known = [value for line in values for value in line if value is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    longest = max((len(name) for name in down), default=1)
-    left = min(150, 12 + 6.2 * min(longest, 22))
-    cell = max(18.0, min(64.0, 560 / max(len(across), 1)))
+         shares: Sequence[Sequence[float | None]], digits: int = 3) -> str:  # fmt: skip
+    """Draw a heat map with its numbers in the cells; ``shares`` in [0, 1] colour it, and 0 is not drawn at all."""
+    left = 14 + LETTER * max((len(short(name)) for name in down), default=1)
+    written = [len(_cell(value, digits)) for line in values for value in line if value is not None]
+    need = 10 + LETTER * max(written, default=1)
+    cell = max(13.0, min(64.0, 640 / max(len(across), 1)))
+    numbers = cell >= need
     tall = min(cell, 30.0)
-    slanted = max((len(name) for name in across), default=1) * 6.2 > cell - 4
-    head = min(130.0, 14 + 4.6 * max((min(len(name), 22) for name in across), default=1)) if slanted else 20.0
-    width, height = left + cell * len(across) + (head * 0.8 if slanted else 8), head + tall * len(down) + 6
-    parts = []
+    widest = LETTER * max((len(short(name)) for name in across), default=1)
+    angle = 0 if widest <= cell - 4 else 45 if cell >= 20 else 90
+    head = 20.0 if not angle else 16 + widest * (0.75 if angle == 45 else 1.0)
+    width = left + cell * len(across) + (widest * 0.75 if angle == 45 else 8)
+    height = head + tall * len(down) + 6
+    box = f'x="{left:.1f}" y="{head:.1f}" width="{cell * len(across) - 1:.1f}" height="{tall * len(down) - 1:.1f}"'
+    parts = [f'<rect class="none" {box}/>']
     for at, name in enumerate(across):
-        x = left + cell * (at + 0.5)
-        turn = f' transform="rotate(-45 {x:.1f} {head - 5:.1f})"' if slanted else ""
-        anchor = "start" if slanted else "middle"
+        x = left + cell * (at + 0.5) + (4 if angle == 90 else 0)
+        turn = f' transform="rotate(-{angle} {x:.1f} {head - 5:.1f})"' if angle else ""
+        anchor = "start" if angle else "middle"
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{head - 5:.1f}" text-anchor="{anchor}"{turn}>{_short(name)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{head - 5:.1f}" text-anchor="{anchor}"{turn}>{_named(name)}</text>'
         )
     for row, name in enumerate(down):
         y = head + tall * row
         parts.append(
             f'<text class="tick" x="{left - 6:.1f}" y="{y + tall / 2 + 3.5:.1f}" text-anchor="end">'
-            f"{_short(name)}</text>"
+            f"{_named(name)}</text>"
         )
         for column, value in enumerate(values[row]):
-            x = left + cell * column
-            if value is None:
-                parts.append(
-                    f'<rect class="none" x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{tall - 1:.1f}"/>'
-                )
+            share = shares[row][column]
+            if value is None or share is None:
                 continue
-            share = shares[row][column] if shares is not None else (value - low) / ((high - low) or 1.0)
-            dark = " over" if share > 0.55 else ""
-            parts.append(
-                f'<rect class="heat" fill-opacity="{0.04 + 0.96 * share:.3f}" x="{x:.1f}" y="{y:.1f}" '
-                f'width="{cell - 1:.1f}" height="{tall - 1:.1f}"><title>{escape(name)} / {escape(across[column])}: '
-                f"{value:g}</title></rect>"
-            )
-            if cell >= 26:
-                said = f"{value:,.{digits}f}" if digits else f"{value:,.0f}"
+            x = left + cell * column
+            said = _cell(value, digits)
+            if share > 0 or digits:
                 parts.append(
-                    f'<text class="tick cell{dark}" x="{x + cell / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
+                    f'<rect class="heat" fill-opacity="{0.04 + 0.96 * share:.3f}" x="{x:.1f}" y="{y:.1f}" '
+                    f'width="{cell - 1:.1f}" height="{tall - 1:.1f}"><title>{escape(name)} / {escape(across[column])}: '
+                    f"{said}</title></rect>"
+                )
+            if numbers:
+                faint = " faint" if not value else ""
+                parts.append(
+                    f'<text class="tick cell{faint}" x="{x + cell / 2:.1f}" y="{y + tall / 2 + 3.5:.1f}" '
                     f'text-anchor="middle">{said}</text>'
                 )
-    return figure("".join(parts), title, round(width, 1), round(height, 1))
+    return figure("".join(parts), title, round(width, 1), round(height, 1), fixed=True)
 
 
-def _short(name: str) -> str:
-    return f"{escape(name if len(name) <= 22 else name[:21] + '…')}<title>{escape(name)}</title>"
+def _cell(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def _named(name: str) -> str:
+    return f"{escape(short(name))}<title>{escape(name)}</title>"
 
 
 def reliability(bins: Sequence[tuple[float, float, float | None, float | None, int]], title: str) -> str:
     """Draw how often the head is right against how sure it is: (low, high, confidence, accuracy, rows) a bin."""
     x, y = Scale((0, 1), (LEFT, WIDTH - RIGHT)), Scale((0, 1), (HEIGHT - BOTTOM, TOP))
-    parts = [axes(x, y, "confidence", "share that is right")]
+    ground, height = axes(x, y, "confidence", "share that is right")
+    parts = [ground]
     parts.append(f'<line class="even" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>')
     most = max((each[4] for each in bins), default=1) or 1
     for low, high, confidence, accuracy, rows in bins:
@@ -248,4 +337,4 @@ def reliability(bins: Sequence[tuple[float, float, float | None, float | None, i
             f'<circle class="dot chosen" cx="{x(confidence)}" cy="{y(accuracy)}" r="4">'
             f"<title>{escape(said)}</title></circle>"
         )
-    return figure("".join(parts), title)
+    return figure("".join(parts), title, height=height)
