@@ -47,14 +47,19 @@ def _short(value: object) -> str:
     return text[:12] + "..." if len(text) == 64 else text[:60]
 
 
+def within(report: SetReport, tolerance: Any) -> bool:
+    """Whether no component differs by more than its tolerance, and every row has as many vectors as it should."""
+    return not report.other_lengths and bool((report.apart <= tolerance).all())
+
+
 def of_features(
-    recomputed: Recomputed, ids: Sequence[str], tolerances: Mapping[str, float] | None,
+    recomputed: Recomputed, ids: Sequence[str], tolerances: Mapping[str, Any] | None,
     again: Callable[[Sequence[bytes]], Mapping[str, Any]] | None,
 ) -> list[str]:  # fmt: skip
     """Return a finding for each feature set that differs; ``again`` gives other features of some rows, by name."""
     found = []
     for name, report in recomputed.reports.items():
-        if report.total.same or (tolerances is not None and report.total.largest <= tolerances[name]):
+        if report.total.same or (tolerances is not None and within(report, tolerances[name])):
             continue
         rows = np.flatnonzero(report.differing)
         shown = ", ".join(ids[int(report.rows[row])] for row in rows[:3])

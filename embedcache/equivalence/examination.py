@@ -18,10 +18,10 @@ from embedcache.backbone import Backbone, features_of, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.equivalence import causes
 from embedcache.equivalence.bits import difference, rounded
-from embedcache.equivalence.features import Recomputed, gathered, recompute, stored
+from embedcache.equivalence.features import gathered, recompute, stored
 from embedcache.equivalence.live import LiveBatches, backbone_state, live_parts
 from embedcache.equivalence.plain import PLAIN
-from embedcache.equivalence.result import Comparison, EquivalenceResult, judged
+from embedcache.equivalence.result import Comparison, EquivalenceResult, judged, judged_by_component
 from embedcache.equivalence.rows import RawRows, Sample
 from embedcache.equivalence.standard import StandardModel, logits_of, train_standard
 from embedcache.equivalence.tolerance import (
@@ -31,6 +31,7 @@ from embedcache.equivalence.tolerance import (
     longest_axis,
     noisy,
     rows_for_conditioning,
+    storage_tolerance,
     training_tolerances,
 )
 from embedcache.equivalence.training import Record, cached_batches, compare, train
@@ -62,7 +63,7 @@ class Examination:
         self.notes: list[str] = list(raw.notes)
         self.costs: dict[str, Any] = {}
         self.environment_differs: list[tuple[str, Any, Any]] = []
-        self.tolerances: dict[str, float] | None = None
+        self.tolerances: dict[str, Array] | None = None
         self.training_tolerances: dict[str, float] = {}
         size = min(BATCH_SIZE, len(rows.train))
         per_epoch = -(-len(rows.train) // size)
@@ -178,10 +179,11 @@ class Examination:
             kappa = conditioning(network, run)
             standard.model = network
             longest, compute = longest_axis(network), self.cache.spec["compute_dtype"]
-            self.tolerances = {
-                name: feature_tolerance(kappa[name], longest, compute, report.total.values)
-                for name, report in self.recomputed.reports.items()
-            }
+            self.tolerances = {}
+            for name, report in self.recomputed.reports.items():
+                computed = feature_tolerance(kappa[name], longest, compute, report.total.values)
+                rounding = storage_tolerance(report.largest, computed, report.feature.dtype)
+                self.tolerances[name] = computed + rounding
         allowed = self.tolerances if self.environment_differs else None
         if self.environment_differs:
             said = ", ".join(f"{name} {there} there, {now} here" for name, there, now in self.environment_differs)
@@ -191,8 +193,13 @@ class Examination:
                 f"the canonical reference is held to {held}"
             )
         for name, report in self.recomputed.reports.items():
-            tolerance = None if allowed is None else allowed[name] + _ulp(report.feature, self.recomputed, name)
-            self.comparisons.append(judged("canonical", f"features {name}", report.total, report.where, tolerance))
+            what = f"features {name}"
+            if allowed is None:
+                row = judged("canonical", what, report.total, report.where)
+            else:
+                within = causes.within(report, allowed[name])
+                row = judged_by_component("canonical", what, report.total, report.where, allowed[name], within)
+            self.comparisons.append(row)
         self.findings += causes.of_features(self.recomputed, self.ids, allowed, self.again)
 
     def cached_side(self) -> None:
@@ -206,13 +213,11 @@ class Examination:
         self.cached.logits = _logits(self.cached, self.x_evaluate)
         if self.tolerances is not None:
             tolerance = self.tolerances[self.feature.name]
-            noisy_records: dict[int, Record] = {}
 
             def again(draw: int) -> Record:
                 x = noisy(self.x, tolerance, draw)
                 record = self._train(x, cached_batches(x, self.spec), self.y, "tolerance")
                 record.logits = _logits(record, noisy(self.x_evaluate, tolerance, draw + 100))
-                noisy_records[draw] = record
                 return record
 
             self.training_tolerances = training_tolerances(self.cached, again, lambda record: record.logits)
@@ -278,13 +283,16 @@ class Examination:
         where = "" if found.where is None else (
             f"row {self.ids[int(owner[found.where[0]])]} [{', '.join(map(str, found.where[1:]))}]"
         )  # fmt: skip
-        tolerance = self.tolerances[each.name] + _half_ulp(each, float(np.abs(a).max(initial=0.0)))
-        row = judged("standard", f"features {each.name}", found, where, tolerance)
+        tolerance = self.tolerances[each.name]
+        apart = np.abs(a.astype(np.float64) - b).max(axis=0)
+        within = bool((apart <= tolerance).all())
+        row = judged_by_component("standard", f"features {each.name}", found, where, tolerance, within)
         self.comparisons.append(row)
         if row.verdict == "different":
+            beyond = int((apart > tolerance).sum())
             self.findings.append(
-                f"standard reference, features {each.name}: off by up to {found.largest:.2g} at {where}, "
-                f"where rounding explains {tolerance:.2g}: weights, tokens, pooling or layer differ"
+                f"standard reference, features {each.name}: off by up to {found.largest:.2g} at {where}, and by "
+                f"more than rounding explains in {beyond} of {apart.size} components: weights, tokens, pooling or layer"
             )
         return row.verdict != "different"
 
@@ -406,15 +414,3 @@ def _labels(record: Record, logits: Array) -> Array:
 
 def _stored_as(x: Any, feature: FeatureSet) -> Any:
     return (rounded(x[0], feature.dtype), x[1]) if isinstance(x, tuple) else rounded(x, feature.dtype)
-
-
-def _half_ulp(feature: FeatureSet, largest: float) -> float:
-    """Return what rounding both sides to the storage type may add: a unit in the last place of the largest value."""
-    digits = {"float32": 24, "float16": 11, "bfloat16": 8}[feature.dtype]
-    return 0.0 if feature.dtype == "float32" else largest * 2.0 ** (1 - digits)
-
-
-def _ulp(feature: FeatureSet, recomputed: Recomputed, name: str) -> float:
-    report = recomputed.reports[name]
-    largest = math.sqrt(report.square) if report.total.values else 0.0
-    return _half_ulp(feature, min(largest, 65504.0))

@@ -31,7 +31,8 @@ class SetReport:
 
     ``differing`` [n] counts values that differ, ``lengths`` [n] are the rows' lengths as the backbone counts them now,
     ``here`` and ``there`` the first differing rows' features as recomputed and as stored, by place in ``rows``.
-    ``rounding`` is what storing them in fewer bits changes.
+    ``apart`` is the largest difference of each component, ``largest``
+    its largest size before rounding to the storage type. ``rounding`` is what storing them in fewer bits changes.
     """
 
     feature: FeatureSet
@@ -43,6 +44,8 @@ class SetReport:
     other_lengths: dict[int, tuple[int, int]] = field(default_factory=dict)
     here: dict[int, Array] = field(default_factory=dict)
     there: dict[int, Array] = field(default_factory=dict)
+    apart: Array = field(default_factory=lambda: np.zeros(0))
+    largest: Array = field(default_factory=lambda: np.zeros(0))
     where: str = ""
     rounding_where: str = ""
     square: float = 0.0
@@ -143,7 +146,13 @@ def _add(report: SetReport, live: Any, cached: Any, rows: Rows, lengths: Rows, i
             report, "rounding_where", report.rounding, difference(kept, exact), owner, rows, ids, first,
             isinstance(live, tuple),
         )  # fmt: skip
+    if len(exact):
+        sizes = np.abs(exact).max(axis=0).astype(np.float64)
+        report.largest = sizes if not report.largest.size else np.maximum(report.largest, sizes)
     if not total.same:
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = np.abs(kept.astype(np.float64) - here).max(axis=0)
+        report.apart = apart if not report.apart.size else np.maximum(report.apart, apart)
         differs = (kept.view(np.int32) != here.view(np.int32)).reshape(len(kept), -1).sum(axis=1)
         np.add.at(counts, owner, differs)
     with np.errstate(invalid="ignore", over="ignore"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from embedcache.equivalence.bits import Difference
@@ -45,6 +45,16 @@ class Comparison:
             "rule": self.rule or ("bit for bit" if self.tolerance is None else "tolerance"),
             "verdict": self.verdict,
         }
+
+
+def judged_by_component(
+    reference: str, what: str, found: Difference, where: str, tolerance: Any, within: bool
+) -> Comparison:
+    """Return a comparison whose tolerance [...] is each component's own; ``within`` says whether all keep to theirs."""
+    row = judged(reference, what, found, where)
+    largest = float(tolerance.max())
+    verdict: Verdict = "within tolerance" if row.verdict == "different" and within else row.verdict
+    return replace(row, verdict=verdict, tolerance=largest, rule=f"up to {largest:.1e}")
 
 
 def judged(reference: str, what: str, found: Difference, where: str = "", tolerance: float | None = None) -> Comparison:

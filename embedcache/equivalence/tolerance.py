@@ -15,22 +15,27 @@ which no formula knows and which is therefore measured: every weight is multipli
 standard normal noise and ``delta = 2^-10``, which puts a relative error of about ``delta`` on every product of every
 layer, and
 
-    kappa = max over rows of rms(change of the row's features) / delta
+    kappa_d = rms over rows(change of component d) / delta, times how much worse the worst row is
 
-is read off, in float32 and at one batch shape, so that rounding itself plays no part in it. A difference between two
-computations, each with independent errors, then has a standard deviation of at most ``sqrt(2) * local * kappa``, and
-of n such values none exceeds, but with probability 0.001,
+is read off over three draws of noise, in float32 and at one batch shape, so that rounding itself plays no part in it.
+It is a component's own, because components may differ by many powers of ten: all-MiniLM-L6-v2 has three that are
+1e-8 and 1e-33 where the others are 0.1, and standardisation makes as much of them as of any other. A difference
+between two computations, each with independent errors, then has a standard deviation of at most
+``sqrt(2) * local * kappa_d``, and of n such values none exceeds, but with probability 0.001,
 
-    tolerance = sqrt(2) * local * kappa * sqrt(2 * ln(2 * n / 0.001))
+    tolerance_d = sqrt(2) * local * kappa_d * sqrt(2 * ln(2 * n / 0.001))
 
-by the tail of the normal distribution. Depth is in kappa; width in K; both are of the model at hand.
+by the tail of the normal distribution. Features that are stored in float16 or bfloat16 are rounded once more on both
+sides, which adds a unit in the last place of the component's largest value. Depth is in kappa; width in K; both are of
+the model at hand.
 
 **Training and predictions.** What differences of that size in the features do to losses, gradients, parameters, the
 optimizer's state and logits is measured too, on the cached features: training is repeated with noise added, uniform
 within the tolerance, three times with other noise, and the tolerance of each quantity is twice the largest change that
-was seen (three draws stand for the worst). Adam divides by the size of a gradient, so a parameter whose gradient is
-nearly zero may move by the whole learning rate whichever way rounding points: that is in it as well, where a bound from
-u alone would be wrong. The head's own rounding, ``sqrt(D) * u32`` relative, is far below the noise.
+was seen (three draws stand for the worst; of the standardisation, mean / deviation and the logarithm of the scale).
+Adam divides by the size of a gradient, so a parameter whose gradient is nearly zero may move by the whole learning rate
+whichever way rounding points, and a ReLU switches: that is in it as well, where a bound from u alone would be wrong.
+The head's own rounding, ``sqrt(D) * u32`` relative, is far below the noise.
 
 **Labels** may differ only where the two largest logits (or a logit and its threshold) are closer than twice the
 tolerance of logits.
@@ -81,29 +86,49 @@ def longest_axis(network: nn.Module) -> int:
 
 def conditioning(
     network: nn.Module, features: Callable[[nn.Module], Mapping[str, Tensor]], *, seed: int = 0
-) -> dict[str, float]:
-    """Return kappa of each feature set: how much relative noise on every weight moves a row's features.
+) -> dict[str, Array]:
+    """Return kappa of each feature set, float64 [...]: how much relative noise on every weight moves a row's features.
 
     ``features`` runs a network over some rows and gives [n, ...] by name; the network itself is left as it is.
     """
     exact = copy.deepcopy(network).float().eval()
     base = features(exact)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in exact.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.mul_(1 + DELTA * noise.to(parameter.device))
-    moved = features(exact)
-    return {
-        name: float((moved[name] - base[name]).double().flatten(1).square().mean(dim=1).sqrt().max()) / DELTA
-        for name in base
-    }
+    changes: dict[str, list[Array]] = {name: [] for name in base}
+    for _ in range(DRAWS):
+        with torch.no_grad():
+            for value, original in zip(exact.parameters(), network.parameters(), strict=True):
+                noise = torch.randn(value.shape, generator=generator).to(value.device)
+                value.copy_(original.float() * (1 + DELTA * noise))
+        for name, moved in features(exact).items():
+            changes[name].append((moved - base[name]).double().cpu().numpy() / DELTA)
+    return {name: _kappa(np.stack(each)) for name, each in changes.items()}
 
 
-def feature_tolerance(kappa: float, longest: int, compute_dtype: str, values: int) -> float:
-    """Return how far apart any of so many values of a feature may be; see the module."""
-    spread = math.sqrt(2) * local_error(longest, compute_dtype) * kappa
-    return spread * math.sqrt(2 * math.log(2 * max(values, 1) / MISSED))
+def _kappa(change: Array) -> Array:
+    """Return kappa [...] from changes [draws, n, ...]."""
+    component = np.sqrt(np.square(change).mean(axis=(0, 1)))
+    share = np.divide(change, component, out=np.zeros_like(change), where=component > 0)
+    row = np.sqrt(np.square(share).mean(axis=(0, *range(2, change.ndim))))
+    return np.asarray(component * row.max())
+
+
+def feature_tolerance(kappa: Array, longest: int, compute_dtype: str, values: int) -> Array:
+    """Return how far apart any of so many values of a feature may be, float64 [...] as ``kappa``; see the module."""
+    spread = math.sqrt(2) * local_error(longest, compute_dtype) * np.asarray(kappa)
+    return np.asarray(spread * math.sqrt(2 * math.log(2 * max(values, 1) / MISSED)))
+
+
+def storage_tolerance(largest: Array, tolerance: Array, dtype: str) -> Array:
+    """Return what rounding both sides to the storage type adds: a unit in the last place of each component's largest.
+
+    ``largest`` and ``tolerance`` are [...]; a component so small that both sides round it to zero adds nothing.
+    """
+    if dtype == "float32":
+        return np.zeros_like(tolerance)
+    digits, smallest = {"float16": (11, 2.0**-24), "bfloat16": (8, 2.0**-133)}[dtype]
+    unit = np.maximum(largest * 2.0 ** (1 - digits), smallest)
+    return np.where(largest + tolerance < smallest / 2, 0.0, unit)
 
 
 def training_tolerances(
@@ -113,8 +138,8 @@ def training_tolerances(
     found = dict.fromkeys(TOLERATED, 0.0)
     for draw in range(DRAWS):
         other = again(draw)
-        theirs = parts(other)
-        for what, mine in parts(base).items():
+        theirs = parts(other, relative=True)
+        for what, mine in parts(base, relative=True).items():
             if what in TOLERATED or what == "standardisation":
                 found[what] = max(found.get(what, 0.0), 2 * differences_of(mine, theirs[what])[0].largest)
         apart = np.abs(logits(base).astype(np.float64) - logits(other).astype(np.float64))
@@ -122,12 +147,12 @@ def training_tolerances(
     return found
 
 
-def noisy(x: Any, tolerance: float, seed: int) -> Any:
+def noisy(x: Any, tolerance: Array, seed: int) -> Any:
     """Return features with uniform noise within the tolerance: an array, or (values, offsets)."""
     if isinstance(x, tuple):
         return noisy(x[0], tolerance, seed), x[1]
-    noise = np.random.Generator(np.random.PCG64(seed)).uniform(-tolerance, tolerance, x.shape)
-    return (x + noise).astype(np.float32)
+    noise = np.random.Generator(np.random.PCG64(seed)).uniform(-1, 1, x.shape)
+    return (x + noise * tolerance).astype(np.float32)
 
 
 def labels_may_differ(logits: Array, tolerance: float, task: str) -> npt.NDArray[np.bool_]:

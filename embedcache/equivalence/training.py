@@ -130,12 +130,22 @@ TOLERATED = ("losses", "gradient norms", "final parameters", "optimizer: first",
 """What rounding moves, and therefore has a tolerance where bits need not agree."""
 
 
-def parts(record: Record) -> dict[str, Named]:
-    """Return what two records are compared in, in the order in which a fault would show."""
+def parts(record: Record, *, relative: bool = False) -> dict[str, Named]:
+    """Return what two records are compared in, in the order in which a fault would show.
+
+    With ``relative``, the standardisation is in units that suit a tolerance: components differ by powers of ten.
+    """
+    moments: Named = record.standardisation
+    if relative and moments:
+        mean, scale = (moments[name].astype(np.float64) for name in ("mean", "scale"))
+        moments = {
+            "mean / deviation": (mean * scale).astype(np.float32),
+            "log scale": np.log(scale).astype(np.float32),
+        }
     return {
         "initial head": record.initial,
         "batch order": {"step": _laid_out(record.batches)},
-        "standardisation": record.standardisation,
+        "standardisation": moments,
         "dropout draws": {"generator": record.draws},
         "losses": {"step": record.losses},
         "gradient norms": {"step": record.norms},
@@ -179,8 +189,8 @@ def compare(
 ) -> list[Comparison]:
     """Compare two records; without ``tolerances`` every bit must agree. ``given`` was taken from the other."""
     rows = []
-    theirs = parts(live)
-    for what, mine in parts(cached).items():
+    theirs = parts(live, relative=tolerances is not None)
+    for what, mine in parts(cached, relative=tolerances is not None).items():
         if what in given or not any(value.size for value in (*mine.values(), *theirs[what].values())):
             continue
         found, where = differences_of(mine, theirs[what])
