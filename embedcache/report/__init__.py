@@ -38,6 +38,8 @@ def report(sweep: Path | str, output: Path | str | None = None, form: Form = "ht
         text = to_markdown(summary)
     else:
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON's own escape.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if output is not None:
         _write(Path(output), text)
     return text
@@ -46,7 +48,7 @@ def report(sweep: Path | str, output: Path | str | None = None, form: Form = "ht
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text, "utf-8")
+        partial.write_bytes(text.encode("utf-8"))
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True) if partial.parent.is_dir() else None

@@ -12,7 +12,7 @@ def to_markdown(summary: Mapping[str, Any], most: int = 30) -> str:
     """Return the findings as Markdown: leaderboard, test, classes, mistakes, what was run."""
     rows, metric = summary["leaderboard"], summary["metric"]["name"]
     percent = f"{100 * (1 - summary['protocol']['alpha']):g} %"
-    lines = [f"# {len(rows)} heads on {plain(summary['data']['name'])}", ""]
+    lines = [f"# {len(rows)} {'head' if len(rows) == 1 else 'heads'} on {plain(summary['data']['name'])}", ""]
     if not summary["complete"]:
         lines += ["**Not finished: this is a part.**", ""]
     test = summary.get("test")
