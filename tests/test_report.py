@@ -67,8 +67,10 @@ class Page(HTMLParser):
 
 
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p", "div", "span", "b", "em", "table", "thead",
-    "tbody", "tr", "th", "td", "button", "figure", "figcaption", "svg", "line", "text", "circle", "path", "rect", "polyline", "img", "code", "script",
+    "html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p",
+    "div", "span", "b", "em", "table", "thead", "tbody", "tr", "th", "td", "button",
+    "figure", "figcaption", "svg", "line", "text", "circle", "path", "rect", "polyline", "img", "code",
+    "script",
 }  # fmt: skip
 
 
@@ -319,6 +321,7 @@ class Browser:
             return json.load(answer)["value"]
 
     def open(self, path: Path) -> None:
+        self.call("POST", f"{self.session}/url", {"url": "about:blank"})
         self.logs("browser"), self.logs("performance")
         self.call("POST", f"{self.session}/url", {"url": path.as_uri()})
 
@@ -331,8 +334,10 @@ class Browser:
 
     def requests(self) -> list[str]:
         events = [json.loads(each["message"])["message"] for each in self.logs("performance")]
-        sent = [each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith("data:")]
+        sent = [each["params"] for each in events if each["method"] == "Network.requestWillBeSent"]
+        # The browser's own first tab may still be loading its own parts.
+        ours = [each["request"]["url"] for each in sent if not each["documentURL"].startswith("chrome:")]
+        return [url for url in ours if not url.startswith("data:")]
 
 
 @pytest.fixture(scope="module")
