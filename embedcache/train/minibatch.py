@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,12 @@ from embedcache.train.metrics import default_metric, metric_named, scores
 from embedcache.train.stack import MAY_DIFFER, HeadStack
 
 Array = npt.NDArray[Any]
+
+STACK_NUMBERS = 1_600_000
+"""Numbers that a stack may hold: past about 6 MB of weights its passes run at the memory's pace, not the cache's."""
+
+SMALL_STEP = 3e7
+"""Floating-point operations of a step up to which one thread is enough: about a fifth of a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,57 @@ def train_minibatch(
     masks: Masks | None = None,
     batches: Batches | None = None,
     start: Sequence[Mapping[str, Array]] | None = None,
+    **options: Any,
+) -> Trained:
+    """Train K heads of one shape on ``data``, in one pass or, where they outgrow the processor's cache, a few.
+
+    ``judged`` are validation rows; with ``masks`` they must be ``data`` itself. ``batches`` replaces the source of
+    features, of which ``data`` then gives only targets and moments. ``start`` replaces initial weights. ``options``
+    are those of the pass: ``device``, ``progress``, ``title``, ``keep_losses``, ``max_steps``, ``watch``.
+    """
+    refuse_unstackable(heads, specs)
+    size = sum(each.numel() for each in build_head(heads[0], feature, len(class_names)).parameters())
+    most = max(1, STACK_NUMBERS // size) if batches is None else len(heads)
+    parts = []
+    for begin in range(0, len(heads), most):
+        mine = slice(begin, begin + most)
+        own = None if masks is None else Masks(masks.train, masks.evaluate, masks.of[mine])
+        parts.append(
+            _one_pass(
+                data, judged, heads[mine], specs[mine], feature, task, class_names, masks=own, batches=batches,
+                start=None if start is None else start[mine], **options,
+            )
+        )  # fmt: skip
+        if parts[-1].fitted.interrupted and begin + most < len(heads):
+            raise KeyboardInterrupt  # some heads have not begun
+    if len(parts) == 1:
+        return parts[0]
+    fits = [part.fitted for part in parts]
+    return Trained(
+        [state for part in parts for state in part.states],
+        Fitted(
+            history=[each for fit in fits for each in fit.history],
+            best_epoch=[each for fit in fits for each in fit.best_epoch],
+            steps=sum(fit.steps for fit in fits),
+            seconds=sum(fit.seconds for fit in fits),
+            interrupted=fits[-1].interrupted,
+            losses=[each for fit in fits for each in fit.losses],
+        ),
+    )
+
+
+def _one_pass(
+    data: Data,
+    judged: Data | None,
+    heads: Sequence[HeadSpec],
+    specs: Sequence[TrainSpec],
+    feature: FeatureSet,
+    task: Task,
+    class_names: Sequence[str],
+    *,
+    masks: Masks | None = None,
+    batches: Batches | None = None,
+    start: Sequence[Mapping[str, Array]] | None = None,
     device: str = "cpu",
     progress: bool = True,
     title: str = "train",
@@ -206,7 +264,6 @@ def train_minibatch(
     features, of which ``data`` then gives only targets and moments. ``start`` replaces initial weights. ``watch`` is
     shown the stack before its first step.
     """
-    refuse_unstackable(heads, specs)
     spec = specs[0]
     metric, greater = metric_of(spec, task)
     outputs = len(class_names)
@@ -248,10 +305,11 @@ def train_minibatch(
     if judged is not None and len(judged):
         judge = Judge(Data(judge_x, judged.y), task, metric, masks, target, device)
     learner = HeadLearner(stack, y, weight, masks, judge)
-    fitted = fit(
-        learner, source, epochs=spec.epochs, patience=spec.patience, greater_is_better=greater, metric=metric,
-        title=title, progress=progress, keep_losses=keep_losses, max_steps=max_steps,
-    )  # fmt: skip
+    with _threads_for(stack, data, spec) if batches is None else nullcontext():
+        fitted = fit(
+            learner, source, epochs=spec.epochs, patience=spec.patience, greater_is_better=greater, metric=metric,
+            title=title, progress=progress, keep_losses=keep_losses, max_steps=max_steps,
+        )  # fmt: skip
     first = [name for name, module in modules[0].named_modules() if module in set(modules[0].first_layers())]
     states = []
     for at, state in enumerate(stack.finish()):
@@ -261,6 +319,21 @@ def train_minibatch(
             own_mean, own_scale = mean + relative.mean[mask] / scale, scale * relative.scale[mask]
         states.append(_finished(state, type(modules[0]) is Linear, first, own_mean, own_scale, target, task))
     return Trained(states, fitted)
+
+
+@contextmanager
+def _threads_for(stack: HeadStack, data: Data, spec: TrainSpec) -> Iterator[None]:
+    """Run small steps on one thread: waking a second costs more than it does, and far more on a busy machine."""
+    vectors = len(data.x[0]) / max(len(data), 1) if isinstance(data.x, tuple) else 1.0
+    vectors *= data.x.shape[1] if isinstance(data.x, np.ndarray) and data.x.ndim == 3 else 1
+    operations = 4 * spec.batch_size * vectors * sum(each.numel() for each in stack.parameters)
+    before = torch.get_num_threads()
+    if operations < SMALL_STEP:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _source(x: Any, spec: TrainSpec, device: str) -> Batches:
