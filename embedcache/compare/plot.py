@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from embedcache.compare.approaches import APPROACHES
+from embedcache.compare.result import seconds_text
 
 if TYPE_CHECKING:
     from embedcache.compare.result import Comparison
@@ -31,27 +32,32 @@ def draw(comparison: Comparison, file: Path) -> None:
 def _times(axes: Any, comparison: Comparison) -> None:
     largest = max(comparison.facts["fractions"])
     rows = [each for each in comparison.rows if each["fraction"] == largest][::-1]
+    labelled = True
     for place, row in enumerate(rows):
         extraction = row["extraction_seconds"] or 0.0
         axes.barh(place, row["total_seconds"], color=COLOURS[row["approach"]])
         if extraction:
-            axes.barh(place, extraction, color="#999999", label="extraction" if row["approach"] == "cached" else None)
+            axes.barh(place, extraction, color="#999999", label="extraction" if labelled else None)
+            labelled = False
         axes.annotate(
-            f" {row['total_seconds']:.3g} s", (row["total_seconds"], place), va="center", annotation_clip=False
+            f" {seconds_text(row['total_seconds'])}", (row["total_seconds"], place), va="center", annotation_clip=False
         )
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
     axes.margins(x=0.15)
     axes.set_xlabel(f"seconds for {comparison.facts['epochs']} epochs of {rows[0]['train_rows']:,} rows")
-    if any(row["approach"] == "cached" for row in rows):
-        axes.legend(loc="best", frameon=False)
+    if not labelled:
+        axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _metrics(axes: Any, comparison: Comparison) -> None:
-    fractions = comparison.facts["fractions"]
-    for number, name in enumerate(comparison.facts["approaches"]):
+    fractions, names = comparison.facts["fractions"], comparison.facts["approaches"]
+    curve = len(fractions) > 1
+    for number, name in enumerate(names):
         rows = [each for each in comparison.rows if each["approach"] == name]
-        x = [each["train_rows"] for each in rows] if len(fractions) > 1 else [number]
+        # Beside one another: frozen and cached say the same, and one would hide the other.
+        beside = 1.04 ** (number - (len(names) - 1) / 2)
+        x = [each["train_rows"] * beside for each in rows] if curve else [number]
         y = [each["test"] for each in rows]
         bounds = [each["test_interval"] or [each["test"]] * 2 for each in rows]
         below = [max(value - low, 0.0) for value, (low, _) in zip(y, bounds, strict=True)]
@@ -59,12 +65,16 @@ def _metrics(axes: Any, comparison: Comparison) -> None:
         axes.errorbar(
             x, y, yerr=[below, above], color=COLOURS[name], marker="o", capsize=3, label=APPROACHES[name].title
         )
-    if len(fractions) > 1:
+    if curve:
+        counts = sorted({each["train_rows"] for each in comparison.rows})
         axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
         axes.set_xlabel("training rows")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2, frameon=False)
     else:
-        axes.set_xticks([])
+        axes.set_xticks(range(len(names)), [APPROACHES[name].title.replace(" + ", "\n+ ") for name in names])
+        axes.tick_params(axis="x", rotation=20)
         axes.margins(x=0.2)
     axes.set_ylabel(f"test {comparison.facts['metric']}, 95 % interval")
-    axes.legend(loc="best", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
