@@ -25,7 +25,7 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
     help="canonical: the backbone at the cache's own shapes, bit for bit. standard: plain transformers and torch, "
     "within a derived tolerance.",
 )  # fmt: skip
-@click.option("--steps", type=int, metavar="N", help="Steps of training, the backbone run in each.  [default: 20]")
+@click.option("--steps", type=int, metavar="N", help="Steps of training, the backbone run in each.  [default: 15]")
 @click.option(
     "--rows", type=int, default=2048, show_default=True, metavar="N", help="Rows whose features are compared."
 )
