@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -332,7 +333,7 @@ def test_features_by_the_thousand_are_seen_through_some_rows(monkeypatch: pytest
 def test_a_class_without_rows_is_never_said() -> None:
     x, y = rows(5)
     y[y == 3] = 1
-    found = solve(x, y, task="classification", outputs=5, l2=1.0)
+    found = solve(x, y, task="classification", outputs=5, l2=1.0, tolerance=1e-12)
     peer = LogisticRegression(C=1, tol=1e-10, max_iter=10_000).fit(x.astype(np.float64), y)
     kept = [0, 1, 2, 4]
     np.testing.assert_allclose(found.weight[kept], peer.coef_, rtol=1e-4, atol=1e-5)
@@ -495,6 +496,20 @@ def test_a_wrong_inverse_costs_steps_and_not_the_optimum(monkeypatch: pytest.Mon
     same(right, slow, 1e-3)
     assert slow.iterations > 1.5 * right.iterations
     assert descent_module._MEMORY > 3
+
+
+def test_every_blas_has_one_thread_while_blocks_are_worked_on() -> None:
+    # scipy's own BLAS, were it loaded later, would keep its threads: ten times the seconds on shared cores.
+    code = (
+        "from embedcache.train.convex.workers import workers\n"
+        "with workers():\n"
+        "    import scipy.linalg\n"
+        "    from threadpoolctl import threadpool_info\n"
+        "    found = [each['num_threads'] for each in threadpool_info() if each['user_api'] == 'blas']\n"
+        "    assert found and set(found) == {1}, found"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_torch_is_not_needed() -> None:

@@ -49,10 +49,16 @@ class Curvature:
         self._design, self._workers = design, workers
         self._sample(max(_ROWS_PER_FEATURE * features, 8 * design.columns, 2048))
 
-    def widen(self) -> None:
-        """Sample more rows from now on: for a problem that takes long, in which a better estimate pays."""
-        if not self._all:
-            self._sample(_WIDE * len(self._x))
+    def widen(self, taken: int) -> None:
+        """Sample more rows from now on, if their ``G`` costs no more evaluations than were ``taken`` already.
+
+        For a problem that takes long, in which a better estimate pays.
+        """
+        n, features = self._design.x.shape
+        rows = min(n, _WIDE * len(self._x))
+        columns = max(8, self._design.columns * self._design.problems)  # fewer are no faster: reading the rows is
+        if not self._all and rows * features <= 4 * n * columns * taken:
+            self._sample(rows)
 
     def _sample(self, wanted: int) -> None:
         design = self._design
@@ -147,7 +153,7 @@ def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float
         # Adding the same to every class changes nothing but the penalty: give that direction an ordinary curvature.
         own, turned = np.linalg.eigh(block + np.trace(block) / len(block) ** 2)
         turn = turned.astype(np.float32)
-    own = np.maximum(own, max(1e-6 * own.max(), 1e-10 * mass))
+    own = np.maximum(own, max(1e-6 * own.max(), 1e-16 * mass))
     below = (np.outer(basis.values, own) + l2).astype(np.float32)
     rest = basis.rest * own + l2
     whole = basis.vectors.shape[1] == basis.vectors.shape[0]

@@ -22,7 +22,7 @@ _MEMORY = 20
 _DECREASE, _SLOPE, _FLAT = 1e-4, 0.9, 1e-6
 _TRIALS = 30
 _NONE = (math.inf, math.inf)
-_RENEW = frozenset({8, 16, 32, 64, 128, 256, 512, 1024})
+_RENEW = frozenset({12, 24, 48, 96, 192, 384, 768})
 
 
 class Walk:
@@ -36,6 +36,8 @@ class Walk:
         self.converged = self.stuck = False
         self._pairs: list[tuple[Floats, Floats, float]] = []
         self._before: tuple[float, Floats] | None = None  # the penalty before this one, and its optimum
+        self._inverse: Inverse = np.copy
+        self._seen: float | None = None  # the loss where the inverse is of
         self._direction = np.zeros_like(point)
         self._first = 0.0  # the slope where the line begins
         self._step, self._tried = 1.0, 0
@@ -45,11 +47,26 @@ class Walk:
     def ended(self) -> bool:
         return self.converged or self.stuck
 
-    def enter(self, loss: float, gradient: Floats, inverse: Inverse) -> None:
+    @property
+    def doubtful(self) -> bool:
+        """Whether it ended by a curvature of where the loss was ten times what it is, and the curvature with it."""
+        return self.converged and self._seen is not None and self.loss < 0.1 * self._seen
+
+    def renew(self, inverse: Inverse) -> None:
+        """Take another inverse, of about where the walk is."""
+        self._inverse, self._seen = inverse, None
+
+    def reconsider(self) -> None:
+        """Forget steps taken where the curvature was another, and ask again whether this is the optimum."""
+        self._pairs = []
+        self.enter(self.loss, self.gradient)
+
+    def enter(self, loss: float, gradient: Floats) -> None:
         """Begin, or go on, where loss and gradient are these."""
         self.loss, self.gradient = loss, gradient
         self.converged = self.stuck = False
-        self._aim(inverse)
+        self._seen = loss if self._seen is None else self._seen
+        self._aim()
 
     def again(self, l2: float) -> None:
         """Go on with another penalty, from where the last two optima point to.
@@ -75,7 +92,7 @@ class Walk:
         """Return the point to look at next."""
         return np.asarray(self.point + self._step * self._direction)
 
-    def judge(self, loss: float, gradient: Floats, inverse: Inverse) -> bool:
+    def judge(self, loss: float, gradient: Floats) -> bool:
         """Take the trial or shorten or lengthen the step; returns whether it was taken."""
         self._tried += 1
         slope = float(np.vdot(gradient, self._direction))
@@ -88,7 +105,7 @@ class Walk:
             lower = loss <= self.loss + _DECREASE * self._step * first
             level = slope <= (2 * _DECREASE - 1) * first and loss <= self.loss + _FLAT * abs(self.loss)
             if far and (lower or level):
-                self._take(loss, gradient, inverse)
+                self._take(loss, gradient)
                 return True
             if far:
                 self._high = (self._step, slope)
@@ -99,17 +116,18 @@ class Walk:
             self.stuck = True
         return False
 
-    def _take(self, loss: float, gradient: Floats, inverse: Inverse) -> None:
+    def _take(self, loss: float, gradient: Floats) -> None:
         step, change = self._step * self._direction, gradient - self.gradient
         self.point = self.point + step
         self.loss, self.gradient = loss, gradient
         self.iterations += 1
+        self._seen = loss if self._seen is None else self._seen
         inner = float(np.vdot(step, change))
         if inner > 1e-12 * float(np.vdot(step, step)) ** 0.5 * float(np.vdot(change, change)) ** 0.5:
             self._pairs = [*self._pairs[-(_MEMORY - 1) :], (step, change, inner)]
-        self._aim(inverse)
+        self._aim()
 
-    def _aim(self, inverse: Inverse) -> None:
+    def _aim(self) -> None:
         """Choose the direction, or end."""
         wanted = self.gradient.copy()
         shares = []
@@ -117,7 +135,7 @@ class Walk:
             share = float(np.vdot(step, wanted)) / inner
             shares.append(share)
             wanted -= share * change
-        wanted = inverse(wanted)
+        wanted = self._inverse(wanted)
         for (step, change, inner), share in zip(self._pairs, reversed(shares), strict=True):
             wanted += (share - float(np.vdot(change, wanted)) / inner) * step
         self._direction = -wanted
@@ -142,26 +160,34 @@ class Walk:
         return min(max(guess, low + margin), high - margin)
 
 
-def descend(objective: Objective, curvature: Curvature, walks: Sequence[Walk], most: int) -> None:
-    """Walk until every problem has ended, or has taken ``most`` steps."""
+def descend(
+    objective: Objective, curvature: Curvature, walks: Sequence[Walk], most: int, *, renew: bool = True
+) -> None:
+    """Walk until every problem has ended, or has taken ``most`` steps; ``renew`` the curvature at the start as well."""
 
-    def inverses(of: Sequence[Walk]) -> dict[int, Inverse]:
-        made = curvature.at([walk.point for walk in of], [walk.problem for walk in of], [walk.l2 for walk in of])
-        return {id(walk): inverse for walk, inverse in zip(of, made, strict=True)}
+    def look(of: Sequence[Walk]) -> None:
+        found = curvature.at([walk.point for walk in of], [walk.problem for walk in of], [walk.l2 for walk in of])
+        for walk, inverse in zip(of, found, strict=True):
+            walk.renew(inverse)
 
     def values(of: Sequence[Walk], points: list[Floats]) -> list[tuple[float, Floats]]:
         return objective(points, [walk.problem for walk in of], [walk.l2 for walk in of])
 
-    inverse = inverses(walks)
+    if renew:
+        look(walks)
     for walk, (loss, gradient) in zip(walks, values(walks, [walk.point for walk in walks]), strict=True):
-        walk.enter(loss, gradient, inverse[id(walk)])
+        walk.enter(loss, gradient)
     for turn in range(1, 3 * most + 1):
+        if doubtful := [walk for walk in walks if walk.doubtful]:
+            look(doubtful)
+            for walk in doubtful:
+                walk.reconsider()
         active = [walk for walk in walks if not walk.ended and walk.iterations < most]
         if not active:
             return
         if turn in _RENEW:
-            curvature.widen()
-            inverse |= inverses(active)
+            curvature.widen(turn)
+            look(active)
         found = values(active, [walk.trial() for walk in active])
         for walk, (loss, gradient) in zip(active, found, strict=True):
-            walk.judge(loss, gradient, inverse[id(walk)])
+            walk.judge(loss, gradient)

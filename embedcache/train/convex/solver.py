@@ -169,7 +169,7 @@ def _designed(
     floors = [float(np.finfo(np.float64).eps * made.mass(at).sum()) for at in numbers]
     walks = [Walk(at, points[at], max(l2s), tolerance, floors[at]) for at in numbers]
     # How far from the optimum rounding alone can keep float32, were all of its error where only the penalty curves.
-    noise = 4 * np.finfo(np.float32).eps ** 2 * len(made.x) * curvature.spread
+    noise = np.finfo(np.float32).eps ** 2 * len(made.x) * curvature.spread
     found: dict[float, list[Solution]] = {}
     for l2 in sorted(set(l2s), reverse=True):
         for walk in walks:
@@ -185,7 +185,7 @@ def _designed(
             or any(walk.stuck for walk in walks)
         ):
             exact = exact or Objective(made, np.float64, threads)
-            descend(exact, curvature, walks, most)
+            descend(exact, curvature, walks, most, renew=False)
         found[l2] = [_solution(made, walk) for walk in walks]
     return [found[l2] for l2 in l2s]
 

@@ -48,6 +48,7 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
 @contextmanager
 def workers() -> Iterator[Workers]:
     """Use as many threads as BLAS would, and let BLAS use one: ``OMP_NUM_THREADS`` and joblib's limits hold."""
+    import scipy.linalg  # noqa: F401  # it brings a BLAS of its own, which must be there to be told
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
     controller = ThreadpoolController().select(user_api="blas")
