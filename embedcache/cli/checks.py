@@ -25,9 +25,9 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
     help="canonical: the backbone at the cache's own shapes, bit for bit. standard: plain transformers and torch, "
     "within a derived tolerance.",
 )  # fmt: skip
-@click.option("--steps", type=int, metavar="N", help="Steps of training, the backbone run in each.  [default: 15]")
+@click.option("--steps", type=int, metavar="N", help="Steps of training, the backbone run in each.  [default: 10]")
 @click.option(
-    "--rows", type=int, default=2048, show_default=True, metavar="N", help="Rows whose features are compared."
+    "--rows", type=int, default=1536, show_default=True, metavar="N", help="Rows whose features are compared."
 )
 @click.option("--all", "everything", is_flag=True, help="Every row, and at least one epoch of steps: no sample.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the sample, head and batches.")

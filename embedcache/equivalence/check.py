@@ -19,7 +19,7 @@ from embedcache.train.cached import feature_for
 
 Reference = Literal["canonical", "standard", "both"]
 
-ROWS = 2048
+ROWS = 1536
 TRAIN_ROWS = 320
 EVALUATION_ROWS = 256
 
@@ -60,7 +60,7 @@ def check_equivalence(
         head: which head; None for an mlp, or for attention-pooling where the cache has no pooled set.
         feature: the feature set it reads; None for the first it can. Features are compared of every set.
         reference: ``canonical``, ``standard`` or ``both``.
-        steps: of training; None for 15, with ``everything`` at least a whole epoch.
+        steps: of training; None for 10, with ``everything`` at least a whole epoch.
         rows: how many rows' features are recomputed.
         split: the split that predictions are compared on; None for validation, else test.
         everything: every row of the cache, not a sample.

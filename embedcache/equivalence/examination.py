@@ -43,7 +43,7 @@ from embedcache.train.metrics import default_metric, score
 
 Array = npt.NDArray[Any]
 
-STEPS = 15
+STEPS = 10
 BATCH_SIZE = 32
 ENVIRONMENT = ("device", "cpu_capability", "torch", "transformers")
 """What bits may depend on, beside everything that the spec says."""
