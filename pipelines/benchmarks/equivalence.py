@@ -69,13 +69,17 @@ def checking() -> None:
             writer = csv.DictWriter(file, ["text", "label"])
             writer.writeheader()
             writer.writerows(records)
-        extract(source, output_dir=cache, split="80/10/10")
+        extracted = seconds(lambda: extract(source, output_dir=cache, split="80/10/10"))
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "embedcache", "check", cache, source]
         taken = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        row("check of 10,000 snippets, MiniLM, float32, the default", f"{taken:.0f} s ({cpu:.0f} s of CPU)", "60 s")
+        row(
+            "check of 10,000 snippets, MiniLM, float32, the default",
+            f"{taken:.0f} s ({cpu:.0f} s of CPU; its extraction took {extracted:.0f} s)",
+            "60 s",
+        )
 
 
 SECTIONS = (equivalence, checking)
