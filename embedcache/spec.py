@@ -51,7 +51,8 @@ class FeatureSpec:
         match = _FEATURE.fullmatch(text.strip())
         if match is None:
             raise SpecError(
-                f"cannot read the pooling {text!r}: expected [l2:]POOLING[@LAYERS], such as mean, cls@-2, l2:mean, mean@-4..-1"
+                f"cannot read the pooling {text!r}: expected [l2:]POOLING[@LAYERS], "
+                "such as mean, cls@-2, l2:mean, mean@-4..-1"
             )
         written = match["layers"]
         layers: tuple[int, ...] | None
