@@ -181,13 +181,7 @@ def commit(path: Path, data: bytes) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
-            try:
-                rest = memoryview(data)
-                while len(rest):
-                    rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _write_through(descriptor, data)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -196,6 +190,27 @@ def commit(path: Path, data: bytes) -> None:
         sync_directory(path.parent)
     except OSError as error:
         raise CacheError(f"cannot write {path}: {explain(error)}") from error
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append ``data`` to a file, made if it is not there, and wait until it is on the disk.
+
+    A crash may leave a part of ``data`` at the end: whoever reads lines must take an unfinished last one for none.
+
+    Raises ``OSError`` as the system does; ``explain`` says what it means.
+    """
+    _write_through(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), data)
+
+
+def _write_through(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``, sync and close."""
+    try:
+        rest = memoryview(data)
+        while len(rest):
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

@@ -254,6 +254,42 @@ def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
     assert measured == pytest.approx(min(each["validation_log_loss"] for each in found.history[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stack_too_large_for_the_cache_is_trained_in_parts(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    x, y = made(90)
+    heads = [HeadSpec("mlp", "torch", {"hidden": [5]})] * 5
+    specs = [TrainSpec(epochs=3, seed=seed, shuffle_seed=0, learning_rate=1e-3 * (1 + seed)) for seed in range(5)]
+    train = np.stack([np.arange(90) % 2 != fold for fold in range(2)])
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    options |= {"masks": Masks(train, ~train, np.arange(5) % 2)} if masked else {"x_eval": x, "y_eval": y}
+    whole = train_stack(x, y, heads, specs, **options)
+    monkeypatch.setattr("embedcache.train.minibatch.STACK_NUMBERS", 2 * whole.heads[0].parameters)
+    parts = train_stack(x, y, heads, specs, **options)
+    assert parts.steps == 3 * whole.steps
+    assert parts.best_epoch == whole.best_epoch
+    for mine, other, a, b in zip(parts.heads, whole.heads, parts.history, whole.history, strict=True):
+        assert a[-1]["train_loss"] == pytest.approx(b[-1]["train_loss"], abs=1e-5)
+        assert mine.training == other.training
+        for name in other.state:
+            np.testing.assert_allclose(mine.state[name], other.state[name], atol=1e-4)
+
+
+def test_features_on_disk_are_read_once_a_pass_however_many_heads() -> None:
+    class Counted(MappedRows):
+        rows = 0
+
+        def read(self, rows: Any) -> Any:
+            self.rows += len(rows)
+            return super().read(rows)
+
+    x, y = made(300)
+    for heads in (1, 7):
+        reader = Counted(x)
+        specs = [TrainSpec(epochs=2, seed=seed, shuffle_seed=0, standardize=False) for seed in range(heads)]
+        train_stack(reader, y, [HeadSpec()] * heads, specs, task="classification", class_names=NAMES, progress=False)
+        assert reader.rows == 2 * 300
+
+
 def test_what_cannot_be_stacked_is_refused() -> None:
     x, y = made()
     options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from embedcache.errors import InputError
 from embedcache.fingerprint import canonical_json, strict_json
-from embedcache.shard import commit, explain
+from embedcache.shard import append, commit, explain
 
 Result = dict[str, Any]
 
@@ -110,14 +110,7 @@ class Folder:
         """Keep a measurement, and return it as it will be read again."""
         line = (canonical_json(result) + "\n").encode("ascii")
         try:
-            descriptor = os.open(self.path / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                rest = memoryview(line)
-                while len(rest):
-                    rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            append(self.path / "results.jsonl", line)
         except OSError as error:
             raise InputError(f"cannot write {self.path / 'results.jsonl'}: {explain(error)}") from error
         kept: Result = strict_json(line)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from embedcache.errors import SweepError
 from embedcache.fingerprint import canonical_json, differences, hash_json, strict_json
-from embedcache.shard import commit, explain
+from embedcache.shard import append, commit, explain
 
 FORMAT, VERSION = "embedcache-sweep", 1
 Outputs = npt.NDArray[np.float32]
@@ -158,14 +158,7 @@ class SweepFolder:
         if not lines:
             return
         try:
-            descriptor = os.open(self.path / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                rest = memoryview(lines)
-                while len(rest):
-                    rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            append(self.path / "results.jsonl", lines)
         except OSError as error:
             raise SweepError(f"cannot write {self.path / 'results.jsonl'}: {explain(error)}") from error
         for each in new:
