@@ -29,7 +29,7 @@ class Walk:
     """One problem on its way to the optimum."""
 
     def __init__(self, problem: int, point: Floats, l2: float, tolerance: float, floor: float) -> None:
-        """Begin at a point [D + 1, C]; a gap below ``floor`` is nothing, however small the loss."""
+        """Begin at a point [D + 1, C]; where no step is left, a gap below ``floor`` is none."""
         self.problem, self.point, self.l2, self.tolerance, self.floor = problem, point, l2, tolerance, floor
         self.loss, self.gradient = math.inf, np.zeros_like(point)
         self.iterations = 0
@@ -114,6 +114,7 @@ class Walk:
             self._step = self._next()
         if self._tried >= _TRIALS:
             self.stuck = True
+            self.converged = -self._first / 2 <= self.floor
         return False
 
     def _take(self, loss: float, gradient: Floats) -> None:
@@ -142,7 +143,7 @@ class Walk:
         self._first = float(np.vdot(self.gradient, self._direction))
         self._step, self._tried = 1.0, 0
         self._low, self._high = (0.0, self._first), _NONE
-        if -self._first / 2 <= self.tolerance * abs(self.loss) + self.floor:
+        if -self._first / 2 <= self.tolerance * abs(self.loss):
             # Rounding may make the slope positive, but only where there is nothing left to gain.
             self.converged = True
 
