@@ -21,7 +21,7 @@ from embedcache.train.readers import Reader, Rows
 BLOCK = 64
 """Rows that block shuffling keeps together on disk: at 384 float32 values 96 kB, which a disk reads as one."""
 WINDOW_BYTES = 64 << 20
-"""How much of the features block shuffling holds in memory at once, twice: one window trains, the next is read."""
+"""How much of the features block shuffling holds at once, three times: one window trains, one waits, one is read."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,8 @@ class OnDisk:
         def read() -> None:
             try:
                 for rows in block_order(len(self._reader), self._seed, number, self._window):
-                    # Read in the order of the disk, then put in the order of training.
-                    ascending = np.sort(rows)
-                    x = self._reader.read(ascending)
-                    if not put((rows, torch.from_numpy(x[np.searchsorted(ascending, rows)]))):
+                    # No name may keep a window here: the next one is read while this one trains.
+                    if not put((rows, torch.from_numpy(self._reader.read(np.sort(rows))))):
                         return
                 put(None)
             except BaseException as error:  # handed to the thread that can act on it
@@ -142,12 +140,22 @@ class OnDisk:
                 if isinstance(item, BaseException):
                     raise item
                 rows, x = item
+                places = torch.from_numpy(np.searchsorted(np.sort(rows), rows))  # x lies in the order of the disk
+                start = 0
                 if left is not None:  # what did not fill a batch goes in front of the next window
-                    rows, x = np.concatenate([left[0], rows]), torch.cat([left[1], x])
-                full = len(rows) // self._size * self._size
-                for start in range(0, full, self._size):
-                    yield self._batch(rows[start : start + self._size], x[start : start + self._size])
-                left = (rows[full:], x[full:].clone()) if full < len(rows) else None
+                    start = self._size - len(left[0])
+                    both = np.concatenate([left[0], rows[:start]]), torch.cat([left[1], x[places[:start]]])
+                    left = None
+                    if len(both[0]) < self._size:
+                        left, start = both, len(rows)
+                    else:
+                        yield self._batch(*both)
+                full = start + (len(rows) - start) // self._size * self._size
+                for at in range(start, full, self._size):
+                    yield self._batch(rows[at : at + self._size], x[places[at : at + self._size]])
+                if full < len(rows):
+                    left = rows[full:], x[places[full:]]
+                del item, x
             if left is not None:
                 yield self._batch(*left)
         finally:
