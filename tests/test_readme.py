@@ -37,10 +37,10 @@ def run(arguments: list[str], where: Path) -> str:
 
 
 def test_the_commands_run(folder: Path, minilm_path: Path) -> None:
-    (commands,) = blocks("bash")
-    said = run(["bash", "-euc", commands], folder)
+    said = run(["bash", "-euc", "\n".join(blocks("bash"))], folder)
     assert "60 extracted" in said
     assert re.search(r"^(negative|neutral|positive)\b", said, re.MULTILINE)
+    assert (folder / "report.html").exists()
 
 
 def test_the_python_blocks_run(folder: Path, minilm_path: Path) -> None:

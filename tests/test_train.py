@@ -458,6 +458,20 @@ def test_moments_are_numpys(rows: int, shift: float, spread: float) -> None:
     np.testing.assert_allclose(scale[varied], 1 / exact.std(axis=0)[varied], rtol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "engine", "solver"),
+    [("linear", "torch", "minibatch"), ("linear", "torch", "convex"), ("linear", "sklearn", "minibatch")],
+)
+def test_a_dead_unit_gets_no_weight_of_millions(kind: str, engine: Any, solver: Any) -> None:
+    """A unit that varies by less than float32 rounds the row is noise, whatever the labels seem to say of it."""
+    x, y = made()
+    x[:, 2] = 1e-8 * x[:, 2]
+    spec = TrainSpec(epochs=3, solver=solver)
+    found = train_head(x, y, head=HeadSpec(kind, engine), spec=spec, class_names=["a", "b", "c"], progress=False)
+    weight = np.abs(found.head.state["output.weight"])
+    assert weight[:, 2].max() < 10 * weight.max(axis=0)[[0, 1, 3, 4, 5, 6]].min()
+
+
 # tasks and bad input -------------------------------------------------------------------------------------------------
 
 

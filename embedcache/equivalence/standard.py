@@ -146,7 +146,8 @@ def train_standard(
     """
     values = torch.from_numpy(x[0] if isinstance(x, tuple) else x).double().flatten(0, -2)
     mean, deviation = values.mean(dim=0), values.std(dim=0, unbiased=False)
-    constant = deviation <= 1e-6 * mean.abs().clamp_min(1e-6)
+    # What float32 rounds in a row of this length is no signal to scale up.
+    constant = deviation <= torch.maximum(1e-6 * mean.abs(), torch.cat([mean, deviation]).norm() * 2**-23)
     scale = torch.where(constant, torch.ones_like(deviation), 1 / torch.where(constant, 1.0, deviation))
     generator = torch.Generator().manual_seed(spec.seed + 2**32)
     net = plain_head(head, start.initial, generator)

@@ -156,8 +156,7 @@ def protocol_facts(problem: Problem) -> dict[str, Any]:
 
 def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[float] | None) -> dict[str, Any]:
     """Return all there is to say of outputs on some rows: metrics, confusion, classes, calibration, points."""
-    extra = {} if thresholds is None else {"thresholds": np.asarray(thresholds)}
-    metrics = measure(problem.task, y, outputs, problem.class_names, **extra)
+    metrics = measure(problem.task, y, outputs, problem.class_names, thresholds=thresholds)
     confusion = None
     if problem.task == "classification":
         matrix = np.asarray(metrics["confusion_matrix"], np.float64)

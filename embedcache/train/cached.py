@@ -16,7 +16,7 @@ from embedcache.heads.registry import head_class
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train.data import checked_data, choose
-from embedcache.train.metrics import default_metric, interval, measure
+from embedcache.train.metrics import default_metric, measure
 from embedcache.train.readers import CachedRows, fits_in_memory
 from embedcache.train.result import TrainingResult
 from embedcache.train.run import train_head
@@ -162,12 +162,8 @@ def evaluate_on_cache(
     if not len(data):
         raise InputError(f"no row of the split {split} of {cache.path} has a label")
     outputs = head.probabilities(data.x)
-    extra = {"thresholds": np.asarray(head.thresholds)} if head.task == "multilabel" else {}
-    found = measure(head.task, data.y, outputs, head.class_names, **extra)
-    if intervals:
-        names = {"classification": ("accuracy", "f1_macro"), "regression": ("rmse", "r2")}.get(head.task, ())
-        found["intervals"] = {name: list(interval(head.task, data.y, outputs, name)) for name in names}
-    return found
+    thresholds = head.thresholds if head.task == "multilabel" else None
+    return measure(head.task, data.y, outputs, head.class_names, intervals=intervals, thresholds=thresholds)
 
 
 def targets_for(head: TrainedHead, cache: FeatureCache) -> npt.NDArray[Any]:

@@ -136,11 +136,21 @@ def moments(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the mean and 1 / standard deviation of each feature, float32 [D]; constant features get a scale of 1.
 
+    Constant is what varies by no more than ``rounding``.
     ``weight`` [N] are weights of the rows: a row of weight 2 counts as two. Raises ``FeatureError`` where features on
     disk are not finite.
     """
     mean, scale = exact_moments(x, feature, weight)
     return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def rounding(mean: Floats, deviation: Floats, dtype: npt.DTypeLike = np.float32) -> float:
+    """Return how far a feature may vary by rounding alone, in rows of ``dtype`` as long as those of these moments [D].
+
+    A dead unit of a backbone varies by 1e-8 where others vary by 0.05. Scaled to unit variance it would be noise with
+    a weight of millions: another machine's rounding, or a step of fine-tuning, would turn predictions over.
+    """
+    return float(np.finfo(dtype).eps * np.sqrt(np.sum(np.square(mean) + np.square(deviation))))
 
 
 def exact_moments(x: Any, feature: FeatureSet, weight: Array | None = None) -> tuple[Floats, Floats]:
@@ -171,7 +181,7 @@ def exact_moments(x: Any, feature: FeatureSet, weight: Array | None = None) -> t
     mean = total / rows
     deviation = np.sqrt(np.maximum(squares / rows - mean**2, 0.0))
     mean = mean + shift[0]
-    constant = deviation <= 1e-6 * np.maximum(np.abs(mean), 1e-6)
+    constant = deviation <= np.maximum(1e-6 * np.abs(mean), rounding(mean, deviation))
     scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, deviation))
     return mean, scale
 

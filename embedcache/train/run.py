@@ -132,7 +132,7 @@ def train_head(
     metrics = {}
     for name, rows in (("train", data), ("validation", judged)):
         if rows is not None:
-            metrics[name] = measured(trained, head_of(rows, _MEASURED))
+            metrics[name] = measured(trained, head_of(rows, _MEASURED), intervals=name == "validation")
     facts = {"training rows": f"{len(data):,}", "validation rows": f"{len(judged) if judged else 0:,}"}
     return TrainingResult(trained, metrics, history, tuple(said), seconds, interrupted, facts)
 
@@ -209,11 +209,11 @@ def calibrated(trained: TrainedHead, data: Data) -> TrainedHead:
     return trained
 
 
-def measured(trained: TrainedHead, data: Data) -> dict[str, Any]:
-    """Return the metrics of a head on labelled rows."""
+def measured(trained: TrainedHead, data: Data, *, intervals: bool) -> dict[str, Any]:
+    """Return the metrics of a head on labelled rows; see ``measure``."""
     outputs = trained.probabilities(data.x)
-    extra = {"thresholds": np.asarray(trained.thresholds)} if trained.task == "multilabel" else {}
-    return measure(trained.task, data.y, outputs, trained.class_names, **extra)
+    thresholds = trained.thresholds if trained.task == "multilabel" else None
+    return measure(trained.task, data.y, outputs, trained.class_names, intervals=intervals, thresholds=thresholds)
 
 
 def head_of(data: Data, most: int) -> Data:

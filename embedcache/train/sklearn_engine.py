@@ -29,6 +29,7 @@ from embedcache.heads.sklearn_kinds import (
     save_estimator,
 )
 from embedcache.spec import HeadSpec, Task
+from embedcache.train.data import rounding
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -236,13 +237,11 @@ def _linear(
     build: Any, x: Array, y: Array, task: Task, classes: int, standardize: bool, rows: Floats | None,
     labels: Floats | None, notes: list[str], sample_weight: Array | None,
 ) -> Matrix:  # fmt: skip
-    x = x.astype(np.float64)
+    stored, x = x.dtype, x.astype(np.float64)
     dim = x.shape[1]
     mean, scale = np.zeros(dim), np.ones(dim)
     if standardize:
-        from sklearn.preprocessing import StandardScaler
-
-        scaler = StandardScaler(copy=False).fit(x, sample_weight=sample_weight)
+        scaler = _scaler(x, sample_weight, stored, copy=False)
         mean, scale = scaler.mean_, scaler.scale_
         x = scaler.transform(x)
     if task == "classification":
@@ -312,16 +311,25 @@ def _majority(y: Array, task: Task, classes: int, dim: int, rows: Floats | None,
     return np.zeros((classes, dim)), np.asarray(bias, np.float64)
 
 
+def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> Any:
+    """Return a fitted ``StandardScaler`` that leaves alone what varies by the rounding of ``stored`` only."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler(copy=copy).fit(x, sample_weight=weight)
+    deviation = np.sqrt(scaler.var_)
+    scaler.scale_[deviation <= rounding(scaler.mean_, deviation, stored)] = 1.0
+    return scaler
+
+
 def _estimator(
     build: Any, x: Array, y: Array, task: Task, classes: int, standardize: bool, rows: Floats | None,
     labels: Floats | None, sample_weight: Array | None,
 ) -> Any:  # fmt: skip
     from sklearn.pipeline import Pipeline
-    from sklearn.preprocessing import StandardScaler
 
     steps: list[tuple[str, Any]] = []
     if standardize:
-        scaler = StandardScaler().fit(x, sample_weight=sample_weight)
+        scaler = _scaler(x, sample_weight, x.dtype, copy=True)
         steps, x = [("scale", scaler)], scaler.transform(x)
     head = build()
     alone = type(head).__name__.startswith("HistGradientBoosting")

@@ -216,6 +216,8 @@ def beyond_memory() -> None:
         with open(path, "wb") as file:
             for _ in range(100):
                 file.write(generator.standard_normal((rows // 100, WIDTH), dtype=np.float32).tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # writing it back would take the disk and a core from the first epochs
 
         def epoch(limit: int) -> float:
             arguments = [sys.executable, "-c", BEYOND, str(path), str(rows), str(WIDTH), str(limit)]

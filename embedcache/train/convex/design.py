@@ -12,6 +12,7 @@ import numpy.typing as npt
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.spec import TASKS, Task
 from embedcache.train.convex.workers import blocks
+from embedcache.train.data import rounding
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -291,11 +292,14 @@ def _moments(x: Array, near: Floats, mass: Floats) -> tuple[Floats, Floats]:
         second += mass[:, part] @ np.square(gap, out=gap)
     first /= total
     variance = second / total - first**2
-    rounding = np.finfo(np.float64).eps
+    eps = np.finfo(np.float64).eps
     # As in scikit-learn's StandardScaler: what is left by rounding is no variance. `near` comes from float32 sums.
-    noise = total * rounding * (second / total) + (total * rounding * (near + first)) ** 2
-    variance[variance <= noise] = 1.0
-    return near + first.mean(axis=0), np.sqrt(variance)
+    noise = total * eps * (second / total) + (total * eps * (near + first)) ** 2
+    variance[variance <= noise] = 0.0
+    deviation, mean = np.sqrt(variance), near + first.mean(axis=0)
+    for each in deviation:
+        each[each <= rounding(mean, each, x.dtype)] = 1.0
+    return mean, deviation
 
 
 def _without_offset(x: Array, mean: Floats) -> tuple[Array, Floats]:

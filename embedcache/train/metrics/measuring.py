@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,13 @@ from embedcache.train.metrics.judged import (
     weighted_mean,
 )
 from embedcache.train.metrics.table import METRICS, metric_named, metrics_of
+
+LOOKED_AT: Mapping[Task, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1_macro"),
+    "multilabel": ("subset_accuracy", "f1_macro"),
+    "regression": ("rmse", "r2"),
+}
+"""The metrics that ``measure`` gives intervals of."""
 
 
 def score(
@@ -76,8 +83,11 @@ def measure(
     class_names: Sequence[str],
     *,
     thresholds: Sequence[float] | Array | None = None,
+    intervals: bool = False,
 ) -> dict[str, Any]:
     """Return everything there is to say about predictions, ready for JSON: numbers, None where one is not defined.
+
+    ``intervals`` adds 95 % bootstrap intervals over rows of the metrics that are looked at most, by name.
 
     Classification: ``outputs`` are probabilities [N, C]. ``brier`` is the sum over classes of squared errors, halved
     for two classes as scikit-learn does; ``ece`` has 15 bins of equal width; ``average_precision`` is of the second
@@ -91,6 +101,9 @@ def measure(
     measured: dict[str, Any] = {"rows": len(ones)}
     for name in metrics_of(task):
         measured[name] = _json_number(METRICS[name].prepare[task](judged)(ones)) if len(ones) else None
+    if intervals:
+        bounds = {name: interval(task, y, outputs, name, thresholds=thresholds) for name in LOOKED_AT[task]}
+        measured["intervals"] = {name: [_json_number(each) for each in both] for name, both in bounds.items()}
     if task == "regression":
         measured["per_target"] = [
             {"target": name, "rows": len(ones)}
