@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -188,10 +190,67 @@ def test_shards_of_whole_pages_are_mapped_side_by_side(tmp_path: Path) -> None:
     assert np.array_equal(cache.take(np.arange(3, 7)), naive(page, range(3, 7)))
     address = x.__array_interface__["data"][0]
     del x, inner
+    pages_settle()
     assert not any(
         line.startswith(f"{address:x}-") and "features" in line
         for line in Path("/proc/self/maps").read_text().splitlines()
     ), "the maps go with the last array"
+
+
+def pages_settle() -> None:
+    """Wait for the threads that map pages ahead, each of which holds its array."""
+    for thread in threading.enumerate():
+        if thread.name == "embedcache-pages":
+            thread.join()
+
+
+def resident_bytes(array: np.ndarray) -> int:
+    """How much of the files behind an array this process has mapped in."""
+    begin = array.__array_interface__["data"][0]
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = begin <= int(line.split("-")[0], 16) < begin + array.nbytes
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@linux
+def test_pages_in_memory_are_mapped_ahead_and_others_left_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = FeatureSet("page", "pooled", mmap.PAGESIZE // 4, 1, "float32")
+    cache = FeatureCache.open(write(tmp_path / "c", 211, 53, (page,)))
+    monkeypatch.setattr(gather, "_AHEAD", 7 * mmap.PAGESIZE)
+    with monkeypatch.context() as patched:
+        patched.setattr(gather, "_map_ahead", lambda array: None)
+        left = cache.features()
+        pages_settle()
+        assert resident_bytes(left) == 0
+    x = cache.features()
+    pages_settle()
+    assert resident_bytes(x) == x.nbytes
+    del x, left
+    if all([evicted(file) for file in (tmp_path / "c" / "shards").glob("*.h5")]):  # not where files live in memory
+        cold = cache.features()
+        pages_settle()
+        assert resident_bytes(cold) < cold.nbytes
+
+
+def evicted(file: Path) -> bool:
+    """Have the system forget what it holds of a file, and say whether it did."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.preadv(descriptor, [bytearray(8)], mmap.PAGESIZE, os.RWF_NOWAIT) < 8
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 @linux

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from embedcache.shard import FeatureSet, Placed
 Array = npt.NDArray[Any]
 _READERS = 4
 _MAP_FIXED = 0x10
+_POPULATE_READ = 22  # madvise, Linux 5.14: map the pages of a range now
+_AHEAD = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -181,4 +184,28 @@ def side_by_side(pieces: Sequence[Piece]) -> Array | None:
     rows = sum(piece.shape[0] for piece in pieces)
     dtype = np.dtype(pieces[0].dtype)
     shape = (rows, *pieces[0].shape[1:])
-    return np.frombuffer(reserved, dtype, count=int(np.prod(shape))).reshape(shape)
+    array = np.frombuffer(reserved, dtype, count=int(np.prod(shape))).reshape(shape)
+    if len(pieces) > 1:
+        threading.Thread(target=_map_ahead, args=(array,), name="embedcache-pages", daemon=True).start()
+    return array
+
+
+def _map_ahead(array: Array) -> None:
+    """Map the pages of an array that are in memory already, ahead of who reads it; read nothing from disk.
+
+    Pieces side by side do not lie on 2 MB, so the system maps their pages by sixteens where it maps those of one large
+    file by five hundreds: without this a first pass takes twice as long.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    address, size = array.__array_interface__["data"][0], array.nbytes
+    resident = ctypes.create_string_buffer(_AHEAD // mmap.PAGESIZE)
+    for start in range(0, size, _AHEAD):
+        length = min(_AHEAD, size - start)
+        if library.mincore(address + start, length, resident):
+            return
+        if b"\0" in resident.raw[: -(-length // mmap.PAGESIZE)]:
+            return
+        if library.madvise(address + start, length, _POPULATE_READ):
+            return
