@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -350,10 +351,20 @@ def _tensor(x: Any, mean: Array | None, scale: Array | None, device: str) -> Any
     if not isinstance(x, np.ndarray):
         return x
     if mean is None or scale is None:
-        return torch.from_numpy(np.array(x, np.float32)).to(device)
+        return _lent(np.ascontiguousarray(x, np.float32)).to(device)
     out = np.subtract(x, mean, dtype=np.float32)
     out *= scale
     return torch.from_numpy(out).to(device)
+
+
+def _lent(x: Array) -> Tensor:
+    """Return an array as a tensor without a copy, which would take as long as some epochs of a small head.
+
+    torch warns of arrays that may not be written, such as mapped ones; features are never written.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(x)
 
 
 def _masked_moments(x: Tensor, masks: Masks) -> Moments:
