@@ -53,9 +53,9 @@ def test_cross_entropy_and_its_gradient_are_torchs(smoothing: float, weighted: b
     expected = functional.cross_entropy(logits, y, weight=weight, label_smoothing=smoothing)
     (slope,) = torch.autograd.grad(expected, logits)
     loss = Loss("classification", 5, [smoothing], None if weight is None else weight.numpy()[None])
-    value, gradient = loss(logits.detach(), y)
+    value, gradient = loss(logits.detach().t(), y)
     torch.testing.assert_close(value, expected.detach())
-    torch.testing.assert_close(gradient, slope)
+    torch.testing.assert_close(gradient.t(), slope)
 
 
 def test_the_other_losses_are_torchs() -> None:
@@ -73,28 +73,28 @@ def test_the_other_losses_are_torchs() -> None:
         (Loss("regression", 5), values, functional.mse_loss(logits, values)),
     ):
         (slope,) = torch.autograd.grad(expected, logits)
-        value, gradient = loss(logits.detach(), target)
+        value, gradient = loss(logits.detach().t(), target)
         torch.testing.assert_close(value, expected.detach())
-        torch.testing.assert_close(gradient, slope)
+        torch.testing.assert_close(gradient.t(), slope)
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_row_weights_equal_repeated_rows_and_zero_rows_are_absent(task: Any, weighted: bool) -> None:
     torch.manual_seed(1)
-    logits, smoothing = torch.randn(5, 3, 2), [0.0, 0.2] if task != "regression" else [0.0, 0.0]
+    logits, smoothing = torch.randn(2, 3, 5), [0.0, 0.2] if task != "regression" else [0.0, 0.0]
     y = torch.randint(0, 3, (5,)) if task == "classification" else torch.randint(0, 2, (5, 3)).float()
     weights = np.array([[1, 2, 3], [2, 1, 1]], np.float32) if weighted and task != "regression" else None
     loss = Loss(task, 3, smoothing, weights)
-    rows = torch.tensor([[2.0, 0], [1, 1], [0, 3], [1, 0], [0, 1]])
+    rows = torch.tensor([[2.0, 1, 0, 1, 0], [0, 1, 3, 0, 1]])
     value, gradient = loss(logits, y, rows)
     for head in range(2):
-        repeated = torch.repeat_interleave(torch.arange(5), rows[:, head].long())
+        repeated = torch.repeat_interleave(torch.arange(5), rows[head].long())
         alone = Loss(task, 3, smoothing[head : head + 1], None if weights is None else weights[head : head + 1])
-        expected, slope = alone(logits[repeated, :, head], y[repeated])
+        expected, slope = alone(logits[head, :, repeated], y[repeated])
         torch.testing.assert_close(value[head], expected)
-        summed = torch.zeros(5, 3).index_add_(0, repeated, slope)
-        torch.testing.assert_close(gradient[:, :, head], summed)
+        summed = torch.zeros(3, 5).index_add_(1, repeated, slope)
+        torch.testing.assert_close(gradient[head], summed)
 
 
 def test_balanced_weights_are_scikit_learns() -> None:

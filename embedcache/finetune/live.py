@@ -158,9 +158,9 @@ class LiveLearner:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * float(self._factors[min(self._taken, len(self._factors) - 1)])
         logits = self.model(batch.x, batch.mask).logits
-        loss, slope = self._loss(logits.detach(), self._y[batch.rows], None)
+        loss, slope = self._loss(logits.detach().t().contiguous(), self._y[batch.rows], None)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([logits], [slope])
+        torch.autograd.backward([logits], [slope.t()])
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self._clip)
         self.optimizer.step()

@@ -92,10 +92,10 @@ class HeadLearner:
         weight = None if self._weight is None else self._weight[rows]
         if self._train is None or self._masks is None:
             return weight
-        mine = self._train[:, rows][torch.from_numpy(self._masks.of[self.stack.alive])].T
+        mine = self._train[:, rows][torch.from_numpy(self._masks.of[self.stack.alive])]
         mine = mine.to(rows.device) if mine.device != rows.device else mine
-        mine = mine if weight is None else mine * weight[:, None]
-        return mine if self.stack.stacked else mine[:, 0]
+        mine = mine if weight is None else mine * weight
+        return mine if self.stack.stacked else mine[0]
 
     def evaluate(self) -> Scores | None:
         """Return the validation metric of each head still in training."""

@@ -95,7 +95,7 @@ class HeadStack:
         return len(self.alive)
 
     def step(self, x: Tensor, mask: Tensor | None, y: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Take one step on a batch and return the losses, [] or [K]. ``rows`` are weights of rows, [B] or [B, K]."""
+        """Take one step on a batch and return the losses, [] or [K]. ``rows`` are weights of rows, [B] or [K, B]."""
         loss, gradients = self.gradients(x, mask, y, rows)
         self._clipped(gradients)
         self._update(gradients)
@@ -109,12 +109,8 @@ class HeadStack:
         if self._plain:
             return self._linear_gradients(x, y, rows)
         logits = self.module(x, mask)
-        inner = logits.detach()
-        if self.stacked:
-            loss, slope = self.loss(inner.permute(1, 2, 0).contiguous(), y, rows)
-            slope = slope.permute(2, 0, 1)
-        else:
-            loss, slope = self.loss(inner, y, rows)
+        loss, slope = self.loss(logits.detach().transpose(-1, -2).contiguous(), y, rows)
+        slope = slope.transpose(-1, -2)
         return loss, list(torch.autograd.grad(logits, self.parameters, grad_outputs=slope))
 
     def _linear_gradients(self, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -128,16 +124,11 @@ class HeadStack:
             if mean is not None and scale is not None:
                 weight = weight * scale.unsqueeze(-2)
                 bias = bias - (weight @ mean.unsqueeze(-1)).squeeze(-1)
-            width = weight.shape[-1]
-            z = torch.addmm(bias.reshape(-1), x, weight.reshape(-1, width).t())
-            if self.stacked:
-                heads, outputs = bias.shape
-                loss, slope = self.loss(z.view(-1, heads, outputs).transpose(1, 2).contiguous(), y, rows)
-                slope = slope.transpose(1, 2).reshape(-1, heads * outputs)
-            else:
-                loss, slope = self.loss(z, y, rows)
-            by_weight = torch.mm(slope.t(), x).view_as(weight)
-            by_bias = slope.sum(dim=0).view_as(bias)
+            # Rows last: the loss runs along them, and neither product needs a transposed copy.
+            z = torch.addmm(bias.reshape(-1, 1), weight.reshape(-1, weight.shape[-1]), x.t())
+            loss, slope = self.loss(z.view(*bias.shape, -1), y, rows)
+            by_weight = torch.mm(slope.view(-1, len(x)), x).view_as(weight)
+            by_bias = slope.sum(dim=-1)
             if mean is not None and scale is not None:
                 by_weight = (by_weight - by_bias.unsqueeze(-1) * mean.unsqueeze(-2)) * scale.unsqueeze(-2)
             return loss, [by_weight, by_bias]
