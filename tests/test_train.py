@@ -413,7 +413,7 @@ def test_orders_depend_on_seed_and_epoch_alone() -> None:
     assert np.array_equal(order(97, 1, 2), order(97, 1, 2))
     assert not np.array_equal(order(97, 1, 2), order(97, 1, 3))
     assert not np.array_equal(order(97, 1, 2), order(97, 2, 2))
-    windows = list(block_order(1000, 1, 0, 256))
+    windows = list(block_order(1000, 1, 0, 256, 64))
     assert len(windows) == 4
     assert len(np.unique(windows[0] // 64)) == 4  # whole blocks, drawn at random
     assert not np.array_equal(windows[0], np.sort(windows[0]))

@@ -18,10 +18,13 @@ from torch import Tensor
 from embedcache.heads.trained import pad
 from embedcache.train.readers import Reader, Rows
 
-BLOCK = 64
-"""Rows that block shuffling keeps together on disk: at 384 float32 values 96 kB, which a disk reads as one."""
-WINDOW_BYTES = 64 << 20
-"""How much of the features block shuffling holds at once, three times: one window trains, one waits, one is read."""
+BLOCK_ROWS, BLOCK_BYTES = 64, 96 << 10
+"""Rows that block shuffling keeps together on disk, fewer where they are wide; a disk reads them as one."""
+WINDOW_BYTES = 16 << 20
+"""How much of the features block shuffling holds at once, three times: one window trains, one waits, one is read.
+
+170 blocks mix well; and memory of this size is used again, where more is fetched from the system each time.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,17 @@ def order(rows: int, seed: int, epoch: int) -> Rows:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def block_order(rows: int, seed: int, epoch: int, window: int) -> Iterator[Rows]:
-    """Yield the rows of an epoch window by window: blocks drawn at random, shuffled together within a window.
+def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> Iterator[Rows]:
+    """Yield the rows of an epoch window by window: blocks of rows drawn at random, shuffled together within a window.
 
     Reading costs what sequential reading costs, and every window is a random sample of blocks.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
-    blocks = generator.permutation(-(-rows // BLOCK))
-    per_window = max(1, window // BLOCK)
+    blocks = generator.permutation(-(-rows // block))
+    per_window = max(1, window // block)
     for start in range(0, len(blocks), per_window):
-        first = np.sort(blocks[start : start + per_window]) * BLOCK
-        inside = (first[:, None] + np.arange(BLOCK)).ravel()
+        first = np.sort(blocks[start : start + per_window]) * block
+        inside = (first[:, None] + np.arange(block)).ravel()
         inside = inside[inside < rows]
         yield inside[generator.permutation(len(inside))]
 
@@ -105,7 +108,8 @@ class OnDisk:
     ) -> None:
         self._reader, self._size, self._seed, self._device = reader, batch_size, seed, device
         row_bytes = 4 * int(np.prod(reader.row_shape))
-        self._window = max(1, window_bytes // row_bytes // BLOCK) * BLOCK
+        self._block = max(1, min(BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+        self._window = max(1, window_bytes // row_bytes // self._block) * self._block
         self.steps = -(-len(reader) // batch_size)
 
     def epoch(self, number: int) -> Iterator[Batch]:
@@ -124,7 +128,7 @@ class OnDisk:
 
         def read() -> None:
             try:
-                for rows in block_order(len(self._reader), self._seed, number, self._window):
+                for rows in block_order(len(self._reader), self._seed, number, self._window, self._block):
                     # No name may keep a window here: the next one is read while this one trains.
                     if not put((rows, torch.from_numpy(self._reader.read(np.sort(rows))))):
                         return
