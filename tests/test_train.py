@@ -415,8 +415,11 @@ def test_orders_depend_on_seed_and_epoch_alone() -> None:
     assert not np.array_equal(order(97, 1, 2), order(97, 2, 2))
     windows = list(block_order(1000, 1, 0, 256, 64))
     assert len(windows) == 4
-    assert len(np.unique(windows[0] // 64)) == 4  # whole blocks, drawn at random
-    assert not np.array_equal(windows[0], np.sort(windows[0]))
+    rows, shuffled = windows[0]
+    assert len(np.unique(rows // 64)) == 4  # whole blocks, drawn at random
+    assert np.array_equal(rows, np.sort(rows)), "read in the order of the disk"
+    assert np.array_equal(np.sort(shuffled), np.arange(len(rows)))
+    assert not np.array_equal(shuffled, np.arange(len(rows)))
 
 
 def test_features_on_disk_train_the_same_head_as_features_in_memory() -> None:

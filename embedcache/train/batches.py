@@ -20,10 +20,10 @@ from embedcache.train.readers import Reader, Rows
 
 BLOCK_ROWS, BLOCK_BYTES = 64, 96 << 10
 """Rows that block shuffling keeps together on disk, fewer where they are wide; a disk reads them as one."""
-WINDOW_BYTES = 16 << 20
+WINDOW_BYTES = 8 << 20
 """How much of the features block shuffling holds at once, three times: one window trains, one waits, one is read.
 
-170 blocks mix well; and memory of this size is used again, where more is fetched from the system each time.
+85 blocks mix well; and memory of this size is used again, where more is fetched from the system each time.
 """
 
 
@@ -54,8 +54,8 @@ def order(rows: int, seed: int, epoch: int) -> Rows:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> Iterator[Rows]:
-    """Yield the rows of an epoch window by window: blocks of rows drawn at random, shuffled together within a window.
+def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> Iterator[tuple[Rows, Rows]]:
+    """Yield the rows of an epoch window by window: blocks drawn at random, ascending, and the order to train in.
 
     Reading costs what sequential reading costs, and every window is a random sample of blocks.
     """
@@ -66,7 +66,7 @@ def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> It
         first = np.sort(blocks[start : start + per_window]) * block
         inside = (first[:, None] + np.arange(block)).ravel()
         inside = inside[inside < rows]
-        yield inside[generator.permutation(len(inside))]
+        yield inside, generator.permutation(len(inside))
 
 
 class InMemory:
@@ -114,10 +114,10 @@ class OnDisk:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
-        windows: queue.Queue[tuple[Rows, Tensor] | BaseException | None] = queue.Queue(maxsize=1)
+        windows: queue.Queue[tuple[Rows, Rows, Tensor] | BaseException | None] = queue.Queue(maxsize=1)
         stop = threading.Event()
 
-        def put(item: tuple[Rows, Tensor] | BaseException | None) -> bool:
+        def put(item: tuple[Rows, Rows, Tensor] | BaseException | None) -> bool:
             while not stop.is_set():
                 try:
                     windows.put(item, timeout=0.1)
@@ -128,9 +128,9 @@ class OnDisk:
 
         def read() -> None:
             try:
-                for rows in block_order(len(self._reader), self._seed, number, self._window, self._block):
+                for rows, shuffled in block_order(len(self._reader), self._seed, number, self._window, self._block):
                     # No name may keep a window here: the next one is read while this one trains.
-                    if not put((rows, torch.from_numpy(self._reader.read(np.sort(rows))))):
+                    if not put((rows, shuffled, torch.from_numpy(self._reader.read(rows)))):
                         return
                 put(None)
             except BaseException as error:  # handed to the thread that can act on it
@@ -143,8 +143,8 @@ class OnDisk:
             while (item := windows.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                rows, x = item
-                places = torch.from_numpy(np.searchsorted(np.sort(rows), rows))  # x lies in the order of the disk
+                rows, shuffled, x = item
+                rows, places = rows[shuffled], torch.from_numpy(shuffled)
                 start = 0
                 if left is not None:  # what did not fill a batch goes in front of the next window
                     start = self._size - len(left[0])

@@ -59,7 +59,7 @@ class MappedRows:
 
     def read(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Return some rows."""
-        return np.asarray(self._x[rows], np.float32)
+        return np.asarray(np.asarray(self._x).take(rows, axis=0), np.float32)
 
 
 def fits_in_memory(size: int) -> bool:
