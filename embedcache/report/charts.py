@@ -93,17 +93,21 @@ class Scale:
 def without_outliers(values: Sequence[float], ends: Sequence[float]) -> Pair:
     """Return the range of ``values`` and ``ends``, unless few of them would squeeze all others into a corner.
 
-    Fences are three interquartile ranges of the values beyond their quartiles (Tukey 1977, "far out").
+    Fences are three interquartile ranges beyond the quartiles, of the values and of the ends (Tukey 1977, "far out").
     """
     whole = min(*values, *ends), max(*values, *ends)
-    ordered = sorted(values)
-    if len(ordered) < 8:
+    if len(values) < 8:
         return whole
+    near = [*_near(values), *_near(ends)]
+    low, high = min(near), max(near)
+    return (low, high) if 0 < high - low < 0.6 * (whole[1] - whole[0]) else whole
+
+
+def _near(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
     first, third = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
     reach = 3 * (third - first)
-    near = [value for value in ordered if first - reach <= value <= third + reach]
-    low, high = max(whole[0], min(near) - reach / 6), min(whole[1], max(near) + reach / 6)
-    return (low, high) if 0 < high - low < 0.6 * (whole[1] - whole[0]) else whole
+    return [value for value in ordered if first - reach <= value <= third + reach]
 
 
 def short(name: str, most: int = 22) -> str:
