@@ -223,6 +223,8 @@ def test_pages_in_memory_are_mapped_ahead_and_others_left_on_disk(
     page = FeatureSet("page", "pooled", mmap.PAGESIZE // 4, 1, "float32")
     cache = FeatureCache.open(write(tmp_path / "c", 211, 53, (page,)))
     monkeypatch.setattr(gather, "_AHEAD", 7 * mmap.PAGESIZE)
+    assert not resident_bytes(cache.features()), "not worth a thread"
+    monkeypatch.setattr(gather, "_WORTH_IT", 0)
     with monkeypatch.context() as patched:
         patched.setattr(gather, "_map_ahead", lambda array: None)
         left = cache.features()

@@ -475,6 +475,17 @@ def test_a_dead_unit_gets_no_weight_of_millions(kind: str, engine: Any, solver: 
     assert weight[:, 2].max() < 10 * weight.max(axis=0)[[0, 1, 3, 4, 5, 6]].min()
 
 
+@pytest.mark.parametrize(("engine", "solver"), [("torch", "minibatch"), ("torch", "convex"), ("sklearn", "minibatch")])
+def test_a_column_of_time_stamps_makes_no_constants_of_the_others(engine: Any, solver: Any) -> None:
+    generator = np.random.default_rng(0)
+    x = (generator.normal(size=(307, 11)) * 0.01).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int64)
+    x[:, 5] = 1.7e9 + 1e10 * x[:, 5]
+    spec = TrainSpec(epochs=20, learning_rate=0.03, solver=solver)
+    found = train_head(x, y, head=HeadSpec("linear", engine), spec=spec, class_names=["a", "b"], progress=False)
+    assert found.metrics["train"]["accuracy"] > 0.95
+
+
 # tasks and bad input -------------------------------------------------------------------------------------------------
 
 

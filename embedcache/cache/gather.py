@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ Array = npt.NDArray[Any]
 _READERS = 4
 _MAP_FIXED = 0x10
 _POPULATE_READ = 22  # madvise, Linux 5.14: map the pages of a range now
-_AHEAD = 8 << 20
+_AHEAD, _WORTH_IT = 8 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], 
             return whole[0].rows(start - bounds[0], stop - bounds[0]).map()
         mapped = side_by_side(whole)
         if mapped is not None:
-            return mapped[start - bounds[0] : stop - bounds[0]]
+            asked: Array = mapped[start - bounds[0] : stop - bounds[0]]
+            if asked.nbytes >= _WORTH_IT and all(_tells_residence(each.path) for each in whole):
+                with suppress(RuntimeError):  # no thread to be had: the pages come one by one
+                    threading.Thread(target=_map_ahead, args=(asked,), name="embedcache-pages", daemon=True).start()
+            return asked
     out = np.empty((stop - start, *feature.row_shape), np.float32)
 
     def read(at: int) -> None:
@@ -184,10 +189,12 @@ def side_by_side(pieces: Sequence[Piece]) -> Array | None:
     rows = sum(piece.shape[0] for piece in pieces)
     dtype = np.dtype(pieces[0].dtype)
     shape = (rows, *pieces[0].shape[1:])
-    array = np.frombuffer(reserved, dtype, count=int(np.prod(shape))).reshape(shape)
-    if len(pieces) > 1:
-        threading.Thread(target=_map_ahead, args=(array,), name="embedcache-pages", daemon=True).start()
-    return array
+    return np.frombuffer(reserved, dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+def _tells_residence(path: Path) -> bool:
+    """Whether the system says what it holds of a file in memory: of others' files it claims to hold everything."""
+    return os.access(path, os.W_OK) or os.stat(path).st_uid == os.geteuid()
 
 
 def _map_ahead(array: Array) -> None:
@@ -199,7 +206,9 @@ def _map_ahead(array: Array) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    address, size = array.__array_interface__["data"][0], array.nbytes
+    first, size = array.__array_interface__["data"][0], array.nbytes
+    address = first - first % mmap.PAGESIZE
+    size += first - address
     resident = ctypes.create_string_buffer(_AHEAD // mmap.PAGESIZE)
     for start in range(0, size, _AHEAD):
         length = min(_AHEAD, size - start)

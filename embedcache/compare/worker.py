@@ -162,7 +162,7 @@ def _probe(
     result = train_head(
         x, split.y[split.train], x_eval, split.y[split.validation],
         head, spec, task=split.task, class_names=cache.class_names, feature=feature, calibrate=False,
-        device="cpu", progress=bool(job["progress"]),
+        intervals=False, device="cpu", progress=bool(job["progress"]),
     )  # fmt: skip
     if result.interrupted:
         raise KeyboardInterrupt

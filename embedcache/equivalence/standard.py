@@ -146,8 +146,10 @@ def train_standard(
     """
     values = torch.from_numpy(x[0] if isinstance(x, tuple) else x).double().flatten(0, -2)
     mean, deviation = values.mean(dim=0), values.std(dim=0, unbiased=False)
-    # What float32 rounds in a row of this length is no signal to scale up.
-    constant = deviation <= torch.maximum(1e-6 * mean.abs(), torch.cat([mean, deviation]).norm() * 2**-23)
+    # What float32 rounds in a row of such components is no signal to scale up.
+    sizes = torch.stack([mean, deviation]).norm(dim=0).sort().values
+    rounded = sizes[int(0.9 * (len(sizes) - 1))] * len(sizes) ** 0.5 * 2**-23
+    constant = deviation <= torch.maximum(1e-6 * mean.abs(), rounded)
     scale = torch.where(constant, torch.ones_like(deviation), 1 / torch.where(constant, 1.0, deviation))
     generator = torch.Generator().manual_seed(spec.seed + 2**32)
     net = plain_head(head, start.initial, generator)

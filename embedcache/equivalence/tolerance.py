@@ -19,7 +19,7 @@ layer, and
 
 is read off over three draws of noise, in float32 and at one batch shape, so that rounding itself plays no part in it.
 It is a component's own, because components may differ by many powers of ten: all-MiniLM-L6-v2 has three that are
-1e-8 and 1e-33 where the others are 0.1, and standardisation makes as much of them as of any other. A difference
+1e-8 and 1e-33 where the others are 0.1. A difference
 between two computations, each with independent errors, then has a standard deviation of at most
 ``sqrt(2) * local * kappa_d``, and of n such values none exceeds, but with probability 0.001,
 

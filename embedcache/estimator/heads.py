@@ -118,7 +118,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
             sample_weight = None if sample_weight is None else sample_weight[mine]
         result = train_head(
             X, y, x_eval, y_eval, spec, training, task=task, class_names=names, sample_weight=sample_weight,
-            device=self.device, progress=bool(self.verbose),
+            device=self.device, progress=bool(self.verbose), intervals=False,
         )  # fmt: skip
         self.head_ = result.head
         self.history_ = list(result.history)

@@ -88,7 +88,7 @@ class TextClassificationPipeline:
         if self.model.freeze_backbone:
             done = train_head(
                 x, y, x_eval, y_eval, self._spec, TrainSpec(**given), task="classification", class_names=names,
-                feature=self.model.extractor.feature_sets[0],
+                feature=self.model.extractor.feature_sets[0], intervals=False,
             )  # fmt: skip
             self.model.head = done.head.module.to(self.model.extractor.device)
             self.model.eval()

@@ -95,7 +95,8 @@ def _metrics(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for split, values in splits.items():
         for name, bounds in (values.get("intervals") or {}).items():
             low, high = (_number(each) for each in bounds)
-            yield f"\n{split} {plain(name)}: {low} to {high} (95 % interval, bootstrap over rows)."
+            chosen = "; these rows chose the epoch and the calibration too" if split == "validation" else ""
+            yield f"\n{split} {plain(name)}: {low} to {high} (95 % interval, bootstrap over rows{chosen})."
         if missing := values.get("missing_classes"):
             yield f"\nNot in {split}: {', '.join(plain(name) for name in missing[:_MOST])}."
     last, values = list(splits.items())[-1]

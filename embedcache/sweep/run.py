@@ -384,7 +384,8 @@ def _notes(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     duplicates = len(problem) - problem.strata.groups
     if duplicates:
-        notes.append(f"{duplicates:,} rows of train and validation have the content of another; they share its fold")
+        what = "row of train and validation has" if duplicates == 1 else "rows of train and validation have"
+        notes.append(f"{duplicates:,} {what} the content of another, and its fold")
     if not len(problem.test_rows):
         notes.append(
             "the cache has no labelled test split: nothing here was measured on rows that no choice was made by"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,6 +70,21 @@ def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> It
         yield inside, generator.permutation(len(inside))
 
 
+_QUIET = threading.Lock()
+
+
+def lent(x: Any) -> Tensor:
+    """Return an array as a tensor without a copy, which would take as long as some epochs of a small head.
+
+    torch warns of arrays that may not be written, such as mapped ones; features are never written.
+    """
+    if x.flags.writeable:
+        return torch.from_numpy(x)
+    with _QUIET, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(x)
+
+
 class InMemory:
     """Features in memory as one tensor [N, ...], rows picked out by index."""
 
@@ -98,6 +114,10 @@ class InMemoryRagged:
             mine = rows[start : start + self._size]
             x, mask = (torch.from_numpy(each).to(self._device) for each in pad(self._values, self._offsets, mine))
             yield Batch(x, mask, torch.from_numpy(mine).to(self._device))
+
+
+def _owned(x: Any) -> Tensor:
+    return torch.from_numpy(x if x.flags.writeable else x.copy())  # warnings cannot be silenced in one thread alone
 
 
 class OnDisk:
@@ -130,7 +150,7 @@ class OnDisk:
             try:
                 for rows, shuffled in block_order(len(self._reader), self._seed, number, self._window, self._block):
                     # No name may keep a window here: the next one is read while this one trains.
-                    if not put((rows, shuffled, torch.from_numpy(self._reader.read(rows)))):
+                    if not put((rows, shuffled, _owned(self._reader.read(rows)))):
                         return
                 put(None)
             except BaseException as error:  # handed to the thread that can act on it

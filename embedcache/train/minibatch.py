@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from embedcache.heads.modules import Linear
 from embedcache.heads.trained import blocks, count
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
-from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged, OnDisk
+from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged, OnDisk, lent
 from embedcache.train.data import Data, choose, class_weights, moments
 from embedcache.train.loop import Fitted, Scores, fit
 from embedcache.train.losses import Loss
@@ -77,7 +76,7 @@ class HeadLearner:
         self.stack = stack
         self._y, self._weight, self._judge = y, weight, judge
         self._masks = masks
-        self._train = None if masks is None else torch.from_numpy(masks.train.astype(np.float32))
+        self._train = None if masks is None else torch.from_numpy(masks.train.astype(np.float32)).to(y.device)
 
     @property
     def alive(self) -> Sequence[int]:
@@ -93,7 +92,6 @@ class HeadLearner:
         if self._train is None or self._masks is None:
             return weight
         mine = self._train[:, rows][torch.from_numpy(self._masks.of[self.stack.alive])]
-        mine = mine.to(rows.device) if mine.device != rows.device else mine
         mine = mine if weight is None else mine * weight
         return mine if self.stack.stacked else mine[0]
 
@@ -163,7 +161,7 @@ def _blocks(x: Any) -> Any:
     elif hasattr(x, "read"):
         size = max(1, (16 << 20) // (4 * int(np.prod(x.row_shape))))
         for start in range(0, len(x), size):
-            yield torch.from_numpy(x.read(np.arange(start, min(start + size, len(x))))), None
+            yield lent(x.read(np.arange(start, min(start + size, len(x))))), None
     else:
         for _, _, part, mask in blocks(x):
             yield part, mask
@@ -351,20 +349,10 @@ def _tensor(x: Any, mean: Array | None, scale: Array | None, device: str) -> Any
     if not isinstance(x, np.ndarray):
         return x
     if mean is None or scale is None:
-        return _lent(np.ascontiguousarray(x, np.float32)).to(device)
+        return lent(np.ascontiguousarray(x, np.float32)).to(device)
     out = np.subtract(x, mean, dtype=np.float32)
     out *= scale
     return torch.from_numpy(out).to(device)
-
-
-def _lent(x: Array) -> Tensor:
-    """Return an array as a tensor without a copy, which would take as long as some epochs of a small head.
-
-    torch warns of arrays that may not be written, such as mapped ones; features are never written.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(x)
 
 
 def _masked_moments(x: Tensor, masks: Masks) -> Moments:

@@ -60,6 +60,7 @@ def train_head(
     device: str = "cpu",
     progress: bool = True,
     calibrate: bool = True,
+    intervals: bool = True,
     batches: Any = None,
     notes: Sequence[str] = (),
 ) -> TrainingResult:
@@ -78,6 +79,7 @@ def train_head(
         extraction, model, revision: the spec of the cache and the backbone's name, recorded in the head.
         device: where a torch head is trained.
         calibrate: fit a temperature or thresholds on the validation rows.
+        intervals: bootstrap intervals in the validation metrics, which take seconds with many rows and labels.
         batches: another source of training batches (``batches.Batches``) than ``x`` itself.
 
     Raises:
@@ -132,7 +134,7 @@ def train_head(
     metrics = {}
     for name, rows in (("train", data), ("validation", judged)):
         if rows is not None:
-            metrics[name] = measured(trained, head_of(rows, _MEASURED), intervals=name == "validation")
+            metrics[name] = measured(trained, head_of(rows, _MEASURED), intervals=intervals and name == "validation")
     facts = {"training rows": f"{len(data):,}", "validation rows": f"{len(judged) if judged else 0:,}"}
     return TrainingResult(trained, metrics, history, tuple(said), seconds, interrupted, facts)
 

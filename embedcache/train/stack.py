@@ -85,7 +85,8 @@ class HeadStack:
         self._rate = self._per_head([spec.learning_rate for spec in self.specs])
         self._decay = self._per_head([spec.weight_decay for spec in self.specs])
         clips = [spec.clip for spec in self.specs]
-        self._clip = torch.tensor([clip or math.inf for clip in clips]) if any(clips) else None
+        where = self.parameters[0].device
+        self._clip = torch.tensor([clip or math.inf for clip in clips], device=where) if any(clips) else None
         self._one_schedule = len({(spec.schedule, spec.warmup) for spec in self.specs}) == 1
 
     def _per_head(self, values: list[float]) -> float | Tensor:
@@ -191,7 +192,7 @@ class HeadStack:
 
     def _update_fused(self, gradients: list[Tensor], factor: float | Tensor, taken: int) -> None:
         """Take AdamW's step in one pass over memory, for the heads of each setting together."""
-        step = torch.tensor(float(taken))
+        step = torch.tensor(float(taken), device=self.parameters[0].device)
         each_head = [each.contiguous().unbind(0) if self.stacked else (each,) for each in gradients]
         for places, rate, decay, decayed, plain in self._fused or ():
             rate = rate * (factor if isinstance(factor, float) else float(factor[places[0]]))

@@ -102,7 +102,11 @@ def measure(
     for name in metrics_of(task):
         measured[name] = _json_number(METRICS[name].prepare[task](judged)(ones)) if len(ones) else None
     if intervals:
-        bounds = {name: interval(task, y, outputs, name, thresholds=thresholds) for name in LOOKED_AT[task]}
+        # Of many rows the interval is narrow, and fewer draws find it well enough.
+        draws = min(1000, max(200, 10_000_000 // max(1, judged.outputs.size)))
+        bounds = {
+            name: interval(task, y, outputs, name, draws=draws, thresholds=thresholds) for name in LOOKED_AT[task]
+        }
         measured["intervals"] = {name: [_json_number(each) for each in both] for name, both in bounds.items()}
     if task == "regression":
         measured["per_target"] = [
