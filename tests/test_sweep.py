@@ -169,7 +169,7 @@ def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatc
         return real(problem, batch, **options)
 
     monkeypatch.setattr(running, "train_batch", stopping)
-    with pytest.raises(Interrupted, match=r"10 of 20 heads are kept in .*: run the same command to go on"):
+    with pytest.raises(Interrupted, match=r"10 of 20 fits are kept in .*: run the same command to go on"):
         sweep(cache, grid, output_dir=tmp_path / "s", progress=False)
     part = SweepResult(tmp_path / "s")
     assert not part.summary["complete"]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.sweep import statistics as stats
+from embedcache.train.metrics import wilson
 
 
 def test_resampled_t_by_hand() -> None:
@@ -44,10 +45,10 @@ def test_mcnemar_by_hand() -> None:
 
 
 def test_wilson_by_hand() -> None:
-    low, high = stats.wilson(20, 20)
+    low, high = wilson(20, 20)
     assert high == 1.0
     assert low == pytest.approx(20 / (20 + 1.959964**2), rel=1e-6)
-    assert stats.wilson(0, 20) == (0.0, pytest.approx(1 - low))
+    assert wilson(0, 20) == (0.0, pytest.approx(1 - low))
 
 
 def test_holm_by_hand() -> None:

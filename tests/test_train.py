@@ -78,6 +78,13 @@ def test_the_other_losses_are_torchs() -> None:
         torch.testing.assert_close(gradient.t(), slope)
 
 
+def test_a_batch_of_which_no_row_counts_moves_nothing() -> None:
+    loss = Loss("classification", 3, [0.1], np.array([[0, 1, 1]], np.float32))
+    value, gradient = loss(torch.randn(3, 4), torch.zeros(4, dtype=torch.int64))
+    assert value == 0
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_row_weights_equal_repeated_rows_and_zero_rows_are_absent(task: Any, weighted: bool) -> None:
@@ -484,6 +491,27 @@ def test_a_column_of_time_stamps_makes_no_constants_of_the_others(engine: Any, s
     spec = TrainSpec(epochs=20, learning_rate=0.03, solver=solver)
     found = train_head(x, y, head=HeadSpec("linear", engine), spec=spec, class_names=["a", "b"], progress=False)
     assert found.metrics["train"]["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "reason"),
+    [
+        ("classification", lambda y: y + 1, "training: row [0-9]+ has the class 3: expected 0 to 2, or -1"),
+        ("classification", lambda y: np.where(y == 0, -2, y), "has the class -2: expected 0 to 2"),
+        ("multilabel", lambda y: np.eye(5)[y], "targets are 5 wide, and there are 3 names"),
+        ("multilabel", lambda y: 2 * np.eye(3)[y], "row 0 has labels other than 0 and 1"),
+        ("regression", lambda y: np.eye(2)[y % 2], "targets are 2 wide, and there are 3 names"),
+    ],
+)
+def test_targets_that_do_not_fit_the_names_are_refused(task: Any, change: Any, reason: str) -> None:
+    x, y = made()
+    with pytest.raises(InputError, match=reason):
+        train_head(x, change(y), task=task, class_names=NAMES, progress=False)
+    good = {"classification": y, "multilabel": np.eye(3)[y], "regression": np.eye(3)[y]}[task]
+    with pytest.raises(InputError, match=reason.replace("training", "validation")):
+        train_head(x, good, x, change(y), task=task, class_names=NAMES, progress=False)
+    with pytest.raises(InputError, match="every sample weight is 0"):
+        train_head(x, good, task=task, class_names=NAMES, sample_weight=np.zeros(len(x)), progress=False)
 
 
 # tasks and bad input -------------------------------------------------------------------------------------------------

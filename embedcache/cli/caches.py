@@ -51,7 +51,8 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     from embedcache.extract import compile_hint, forecast, load_for, parse_part, part_of, run
 
     settings = {name: options.pop(name) for name in SETTINGS}
-    settings["poolings"] = [*settings["poolings"], *(["tokens"] if options.pop("tokens") else [])]
+    if options.pop("tokens"):
+        settings["poolings"] = [*(settings["poolings"] or ["auto"]), "tokens"]
     threads, rows_per_shard, part, keep = (
         options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs")
     )

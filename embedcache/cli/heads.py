@@ -83,6 +83,7 @@ def train(
     rows that is held out. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
     training and saves the best head so far.
     """
+    from contextlib import suppress
     from pathlib import Path
 
     from embedcache.cache import FeatureCache
@@ -98,10 +99,17 @@ def train(
     spec = HeadSpec(kind, engine or engine_of(kind), dict(map(_setting, head_options)))  # type: ignore[arg-type]
     _refuse_unused(spec.engine, kind, given, device)
     opened = FeatureCache.open(cache)
+    made = not Path(output_dir).exists()
     prepare(Path(output_dir))
-    result = train_on_cache(
-        opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
-    )
+    try:
+        result = train_on_cache(
+            opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
+        )
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                Path(output_dir).rmdir()
+        raise
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
     result.save(output_dir)

@@ -96,7 +96,7 @@ def _metrics(splits: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for name, bounds in (values.get("intervals") or {}).items():
             low, high = (_number(each) for each in bounds)
             chosen = "; these rows chose the epoch and the calibration too" if split == "validation" else ""
-            yield f"\n{split} {plain(name)}: {low} to {high} (95 % interval, bootstrap over rows{chosen})."
+            yield f"\n{split} {plain(name)}: {low} to {high} (95 % interval, over rows{chosen})."
         if missing := values.get("missing_classes"):
             yield f"\nNot in {split}: {', '.join(plain(name) for name in missing[:_MOST])}."
     last, values = list(splits.items())[-1]

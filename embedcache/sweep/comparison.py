@@ -16,7 +16,7 @@ from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.statistics import Floats, Interval
 from embedcache.sweep.store import Outputs, Result, SweepFolder
-from embedcache.train.metrics import metric_named
+from embedcache.train.metrics import metric_named, wilson
 from embedcache.train.metrics.judged import Judged, decided, right, row_log_loss
 
 Array = npt.NDArray[Any]
@@ -285,7 +285,7 @@ def row_interval(
     if metric == "accuracy" and len(scored) == 1:
         mine = scored[0].right(task, y)
         if len(mine) and mine.min() == mine.max():
-            return statistics.wilson(float(mine.sum()), len(mine), alpha), "wilson"
+            return wilson(float(mine.sum()), len(mine), alpha), "wilson"
     return statistics.percentile_interval(resampled, alpha), "bootstrap"
 
 

@@ -207,7 +207,7 @@ class Run:
         rows, failures = self._table()
         if rows:
             self.folder.write("summary.json", self._summary(rows, failures, complete=False))
-        raise Interrupted(f"{kept:,} of {wanted:,} heads are kept in {self.folder.path}: run the same command to go on")
+        raise Interrupted(f"{kept:,} of {wanted:,} fits are kept in {self.folder.path}: run the same command to go on")
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         scored = {at: int(fold.score.sum()) for at, fold in enumerate(self.problem.folds)}

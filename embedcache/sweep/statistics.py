@@ -69,17 +69,6 @@ def mcnemar(right_a: npt.NDArray[np.bool_], right_b: npt.NDArray[np.bool_]) -> f
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def wilson(right: float, rows: float, alpha: float = 0.05) -> Interval:
-    """Return Wilson's (1927) score interval of a proportion: not of zero width where all or none were right."""
-    from scipy.stats import norm
-
-    z = float(norm.ppf(1 - alpha / 2))
-    share = right / rows
-    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def holm(p: Sequence[float]) -> list[float]:
     """Return p values adjusted by Holm's (1979) step-down method: family-wise error, no assumption of independence."""
     count = len(p)

@@ -36,9 +36,10 @@ class Data:
 
 
 def checked_data(
-    x: Any, y: Any, feature: FeatureSet, task: Task, *, weight: Any = None, where: str = "training"
-) -> Data:
-    """Return checked, labelled rows.
+    x: Any, y: Any, feature: FeatureSet, task: Task, *, weight: Any = None, where: str = "training",
+    outputs: int | None = None,
+) -> Data:  # fmt: skip
+    """Return checked, labelled rows. ``outputs`` is how many classes, labels or targets there are to be.
 
     Raises ``FeatureError`` for features that do not fit or are not finite (naming the row), ``InputError`` for targets
     that do not fit the task.
@@ -53,11 +54,24 @@ def checked_data(
         if y.ndim != 1 or y.dtype.kind not in "iu":
             raise InputError(f"{where}: classification targets are int64 [N], got {y.dtype} {y.shape}")
         kept = y >= 0
+        beyond = (y < -1) | (y >= outputs if outputs is not None else False)
+        if beyond.any():
+            row = int(np.flatnonzero(beyond)[0])
+            most = "" if outputs is None else f" to {outputs - 1}"
+            raise InputError(
+                f"{where}: row {row} has the class {int(y[row])}: expected 0{most}, or -1 for a row without label"
+            )
         y = y.astype(np.int64)
     elif task == "multilabel":
         if y.ndim != 2:
             raise InputError(f"{where}: multi-label targets are [N, C], got {y.shape}")
+        known = (y == 0) | (y == 1)
         kept = ~(y == 255).all(axis=1)
+        if not known[kept].all():
+            row = int(np.flatnonzero(kept & ~known.all(axis=1))[0])
+            raise InputError(
+                f"{where}: row {row} has labels other than 0 and 1: a row without labels is 255 throughout"
+            )
     else:
         y = y.astype(np.float64)
         y = y[:, None] if y.ndim == 1 else y
@@ -67,10 +81,14 @@ def checked_data(
         if np.isnan(y[~kept]).any() and not np.isnan(y[~kept]).all():
             bad = int(np.flatnonzero(np.isnan(y).any(axis=1) & ~np.isnan(y).all(axis=1))[0])
             raise InputError(f"{where}: row {bad} has a target that is NaN: give it a number, or leave the row out")
+    if outputs is not None and y.ndim == 2 and y.shape[1] != outputs:
+        raise InputError(f"{where}: targets are {y.shape[1]} wide, and there are {outputs} names for them")
     if weight is not None:
         weight = np.asarray(weight, np.float32)
         if weight.shape != (n,) or not np.isfinite(weight).all() or (weight < 0).any():
             raise InputError(f"{where}: sample weights must be {n} finite numbers of 0 or more")
+        if n and not weight.any():
+            raise InputError(f"{where}: every sample weight is 0: expected one above 0")
     if not kept.all():
         at = np.flatnonzero(kept)
         rows, y = choose(rows, at), y[at]

@@ -8,6 +8,7 @@ nothing else is left to differentiate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,7 +80,8 @@ class Loss:
         share = own.squeeze(-2)
         if rows is not None:
             share, loss, gradient = share * rows, loss * rows, gradient * rows.unsqueeze(-2)
-        total = share.sum(dim=-1).clamp_min(1e-12)
+        total = share.sum(dim=-1)
+        total = total.masked_fill(total <= 0, math.inf)  # a batch of which no row counts moves nothing
         return loss.sum(dim=-1) / total, gradient / total[..., None, None]
 
     def _multilabel(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -90,13 +90,13 @@ def train_head(
     spec = spec or TrainSpec()
     head = HeadSpec(head) if isinstance(head, str) else head
     feature = feature or feature_set_of(x)
-    data = checked_data(x, y, feature, task, weight=sample_weight)
+    data = checked_data(x, y, feature, task, weight=sample_weight, outputs=len(class_names))
     said = [*notes, *refuse_untrainable(data, task, class_names)]
     if len(data) < len(y):
         said.append(f"{len(y) - len(data):,} of {len(y):,} training rows have no label and are left out")
     judged = None
     if x_eval is not None and y_eval is not None:
-        judged = checked_data(x_eval, y_eval, feature, task, where="validation")
+        judged = checked_data(x_eval, y_eval, feature, task, where="validation", outputs=len(class_names))
         judged = judged if len(judged) else None
     begun = time.perf_counter()
     trained = TrainedHead(
@@ -273,13 +273,13 @@ def train_stack(
     from embedcache.train.minibatch import train_minibatch
 
     feature = feature or feature_set_of(x)
-    data = checked_data(x, y, feature, task, weight=sample_weight)
+    data = checked_data(x, y, feature, task, weight=sample_weight, outputs=len(class_names))
     if masks is not None and len(data) != masks.train.shape[1]:
         raise SpecError(f"the masks are for {masks.train.shape[1]} rows, and {len(data)} are labelled")
     refuse_untrainable(data, task, class_names)
     judged: Data | None = data if masks is not None and masks.evaluate.any() else None
     if masks is None and x_eval is not None:
-        judged = checked_data(x_eval, y_eval, feature, task, where="validation")
+        judged = checked_data(x_eval, y_eval, feature, task, where="validation", outputs=len(class_names))
     found = train_minibatch(
         data, judged, heads, specs, feature, task, class_names,
         masks=masks, device=device, progress=progress, title=title,

@@ -13,7 +13,7 @@ threshold.
 
 from embedcache.train.metrics.formulas import BINS
 from embedcache.train.metrics.judged import decided, labelled_rows
-from embedcache.train.metrics.measuring import interval, measure, reliability, resampled_scores, score, scores
+from embedcache.train.metrics.measuring import interval, measure, reliability, resampled_scores, score, scores, wilson
 from embedcache.train.metrics.table import METRICS, Metric, default_metric, metric_named, metrics_of
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "resampled_scores",
     "score",
     "scores",
+    "wilson",
 ]

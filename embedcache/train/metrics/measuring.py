@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ def measure(
 ) -> dict[str, Any]:
     """Return everything there is to say about predictions, ready for JSON: numbers, None where one is not defined.
 
-    ``intervals`` adds 95 % bootstrap intervals over rows of the metrics that are looked at most, by name.
+    ``intervals`` adds 95 % bootstrap intervals over rows of the metrics that are looked at most, by name; Wilson's of
+    the accuracy alone where all or no rows are right.
 
     Classification: ``outputs`` are probabilities [N, C]. ``brier`` is the sum over classes of squared errors, halved
     for two classes as scikit-learn does; ``ece`` has 15 bins of equal width; ``average_precision`` is of the second
@@ -107,7 +109,11 @@ def measure(
         bounds = {
             name: interval(task, y, outputs, name, draws=draws, thresholds=thresholds) for name in LOOKED_AT[task]
         }
-        measured["intervals"] = {name: [_json_number(each) for each in both] for name, both in bounds.items()}
+        if measured.get(LOOKED_AT[task][0]) in (0.0, 1.0) and task != "regression":  # no draw can differ
+            bounds = {LOOKED_AT[task][0]: wilson(measured[LOOKED_AT[task][0]] * len(ones), len(ones))}
+        measured["intervals"] = {
+            name: [float(low), float(high)] for name, (low, high) in bounds.items() if math.isfinite(high - low)
+        }
     if task == "regression":
         measured["per_target"] = [
             {"target": name, "rows": len(ones)}
@@ -203,6 +209,15 @@ def resampled_scores(
     value, generator = prepare(judged), np.random.default_rng(seed)
     drawn = (np.bincount(generator.integers(0, rows, rows), minlength=rows) for _ in range(draws))
     return np.array([value(weights.astype(np.float64)) for weights in drawn])
+
+
+def wilson(right: float, rows: float, alpha: float = 0.05) -> tuple[float, float]:
+    """Return Wilson's (1927) score interval of a proportion: not of zero width where all or none were right."""
+    z = NormalDist().inv_cdf(1 - alpha / 2)
+    share = right / rows
+    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def interval(
