@@ -112,8 +112,8 @@ class Dropout(nn.Module):
 def draw_kept(out: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
     """Fill ``out`` with what dropout multiplies by: 0 for a share of ``rate``, and for the rest what keeps the mean.
 
-    Four numbers are decided by each 64 random bits, with ``rate`` rounded to a 65,536th: three times as fast as
-    ``bernoulli_``, which takes a quarter of the time of a stack of small heads.
+    Each 64 random bits decide four numbers, with ``rate`` rounded to a 65,536th: ``bernoulli_`` draws for every number,
+    and took the largest share of a stacked MLP's step beside its matrix products.
     """
     if out.device.type not in ("cpu", "cuda"):
         return out.bernoulli_(1 - rate, generator=generator).div_(1 - rate)

@@ -74,7 +74,7 @@ _QUIET = threading.Lock()
 
 
 def lent(x: Any) -> Tensor:
-    """Return an array as a tensor without a copy, which would take as long as some epochs of a small head.
+    """Return an array as a tensor, without a copy.
 
     torch warns of arrays that may not be written, such as mapped ones; features are never written.
     """

@@ -1,7 +1,7 @@
 """Losses with their gradients at the logits, for one head or for K at once.
 
 Logits are [C, B], or [K, C, B], with the rows of the batch last: reductions over a handful of classes then run along
-whole vectors, ten times as fast, and a linear head's products need no transposed copy. Each loss is a weighted mean
+whole vectors, and a linear head's products need no transposed copy. Each loss is a weighted mean
 over the rows; the gradient is that of the mean. Written out rather than left to autograd, because for a linear head
 nothing else is left to differentiate.
 """
