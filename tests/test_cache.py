@@ -223,13 +223,20 @@ def test_pages_in_memory_are_mapped_ahead_and_others_left_on_disk(
     page = FeatureSet("page", "pooled", mmap.PAGESIZE // 4, 1, "float32")
     cache = FeatureCache.open(write(tmp_path / "c", 211, 53, (page,)))
     monkeypatch.setattr(gather, "_AHEAD", 7 * mmap.PAGESIZE)
-    assert not resident_bytes(cache.features()), "not worth a thread"
+    small = cache.features()
+    pages_settle()
+    assert resident_bytes(small) == 0, "not worth a thread"
     monkeypatch.setattr(gather, "_WORTH_IT", 0)
     with monkeypatch.context() as patched:
         patched.setattr(gather, "_map_ahead", lambda array: None)
         left = cache.features()
         pages_settle()
         assert resident_bytes(left) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(gather, "_tells_residence", lambda path: False)
+        others = cache.features()
+        pages_settle()
+        assert resident_bytes(others) == 0, "of others' files nobody says what is in memory"
     x = cache.features()
     pages_settle()
     assert resident_bytes(x) == x.nbytes

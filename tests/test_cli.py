@@ -105,6 +105,12 @@ def test_extract_info_verify(extract: Command, command: Command, tmp_path: Path)
     assert files(tmp_path / "c") == before
 
 
+def test_tokens_come_beside_the_default_pooling(extract: Command, command: Command) -> None:
+    assert extract(SAMPLE, "-o", "c", "--tokens").code == 0
+    sets = json.loads(command("info", "c", "--json").out)["feature_sets"]
+    assert [each["kind"] for each in sets] == ["pooled", "tokens"]
+
+
 def test_extract_with_the_real_model(command: Command, minilm_path: Path) -> None:
     done = command("extract", SAMPLE, "-o", "c", "--batch-size", "128", "--json")
     assert (done.code, done.err) == (0, [])
@@ -349,6 +355,31 @@ def test_no_color_and_no_terminal(model: Path, tmp_path: Path) -> None:
     wrong = program("info", tmp_path / "none", NO_COLOR="1")
     assert (wrong.returncode, wrong.stdout, len(wrong.stderr.splitlines())) == (1, "", 1)
     assert program("--version").stdout.startswith("embedcache, version ")
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_ctrl_c_before_and_after_the_work(
+    interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line while the program starts; nothing at all while it closes down."""
+    from embedcache import __main__, cli
+
+    def work() -> int:
+        if interrupted:
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(cli, "run", work)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            __main__.main()
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (stop.value.code, heard) == (interrupted, [])
+    assert capsys.readouterr().err == "interrupted\n" * interrupted
 
 
 def test_ctrl_c_in_the_middle_of_an_extraction(model: Path, tmp_path: Path) -> None:

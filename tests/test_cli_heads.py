@@ -169,7 +169,11 @@ def test_an_evaluation_is_shown_and_can_be_recorded(cache: Path, run: Run, tmp_p
     assert status == 0
     assert run("evaluate", folder, cache, "--record")[0] == 0
     assert "accuracy" in json.loads((folder / "metrics.json").read_text())["test"]
-    assert "test accuracy" in (folder / "README.md").read_text("utf-8")
+    card = (folder / "README.md").read_text("utf-8")
+    (test,) = (line for line in card.splitlines() if line.startswith("test accuracy: "))
+    (validation,) = (line for line in card.splitlines() if line.startswith("validation accuracy: "))
+    assert "(95 % interval, over rows)" in test
+    assert "these rows chose the epoch and the calibration too" in validation
     assert run("train", cache, "-o", folder, "--epochs", 1)[0] == 0, "a run may be replaced"
     assert "test" not in json.loads((folder / "metrics.json").read_text())
 
@@ -263,13 +267,14 @@ def test_a_mistake_costs_one_line(
     assert said in last(err)
     assert status == expected
     assert out == ""
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists(), "a folder with nothing in it is left"
 
 
 def test_a_feature_set_that_is_not_there_names_those_that_are(cache: Path, run: Run, tmp_path: Path) -> None:
     _, _, err = run("train", cache, "-o", tmp_path / "run", "--feature", "cls")
     assert "mean" in last(err)
     assert "tokens" in last(err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cache_or_run_that_is_none(cache: Path, run: Run, tmp_path: Path) -> None:

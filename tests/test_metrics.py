@@ -170,6 +170,22 @@ def test_measure_by_hand() -> None:
     ]
 
 
+def test_intervals_of_what_is_looked_at() -> None:
+    y, p = classification(11)
+    found = measure("classification", y, p, list("abcde")[:C], intervals=True)
+    assert set(found["intervals"]) == {"accuracy", "f1_macro"}
+    for name, (low, high) in found["intervals"].items():
+        assert low < found[name] < high
+        assert (low, high) == interval("classification", y, p, name)
+    right = measure("classification", y, np.eye(C)[y], list("abcde")[:C], intervals=True)
+    assert set(right["intervals"]) == {"accuracy"}, "no draw of rows that are all right can differ"
+    low, high = right["intervals"]["accuracy"]
+    assert 0.8 < low < high == 1
+    constant = np.full((7, 1), 2.0)
+    flat = measure("regression", constant, constant + 0.5, ["target"], intervals=True)
+    assert set(flat["intervals"]) == {"rmse"}, "R2 of a constant is not defined"
+
+
 def test_a_missing_class_is_named_and_not_averaged_away() -> None:
     """Classes that a split lacks change no average, wherever their columns stand."""
     y, p = classification(11)

@@ -441,6 +441,30 @@ def test_features_on_disk_train_the_same_head_as_features_in_memory() -> None:
     assert all(np.array_equal(mine.states[0][name], other.states[0][name]) for name in mine.states[0])
 
 
+def test_rows_that_may_not_be_written_are_trained_on_without_a_word() -> None:
+    """Mapped rows are read-only; torch's warning of them would be an error here."""
+    x, y = made(500)
+    x.flags.writeable = False
+
+    class Mapped(MappedRows):
+        def read(self, rows: Any) -> Any:
+            found = super().read(rows)
+            found.flags.writeable = False
+            return found
+
+    spec = TrainSpec(epochs=2, standardize=False)
+    torch.set_warn_always(True)  # else only the first of a process is heard
+    try:
+        for each, other in ((x, x.copy()), (Mapped(x), MappedRows(x))):
+            mine, theirs = (
+                train_head(rows, y, rows, y, spec=spec, class_names=NAMES, progress=False).head.state
+                for rows in (each, other)
+            )
+            assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_a_reader_that_fails_is_heard() -> None:
     class Broken(MappedRows):
         def read(self, rows: Any) -> Any:

@@ -53,11 +53,6 @@ for command in (command for group in GROUPS for command in group.COMMANDS):
     cli.add_command(command)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit."""
-    sys.exit(run(arguments))
-
-
 def _usage(error: click.ClickException) -> str:
     """Return a usage error as one line that ends with where the options are listed."""
     message = " ".join(error.format_message().split()).rstrip(".")
