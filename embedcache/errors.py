@@ -34,11 +34,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from embedcache.wording import shown
+
 
 class EmbedcacheError(Exception):
     """Base class; ``str(error)`` is one line that says what, where, what was expected and what to do."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        # Names of files, columns and classes come from strangers: none of them may begin a line of its own.
+        return shown(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are unpickled by calling their class with the message, which is not what ours are made of; a
@@ -63,11 +69,11 @@ class BadRowsError(InputError):
     def __init__(self, rows: Sequence[tuple[str, str]], total: int) -> None:
         self.rows = tuple(rows)
         self.total = total
-        shown = "; ".join(f"{where}: {reason}" for where, reason in self.rows)
+        listed = "; ".join(f"{where}: {reason}" for where, reason in self.rows)
         more = f" (first {len(self.rows)} of {total})" if total > len(self.rows) else ""
         noun = "row" if total == 1 else "rows"
         super().__init__(
-            f"{total} bad {noun}{more}: {shown}. "
+            f"{total} bad {noun}{more}: {listed}. "
             "Correct them, or pass --on-bad-row skip to set them aside in a quarantine file"
         )
 
@@ -119,9 +125,9 @@ class SpecMismatchError(CacheError, ValueError):
 
     def __init__(self, where: str, differences: Sequence[tuple[str, object, object]]) -> None:
         self.differences = tuple(differences)
-        shown = "; ".join(f"{field}: cache has {old!r}, asked for {new!r}" for field, old, new in self.differences)
+        listed = "; ".join(f"{field}: cache has {old!r}, asked for {new!r}" for field, old, new in self.differences)
         super().__init__(
-            f"{where} holds features made another way ({shown}). "
+            f"{where} holds features made another way ({listed}). "
             "Choose another output directory, or drop the options that differ"
         )
 

@@ -17,6 +17,7 @@ PACKAGE = Path(embedcache.__file__).parent
 # The house. A room is a module, or a package of the same name whose files may import one another. The table changes
 # together with the code, never alone.
 LAYERS = (
+    ("wording",),
     ("errors",),
     ("spec", "fingerprint", "pooling", "batching", "shard"),
     ("examples", "backbone", "heads", "cache"),
