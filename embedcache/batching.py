@@ -1,10 +1,11 @@
 """Canonical shapes: lengths -> a plan of batches, a pure value.
 
-A transformer's kernels choose how to add up numbers by the *shape* they are given. At a fixed shape, each row's bits
-depend on that row alone; at another shape the same row may come out differently in the last bit. So every forward
-pass here runs at a canonical shape: a row is padded to the smallest canonical length that holds it, and a canonical
-length always comes with the same number of rows, the last batch being filled up with dummy rows. Order, sharding,
-resuming, appending and the number of workers then cannot change a bit.
+A transformer's kernels choose how to add up numbers by the *shape* they are given and by the *number of threads* they
+have. With both fixed, each row's bits depend on that row alone; otherwise the same row may come out differently in the
+last bit. So every forward pass here runs at a canonical shape: a row is padded to the smallest canonical length that
+holds it, a canonical length always comes with the same number of rows, the last batch being filled up with dummy rows,
+and every pass has the same number of threads. Order, sharding, resuming, appending and the number of workers then
+cannot change a bit.
 
 "Length" is whatever the backbone counts: tokens for text, 1 for an image of a fixed size.
 """
@@ -12,7 +13,7 @@ resuming, appending and the number of workers then cannot change a bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,18 +35,21 @@ class ShapePolicy:
     ``positions`` is about how many positions (rows x length) one batch holds; ``step`` the distance between short
     canonical lengths, which doubles with each doubling of the length past 16 steps, so that padding stays under
     about 6 %; ``max_length`` the longest row; ``spare`` rows of each batch are always dummies (see
-    ``needs_spare_row`` in ``backbone``).
+    ``needs_spare_row`` in ``backbone``); ``threads`` is how many threads one pass has on a CPU, None in caches of
+    format 1.0, which did not fix it.
     """
 
     positions: int = 1024
     step: int = 4
     max_length: int = 512
     spare: int = 0
+    threads: int | None = 1
 
     def __post_init__(self) -> None:
-        for name in ("positions", "step", "max_length"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("positions", "step", "max_length", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SpecError(f"{name} is {value}: expected at least 1")
         if self.spare < 0:
             raise SpecError(f"spare is {self.spare}: expected 0 or more")
 
@@ -73,9 +77,19 @@ class ShapePolicy:
         """Return every canonical length, shortest first."""
         return tuple(int(length) for length in np.unique(self.canonical(np.arange(1, self.max_length + 1))))
 
+    @property
+    def pass_threads(self) -> int:
+        """Threads that one pass has on a CPU. Rows added to a cache of format 1.0 get 1, as all rows have since."""
+        return 1 if self.threads is None else self.threads
+
     def to_json(self) -> dict[str, Any]:
-        """Return the policy as it stands in a cache's spec."""
-        return asdict(self)
+        """Return the policy as it stands in a cache's spec; one of format 1.0 says nothing of threads."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ShapePolicy:
+        """Read what ``to_json`` gave, or a cache of format 1.0."""
+        return cls(**{"threads": None, **fields})
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,13 @@ class Placed:
         return np.memmap(path, self.dtype, "r", self.offset, self.shape)
 
 
+def decoded(values: Array) -> npt.NDArray[np.float32]:
+    """Return stored values as float32, exactly; uint16 are the bits of bfloat16."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
 def refuse_colliding(sets: Sequence[FeatureSet]) -> None:
     """Raise ``SpecError`` unless there is a set and all arrays have names of their own."""
     names = ["row_key", *(name for each in sets for name in each.columns(1))]

@@ -416,7 +416,7 @@ def test_minilm_bits(minilm_path: Path, dtype: str) -> None:
     with threads(2):
         assert torch.get_num_threads() == 2
         assert_same_bits(run(backbone, contents, order), whole)
-        assert backbone.side_by_side(4) == (2, 1)
+        assert backbone.side_by_side(4) == 2
         for name in whole:
             assert features_of(backbone, contents[::-1], name)[::-1].tobytes() == whole[name].tobytes()
     subset = sorted(generator.choice(len(contents), 7, replace=False).tolist())
@@ -470,9 +470,10 @@ def test_a_pass_that_fails_beside_others(tiny: Callable[[str], Path], monkeypatc
 
 def test_how_many_side_by_side() -> None:
     with threads(2):
-        assert [side_by_side("cpu", batches) for batches in (0, 1, 2, 9)] == [(1, 2), (1, 2), (2, 1), (2, 1)]
-        assert side_by_side("cpu", 1, single=True) == (1, 1)
-        assert side_by_side("cuda:0", 9) == (1, 1)
+        assert [side_by_side("cpu", batches) for batches in (0, 1, 2, 9)] == [1, 1, 2, 2]
+        assert side_by_side("cuda:0", 9) == 1
+    with threads(8):
+        assert [side_by_side("cpu", 9, each) for each in (1, 2, 3, 8, 9)] == [8, 4, 2, 1, 1]
 
 
 def test_ordinary_batches_do_change_bits(minilm_path: Path) -> None:
@@ -867,7 +868,7 @@ def test_compiled_once_for_all_shapes(tiny: Callable[[str], Path]) -> None:
     whole = run(backbone, contents)
     assert_same_bits(run(backbone, contents, range(len(contents))[::-1]), whole)
     with threads(2):  # each pass has one thread all the same, in threads of their own
-        assert backbone.side_by_side(7) == (2 if Compiled.may_run_side_by_side() else 1, 1)
+        assert backbone.side_by_side(7) == (2 if Compiled.may_run_side_by_side() else 1)
         for name in ("mean", "cls@-2"):
             assert features_of(backbone, contents * 5, name)[: len(contents)].tobytes() == whole[name].tobytes()
         assert_same_bits(run(backbone, contents), whole)

@@ -88,8 +88,8 @@ class Backbone(Protocol):
         """Start one canonical pass; on a GPU it may return before the work is done."""
         ...
 
-    def side_by_side(self, batches: int) -> tuple[int, int]:
-        """Return how many of ``batches`` passes may run at a time, in threads, and torch threads for each."""
+    def side_by_side(self, batches: int) -> int:
+        """Return how many of ``batches`` passes may run at a time; each has ``policy.pass_threads`` threads."""
         ...
 
     def fetch(self, running: Any) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone.device import threads
+from embedcache.backbone.device import MOST_PASSES, threads
 from embedcache.batching import Batch, Plan, plan
 from embedcache.errors import FeatureError
-from embedcache.shard import STORED
+from embedcache.shard import STORED, FeatureSet, decoded
 
 if TYPE_CHECKING:
     from embedcache.backbone import Backbone, Prepared
@@ -33,62 +33,72 @@ def run_plan(
     Raises ``FeatureError`` when the backbone gives another number of token vectors than there are tokens.
     """
     lengths = np.asarray(prepared.lengths, np.int64)
+    arrays = empty(backbone.feature_sets, lengths)
+    passes = min(backbone.side_by_side(len(batches)), MOST_PASSES)
+    running = (
+        _together(backbone, prepared, batches, passes) if passes > 1 else _trailing(backbone, prepared, batches)
+    )  # fmt: skip
+    with contextlib.closing(running):
+        for batch, features in running:
+            put(arrays, lengths, batch, features)
+            if done is not None:
+                done(len(batch.indices), int(lengths[batch.indices].sum()))
+    return arrays
+
+
+def empty(feature_sets: Sequence[FeatureSet], lengths: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Return arrays for the features of rows of these lengths [n], as ``run_plan`` returns them, not yet filled."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     arrays: dict[str, Any] = {}
-    for each in backbone.feature_sets:
+    for each in feature_sets:
         dtype: np.dtype[Any] = STORED[each.dtype]
         if each.kind == "tokens":
             arrays[each.name] = (np.empty((int(offsets[-1]), each.dim), dtype), offsets)
         else:
             arrays[each.name] = np.empty((len(lengths), *each.row_shape), dtype)
-
-    def collect(batch: Batch, features: Mapping[str, Any]) -> None:
-        counts = lengths[batch.indices]
-        for name, value in features.items():
-            if isinstance(value, tuple):
-                values, given = value
-                if not np.array_equal(given, counts):
-                    raise FeatureError(f"{name}: the backbone gave {given.sum()} vectors for {counts.sum()} tokens")
-                for row, part in zip(batch.indices, np.split(values, np.cumsum(counts)[:-1]), strict=True):
-                    arrays[name][0][offsets[row] : offsets[row + 1]] = part
-            else:
-                arrays[name][batch.indices] = value
-        if done is not None:
-            done(len(batch.indices), int(counts.sum()))
-
-    passes, each_threads = backbone.side_by_side(len(batches))
-    running = _together(backbone, prepared, batches, passes, each_threads) if passes > 1 else _trailing(
-        backbone, prepared, batches
-    )  # fmt: skip
-    with contextlib.closing(running):
-        for batch, features in running:
-            collect(batch, features)
     return arrays
+
+
+def put(arrays: Mapping[str, Any], lengths: npt.NDArray[np.int64], batch: Batch, features: Mapping[str, Any]) -> None:
+    """Put what one pass gave in its rows' places."""
+    counts = lengths[batch.indices]
+    for name, value in features.items():
+        if not isinstance(value, tuple):
+            arrays[name][batch.indices] = value
+            continue
+        values, given = value
+        if not np.array_equal(given, counts):
+            raise FeatureError(f"{name}: the backbone gave {given.sum()} vectors for {counts.sum()} tokens")
+        into, offsets = arrays[name]
+        for row, part in zip(batch.indices, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+            into[offsets[row] : offsets[row + 1]] = part
 
 
 def _trailing(backbone: Backbone, prepared: Prepared, batches: Plan) -> Passes:
     """Run one pass after the other; a GPU starts the next one while the last is copied back."""
     trailing: deque[tuple[Batch, Any]] = deque()
-    for batch in batches:
-        trailing.append((batch, backbone.forward(prepared, batch)))
-        if len(trailing) > 1:
-            batch, running = trailing.popleft()
+    # One setting for all passes: changing the number of threads drops the kernels that oneDNN has prepared.
+    with threads(backbone.policy.pass_threads):
+        for batch in batches:
+            trailing.append((batch, backbone.forward(prepared, batch)))
+            if len(trailing) > 1:
+                batch, running = trailing.popleft()
+                yield batch, backbone.fetch(running)
+        for batch, running in trailing:
             yield batch, backbone.fetch(running)
-    for batch, running in trailing:
-        yield batch, backbone.fetch(running)
 
 
-def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int, threads_each: int) -> Passes:
+def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int) -> Passes:
     """Run several passes at a time, and give them back in the order of the plan."""
     import torch
 
     def one(batch: Batch) -> dict[str, Any]:
         return backbone.fetch(backbone.forward(prepared, batch))
 
-    # A new thread starts with torch's own idea of how many threads its kernels have.
-    workers = ThreadPoolExecutor(passes, "embedcache-pass", torch.set_num_threads, (threads_each,))
+    each = backbone.policy.pass_threads
+    workers = ThreadPoolExecutor(passes, "embedcache-pass", torch.set_num_threads, (each,))
     ahead: deque[tuple[Batch, Future[dict[str, Any]]]] = deque()
-    with threads(threads_each):
+    with threads(each):  # a new thread starts with the number that was set last, whoever set it; at the end it is ours
         try:
             for batch in batches:
                 ahead.append((batch, workers.submit(one, batch)))
@@ -110,10 +120,3 @@ def features_of(backbone: Backbone, contents: Sequence[bytes], name: str) -> Any
     prepared = backbone.prepare(contents)
     found = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name]
     return (decoded(found[0]), found[1]) if isinstance(found, tuple) else decoded(found)
-
-
-def decoded(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return stored values as float32, exactly; uint16 are the bits of bfloat16."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)

@@ -44,36 +44,37 @@ def needs_spare_row(device: str) -> bool:
 # weights packed by oneDNN with bias and GELU fused are 1.17 times as fast (bfloat16 1.08), but give other bits than the
 # plain network that is fine-tuned, and --compile does as much; weights packed by MKL are no faster.
 MOST_PASSES = 8
-"""Passes run side by side at most: past that, Python's lock between kernels would be waited for."""
+"""Passes run side by side in one process at most: past that, Python's lock between kernels would be waited for."""
 
 
-def side_by_side(device: str, batches: int, *, single: bool = False) -> tuple[int, int]:
-    """Return how many of ``batches`` passes run at a time, and with how many threads each.
+def side_by_side(device: str, batches: int, threads_each: int = 1) -> int:
+    """Return how many of ``batches`` passes run at a time: on CPU as many as torch has threads for.
 
-    On CPU several passes with few threads are faster than one pass after the other with all of them: no kernel waits
-    for the slowest of its threads, which matters most where other programs want the cores too. At a fixed shape
-    neither number changes a bit. ``single`` is for passes that must have one thread.
+    Only how many: each pass has the ``threads_each`` that its shape policy says, however many threads are free,
+    because their number decides how a kernel adds up. Several passes with few threads are faster than one pass after
+    the other with all of them anyway: no kernel waits for the slowest of its threads.
     """
     if device.split(":")[0] != "cpu":
-        return 1, 1
+        return 1
     import torch
 
-    there = torch.get_num_threads()
-    passes = min(there, batches, MOST_PASSES)
-    return max(passes, 1), 1 if single else max(there // max(passes, 1), 1)
+    return max(min(torch.get_num_threads() // threads_each, batches), 1)
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Run with ``count`` torch threads, or with as many as torch likes when None. Raises ``SpecError`` below 1."""
-    if count is None:
-        yield
-        return
-    if count < 1:
+    """Run with ``count`` torch threads, or with as many as torch likes when None. Raises ``SpecError`` below 1.
+
+    The number is the calling thread's own: what another thread sets meanwhile does not reach this one.
+    """
+    if count is not None and count < 1:
         raise SpecError(f"threads is {count}: expected at least 1")
     import torch
 
     before = torch.get_num_threads()
+    if count is None or count == before:  # setting it, even to what it is, drops the kernels that oneDNN has prepared
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield

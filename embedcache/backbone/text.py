@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
-from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side
+from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
@@ -24,7 +25,7 @@ from embedcache.backbone.folder import (
 from embedcache.backbone.loading import Compiled, is_decoder, length_limit, load_network, load_tokenizer
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError, SpecError
-from embedcache.fingerprint import sha256_file
+from embedcache.fingerprint import sha256_bytes, sha256_file
 from embedcache.shard import FeatureSet, Kind
 from embedcache.spec import DTYPES, POOLINGS, FeatureSpec
 
@@ -46,6 +47,18 @@ class Tokens:
         """[n] tokens in each row."""
         return np.diff(self.offsets)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> Tokens:
+        """Return some of the rows, in the order asked for."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(int(offsets[-1]))
+        return Tokens(self.ids[places], offsets, 0)
+
+    def digests(self) -> list[str]:
+        """Return a hash of each row as the model will see it, the same on every machine."""
+        ids = self.ids.astype("<i8")
+        return [sha256_bytes(ids[start:stop].tobytes()) for start, stop in pairwise(self.offsets.tolist())]
+
 
 def load_backbone(
     model: str | None = None,
@@ -61,6 +74,7 @@ def load_backbone(
     device: str = "auto",
     policy: Mapping[str, Any] | None = None,
     positions: int | None = None,
+    pass_threads: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> TextBackbone:
@@ -80,6 +94,8 @@ def load_backbone(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         policy: canonical shapes as ``ShapePolicy.to_json`` gives them, such as an existing cache's.
         positions: positions in a batch, where ``policy`` is not given; None for the device's default.
+        pass_threads: threads that one pass has on a CPU, where ``policy`` is not given; None for 1. Kernels add up
+            otherwise with another number, so it decides bits; cores are filled by passes side by side.
         revision: the hub's branch, tag or commit.
         trust_remote_code: run Python that comes with the model.
 
@@ -93,8 +109,9 @@ def load_backbone(
             raise SpecError(f"{setting} is {value!r}: expected one of {', '.join(DTYPES)}")
     if truncation_side not in ("right", "left"):
         raise SpecError(f"truncation_side is {truncation_side!r}: expected right or left")
-    if positions is not None and positions < 1:
-        raise SpecError(f"positions is {positions}: expected at least 1")
+    for setting, number in (("positions", positions), ("pass_threads", pass_threads)):
+        if number is not None and number < 1:
+            raise SpecError(f"{setting} is {number}: expected at least 1")
     for feature in features:  # a misspelt pooling is said before anything is loaded
         if feature != "auto":
             FeatureSpec.parse(feature)
@@ -111,9 +128,14 @@ def load_backbone(
     network, pooler = load_network(folder, name, compute_dtype, attention, trust_remote_code)
     specs = _feature_specs(features, settings, is_decoder(network))
     limit = length_limit(network, tokenizer, settings, max_length)
-    shapes = ShapePolicy(**policy) if policy is not None else ShapePolicy(
-        positions=positions or POSITIONS[where.split(":")[0]], max_length=limit, spare=int(needs_spare_row(where))
+    shapes = ShapePolicy.from_json(policy) if policy is not None else ShapePolicy(
+        positions=positions or POSITIONS[where.split(":")[0]], max_length=limit, spare=int(needs_spare_row(where)),
+        threads=pass_threads or 1,
     )  # fmt: skip
+    if compiled and shapes.pass_threads > 1:
+        raise SpecError(
+            f"a compiled pass has one thread, not {shapes.pass_threads}: leave out --pass-threads or --compile"
+        )
     preprocessing |= {
         "max_length": limit,
         "truncation_side": truncation_side,
@@ -340,15 +362,15 @@ class TextBackbone:
         """Run one canonical pass and pool it. Tensors stay on the device, cut to the real rows."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), threads(self.policy.pass_threads if self.device.type == "cpu" else None):
             ids, mask = self.batch_inputs(prepared, batch)
             return self.pool(self._outputs(self._run, ids, mask), mask, len(batch.indices))
 
-    def side_by_side(self, batches: int) -> tuple[int, int]:
-        """Return how many of ``batches`` passes run at a time, and torch threads for each."""
-        single = isinstance(self._run, Compiled)
-        batches = batches if not single or Compiled.may_run_side_by_side() else 1
-        return side_by_side(self.device.type, batches, single=single)
+    def side_by_side(self, batches: int) -> int:
+        """Return how many of ``batches`` passes run at a time."""
+        if isinstance(self._run, Compiled) and not Compiled.may_run_side_by_side():
+            return 1
+        return side_by_side(self.device.type, batches, self.policy.pass_threads)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the plain network as it stands (its mode, its gradients) and make the first feature set, in float32.

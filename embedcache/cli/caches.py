@@ -31,7 +31,11 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
 )
 @click.option("--batch-size", "positions", type=int, metavar="TOKENS", help="Positions (rows x length) in one batch.")
 @device_option
-@click.option("--threads", type=int, metavar="N", help="Threads of the backbone on CPU; changes no bit.")
+@click.option("--threads", type=int, metavar="N", help="CPU threads that the passes share; changes no bit.")
+@click.option(
+    "--pass-threads", type=int, metavar="N",
+    help="CPU threads of one pass. Default: 1. Decides the last bits, so a cache keeps it.",
+)  # fmt: skip
 @click.option("--shard-rows", type=int, metavar="N", help="Rows in a shard. Default: 16,384, or 64 MB.")
 @click.option("--part", metavar="I/N", help="Extract the I-th of N parts, to be merged later.")
 @click.option("--keep-inputs", is_flag=True, help="Store the input rows in the cache too.")
@@ -77,7 +81,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
 
 SETTINGS = (
     "model", "revision", "poolings", "max_length", "truncation_side", "prompt", "compute_dtype", "storage_dtype",
-    "attention", "compiled", "positions", "device", "trust_remote_code",
+    "attention", "compiled", "positions", "pass_threads", "device", "trust_remote_code",
 )  # fmt: skip
 
 

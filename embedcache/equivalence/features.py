@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.backbone import Backbone, run_plan
-from embedcache.backbone.compute import decoded
 from embedcache.batching import plan
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Difference, difference, rounded
-from embedcache.shard import FeatureSet
+from embedcache.shard import FeatureSet, decoded
 from embedcache.train.data import choose
 
 Array = npt.NDArray[Any]

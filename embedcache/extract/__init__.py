@@ -53,6 +53,7 @@ def load_for(
     attention: str | None = None,
     compiled: bool | None = None,
     positions: int | None = None,
+    pass_threads: int | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> TextBackbone:
@@ -68,6 +69,8 @@ def load_for(
         policy["max_length"] = max_length
     if policy is not None and positions is not None:
         policy["positions"] = positions
+    if policy is not None and pass_threads is not None:
+        policy["threads"] = pass_threads
 
     def chosen(given: Any, recorded: Any, default: Any) -> Any:
         return given if given is not None else recorded if recorded is not None else default
@@ -85,6 +88,7 @@ def load_for(
         device=device,
         policy=policy,
         positions=positions,
+        pass_threads=pass_threads,
         revision=chosen(revision, provenance.get("revision") if model is None else None, None),
         trust_remote_code=trust_remote_code,
     )
@@ -142,7 +146,7 @@ def extract(
         rows_per_shard: None for 16,384, or fewer so that a shard stays within 64 MB.
         part: ``"2/8"`` for the second of eight parts, to be joined by ``merge``.
         keep_inputs: store the rows' contents in the cache.
-        threads: torch threads on CPU; changes no bit.
+        threads: how many CPU threads the passes share, each pass having its own ``pass_threads``; changes no bit.
         progress: where to report to; None draws a bar on a terminal.
         options: the settings of ``load_for`` (``max_length``, ``compute_dtype``, ...) and the columns and splits of
             ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
@@ -185,6 +189,7 @@ _SETTINGS = (
     "attention",
     "compiled",
     "positions",
+    "pass_threads",
     "device",
     "trust_remote_code",
 )

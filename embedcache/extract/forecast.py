@@ -116,7 +116,7 @@ def forecast(
         lengths, truncated = np.asarray(prepared.lengths, np.int64), prepared.truncated
         batches = plan(lengths, backbone.policy)
         with torch_threads(threads):
-            count = CALIBRATION * backbone.side_by_side(len(batches))[0]
+            count = CALIBRATION * backbone.side_by_side(len(batches))
             chosen = np.unique(np.linspace(0, len(batches) - 1, count).astype(int))
             some = Plan(tuple(batches.batches[at] for at in chosen), batches.real)
             run_plan(backbone, prepared, Plan(some.batches[-1:], batches.real))
