@@ -1,0 +1,191 @@
+"""The number of threads is part of the canonical shape: whatever else runs, and however, a row keeps its bits.
+
+Whether another number of threads changes a bit depends on the CPU. So each backbone here has a planted fault that makes
+it visible on every machine: its hidden states are scaled by the number of threads that the pass finds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import WORDS, build
+
+from embedcache import FeatureCache, extract
+from embedcache.backbone import TextBackbone, features_of, load_backbone, threads
+
+MODELS = ("minilm", "bert", "gpt2", "modernbert")
+Texts = list[dict[str, str]]
+
+
+def planted(folder: Path, dtype: str, **settings: Any) -> TextBackbone:
+    """A backbone whose features show with how many threads they were computed."""
+    backbone = load_backbone(str(folder), features=["mean", "cls"], compute_dtype=dtype, device="cpu", **settings)
+
+    def scale(module: Any, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * (1 + torch.get_num_threads() / 4)
+        return output
+
+    backbone.network.register_forward_hook(scale)
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory, minilm_path: Path) -> Callable[[str], Path]:
+    made = {"minilm": minilm_path}
+
+    def find(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = build(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return find
+
+
+def texts(count: int) -> Texts:
+    """Texts of 1 to 23 words, so that there are several canonical lengths, few with a whole batch."""
+    generator = np.random.default_rng(5)
+    return [{"text": f"{row} " + " ".join(generator.choice(WORDS, row % 23 + 1))} for row in range(count)]
+
+
+def contents_of(rows: Texts) -> list[bytes]:
+    return [row["text"].encode() for row in rows]
+
+
+def features(cache: FeatureCache) -> dict[str, np.ndarray]:
+    return {name: np.asarray(cache.features(feature=name)) for name in cache.feature_sets}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, values in expected.items():
+        different = int((found[name].view(np.uint32) != values.view(np.uint32)).sum())
+        assert not different, f"{different} of {values.size} values of {name} differ"
+
+
+@pytest.fixture
+def others_threads() -> Iterator[None]:
+    """Somebody else, who sets the number of torch threads all the time."""
+    stop = threading.Event()
+
+    def disturb() -> None:
+        while not stop.wait(0.001):
+            torch.set_num_threads(3)
+            torch.set_num_threads(5)
+
+    thread = threading.Thread(target=disturb)
+    before = torch.get_num_threads()
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_row_keeps_its_bits(
+    folder_of: Callable[[str], Path], tmp_path: Path, kind: str, dtype: str, others_threads: None
+) -> None:
+    """1, 2 and 8 threads, shards of 7 rows, three sittings, one row, two passes at once, threads set by others."""
+    rows = texts(53 if kind == "minilm" else 101)
+    backbone = planted(folder_of(kind), dtype, positions=256)
+    options: dict[str, Any] = {"backbone": backbone, "labels": "none"}
+
+    def caches() -> Iterator[FeatureCache]:
+        for count in (1, 2, 8):  # 8: more threads than a window of 7 rows has batches
+            yield extract(rows, output_dir=tmp_path / f"threads{count}", threads=count, **options)
+            yield extract(
+                rows, output_dir=tmp_path / f"shards{count}", threads=count, rows_per_shard=7, **options
+            )  # fmt: skip
+        for count, upto in ((8, 5), (2, 31), (1, len(rows))):  # a lone row, a few, and the rest
+            sittings = extract(rows[:upto], output_dir=tmp_path / "sittings", threads=count, **options)
+        yield sittings
+
+    first, *others = caches()
+    expected = features(first)
+    for cache in others:
+        assert_same(features(cache), expected)
+    contents = contents_of(rows)
+    for count in (1, 2, 8):
+        with threads(count):
+            row = 17 * count % len(rows)
+            alone = features_of(backbone, contents[row : row + 1], "mean")
+            assert alone.tobytes() == expected["mean"][row : row + 1].tobytes()
+            assert torch.get_num_threads() == count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_passes_at_once(folder_of: Callable[[str], Path], dtype: str) -> None:
+    """Two threads of one process, each with another number of torch threads, and one that changes its own meanwhile."""
+    backbone = planted(folder_of("minilm"), dtype)
+    contents = contents_of(texts(9))  # so few passes that each could have all threads
+    expected = features_of(backbone, contents, "cls")
+    found: dict[int, np.ndarray] = {}
+
+    def work(count: int) -> None:
+        torch.set_num_threads(count)
+        found[count] = features_of(backbone, contents[::-1], "cls")[::-1]
+
+    workers = [threading.Thread(target=work, args=(count,)) for count in (1, 4)]
+    before = torch.get_num_threads()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(before)
+    assert all(found[count].tobytes() == expected.tobytes() for count in (1, 4))
+
+
+def test_threads_changed_in_the_middle(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whoever is told of the progress may set the number of threads of the very thread that runs the passes."""
+    backbone = planted(folder_of("bert"), "float32", positions=64)
+    rows = texts(67)
+    expected = features(extract(rows, output_dir=tmp_path / "calm", backbone=backbone, labels="none"))
+
+    class Meddler:
+        def expect(self, tokens: int) -> None:
+            torch.set_num_threads(2)
+
+        def advance(self, rows: int, tokens: int) -> None:
+            torch.set_num_threads(3)
+
+        def close(self) -> None:
+            pass
+
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            found = extract(
+                rows, output_dir=tmp_path / str(count), backbone=backbone, labels="none", threads=count,
+                progress=Meddler(), rows_per_shard=11,
+            )  # fmt: skip
+            assert_same(features(found), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_planted_fault_is_seen(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests can fail: a pass that has all threads gives other features."""
+    import embedcache.backbone.text as text
+
+    backbone = planted(folder_of("bert"), "float32")
+    contents = contents_of(texts(3))
+    expected = features_of(backbone, contents, "mean")
+    monkeypatch.setattr(text, "threads", lambda count: threads(2))
+    assert features_of(backbone, contents, "mean").tobytes() != expected.tobytes()
+
+
+def test_pass_threads_are_part_of_the_identity(folder_of: Callable[[str], Path]) -> None:
+    """A policy may say another number: then every pass has it, and the cache is another one."""
+    one, two = (planted(folder_of("bert"), "float32", pass_threads=count) for count in (None, 2))
+    assert (one.identity["shapes"]["threads"], two.identity["shapes"]["threads"]) == (1, 2)
+    contents = contents_of(texts(3))
+    with threads(8):
+        assert two.side_by_side(9) == 4
+        ratio = features_of(two, contents, "mean") / features_of(one, contents, "mean")
+    np.testing.assert_allclose(ratio, 1.5 / 1.25, rtol=1e-4)
