@@ -8,12 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 KEY_BYTES = 16
 _BLOCK = 1 << 20
+MOST_VALUES = 2_000_000
+"""What ``strict_json`` takes unless told otherwise; the config of a head of 100,000 classes has 400,000."""
+_DEEPEST = 100
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class _Absent:
@@ -34,11 +42,15 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def strict_json(text: str | bytes) -> Any:
+def strict_json(text: str | bytes, *, most: int = MOST_VALUES) -> Any:
     """Parse JSON, refusing duplicate keys, the non-standard NaN and Infinity, and numbers too large for a float.
+
+    A megabyte of brackets becomes fifty of Python's lists: more than ``most`` values, or more than 100 levels, are
+    refused before anything is parsed.
 
     Raises ``ValueError`` with the reason.
     """
+    _refuse_bombs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text, most)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -61,6 +73,49 @@ def strict_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path | str, *, largest: int = 64 << 20, most: int = MOST_VALUES) -> Any:
+    """Read a JSON file in UTF-8 as ``strict_json`` does.
+
+    Raises ``ValueError`` too for what is no plain file or has more than ``largest`` bytes, ``OSError`` as the system
+    does.
+    """
+    # Opening a pipe would wait for its other end, and a device never ends.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no plain file")
+        if status.st_size > largest:
+            raise ValueError(f"it has {status.st_size:,} bytes, {largest:,} at most are expected")
+        return strict_json(file.read(largest).decode("utf-8"), most=most)
+
+
+def _refuse_bombs(data: bytes, most: int) -> None:
+    """Raise ``ValueError`` for more values or levels than are expected; costs little beside parsing.
+
+    A comma or a bracket in a string counts too: the limits leave room for those.
+    """
+    opened = data.count(b"[") + data.count(b"{")
+    if opened + data.count(b",") > most:
+        raise ValueError(f"it has more than {most:,} values")
+    if opened <= _DEEPEST or len(_flattened(data)) <= _DEEPEST:
+        return
+    # Brackets in strings need not close: without the strings there may be no depth at all.
+    if data.count(b'"') > 8 * most or len(_flattened(_STRING.sub(b"", data))) > _DEEPEST:
+        raise ValueError("nested too deeply")
+
+
+def _flattened(data: bytes) -> bytes:
+    """Return the brackets that are left once the innermost pairs have been taken out a hundred times."""
+    nested = data.translate(None, _ALL_BUT_BRACKETS)
+    for _ in range(_DEEPEST):
+        inner = len(nested)
+        nested = nested.replace(b"[]", b"").replace(b"{}", b"")
+        if len(nested) == inner:
+            break
+    return nested
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecError
-from embedcache.fingerprint import hash_json, sha256_file, strict_json
+from embedcache.fingerprint import hash_json, read_json, sha256_file, strict_json
 from embedcache.heads.card import model_card
 from embedcache.heads.registry import build_head, head_class, kinds, refuse_unknown_options
 from embedcache.heads.trained import TrainedHead
@@ -164,8 +164,8 @@ def record(directory: Path, split: str, measured: Mapping[str, Any]) -> None:
     """
     head = load(directory)
     try:
-        config = strict_json((directory / CONFIG).read_bytes())
-        metrics = strict_json((directory / METRICS).read_bytes()) if (directory / METRICS).is_file() else {}
+        config = read_json(directory / CONFIG)
+        metrics = read_json(directory / METRICS) if (directory / METRICS).is_file() else {}
         metrics = {**_mapping(metrics), split: dict(measured)}
         _write(directory / METRICS, _json(metrics))
         _write(directory / "README.md", model_card(head, metrics, _mapping(config.get("facts", {}))))
@@ -205,9 +205,7 @@ def load(directory: Path) -> TrainedHead:
         what = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "is not there"
         raise BundleError(f"{directory} is no run folder (it {what}): make one with embedcache train CACHE -o RUN")
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise BundleError("the file is too large to be a head's config")
-        config = strict_json(path.read_bytes().decode("utf-8"))
+        config = read_json(path, largest=_LARGEST_CONFIG)
         head, file = parse(config)
     except EmbedcacheError as error:
         raise BundleError(f"{path}: {error}") from None

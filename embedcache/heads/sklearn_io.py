@@ -9,7 +9,6 @@ rows of nearest neighbours, which are fitted anew.
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 import zipfile
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.errors import BundleError, MissingExtraError
+from embedcache.fingerprint import strict_json
 
 _SKLEARN = {
     "compose._target.TransformedTargetRegressor",
@@ -127,7 +127,7 @@ def _refuse_untrusted(path: Path, file: zipfile.ZipFile) -> None:
     packed = any(each.compress_type != zipfile.ZIP_STORED for each in file.infolist())
     if packed or len(set(names)) != len(names) or "schema.json" not in names:
         raise BundleError(f"{path} is not packed as this version packs heads: train the head again")
-    schema = json.loads(file.read("schema.json"))
+    schema = strict_json(file.read("schema.json"), most=20_000_000)
     if not isinstance(schema, dict) or schema.get("protocol") != _PROTOCOL:
         raise BundleError(f"{path} is not of skops protocol {_PROTOCOL}: train the head again")
     for node, name in _nodes(schema):

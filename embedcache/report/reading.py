@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import SweepError
-from embedcache.fingerprint import strict_json
+from embedcache.fingerprint import read_json
 
 _NEEDED = ("task", "metric", "data", "protocol", "leaderboard", "ran", "notes", "class_names", "failures")
 _KINDS = {"metric": dict, "data": dict, "protocol": dict, "ran": dict, "leaderboard": list, "notes": list}
@@ -24,7 +24,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
             raise SweepError(f"{folder} has no results yet: run the same sweep command again to go on")
         raise SweepError(f"{folder} is no sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
     try:
-        summary = strict_json(path.read_bytes().decode("utf-8"))
+        summary = read_json(path, largest=256 << 20, most=8_000_000)
     except (ValueError, OSError) as error:
         raise SweepError(f"{path} cannot be read ({str(error)[:120]}): run the same sweep command again") from None
     if not isinstance(summary, dict) or summary.get("format") != "embedcache-sweep":

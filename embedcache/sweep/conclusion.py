@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.errors import TrainingError
-from embedcache.fingerprint import strict_json
+from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
 from embedcache.sweep import statistics
 from embedcache.sweep.comparison import Candidate, Resampler, Scored, row_interval
@@ -147,7 +147,7 @@ def read_tested(folder: SweepFolder) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return dict(strict_json(file.read_bytes()))
+        return dict(read_json(file))
     except (ValueError, TypeError):
         return {}
 

@@ -42,6 +42,7 @@ from embedcache.sweep.ranges import Choices, choices, number
 ASK_ABOVE = 10_000
 """More configurations than this are not run without a yes."""
 MOST = 2_000_000
+_LARGEST, _DEEPEST, _LONGEST, _MOST_VALUES = 1 << 20, 20, 1000, 100_000
 
 PROTOCOL = ("folds", "repeats", "shots", "draws", "metric", "learning_curve", "random", "seed", "test_all")
 TOP = ("features", "seeds", "heads", *PROTOCOL)
@@ -118,8 +119,8 @@ class Grid:
                 raise SweepError(f"{len(self):,} configurations are too many: draw some with --random 50")
             every = [each for block in self.blocks for each in block]
             return list(dict.fromkeys([*self.given, *every]))
-        if random < 1:
-            raise SweepError(f"--random {random}: expected at least 1")
+        if not 1 <= random <= MOST:
+            raise SweepError(f"--random {random}: expected 1 to {MOST:,}")
         generator = np.random.default_rng(seed)
         found: dict[str, list[Configuration]] = {each.candidate: [each] for each in self.given}
         for _ in range(50 * random):
@@ -143,6 +144,26 @@ def read_file(path: Path | str) -> dict[str, Any]:
     """Read a sweep file: YAML without tags, a key at most once. Raises ``SweepError``."""
     import yaml
 
+    def refuse_bombs(node: Any, above: int = 0) -> int:
+        """Return how many values a node stands for; aliases let a line stand for billions, and for itself."""
+        line = f"{path}, line {node.start_mark.line + 1}"
+        if above > _DEEPEST:
+            raise SweepError(f"{line} is nested too deeply, or within itself: expected at most {_DEEPEST} levels")
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > _LONGEST:
+                raise SweepError(f"{line} has a value of {len(node.value):,} characters: expected {_LONGEST} at most")
+            return 1
+        if id(node) not in sizes:
+            parts = node.value
+            if isinstance(node, yaml.MappingNode):
+                parts = [each for pair in node.value for each in pair]
+            sizes[id(node)] = 1 + sum(refuse_bombs(each, above + 1) for each in parts)
+        if sizes[id(node)] > _MOST_VALUES:
+            raise SweepError(f"{line} stands for {sizes[id(node)]:,} values: expected {_MOST_VALUES:,} at most")
+        return sizes[id(node)]
+
+    sizes: dict[int, int] = {}
+
     class Strict(yaml.SafeLoader):
         """Refuses a key that stands twice, of which YAML would keep the last."""
 
@@ -157,17 +178,29 @@ def read_file(path: Path | str) -> dict[str, Any]:
 
     file = Path(path)
     try:
-        text = file.read_bytes()
+        with open(file, "rb") as opened:
+            text = opened.read(_LARGEST + 1)
     except FileNotFoundError:
         raise InputNotFoundError(f"{path} does not exist: expected a sweep file such as sweep.yaml") from None
-    if len(text) > 1 << 20:
-        raise SweepError(f"{path} has {len(text):,} bytes: expected a sweep file of at most 1 MB")
+    if len(text) > _LARGEST:
+        raise SweepError(f"{path} is too large: expected a sweep file of at most 1 MB")
     try:
-        value = yaml.load(text, Strict)  # a SafeLoader: no tag makes an object
+        loader = Strict(text)  # a SafeLoader: no tag makes an object
+        node = loader.get_single_node()
+        if node is not None:
+            refuse_bombs(node)
+        value = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise SweepError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise SweepError(f"{path}{where} is not YAML: {reason}") from None
+    except RecursionError:
+        raise SweepError(f"{path} is nested too deeply: expected at most {_DEEPEST} levels") from None
+    except SweepError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a date in month 13, !!bool maybe
+        raise SweepError(f"{path} holds a value that cannot be: {error}") from None
     if not isinstance(value, dict):
         raise SweepError(f"{path} holds no settings: expected keys such as heads, features, seeds")
     return value

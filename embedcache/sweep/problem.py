@@ -26,6 +26,9 @@ Rows = npt.NDArray[np.int64]
 DEFAULT_METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What heads are compared by when nobody says. Training stops early by a smooth metric all the same."""
 
+MOST_DIVISIONS = 10_000
+"""Each is kept as a mask over all rows."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -47,6 +50,10 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.shots is None and (self.folds < 1 or self.repeats < 1):
             raise SweepError(f"folds is {self.folds}, repeats {self.repeats}: expected at least 1 of each")
+        times = self.folds * self.repeats if self.shots is None else self.draws
+        if times > MOST_DIVISIONS:
+            what = f"{self.folds} folds, {self.repeats} times," if self.shots is None else f"{self.draws} draws"
+            raise SweepError(f"{what} are too many: expected at most {MOST_DIVISIONS:,} divisions of the rows")
         if self.folds == 1 and self.repeats > 1 and self.shots is None:
             raise SweepError("repeats needs folds: the cache's own validation split cannot be drawn again")
         if not 0 <= self.seed < 2**32:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import SweepError
-from embedcache.fingerprint import strict_json
+from embedcache.fingerprint import read_json
 from embedcache.sweep.store import Result, read_results
 from embedcache.sweep.table import to_text
 
@@ -42,7 +42,7 @@ class SweepResult:
         if temporary:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         try:
-            self.summary: dict[str, Any] = strict_json((self.path / "summary.json").read_bytes())
+            self.summary: dict[str, Any] = read_json(self.path / "summary.json", largest=256 << 20, most=8_000_000)
         except OSError:
             raise SweepError(f"{path} has no summary.json: it is no sweep, or none that has finished a head") from None
         except ValueError as error:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SweepError
-from embedcache.fingerprint import canonical_json, differences, hash_json, strict_json
+from embedcache.fingerprint import canonical_json, differences, hash_json, read_json, strict_json
 from embedcache.shard import append, commit, explain
 
 FORMAT, VERSION = "embedcache-sweep", 1
@@ -238,7 +238,7 @@ def read_identity(path: Path | str) -> dict[str, Any]:
     """Return what a sweep's folder compares. Raises ``SweepError`` when it is no sweep, or of another version."""
     file = Path(path) / "sweep.json"
     try:
-        body = strict_json(file.read_bytes())
+        body = read_json(file)
         name, version, identity = body["format"], body["version"], body["identity"]
     except OSError:
         raise SweepError(f"{path} is no sweep: it has no sweep.json") from None

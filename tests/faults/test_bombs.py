@@ -1,0 +1,93 @@
+"""A file that would become gigabytes or days is refused in one line, before it is parsed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import bombs
+import numpy as np
+import pytest
+from small_caches import SETS, write
+
+from embedcache.cache import FeatureCache, verify
+from embedcache.errors import EmbedcacheError, SpecError, SweepError
+from embedcache.fingerprint import read_json, strict_json
+from embedcache.heads import TrainedHead, bundle
+from embedcache.report import report
+from embedcache.sweep import SweepResult, sweep
+from embedcache.sweep.store import read_identity
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "manifest": ("manifest.json", FeatureCache.open),
+    "head": ("config.json", TrainedHead.from_pretrained),
+    "metrics": ("metrics.json", lambda folder: bundle.record(folder, "test", {})),
+    "sweep": ("sweep.json", read_identity),
+    "summary": ("summary.json", SweepResult),
+    "report": ("summary.json", report),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("bomb", bombs.JSON)
+def test_json_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, bomb: str) -> None:
+    name, read = READERS[reader]
+    if name == "metrics.json":
+        (tmp_path / "config.json").write_text("{}")
+        monkeypatch.setattr(bundle, "load", lambda folder: None)
+    (tmp_path / name).write_bytes(bombs.JSON[bomb])
+    parse = json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **options: parse(text, **options) if len(text) < 9 else 1 / 0)
+    with pytest.raises(EmbedcacheError, match=r"more than \d,000,000 values|nested too deeply") as caught:
+        read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    if name == "manifest.json":
+        assert len(verify(tmp_path)) == 1
+
+
+def test_json_that_is_no_bomb() -> None:
+    deep = "[" * 99 + "]" * 99
+    assert strict_json(deep) == parse_plainly(deep)
+    for texts in (["[" * 500], [":-[ " * 500, "}" * 500, '"[\\' * 500], ["é\n[" * 200]):
+        for ascii_only in (True, False):
+            text = json.dumps({"texts": texts}, ensure_ascii=ascii_only)
+            assert strict_json(text) == strict_json(text.encode()) == {"texts": texts}
+    # 100,000 shards, as a manifest names them
+    shard = {
+        "name": "0-a.h5",
+        "bytes": 1,
+        "sha256": "0" * 64,
+        "rows": 1,
+        "provenance": dict.fromkeys(map(str, range(25))),
+    }
+    assert len(strict_json(json.dumps([shard] * 100_000), most=4_000_000)) == 100_000
+
+
+def parse_plainly(text: str) -> object:
+    return json.loads(text)
+
+
+def test_only_plain_files_of_a_sane_size_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no plain file"):
+        read_json("/dev/zero")
+    (tmp_path / "large").write_bytes(b"[" + b" " * 1000 + b"]")
+    with pytest.raises(ValueError, match="it has 1,002 bytes, 1,000 at most"):
+        read_json(tmp_path / "large", largest=1000)
+    assert read_json(tmp_path / "large") == []
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    folder, codes = tmp_path_factory.mktemp("bombs") / "c", (np.arange(60) % 7 == 0).astype(np.uint8)
+    return FeatureCache.open(write(folder, 60, 60, SETS[:1], split=codes, split_names=("train", "validation")))
+
+
+@pytest.mark.parametrize("bomb", bombs.YAML)
+def test_yaml_bombs(tmp_path: Path, cache: FeatureCache, bomb: str) -> None:
+    text, said = bombs.YAML[bomb]
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises((SweepError, SpecError), match=said) as caught:
+        sweep(cache, tmp_path / "sweep.yaml", output_dir=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
