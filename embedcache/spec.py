@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from embedcache.errors import SpecError
@@ -93,12 +94,97 @@ def _layer_range(part: str, text: str) -> Sequence[int]:
 
 
 @dataclass(frozen=True)
+class Declared:
+    """What is said of one setting wherever it is offered: by a value, a command or an estimator.
+
+    ``help`` is one line, ``expected`` says in words what ``allowed`` tests, ``choices`` are the words there are (none
+    where it is not a word), ``type`` is what text is read as, ``metavar`` stands for the value in a command's help.
+    ``unset`` says what None stands for.
+    """
+
+    help: str
+    allowed: Callable[[Any], bool]
+    expected: str
+    type: type = str
+    choices: tuple[str, ...] = ()
+    metavar: str = ""
+    unset: str = ""
+
+    def described(self, default: Any) -> str:
+        """Return the help with a default and the range, in one line."""
+        shown = self.unset if default is None else f"{default:g}" if self.type in (int, float) else str(default)
+        shown = {True: "yes", False: "no"}.get(default, shown) if self.type is bool else shown
+        known = [f"default: {shown}"] if shown else []
+        known += [self.expected] if self.type in (int, float) else []
+        return f"{self.help}  [{'; '.join(known)}]" if known else self.help
+
+
+def declared(spec: type[HeadSpec] | type[TrainSpec]) -> dict[str, Declared]:
+    """Return what is known of each field, by name and in order: commands and estimators are made from it."""
+    return {each.name: each.metadata["declared"] for each in fields(spec)}
+
+
+def _setting(default: Any, help: str, allowed: Callable[[Any], bool], expected: str, **more: Any) -> Any:
+    return field(default=default, metadata={"declared": Declared(help, allowed, expected, **more)})
+
+
+def _choice(default: str, help: str, *choices: str) -> Any:
+    words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return _setting(default, help, lambda value: isinstance(value, str) and value in choices, words, choices=choices)
+
+
+def _whole(
+    default: int | None, help: str, least: int = 0, metavar: str = "N", most: int | None = None, unset: str = ""
+) -> Any:
+    def allowed(value: Any) -> bool:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return (default is None and value is None) or (whole and least <= value and (most is None or value <= most))
+
+    expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most:,}"
+    return _setting(default, help, allowed, expected, type=int, metavar=metavar, unset=unset)
+
+
+def _number(default: float, help: str, expected: str, metavar: str = "X") -> Any:
+    ranges: dict[str, Callable[[Any], bool]] = {
+        "a number above 0": lambda value: value > 0,
+        "a number of at least 0": lambda value: value >= 0,
+        "a number from 0 to below 1": lambda value: 0 <= value < 1,
+    }
+
+    def allowed(value: Any) -> bool:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and math.isfinite(value) and ranges[expected](value)
+
+    return _setting(default, help, allowed, expected, type=float, metavar=metavar)
+
+
+def _is_class_weight(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == "balanced") or isinstance(value, Mapping)
+
+
+@dataclass(frozen=True)
 class HeadSpec:
     """Which head: ``kind`` names it in the registry of ``engine``; ``options`` are its constructor's keywords."""
 
-    kind: str = "linear"
-    engine: Literal["torch", "sklearn"] = "torch"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = _setting(
+        "linear",
+        "Which head: linear, mlp, residual, attention, attention-pooling; or scikit-learn's logistic-regression, "
+        "linear-svm, ridge, lda, knn, hist-gradient-boosting, and the baselines majority and random-projection.",
+        lambda value: isinstance(value, str), "the name of a head", metavar="NAME",
+    )  # fmt: skip
+    engine: Literal["torch", "sklearn"] = _choice(
+        "torch", "Which library trains it: both have a linear and an mlp, everything else only one of them has.",
+        "torch", "sklearn",
+    )  # fmt: skip
+    options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "declared": Declared(
+                "The head's own settings.", lambda value: isinstance(value, Mapping), "names and values",
+                metavar="NAME=VALUE",
+            )
+        },
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.engine not in ("torch", "sklearn"):
@@ -107,66 +193,62 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """How to train one head.
+    """How to train one head. Each setting says what it is, and raises ``SpecError`` for a value that it cannot have.
 
-    ``solver`` is ``minibatch`` (``optimizer`` over shuffled batches) or ``convex`` (full batch, linear heads only).
-    ``warmup`` is the share of all steps in [0, 1). ``clip`` is the largest gradient norm, 0 for none.
-    ``patience`` counts epochs without a better ``metric`` on validation, 0 for never stopping early.
-    ``seed`` decides initial weights and dropout, ``shuffle_seed`` the order of the batches (None: ``seed`` does).
-    ``l2`` is the strength of the convex solver's penalty, ``l2 / 2 * ||W||^2`` added to the *sum* of losses
-    (scikit-learn's ``C`` is ``1 / l2``).
+    ``l2`` is the strength of the penalty of linear heads, ``l2 / 2 * ||W||^2`` added to the *sum* of losses
+    (scikit-learn's ``C`` is ``1 / l2``). ``class_weight`` maps names of classes to weights, or is ``balanced``.
+    ``shuffle_seed`` None takes ``seed``.
     """
 
-    solver: Literal["minibatch", "convex"] = "minibatch"
-    epochs: int = 30
-    batch_size: int = 64
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    momentum: float = 0.9
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: float = 0.05
-    clip: float = 1.0
-    patience: int = 5
-    metric: str | None = None
-    label_smoothing: float = 0.0
-    class_weight: Literal["balanced"] | Mapping[str, float] | None = None
-    standardize: bool = True
-    l2: float = 1.0
-    seed: int = 0
-    shuffle_seed: int | None = None
+    solver: Literal["minibatch", "convex"] = _choice(
+        "minibatch", "minibatch: the optimizer over shuffled batches. convex: the exact optimum of a linear head.",
+        "minibatch", "convex",
+    )  # fmt: skip
+    epochs: int = _whole(30, "Passes over the training rows.", 1)
+    batch_size: int = _whole(64, "Rows in a training step.", 1)
+    optimizer: Literal["adamw", "sgd"] = _choice("adamw", "What takes the steps.", "adamw", "sgd")
+    learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0")
+    weight_decay: float = _number(0.01, "Weight decay, of matrices and not of biases.", "a number of at least 0")
+    momentum: float = _number(0.9, "Momentum of sgd.", "a number from 0 to below 1")
+    schedule: Literal["constant", "linear", "cosine"] = _choice(
+        "cosine", "How the learning rate falls to 0 after the warm-up, if it does.", "constant", "linear", "cosine"
+    )
+    warmup: float = _number(
+        0.05, "Share of all steps in which the learning rate rises.", "a number from 0 to below 1", "SHARE"
+    )
+    clip: float = _number(1.0, "Clip gradients to this norm; 0 disables.", "a number of at least 0", "NORM")
+    patience: int = _whole(
+        5, "Stop early after so many epochs without a better metric on validation; 0 disables.", 0, "EPOCHS"
+    )
+    metric: str | None = _setting(
+        None, "Metric on validation by which the best epoch is kept.",
+        lambda value: value is None or isinstance(value, str), "the name of a metric", metavar="NAME",
+        unset="log_loss, or rmse of a regression",
+    )  # fmt: skip
+    label_smoothing: float = _number(
+        0.0, "Share of a label that is spread over all classes.", "a number from 0 to below 1"
+    )
+    class_weight: Literal["balanced"] | Mapping[str, float] | None = _setting(
+        None, 'Weights of classes: balanced, or a number for each class: {"class": weight}.', _is_class_weight,
+        "balanced, or a weight for each class", metavar="balanced|JSON", unset="1 each",
+    )  # fmt: skip
+    standardize: bool = _setting(
+        True, "Give features mean 0 and variance 1 first; folded into the head.", lambda value: isinstance(value, bool),
+        "true or false", type=bool,
+    )  # fmt: skip
+    l2: float = _number(
+        1.0, "Penalty of the convex solver and of scikit-learn's linear heads, 1 / C.", "a number of at least 0"
+    )
+    seed: int = _whole(0, "Seed of initial weights, dropout and the order of rows.", most=2**32 - 1)
+    shuffle_seed: int | None = _whole(None, "Seed of the order of rows alone.", most=2**32 - 1, unset="that of seed")
 
     def __post_init__(self) -> None:
-        _check(self.solver in ("minibatch", "convex"), "solver", self.solver, "minibatch or convex")
-        _check(self.optimizer in ("adamw", "sgd"), "optimizer", self.optimizer, "adamw or sgd")
-        _check(
-            self.schedule in ("constant", "linear", "cosine"), "schedule", self.schedule, "constant, linear or cosine"
-        )
-        _check(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _check(_positive(self.learning_rate), "learning_rate", self.learning_rate, "a positive number")
-        _check(_positive(self.weight_decay, zero=True), "weight_decay", self.weight_decay, "0 or a positive number")
-        _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
-        _check(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps in [0, 1)")
-        _check(_positive(self.clip, zero=True), "clip", self.clip, "0 or a positive number")
-        _check(self.patience >= 0, "patience", self.patience, "0 or more epochs")
-        _check(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "a number in [0, 1)")
-        _check(_positive(self.l2, zero=True), "l2", self.l2, "0 or a positive number")
-        for name, seed in (("seed", self.seed), ("shuffle_seed", self.order_seed)):
-            _check(isinstance(seed, int) and 0 <= seed < 2**32, name, seed, "a whole number in [0, 2**32)")
-        fine = self.class_weight is None or self.class_weight == "balanced" or isinstance(self.class_weight, Mapping)
-        _check(fine, "class_weight", self.class_weight, "balanced, or a weight for each class")
+        for name, setting in declared(TrainSpec).items():
+            value = getattr(self, name)
+            if not setting.allowed(value):
+                raise SpecError(f"{name} is {value!r}: expected {setting.expected}")
 
     @property
     def order_seed(self) -> int:
         """The seed of the batch order."""
         return self.seed if self.shuffle_seed is None else self.shuffle_seed
-
-
-def _positive(value: float, zero: bool = False) -> bool:
-    return math.isfinite(value) and (value > 0 or (zero and value == 0))
-
-
-def _check(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise SpecError(f"{name} is {value!r}: expected {expected}")

@@ -237,7 +237,7 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("--head", "linear", "--feature", "tokens"), 1, "reads one vector a row"),
     (("--head", "knn", "--feature", "tokens"), 1, "reads one vector a row"),
     (("--feature", "cls"), 1, "cls"),
-    (("--epochs", "0"), 2, "epochs is 0: expected at least 1"),
+    (("--epochs", "0"), 2, "epochs is 0: expected a whole number of at least 1"),
     (("--lr", "-1"), 2, "learning_rate is -1"),
     (("--lr", "nan"), 2, "learning_rate is nan"),
     (("--metric", "acuracy"), 2, "acuracy"),

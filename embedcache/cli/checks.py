@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples
+from embedcache.cli.options import (
+    device_option,
+    head_options,
+    input_options,
+    json_option,
+    print_json,
+    read_examples,
+    setting_option,
+)
 
 
 @click.command()
@@ -14,11 +22,7 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
 @click.argument("inputs", nargs=-1, type=click.Path())
 @click.option("--model", metavar="NAME|FOLDER", help="Where the backbone is now, if not where it was.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
-@click.option("--head", "kind", metavar="NAME", help="Which head is trained. Default: mlp, or attention-pooling.")
-@click.option(
-    "--head-option", "head_options", multiple=True, metavar="NAME=VALUE",
-    help="A setting of the head, as JSON: hidden=[256].",
-)  # fmt: skip
+@head_options("kind", "options", default=None, torch="[default: mlp, or attention-pooling]")
 @click.option("--feature", metavar="NAME", help="Feature set the head reads. Default: the first it can.")
 @click.option(
     "--reference", type=click.Choice(["canonical", "standard", "both"]), default="both", show_default=True,
@@ -30,7 +34,7 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
     "--rows", type=int, default=1536, show_default=True, metavar="N", help="Rows whose features are compared."
 )
 @click.option("--all", "everything", is_flag=True, help="Every row, and at least one epoch of steps: no sample.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the sample, head and batches.")
+@setting_option("seed", default=0, more="And of the sample.")
 @device_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @input_options

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples, table
+from embedcache.cli.options import (
+    device_option,
+    head_options,
+    input_options,
+    json_option,
+    print_json,
+    read_examples,
+    setting_option,
+    table,
+)
 
 
 @click.command()
@@ -17,10 +26,8 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
 )  # fmt: skip
 @click.option("--model", metavar="NAME|FOLDER", help="Hugging Face model. Default: the packaged all-MiniLM-L6-v2.")
 @click.option("--pooling", default="auto", show_default=True, metavar="POOLING[@LAYERS]", help="What the head reads.")
-@click.option(
-    "--head", default="linear", show_default=True, metavar="NAME", help="A torch head: linear, mlp, residual."
-)
-@click.option("--epochs", type=int, default=5, show_default=True, metavar="N", help="Of every approach.")
+@head_options("kind", torch="One that reads one vector a row.")
+@setting_option("epochs", default=5, more="Of every approach.")
 @click.option(
     "--fractions", default="1", show_default=True, metavar="X,X", help="Shares of the training rows: 0.01,0.1,1."
 )
@@ -30,7 +37,7 @@ from embedcache.cli.options import device_option, input_options, json_option, pr
 )  # fmt: skip
 @click.option("--max-rows", type=int, metavar="N", help="At most so many rows in all, drawn by content.")
 @click.option("--metric", metavar="NAME", help="What is compared. Default: accuracy, f1_macro or rmse.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="The first seed.")
+@setting_option("seed", default=0, more="The first of --seeds.")
 @click.option("--seeds", type=int, default=1, show_default=True, metavar="N", help="How many seeds to average over.")
 @device_option
 @input_options
@@ -40,7 +47,7 @@ def compare(
     output_dir: str | None,
     model: str | None,
     pooling: str,
-    head: str,
+    kind: str,
     epochs: int,
     fractions: str,
     approaches: str,
@@ -68,7 +75,7 @@ def compare(
 
     examples = read_examples(inputs, f"{where}.quarantine.jsonl", **options)
     found = compare_training_approaches(
-        examples, where, model=model, head=head, pooling=pooling, approaches=names, epochs=epochs, fractions=shares,
+        examples, where, model=model, head=kind, pooling=pooling, approaches=names, epochs=epochs, fractions=shares,
         max_rows=max_rows, seeds=range(seed, seed + seeds), metric=metric, device=device,
     )  # fmt: skip
     if as_json:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from embedcache.cli.options import device_option, json_option, print_json, several, table
+from embedcache.cli.options import device_option, head_options, json_option, print_json, table, training_options
 
 _MINIBATCH = (
     "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "momentum", "schedule", "warmup", "clip",
@@ -18,48 +18,11 @@ _MINIBATCH = (
 )  # fmt: skip
 """Settings that only training by minibatches has."""
 
-training_options = several(
-    click.option("--solver", type=click.Choice(["minibatch", "convex"]),
-                 help="minibatch (the default), or convex: the exact optimum of a linear head, found in full batches."),
-    click.option("--epochs", type=int, metavar="N", help="Passes over the training rows. Default: 30."),
-    click.option("--batch-size", type=int, metavar="N", help="Rows in a step. Default: 128."),
-    click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), help="Default: adamw."),
-    click.option("--learning-rate", "--lr", type=float, metavar="X", help="Its largest value. Default: 0.003."),
-    click.option("--weight-decay", type=float, metavar="X", help="Pull on matrices, not on biases. Default: 0.01."),
-    click.option("--momentum", type=float, metavar="X", help="Of sgd. Default: 0.9."),
-    click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]),
-                 help="How the learning rate falls. Default: cosine."),
-    click.option("--warmup", type=float, metavar="SHARE", help="Share of the steps in which it rises. Default: 0.05."),
-    click.option("--clip", type=float, metavar="NORM", help="Largest norm of a gradient, 0 for any. Default: 1."),
-    click.option("--patience", type=int, metavar="EPOCHS",
-                 help="Stop after so many epochs without a better metric, 0 for never. Default: 5."),
-    click.option("--metric", metavar="NAME", help="What validation is judged by. Default: by the task."),
-    click.option("--label-smoothing", type=float, metavar="X", help="Share of a label spread over all. Default: 0."),
-    click.option("--class-weight", metavar="balanced|JSON", help='balanced, or {"class": weight}.'),
-    click.option("--l2", type=float, metavar="X",
-                 help="Penalty of convex and scikit-learn's linear heads, 1 / C. Default: 1."),
-    click.option("--standardize/--no-standardize", default=None,
-                 help="Give features mean 0 and variance 1 first; folded into the head. Default: yes."),
-    click.option("--seed", type=int, metavar="N", help="Of weights, dropout and the order of rows. Default: 0."),
-)  # fmt: skip
-
 
 @click.command()
 @click.argument("cache", type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
-@click.option(
-    "--head", "kind", default="linear", show_default=True, metavar="NAME",
-    help="linear, mlp, residual, attention, attention-pooling; or scikit-learn's logistic-regression, linear-svm, "
-    "ridge, lda, knn, hist-gradient-boosting, and the baselines majority and random-projection.",
-)  # fmt: skip
-@click.option(
-    "--engine", type=click.Choice(["torch", "sklearn"]),
-    help="Whose linear or mlp. Default: torch; sklearn for what only it has.",
-)  # fmt: skip
-@click.option(
-    "--head-option", "head_options", multiple=True, metavar="NAME=VALUE",
-    help="A setting of the head, as JSON: hidden=[256]. Repeat for more.",
-)  # fmt: skip
+@head_options()
 @click.option("--feature", metavar="NAME", help="Feature set. Default: the first that the head can read.")
 @training_options
 @click.option("--allow-unseen", is_flag=True, help="Train although a class of another split has no training row.")

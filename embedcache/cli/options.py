@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from embedcache.spec import HeadSpec, TrainSpec, declared
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -20,6 +22,52 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+def setting_option(name: str, *, more: str = "", default: Any = None) -> Callable[[Any], Any]:
+    """Return the option of a field of ``TrainSpec``, as the field declares itself.
+
+    Not given it is None, so that a command knows what was asked for; with a ``default`` of the command's own it is
+    that. ``more`` is what the command adds to the help.
+    """
+    setting = declared(TrainSpec)[name]
+    flag = f"--{name.replace('_', '-')}"
+    flags = [f"{flag}/--no-{flag[2:]}"] if setting.type is bool else [flag, *_SHORT.get(name, ())]
+    shown = getattr(TrainSpec(), name) if default is None else default
+    text = setting.described(shown).replace("  [", f" {more}  [", 1) if more else setting.described(shown)
+    kind: Any = click.Choice(setting.choices) if setting.choices else setting.type
+    if setting.type is bool:
+        return click.option(*flags, name, default=default, help=text)
+    return click.option(*flags, name, type=kind, metavar=setting.metavar or None, default=default, help=text)
+
+
+_SHORT = {"learning_rate": ("--lr",)}
+
+training_options = several(*map(setting_option, declared(TrainSpec)))
+
+
+def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = "") -> Callable[[Any], Any]:
+    """Return the options of a ``HeadSpec``, or those of them in ``names``: ``kind``, ``engine``, ``options``.
+
+    A command whose heads are torch's alone says in ``torch`` which of them.
+    """
+    about = declared(HeadSpec)
+    # What is after the semicolon are scikit-learn's.
+    which = f"{about['kind'].help.partition(';')[0]}. {torch}" if torch else about["kind"].help
+    made = {
+        "kind": click.option(
+            "--head", "kind", default=default, show_default=default is not None, metavar=about["kind"].metavar,
+            help=which,
+        ),
+        "engine": click.option(
+            "--engine", type=click.Choice(about["engine"].choices), help=about["engine"].described(HeadSpec.engine)
+        ),
+        "options": click.option(
+            "--head-option", "head_options", multiple=True, metavar=about["options"].metavar,
+            help=f"{about['options'].help} As JSON: hidden=[256]. Repeat for more.",
+        ),
+    }  # fmt: skip
+    return several(*(made[name] for name in names or made))
 
 
 input_options = several(

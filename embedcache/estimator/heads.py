@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +18,25 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 from embedcache.errors import InputError, TrainingError
 from embedcache.heads import TrainedHead, engine_of
 from embedcache.heads.trained import Array, Floats
-from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.spec import HeadSpec, Task, TrainSpec, declared
 from embedcache.train import train_head
 
 _DTYPES = (np.float64, np.float32)
+_DEFAULTS = TrainSpec()
+
+
+def _documented(estimator: type[Any]) -> type[Any]:
+    """Say in the docstring what each setting is, as ``TrainSpec`` and the command line do."""
+    parameters, about = inspect.signature(estimator).parameters, declared(TrainSpec)
+    lines = [
+        textwrap.fill(
+            f"{name}: {about[name].described(parameters[name].default)}", 112, initial_indent=" " * 8,
+            subsequent_indent=" " * 12, break_on_hyphens=False,
+        )
+        for name in parameters if name in about
+    ]  # fmt: skip
+    estimator.__doc__ = (estimator.__doc__ or "").replace("        SETTINGS", "\n".join(lines))
+    return estimator
 
 
 class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -29,26 +46,26 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
     def __init__(
         self,
-        head: str = "linear",
+        head: str = HeadSpec.kind,
         *,
         engine: str | None = None,
         options: Mapping[str, Any] | None = None,
         solver: str = "auto",
-        epochs: int = 30,
-        batch_size: int = 128,
-        optimizer: str = "adamw",
-        learning_rate: float = 3e-3,
-        weight_decay: float = 0.01,
-        momentum: float = 0.9,
-        schedule: str = "cosine",
-        warmup: float = 0.05,
-        clip: float = 1.0,
-        standardize: bool = True,
-        l2: float = 1.0,
+        epochs: int = _DEFAULTS.epochs,
+        batch_size: int = _DEFAULTS.batch_size,
+        optimizer: str = _DEFAULTS.optimizer,
+        learning_rate: float = _DEFAULTS.learning_rate,
+        weight_decay: float = _DEFAULTS.weight_decay,
+        momentum: float = _DEFAULTS.momentum,
+        schedule: str = _DEFAULTS.schedule,
+        warmup: float = _DEFAULTS.warmup,
+        clip: float = _DEFAULTS.clip,
+        standardize: bool = _DEFAULTS.standardize,
+        l2: float = _DEFAULTS.l2,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
-        patience: int = 5,
-        metric: str | None = None,
+        patience: int = _DEFAULTS.patience,
+        metric: str | None = _DEFAULTS.metric,
         random_state: Any = 0,
         device: str = "cpu",
         verbose: bool = False,
@@ -134,6 +151,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return tags
 
 
+@_documented
 class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
     """A head that fits on features, as scikit-learn has its classifiers: one class a row, or several labels.
 
@@ -141,12 +159,12 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         head: the kind, such as ``"linear"``, ``"mlp"``, ``"knn"``; see ``embedcache.heads``.
         engine: ``"torch"`` or ``"sklearn"``; None for whichever has the head, torch first.
         options: the head's own settings, such as ``{"hidden": [256]}``.
-        solver: ``"minibatch"``, ``"convex"`` (linear heads on torch), or ``"auto"`` for convex where it can be.
-        epochs, ..., metric: as in ``TrainSpec``. ``l2`` is 1 / ``C`` of scikit-learn's logistic regression.
-        label_smoothing, class_weight: as in ``TrainSpec``; a mapping has the labels as they are in ``y``.
+        SETTINGS
         early_stopping: hold out ``validation_fraction`` of the rows, stop when ``metric`` has not become better on
             them for ``patience`` epochs, and calibrate on them.
         random_state: decides initial weights, dropout, the order of rows and what is held out.
+
+    A mapping of ``class_weight`` has the labels as they are in ``y``.
 
     After ``fit``, ``classes_`` are the classes, ``head_`` is the ``TrainedHead`` (``head_.save_pretrained`` makes it a
     bundle), ``history_`` has a dict for each epoch and ``notes_`` what training had to say.
@@ -158,28 +176,28 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        head: str = "linear",
+        head: str = HeadSpec.kind,
         *,
         engine: str | None = None,
         options: Mapping[str, Any] | None = None,
         solver: str = "auto",
-        epochs: int = 30,
-        batch_size: int = 128,
-        optimizer: str = "adamw",
-        learning_rate: float = 3e-3,
-        weight_decay: float = 0.01,
-        momentum: float = 0.9,
-        schedule: str = "cosine",
-        warmup: float = 0.05,
-        clip: float = 1.0,
-        standardize: bool = True,
-        l2: float = 1.0,
-        label_smoothing: float = 0.0,
-        class_weight: Any = None,
+        epochs: int = _DEFAULTS.epochs,
+        batch_size: int = _DEFAULTS.batch_size,
+        optimizer: str = _DEFAULTS.optimizer,
+        learning_rate: float = _DEFAULTS.learning_rate,
+        weight_decay: float = _DEFAULTS.weight_decay,
+        momentum: float = _DEFAULTS.momentum,
+        schedule: str = _DEFAULTS.schedule,
+        warmup: float = _DEFAULTS.warmup,
+        clip: float = _DEFAULTS.clip,
+        standardize: bool = _DEFAULTS.standardize,
+        l2: float = _DEFAULTS.l2,
+        label_smoothing: float = _DEFAULTS.label_smoothing,
+        class_weight: Any = _DEFAULTS.class_weight,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
-        patience: int = 5,
-        metric: str | None = None,
+        patience: int = _DEFAULTS.patience,
+        metric: str | None = _DEFAULTS.metric,
         random_state: Any = 0,
         device: str = "cpu",
         verbose: bool = False,
@@ -269,10 +287,13 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         return tags
 
 
+@_documented
 class HeadRegressor(RegressorMixin, _HeadEstimator):  # type: ignore[misc]
     """A head that fits on features, as scikit-learn has its regressors: one target, or several.
 
-    Args as in ``HeadClassifier``.
+    Args:
+        head, engine, options, early_stopping, validation_fraction, random_state: as in ``HeadClassifier``.
+        SETTINGS
 
     Example::
 

@@ -1,0 +1,101 @@
+"""One set of defaults, ranges and help texts, whichever way a setting is given."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import click
+import pytest
+
+from embedcache import HeadClassifier, HeadRegressor, HeadSpec, TrainSpec
+from embedcache.cli import cli
+from embedcache.errors import SpecError
+from embedcache.heads import kinds
+from embedcache.spec import declared
+
+SETTINGS = declared(TrainSpec)
+HEAD = {"kind": "kind", "engine": "engine", "head_options": "options"}
+ANOTHER_THING = {
+    ("sweep", "metric"): "heads are compared by it, whatever they are trained by",
+    ("sweep", "seed"): "of folds and draws; --seeds are those of heads",
+    ("compare", "metric"): "approaches are compared by it",
+}
+OWN_DEFAULT = {("compare", "epochs"): 5, ("check", "kind"): None}
+UNIQUE = {"shuffle_seed", "seed"}
+"""What an estimator has as ``random_state``, scikit-learn's name."""
+
+
+def options() -> list[tuple[str, click.Option]]:
+    commands = cli.commands.items()
+    return [(name, each) for name, command in commands for each in command.params if isinstance(each, click.Option)]
+
+
+def words(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+TABLE = [
+    (name, option) for name, option in options()
+    if option.name in SETTINGS and (name, option.name) not in ANOTHER_THING
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option"), TABLE, ids=[f"{name}-{option.name}" for name, option in TABLE])
+def test_an_option_has_the_default_range_and_help_of_its_setting(command: str, option: click.Option) -> None:
+    assert option.name is not None
+    assert option.help is not None
+    setting, default = SETTINGS[option.name], getattr(TrainSpec(), option.name)
+    shown = OWN_DEFAULT.get((command, option.name), default)
+    assert option.default in (None, shown), "None leaves it to TrainSpec"
+    bracket = setting.described(shown).removeprefix(setting.help)
+    assert option.help.startswith(setting.help)
+    assert option.help.endswith(bracket)
+    assert tuple(getattr(option.type, "choices", ())) == setting.choices
+
+
+def test_every_setting_is_an_option_of_train() -> None:
+    assert {option.name for name, option in TABLE if name == "train"} == set(SETTINGS)
+
+
+def test_commands_that_take_a_head_say_the_same_of_it() -> None:
+    about, torch = declared(HeadSpec), ", ".join(kinds("torch"))
+    said = [(name, option) for name, option in options() if option.name in HEAD]
+    assert {name for name, _ in said} == {"train", "check", "compare"}
+    for name, option in said:
+        setting = about[HEAD[str(option.name)]]
+        first = re.split(r"[;.]", setting.help)[0]
+        assert str(option.help).startswith(first), f"{name} {option.name}"
+        if option.name == "kind":
+            assert option.default == OWN_DEFAULT.get((name, "kind"), HeadSpec().kind)
+            assert torch in str(option.help)
+    assert all(kind in about["kind"].help for engine in ("torch", "sklearn") for kind in kinds(engine))
+
+
+@pytest.mark.parametrize("estimator", [HeadClassifier, HeadRegressor])
+def test_an_estimator_has_the_defaults_ranges_and_help_of_the_settings(estimator: Any) -> None:
+    parameters = inspect.signature(estimator).parameters
+    assert parameters["head"].default == HeadSpec().kind
+    only_classes = {"label_smoothing", "class_weight"} if estimator is HeadRegressor else set()
+    assert set(SETTINGS) - set(parameters) == UNIQUE | only_classes
+    for name in set(SETTINGS) & set(parameters) - {"solver"}:
+        assert parameters[name].default == getattr(TrainSpec(), name), name
+        assert words(f"{name}: {SETTINGS[name].described(parameters[name].default)}") in words(estimator.__doc__)
+
+
+OUTSIDE: dict[str, tuple[Any, ...]] = {
+    "solver": ("newton", None), "epochs": (0, 2.5, True, "3"), "batch_size": (0, 1.5), "optimizer": ("adam", 1),
+    "learning_rate": (0, -1, float("nan"), float("inf"), "fast"), "weight_decay": (-0.1, None), "momentum": (1, -0.1),
+    "schedule": ("step",), "warmup": (1, -0.1), "clip": (-1, None), "patience": (-1, 0.5), "metric": (3,),
+    "label_smoothing": (1, -0.1), "class_weight": ("even", 3), "standardize": (None, "yes", 1), "l2": (-1, None),
+    "seed": (-1, 2**32, 0.5, None), "shuffle_seed": (-1, 2**32, "0"),
+}  # fmt: skip
+
+
+def test_values_outside_the_range_are_refused_and_the_range_is_said() -> None:
+    assert set(OUTSIDE) == set(SETTINGS)
+    for name, values in OUTSIDE.items():
+        for value in values:
+            with pytest.raises(SpecError, match=rf"{name} is .*: expected {re.escape(SETTINGS[name].expected)}"):
+                TrainSpec(**{name: value})
