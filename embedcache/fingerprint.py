@@ -50,7 +50,7 @@ def strict_json(text: str | bytes, *, most: int = MOST_VALUES) -> Any:
 
     Raises ``ValueError`` with the reason.
     """
-    _refuse_bombs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text, most)
+    refuse_bombs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text, most)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def read_json(path: Path | str, *, largest: int = 64 << 20, most: int = MOST_VAL
         return strict_json(file.read(largest).decode("utf-8"), most=most)
 
 
-def _refuse_bombs(data: bytes, most: int) -> None:
+def refuse_bombs(data: bytes, most: int) -> None:
     """Raise ``ValueError`` for more values or levels than are expected; costs little beside parsing.
 
     A comma or a bracket in a string counts too: the limits leave room for those.

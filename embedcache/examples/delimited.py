@@ -12,9 +12,10 @@ from typing import IO, Any, cast
 
 from embedcache.errors import InputError
 from embedcache.examples.source import BLOCK_ROWS, SAMPLE_ROWS, BadRow, Block, unique_columns
-from embedcache.examples.stored import BLOCK_BYTES, FileSource, StoredFile
+from embedcache.examples.stored import BLOCK_BYTES, LONGEST, FileSource, StoredFile
 
-_FIELD_LIMIT = 1 << 26  # bounds what an unclosed quote can swallow, far above any real cell
+_MOST_BLOCKS = LONGEST // BLOCK_BYTES + 2
+_UNCLOSED = 'a quote is opened and not closed: write a quote inside a quoted cell twice ("")'
 _CSV_REFUSES_NUL = sys.version_info < (3, 11)
 _NUL_STAND_IN = "\ud800"  # cannot come out of decoding UTF-8, and not one of surrogateescape's either
 _csv_lock = threading.Lock()
@@ -23,11 +24,12 @@ _csv_lock = threading.Lock()
 class _Lines:
     """Lines of a text file, a block at a time, remembering the block for messages."""
 
-    def __init__(self, text: IO[str]) -> None:
-        self._text = text
+    def __init__(self, name: str, text: IO[str]) -> None:
+        self._name, self._text = name, text
+        self.row = 1
         self._block: list[str] = []
         self._before = 0
-        self.blocks = 0
+        self.blocks = self.finished = 0
 
     def __iter__(self) -> Iterator[str]:
         while block := self._text.readlines(BLOCK_BYTES):
@@ -38,6 +40,8 @@ class _Lines:
             self._before += len(self._block)
             self._block = block
             self.blocks += 1
+            if self.blocks - self.finished > _MOST_BLOCKS:
+                raise InputError(f"{self._name}:{self.row}: a row is longer than {LONGEST:,} characters: {_UNCLOSED}")
             yield from block
 
     def between(self, first: int, last: int) -> str:
@@ -98,7 +102,7 @@ class CsvSource(FileSource):
     def _read(self) -> Iterator[tuple[list[list[str]], list[int], list[BadRow]]]:
         with self.file.open() as binary:
             text = io.TextIOWrapper(cast(Any, binary), "utf-8", errors="surrogateescape", newline="")
-            lines = _Lines(text)
+            lines = _Lines(self.name, text)
             reader = csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
             more = True
             end = 0
@@ -106,7 +110,8 @@ class CsvSource(FileSource):
                 rows: list[list[str]] = []
                 starts: list[int] = []
                 bad: list[BadRow] = []
-                stop = max(lines.blocks, 1)
+                lines.finished = stop = max(lines.blocks, 1)
+                lines.row = end + 1
                 with _large_cells():
                     try:
                         more = False
@@ -118,6 +123,8 @@ class CsvSource(FileSource):
                                 more = True
                                 break
                     except csv.Error as error:
+                        if "field limit" in str(error):  # nothing that follows can be believed to be rows
+                            raise InputError(f"{self.name}:{end + 1}: {self._explain(str(error))}") from None
                         more = True
                         bad.append(BadRow(end + 1, self._explain(str(error)), lines.between(end + 1, reader.line_num)))
                         end = reader.line_num
@@ -127,7 +134,7 @@ class CsvSource(FileSource):
 
     def _explain(self, error: str) -> str:
         if "unexpected end of data" in error or "field limit" in error:
-            return 'a quote is opened and not closed: write a quote inside a quoted cell twice ("")'
+            return _UNCLOSED
         if "expected after" in error:
             return 'text after a closing quote: write a quote inside a quoted cell twice (""), or pass --quoting none'
         return error
@@ -137,7 +144,7 @@ class CsvSource(FileSource):
 def _large_cells() -> Iterator[None]:
     # The limit belongs to the whole process: lift it only while our own reader runs, then put the caller's back.
     with _csv_lock:
-        before = csv.field_size_limit(_FIELD_LIMIT)
+        before = csv.field_size_limit(LONGEST)
         try:
             yield
         finally:

@@ -9,6 +9,10 @@ from typing import Any
 from embedcache.errors import InputError
 from embedcache.examples.source import SAMPLE_ROWS, BadRow, Block, Kind, kind_of
 from embedcache.examples.stored import BLOCK_BYTES, FileSource, StoredFile
+from embedcache.fingerprint import MOST_VALUES, refuse_bombs
+
+_LONG = 1 << 16
+"""Bytes of a line that could become much more than a line when it is parsed."""
 
 
 class LinesSource(FileSource):
@@ -65,6 +69,8 @@ class JsonlSource(FileSource):
                     text = line.decode().strip(" \t\r\n")
                     if not text:
                         continue
+                    if len(line) > _LONG:
+                        refuse_bombs(line, MOST_VALUES)
                     record, end = scan(text, 0)
                     if end != len(text):
                         reason = f"invalid JSON: something follows the object at character {end + 1}"

@@ -33,7 +33,7 @@ class ParquetSource(FileSource):
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
-            with self.file.open() as binary:
+            with self.file.open(lines=False) as binary:
                 yield self._parquet.ParquetFile(binary)
         except (
             self._arrow.ArrowException,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.source import BadRow, Source
+from embedcache.fingerprint import strict_json
 
 
 class Quarantine:
@@ -28,13 +30,15 @@ class Quarantine:
         try:
             with open(self.path, "rb") as file:
                 line = file.readline(1 << 24)
-            return not line or list(json.loads(line)) == ["file", "line", "reason", "raw"]
-        except (OSError, ValueError):
+            return not line or list(strict_json(line)) == ["file", "line", "reason", "raw"]
+        except (OSError, ValueError, TypeError):
             return False
 
     def __enter__(self) -> Quarantine:
         try:
-            self._file = open(self._partial, "w", encoding="ascii")
+            with suppress(FileNotFoundError):
+                os.unlink(self._partial)
+            self._file = open(self._partial, "x", encoding="ascii")  # never through a link that waits there
         except OSError as error:
             raise InputError(f"the quarantine file {self.path} cannot be written: {error.strerror}") from None
         return self

@@ -12,12 +12,41 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from embedcache.errors import EmbedcacheError, InputError, InputNotFoundError
 from embedcache.examples.source import Kind, kind_of
 
 BLOCK_BYTES = 1 << 20
+LONGEST = 1 << 24
+"""Bytes of a line and characters of a cell, far above any real one: what an endless line or an unclosed quote takes."""
+_MOST_TIMES, _AFTER = 150, 1 << 22
+"""A packed file that has unpacked to more than 4 MB and 150 times its size: zeros reach 1,030, real text 20."""
+
+
+class _Guarded(io.RawIOBase):
+    """Bytes of a file, read until a line is longer than any real one, or a packed file larger."""
+
+    def __init__(self, name: str, file: Any, packed: IO[bytes] | None = None) -> None:
+        self._name, self._file, self._packed = name, file, packed
+        self._total = self._line = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)
+        self._total += count
+        last = bytes(buffer[:count]).rfind(b"\n")
+        self._line = self._line + count if last < 0 else count - last - 1
+        if self._line > LONGEST:
+            raise InputError(f"{self._name}: a line is longer than {LONGEST:,} bytes: this is no text file")
+        if self._packed is not None and self._total > max(_AFTER, _MOST_TIMES * self._packed.tell()):
+            raise InputError(
+                f"{self._name}: it unpacks to more than {_MOST_TIMES} times its size, which no real text does: "
+                "unpack it yourself if you trust it"
+            )
+        return count
 
 
 class StoredFile:
@@ -40,13 +69,19 @@ class StoredFile:
             raise InputError(f"{path}: the file is empty")
 
     @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """Open for reading bytes; whatever goes wrong while the file is read becomes one ``InputError``."""
+    def open(self, *, lines: bool = True) -> Iterator[IO[bytes]]:
+        """Open for reading bytes; whatever goes wrong while the file is read becomes one ``InputError``.
+
+        ``lines``: it is text, whose lines have an end.
+        """
         try:
             with open(self.path, "rb") as file:
                 if self.path.suffix.lower() == ".gz":
-                    with io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=file)), 1 << 16) as unpacked:
+                    with io.BufferedReader(_Guarded(self.name, gzip.GzipFile(fileobj=file), file), 1 << 16) as unpacked:
                         yield unpacked
+                elif lines:
+                    with io.BufferedReader(_Guarded(self.name, file), 1 << 18) as guarded:
+                        yield guarded
                 else:
                     yield file
         except EmbedcacheError:
@@ -61,8 +96,10 @@ class SpooledFile(StoredFile):
     """Standard input, copied to a temporary file because contents are read again later."""
 
     def __init__(self) -> None:
+        if sys.stdin is None:
+            raise InputError("standard input is closed: name a file, or pipe the rows into this command")
         self._spool = tempfile.NamedTemporaryFile(prefix="embedcache-stdin-")  # noqa: SIM115 - lives as long as the source
-        shutil.copyfileobj(sys.stdin.buffer, self._spool)
+        shutil.copyfileobj(_Guarded("<stdin>", sys.stdin.buffer), self._spool)
         self._spool.flush()
         try:
             super().__init__(Path(self._spool.name))

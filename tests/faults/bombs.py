@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gzip
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 JSON: Mapping[str, bytes] = {
     "empty lists": b"[" + b"[]," * 9_000_000 + b"0]",
@@ -46,3 +53,76 @@ YAML: Mapping[str, tuple[str, str]] = {
         "at most 1,000,000",
     ),
 }
+
+_MEGABYTE = 1 << 20
+# name: what the file begins with, what is then repeated without end, what is said of it
+TEXT: Mapping[str, tuple[bytes, bytes, str]] = {
+    "NULs.csv": (b"", b"\0", "a line is longer than"),
+    "NULs.jsonl": (b"", b"\0", "a line is longer than"),
+    "NULs.txt": (b"", b"\0", "a line is longer than"),
+    "endless line.csv": (b"text,label\n", b"x", "a line is longer than"),
+    "endless header.csv": (b"", b"ab,", "a line is longer than"),
+    "endless object.jsonl": (b'{"text": "', b"x", "a line is longer than"),
+    "endless line.txt": (b"sound\n", b"x", "a line is longer than"),
+    "blank lines.csv": (b"text,label\n", b"\n", "unpacks to more than"),
+    "blank lines.jsonl": (b"", b"\n", "unpacks to more than"),
+    "blank lines.txt": (b"", b"\n", "unpacks to more than"),
+    "open quote.csv": (b'text,label\n"', b"line\n", "unpacks to more than|a quote is opened and not closed"),
+    "endless row.csv": (b'text,label\n"', b'\n","', "unpacks to more than|a row is longer than"),
+}
+PLAIN = ("NULs.csv", "endless line.csv", "open quote.csv", "endless row.csv", "endless object.jsonl", "NULs.txt")
+"""Those that cost a reader without any packing."""
+
+
+def text(name: str, size: int = 400 * _MEGABYTE) -> Iterator[bytes]:
+    """Yield a text of about ``size`` bytes, a piece at a time."""
+    start, again, _ = TEXT[name]
+    yield start
+    piece = again * (_MEGABYTE // len(again))
+    for _ in range(size // _MEGABYTE):
+        yield piece
+
+
+def pack(file: Path, size: int = 400 * _MEGABYTE) -> None:
+    """Write such a text, packed where the name of the file says so."""
+    name = file.name.removesuffix(".gz")
+    with gzip.open(file, "wb", compresslevel=1) if name != file.name else open(file, "wb") as stream:
+        for piece in text(name, size):
+            stream.write(piece)
+
+
+def refusals(folder: Path, names: Sequence[str], size: int) -> tuple[int, list[str]]:
+    """Have a process of its own read such files; return how many, and what was not refused within 512 MB."""
+    files = [folder / name for name in names]
+    for file in files:
+        pack(file, size)
+    done = subprocess.run([sys.executable, __file__, *files], capture_output=True, text=True, check=True)
+    problems = []
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        _, _, said = TEXT[Path(found["file"]).name.removesuffix(".gz")]
+        if not re.search(f"{said}|unpacks to more than", found["said"]) or found["mib"] > 512:
+            problems.append(line)
+    return len(files), problems
+
+
+def main() -> None:
+    """``python tests/faults/bombs.py FILE...`` reads each as ``predict`` does and prints memory, seconds, reason."""
+    from embedcache.errors import EmbedcacheError
+    from embedcache.examples import load_examples
+
+    load_examples([{"text": "what the libraries take is not the fault of a file"}], labels="none")
+    for file in sys.argv[1:]:
+        begun = time.perf_counter()
+        try:
+            load_examples([file], labels="none", text_column="text")
+            said = "read"
+        except EmbedcacheError as error:
+            said = str(error)
+        # Not getrusage, whose peak a process inherits from the one that started it.
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        print(json.dumps({"file": file, "mib": int(peak) >> 10, "seconds": time.perf_counter() - begun, "said": said}))
+
+
+if __name__ == "__main__":
+    main()

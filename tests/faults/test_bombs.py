@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,9 @@ import pytest
 from small_caches import SETS, write
 
 from embedcache.cache import FeatureCache, verify
-from embedcache.errors import EmbedcacheError, SpecError, SweepError
+from embedcache.errors import BadRowsError, EmbedcacheError, InputError, SpecError, SweepError
+from embedcache.examples import load_examples
+from embedcache.examples.files import open_file
 from embedcache.fingerprint import read_json, strict_json
 from embedcache.heads import TrainedHead, bundle
 from embedcache.report import report
@@ -91,3 +96,43 @@ def test_yaml_bombs(tmp_path: Path, cache: FeatureCache, bomb: str) -> None:
         sweep(cache, tmp_path / "sweep.yaml", output_dir=tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_text_bombs(tmp_path: Path) -> None:
+    names = [*(f"{name}.gz" for name in bombs.TEXT if name != "blank lines.txt"), *bombs.PLAIN]  # that takes seconds
+    assert bombs.refusals(tmp_path, names, 24 << 20) == (len(names), [])
+
+
+def test_standard_input_without_end_or_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/zero", "rb") as zeros:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zeros))
+        with pytest.raises(InputError, match="<stdin>: a line is longer than"):
+            open_file("-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="standard input is closed"):
+        open_file("-")
+
+
+def test_a_large_cell_and_a_well_packed_file_are_read(tmp_path: Path) -> None:
+    long = "x" * (15 << 20)
+    (tmp_path / "a.csv").write_text(f'text\n"{long}"\nshort\n')
+    assert len(load_examples(tmp_path / "a.csv", labels="none", text_column="text")) == 2
+    rows = [f'"number {row}, of many that are nearly alike: "' for row in range(100_000)]
+    with gzip.open(tmp_path / "b.csv.gz", "wt") as stream:
+        stream.write("text\n" + "\n".join(rows) + "\n")
+    assert len(load_examples(tmp_path / "b.csv.gz", labels="none", text_column="text")) == 100_000
+
+
+def test_a_line_that_is_a_bomb_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "sound"}\n{"text": [' + b"[]," * 3_000_000 + b"0]}\n")
+    with pytest.raises(BadRowsError, match="it has more than 2,000,000 values"):
+        load_examples(tmp_path / "a.jsonl", labels="none", text_column="text")
+
+
+def test_bad_rows_are_never_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "sound"}\n[]\n')
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "q.jsonl.partial").symlink_to(tmp_path / "precious")
+    load_examples(tmp_path / "a.jsonl", labels="none", on_bad_row="skip", quarantine=tmp_path / "q.jsonl")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert "raw" in (tmp_path / "q.jsonl").read_text()
