@@ -7,12 +7,9 @@ compared already: libhdf5 can hang on damaged metadata. ``FORMAT.md`` specifies 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import CacheError, CorruptCacheError, SpecError
+from embedcache.journal import commit, explain
 
 Array = npt.NDArray[Any]
 Kind = Literal["pooled", "layers", "tokens"]
@@ -172,81 +170,6 @@ def publish(directory: Path, stem: str, data: bytes) -> ShardFile:
     name = f"{stem}-{digest[:16]}.h5"
     commit(directory / name, data)
     return ShardFile(name, len(data), digest)
-
-
-def commit(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` so that after a crash either all of it is there or nothing is.
-
-    Temporary in the same directory (``O_EXCL``) -> write -> fsync -> replace -> fsync(directory). A failed fsync is
-    never retried: the kernel may have dropped the pages, and a second call would report success.
-
-    Raises ``CacheError`` when the disk is full, read-only or broken; the temporary is then removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
-            _write_through(descriptor, data)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        sync_directory(path.parent)
-    except OSError as error:
-        raise CacheError(f"cannot write {path}: {explain(error)}") from error
-
-
-def append(path: Path, data: bytes) -> None:
-    """Append ``data`` to a file, made if it is not there, and wait until it is on the disk.
-
-    A crash may leave a part of ``data`` at the end: whoever reads lines must take an unfinished last one for none.
-
-    Raises ``OSError`` as the system does; ``explain`` says what it means.
-    """
-    _write_through(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), data)
-
-
-def _write_through(descriptor: int, data: bytes) -> None:
-    """Write all of ``data``, sync and close."""
-    try:
-        rest = memoryview(data)
-        while len(rest):
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems have no such operation for a directory; their server sees to it.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def explain(error: OSError) -> str:
-    """Say what an operating system's error means and what to do."""
-    again = "and run the same command again; what was committed is kept"
-    advice = {
-        errno.ENOSPC: f"the disk is full: free some space {again}",
-        errno.EDQUOT: f"your disk quota is used up: free some space {again}",
-        errno.EFBIG: "the file is larger than this file system or its limit allows: make smaller shards (--shard-rows)",
-        errno.EACCES: "permission denied: choose a directory that you may write to",
-        errno.EPERM: "permission denied: choose a directory that you may write to",
-        errno.EROFS: "the file system is read-only: choose another directory",
-        errno.ENOTDIR: "a part of the path is a file, not a directory: choose another one",
-        errno.EIO: f"the disk reports an error: check it {again}",
-    }
-    return advice.get(error.errno or 0, error.strerror or str(error))
 
 
 def place(path: Path, expected: Mapping[str, Column]) -> dict[str, Placed]:

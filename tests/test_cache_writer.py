@@ -15,6 +15,7 @@ import pytest
 import small_caches
 from small_caches import SETS, SPEC, arrays, keys, write
 
+from embedcache import journal
 from embedcache.cache import CacheWriter, FeatureCache, known_rows, manifest, read_spec, writer
 from embedcache.errors import (
     CacheError,
@@ -464,14 +465,14 @@ def test_a_second_writer_is_refused_at_once_while_readers_go_on(tmp_path: Path) 
 
 
 def test_where_directories_cannot_be_locked_a_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = writer.fcntl.flock
+    real = journal.fcntl.flock
 
     def only_files(descriptor: int, how: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.EBADF, "not open for writing")
         real(descriptor, how)
 
-    monkeypatch.setattr(writer.fcntl, "flock", only_files)
+    monkeypatch.setattr(journal.fcntl, "flock", only_files)
     with CacheWriter(tmp_path / "c", SPEC, POOLED):
         assert (tmp_path / "c" / ".lock").exists()
         with pytest.raises(CacheLockedError):
@@ -484,10 +485,10 @@ def test_where_nothing_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def never(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(writer.fcntl, "flock", never)
+    monkeypatch.setattr(journal.fcntl, "flock", never)
     with pytest.raises(CacheError, match=r"cannot lock .*: No locks available"):
         CacheWriter(tmp_path / "c", SPEC, POOLED).__enter__()
-    monkeypatch.setattr(writer, "fcntl", None)
+    monkeypatch.setattr(journal, "fcntl", None)
     with pytest.raises(CacheError, match="needs a POSIX system"):
         CacheWriter(tmp_path / "c", SPEC, POOLED).__enter__()
 

@@ -468,7 +468,7 @@ def test_every_task_as_csv_and_jsonl(runs: dict[str, Path], run: Run, tmp_path: 
             assert [json.loads(row["label"]) for row in table] == [record["label"] for record in records]
             assert table[0]["confidence"] == ""
             assert records[0]["confidence"] is None
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_mistakes_of_predicting(
@@ -515,7 +515,7 @@ def test_a_prediction_that_fails_leaves_the_old_file(runs: dict[str, Path], run:
         status, _, err = run("predict", runs["regression"], tmp_path / "in.txt", "-o", tmp_path / "out.csv")
     assert (status, last(err)) == (1, "interrupted")
     assert (tmp_path / "out.csv").read_text() == "old"
-    assert not (tmp_path / "out.csv.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.csv"]
 
 
 def head_of(names: tuple[str, ...], task: Any = "classification") -> TrainedHead:

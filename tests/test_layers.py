@@ -19,6 +19,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = (
     ("wording",),
     ("errors",),
+    ("journal",),
     ("spec", "fingerprint", "pooling", "batching", "shard"),
     ("examples", "backbone", "heads", "cache"),
     ("extract", "train"),

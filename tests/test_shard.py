@@ -1,15 +1,11 @@
-"""One shard: its bytes are fixed, its arrays are found again, and a commit is all or nothing."""
+"""One shard: its bytes are fixed, its arrays are found again, and its name says its hash."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_caches import SETS, arrays, store, tiny_disk
+from small_caches import SETS, arrays, store
 
 from embedcache import shard
-from embedcache.errors import CacheError, SpecError
-from embedcache.shard import Column, FeatureSet, build, commit, explain, place, publish, refuse_colliding
+from embedcache.errors import SpecError
+from embedcache.shard import Column, FeatureSet, build, place, publish, refuse_colliding
 
 KEYS = np.arange(7 * 16, dtype=np.uint8).reshape(7, 16)
 
@@ -187,181 +183,11 @@ def test_the_first_row_that_is_not_finite(each: FeatureSet, lengths: list[int], 
     assert each.first_non_finite(store(each, decoded), offsets if each.kind == "tokens" else None) == naive
 
 
-# Commits.
-
-
-@contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch, **instead: Callable[..., Any]) -> Iterator[list[str]]:
-    """Note the system calls of a commit in their order; ``instead`` replaces some."""
-    calls: list[str] = []
-    kinds: dict[int, str] = {}
-    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "close", "replace", "unlink")}
-
-    def spy(name: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            if name == "open":
-                descriptor = real["open"](*args)
-                exclusive = os.O_CREAT | os.O_EXCL
-                kinds[descriptor] = "file" if args[1] & exclusive == exclusive else "directory"
-                calls.append(f"open {kinds[descriptor]}")
-                return descriptor
-            what = kinds.get(args[0], "") if isinstance(args[0], int) else ""
-            calls.append(f"{name} {what}".strip())
-            return instead.get(name, real[name])(*args)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name in real:
-            patched.setattr(os, name, spy(name))
-        yield calls
-
-
-def fails(number: int) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        raise OSError(number, os.strerror(number))
-
-    return call
-
-
-def test_the_steps_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with recorded(monkeypatch) as calls:
-        commit(tmp_path / "f", b"data")
-    assert calls == [
-        "unlink",
-        "open file",
-        "write file",
-        "fsync file",
-        "close file",
-        "replace",
-        "open directory",
-        "fsync directory",
-        "close directory",
-    ]
-    assert (tmp_path / "f").read_bytes() == b"data"
-    assert os.listdir(tmp_path) == ["f"]
-
-
 def test_a_published_file_is_named_after_its_hash(tmp_path: Path) -> None:
     file = publish(tmp_path, "000007", b"data")
     digest = hashlib.sha256(b"data").hexdigest()
     assert (file.name, file.bytes, file.sha256) == (f"000007-{digest[:16]}.h5", 4, digest)
     assert (tmp_path / file.name).read_bytes() == b"data"
-
-
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
-    with recorded(monkeypatch, write=lambda descriptor, data: write(descriptor, data[:3])) as calls:
-        commit(tmp_path / "f", bytes(range(10)))
-    assert calls.count("write file") == 4
-    assert (tmp_path / "f").read_bytes() == bytes(range(10))
-
-
-@pytest.mark.parametrize("step", ["write", "fsync", "close", "replace"])
-@pytest.mark.parametrize(
-    ("number", "said"), [(errno.ENOSPC, "the disk is full: free some space"), (errno.EIO, "error")]
-)
-def test_a_failure_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, said: str
-) -> None:
-    commit(tmp_path / "f", b"old")
-    with recorded(monkeypatch, **{step: fails(number)}) as calls, pytest.raises(CacheError, match=said) as caught:
-        commit(tmp_path / "f", b"new")
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path / "f") in str(caught.value)
-    assert sum(call.startswith(step) for call in calls) == 1, "nothing is tried twice"
-    assert (tmp_path / "f").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["f"], "the temporary is removed"
-
-
-def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, room = os.write, [5]
-
-    def until_full(descriptor: int, data: bytes) -> int:
-        if not room[0]:
-            raise OSError(errno.ENOSPC, "full")
-        done = write(descriptor, data[: room[0]])
-        room[0] -= done
-        return done
-
-    with recorded(monkeypatch, write=until_full), pytest.raises(CacheError, match="the disk is full"):
-        commit(tmp_path / "f", b"more than five bytes")
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_directory_whose_fsync_fails_is_an_error_unless_there_is_no_such_thing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync = os.fsync
-
-    def on_directories(number: int) -> Callable[[int], None]:
-        def call(descriptor: int) -> None:
-            if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-                raise OSError(number, os.strerror(number))
-            fsync(descriptor)
-
-        return call
-
-    with (
-        recorded(monkeypatch, fsync=on_directories(errno.EIO)) as calls,
-        pytest.raises(CacheError, match="disk reports"),
-    ):
-        commit(tmp_path / "f", b"data")
-    assert calls.count("fsync directory") == 1
-    with recorded(monkeypatch, fsync=on_directories(errno.EINVAL)):
-        commit(tmp_path / "g", b"data")
-
-
-def test_a_temporary_that_a_killed_process_of_the_same_number_left_is_replaced(tmp_path: Path) -> None:
-    left = tmp_path / f".f.{os.getpid()}.tmp"
-    left.write_bytes(b"half")
-    commit(tmp_path / "f", b"whole")
-    assert (tmp_path / "f").read_bytes() == b"whole"
-    assert not left.exists()
-
-
-def test_a_link_in_place_of_the_temporary_is_not_followed(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"precious")
-    (tmp_path / f".f.{os.getpid()}.tmp").symlink_to(victim)
-    commit(tmp_path / "f", b"data")
-    assert victim.read_bytes() == b"precious"
-
-
-def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match="a part of the path is a file"):
-        commit(tmp_path / "file" / "f", b"data")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX limits")
-def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
-    code = (
-        "import resource, sys; from pathlib import Path; from embedcache.shard import commit\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "commit(Path(sys.argv[1]), bytes(4096))\n"
-        "try:\n    commit(Path(sys.argv[1]), bytes(4097))\nexcept OSError as error:\n    print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], capture_output=True, text=True, check=True)
-    assert "larger than this file system or its limit allows" in done.stdout
-    assert (tmp_path / "f").read_bytes() == bytes(4096)
-    assert os.listdir(tmp_path) == ["f"]
-
-
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    with tiny_disk(tmp_path / "disk", "256k") as disk:
-        commit(disk / "f", bytes(200_000))
-        with pytest.raises(CacheError, match="the disk is full"):
-            commit(disk / "f", bytes(200_001))
-        assert (disk / "f").read_bytes() == bytes(200_000)
-        assert os.listdir(disk) == ["f"]
-
-
-def test_every_error_is_explained_in_one_line() -> None:
-    for number in errno.errorcode:
-        said = explain(OSError(number, os.strerror(number)))
-        assert said
-        assert "\n" not in said
 
 
 def test_the_module_needs_no_hdf5_until_it_is_used() -> None:

@@ -17,7 +17,8 @@ from embedcache.cache.index import Keys
 from embedcache.cache.manifest import TARGETS, Dataset, Manifest
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
-from embedcache.shard import Column, FeatureSet, Placed, ShardFile, explain, place
+from embedcache.journal import explain
+from embedcache.shard import Column, FeatureSet, Placed, ShardFile, place
 
 Array = npt.NDArray[Any]
 Identity = tuple[int, int, int, int, int]

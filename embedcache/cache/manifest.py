@@ -14,7 +14,8 @@ import numpy as np
 
 from embedcache.errors import CacheError, CacheNotFoundError, CorruptCacheError, SpecMismatchError
 from embedcache.fingerprint import differences, hash_json, strict_json
-from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, commit, explain, refuse_colliding
+from embedcache.journal import commit, explain
+from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
 from embedcache.spec import TASKS
 
 NAME = "manifest.json"

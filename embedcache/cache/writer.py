@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,22 +19,16 @@ from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Shard
 from embedcache.errors import (
     CacheError,
-    CacheLockedError,
     CacheNotFoundError,
     CorruptCacheError,
     FeatureError,
     InputError,
 )
 from embedcache.fingerprint import canonical_json, sha256_bytes
-from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, explain, publish, sync_directory
+from embedcache.journal import LOCK, TEMPORARY, explain, lock, sync_directory
+from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: caches can be read there, not written
-    fcntl = None  # type: ignore[assignment]
-
-_TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)\.\d+\.tmp")
-_LOCK = ".lock"
+_TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
 
 
 class PackedIds(Protocol):
@@ -320,38 +313,6 @@ class CacheWriter:
                         os.unlink(found)
 
 
-def lock(path: Path) -> contextlib.ExitStack:
-    """Take the writer's lock on a cache directory; closing what is returned gives it back.
-
-    The lock is on the directory itself and leaves nothing behind. Network file systems that lock only what is open for
-    writing get a lock file, removed afterwards.
-
-    Raises ``CacheLockedError`` at once when another writer has it, ``CacheError`` where locks do not work at all.
-    """
-    if fcntl is None:
-        raise CacheError(f"cannot write {path}: writing a cache needs a POSIX system; reading does not")
-    file = path / _LOCK
-    for attempt in range(100):
-        with contextlib.ExitStack() as stack:
-            try:
-                descriptor = os.open(path, os.O_RDONLY) if not attempt else os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-                stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if attempt:
-                    # The one who had the lock may have removed the file after it was opened here.
-                    there = os.stat(file) if file.exists() else None
-                    if there is None or not os.path.samestat(there, os.fstat(descriptor)):
-                        continue
-                    stack.callback(os.unlink, file)
-                return stack.pop_all()
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and isinstance(error, BlockingIOError):
-                    raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it") from None
-                if attempt or error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise CacheError(f"cannot lock {path}: {explain(error)}") from error
-    raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it")
-
-
 def refuse_foreign(path: Path) -> None:
     """Raise ``CacheError`` unless a path without a manifest may become a cache: empty, or of a killed first run."""
     if not path.is_dir():
@@ -363,7 +324,7 @@ def refuse_foreign(path: Path) -> None:
                     f"{path} holds {found.name} but no {manifests.NAME}: "
                     "restore that from a copy, or choose another directory"
                 )
-        elif not _TEMPORARY.fullmatch(found.name) and found.name != _LOCK:
+        elif not _TEMPORARY.fullmatch(found.name) and found.name != LOCK:
             raise CacheError(f"{path} exists and is no feature cache: choose a new or an empty directory")
 
 

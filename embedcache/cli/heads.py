@@ -284,17 +284,16 @@ def _destination(output: str | None) -> Iterator[IO[str]]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    import os
+    from pathlib import Path
 
-    partial = f"{output}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        os.replace(partial, output)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
+    from embedcache.errors import InputError
+    from embedcache.journal import replacing
+
+    with replacing(Path(output), InputError) as raw:
+        file = io.TextIOWrapper(raw, "utf-8", "backslashreplace", newline="")
+        yield file
+        file.flush()
+        file.detach()
 
 
 def _progress(rows: Iterable[tuple[str, Any]], total: int) -> Iterable[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 
 from embedcache.compare.approaches import APPROACHES
 from embedcache.compare.result import seconds_text
+from embedcache.errors import InputError
+from embedcache.journal import commit
 
 if TYPE_CHECKING:
     from embedcache.compare.result import Comparison
@@ -26,7 +29,9 @@ def draw(comparison: Comparison, file: Path) -> None:
         _times(times, comparison)
         _metrics(metrics, comparison)
         metadata = {"Date": None} if file.suffix == ".svg" else None
-        figure.savefig(file, metadata=metadata, dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, metadata=metadata, dpi=150, format=file.suffix[1:] or None)
+        commit(file, picture.getvalue(), InputError)
 
 
 def _times(axes: Any, comparison: Comparison) -> None:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from embedcache.errors import InputError
 from embedcache.fingerprint import canonical_json, strict_json
-from embedcache.shard import append, commit, explain
+from embedcache.journal import LOCK, append, commit, exists, explained, lock, make_folder, recover
 
 Result = dict[str, Any]
 
@@ -43,14 +43,11 @@ class Folder:
         self._lock: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Folder:
-        from embedcache.cache.writer import lock
-
         self._refuse_foreign()
-        try:
-            for name in ("outputs", "caches"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make {self.path}: {explain(error)}") from None
+        with explained(f"cannot make {self.path}", InputError):
+            self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("outputs", "caches"):
+            make_folder(self.path / name, InputError)
         self._lock = lock(self.path)
         try:
             self._found = self._read()
@@ -65,10 +62,13 @@ class Folder:
             self._lock = None
 
     def _refuse_foreign(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        if not exists(self.path, InputError):
+            return
+        if not self.path.is_dir():
             raise InputError(f"{self.path} is a file: choose a new or an empty directory")
-        if self.path.is_dir() and not (self.path / "results.jsonl").exists():
-            strangers = [each.name for each in self.path.iterdir() if each.name not in ("outputs", "caches", ".lock")]
+        if not exists(self.path / "results.jsonl", InputError):
+            with explained(f"cannot read {self.path}", InputError):
+                strangers = [name for name in os.listdir(self.path) if name not in ("outputs", "caches", LOCK)]
             if strangers:
                 raise InputError(
                     f"{self.path} exists and is no comparison (it holds {strangers[0]}): "
@@ -77,16 +77,9 @@ class Folder:
 
     def _read(self) -> dict[str, Result]:
         file = self.path / "results.jsonl"
-        if not file.exists():
-            return {}
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # half written: it was never counted
-            with open(file, "r+b") as handle:
-                handle.truncate(whole)
-                os.fsync(handle.fileno())
+        data, _ = recover(file, InputError)
         found: dict[str, Result] = {}
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        for number, line in enumerate(data.splitlines(), 1):
             try:
                 result = strict_json(line)
                 key = result["key"]
@@ -109,17 +102,17 @@ class Folder:
     def add(self, result: Result) -> Result:
         """Keep a measurement, and return it as it will be read again."""
         line = (canonical_json(result) + "\n").encode("ascii")
-        try:
-            append(self.path / "results.jsonl", line)
-        except OSError as error:
-            raise InputError(f"cannot write {self.path / 'results.jsonl'}: {explain(error)}") from error
+        append(self.path / "results.jsonl", line, InputError)
         kept: Result = strict_json(line)
         self._found[kept["key"]] = kept
         return kept
 
     def cache_path(self, key: str) -> Path:
-        """Return where the features are."""
-        return self.path / "caches" / f"{key[:16]}.cache"
+        """Return where the features are. Raises ``InputError`` for a link: what is written would go elsewhere."""
+        path = self.path / "caches" / f"{key[:16]}.cache"
+        if path.is_symlink():
+            raise InputError(f"{path} is a link, and nothing is written through it: remove it")
+        return path
 
     def output_path(self, key: str) -> Path:
         """Return where the outputs of a measurement are."""
@@ -135,7 +128,7 @@ class Folder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder, atomically."""
-        commit(self.path / name, text.encode("utf-8"))
+        commit(self.path / name, text.encode("utf-8"), InputError)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Replace a JSON file of the folder, atomically."""

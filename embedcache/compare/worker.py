@@ -5,6 +5,7 @@ The parent writes a job, a JSON object, and reads a result; a mistake of the use
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import statistics
@@ -22,7 +23,8 @@ import numpy.typing as npt
 from embedcache.compare.approaches import APPROACHES
 from embedcache.compare.memory import Peak
 from embedcache.compare.rows import labelled, read_rows, training_rows
-from embedcache.errors import BackboneMismatchError, EmbedcacheError
+from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError
+from embedcache.journal import commit
 from embedcache.spec import HeadSpec, Task, TrainSpec
 
 if TYPE_CHECKING:
@@ -138,8 +140,9 @@ def training(job: Job) -> dict[str, Any]:
         found, outputs = _live(job, cache, split, head, spec, feature, memory)
     else:
         found, outputs = _cached(job, cache, split, head, spec, feature, memory)
-    with open(job["outputs"], "wb") as file:
-        np.save(file, outputs.astype(np.float32))
+    data = io.BytesIO()
+    np.save(data, outputs.astype(np.float32))
+    commit(Path(job["outputs"]), data.getvalue(), InputError)
     return {
         "train_rows": len(split.train),
         "validation_rows": len(split.validation),

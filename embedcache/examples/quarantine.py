@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Any
 
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.source import BadRow, Source
 from embedcache.fingerprint import strict_json
+from embedcache.journal import commit, explained, replacing
 
 
 class Quarantine:
@@ -18,12 +20,15 @@ class Quarantine:
 
     def __init__(self, path: Path, sources: Sequence[Source]) -> None:
         self.path = path
-        self._partial = path.with_name(path.name + ".partial")
-        for source in sources:
-            used = getattr(source, "path", None)
-            if used is not None and path.exists() and os.path.samefile(used, path):
-                raise SpecError(f"the quarantine file {path} is an input file: name another one")
-        if path.exists() and not self._is_ours():
+        self._stack = ExitStack()
+        self._file: IO[bytes] | None = None
+        with explained(f"cannot read {path}", InputError):
+            self._there = path.exists()
+            for source in sources:
+                used = getattr(source, "path", None)
+                if used is not None and self._there and os.path.samefile(used, path):
+                    raise SpecError(f"the quarantine file {path} is an input file: name another one")
+        if self._there and not self._is_ours():
             raise SpecError(f"the quarantine file {path} exists and was not written by embedcache: name another one")
 
     def _is_ours(self) -> bool:
@@ -35,35 +40,16 @@ class Quarantine:
             return False
 
     def __enter__(self) -> Quarantine:
-        try:
-            with suppress(FileNotFoundError):
-                os.unlink(self._partial)
-            self._file = open(self._partial, "x", encoding="ascii")  # never through a link that waits there
-        except OSError as error:
-            raise InputError(f"the quarantine file {self.path} cannot be written: {error.strerror}") from None
         return self
 
     def add(self, name: str, row: BadRow) -> None:
         """Write one row. ASCII only, so that bytes that are not UTF-8 come back by ``surrogateescape``."""
+        if self._file is None:
+            self._file = self._stack.enter_context(replacing(self.path, InputError))
         record = {"file": name, "line": row.line, "reason": row.reason, "raw": row.raw}
-        self._write(json.dumps(record, default=repr) + "\n")
+        self._file.write((json.dumps(record, default=repr) + "\n").encode("ascii"))
 
-    def _write(self, text: str) -> None:
-        try:
-            self._file.write(text)
-        except OSError as error:
-            raise InputError(f"the quarantine file {self.path} cannot be written: {error.strerror}") from None
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        if error is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-            return
-        try:
-            self._file.close()
-            if self._partial.stat().st_size or self.path.exists():
-                os.replace(self._partial, self.path)
-            else:
-                self._partial.unlink()
-        except OSError as problem:
-            raise InputError(f"the quarantine file {self.path} cannot be written: {problem.strerror}") from None
+    def __exit__(self, *exception: Any) -> None:
+        if self._file is None and exception[0] is None and self._there:
+            commit(self.path, b"", InputError)  # of an earlier run, which had bad rows
+        self._stack.__exit__(*exception)

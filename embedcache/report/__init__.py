@@ -12,15 +12,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from embedcache.errors import SweepError
+from embedcache.journal import commit
 from embedcache.report.markdown import to_markdown
 from embedcache.report.page import to_html
 from embedcache.report.reading import read_summary
-from embedcache.shard import explain
 
 Form = Literal["html", "markdown", "json"]
 
@@ -41,18 +40,8 @@ def report(sweep: Path | str, output: Path | str | None = None, form: Form = "ht
     # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON's own escape.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if output is not None:
-        _write(Path(output), text)
+        commit(Path(output), text.encode("utf-8"), SweepError)
     return text
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(text.encode("utf-8"))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
-        raise SweepError(f"cannot write {path}: {explain(error)}") from error
 
 
 __all__ = ["Form", "read_summary", "report", "to_html", "to_markdown"]

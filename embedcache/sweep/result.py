@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import weakref
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
+from embedcache.journal import commit
 from embedcache.sweep.store import Result, read_results
 from embedcache.sweep.table import to_text
 
@@ -87,17 +89,18 @@ class SweepResult:
 
         rows = self.rows()
         names = list(dict.fromkeys(name for row in rows for name in row))
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        commit(Path(path), text.getvalue().encode("utf-8"), SweepError)
 
     def to_jsonl(self, path: Path | str) -> None:
         """Write ``rows`` as JSON lines."""
         import json
 
         lines = (json.dumps(row, ensure_ascii=False) for row in self.rows())
-        Path(path).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        commit(Path(path), "".join(f"{line}\n" for line in lines).encode("utf-8"), SweepError)
 
     def to_text(self, rows: int = 12) -> str:
         """Return the leaderboard and what follows from it, for a terminal."""

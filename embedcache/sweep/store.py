@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from embedcache.errors import SweepError
 from embedcache.fingerprint import canonical_json, differences, hash_json, read_json, strict_json
-from embedcache.shard import append, commit, explain
+from embedcache.journal import LOCK, append, commit, exists, explained, lock, make_folder, recover
 
 FORMAT, VERSION = "embedcache-sweep", 1
 Outputs = npt.NDArray[np.float32]
@@ -92,11 +92,10 @@ class SweepFolder:
 
     def __enter__(self) -> SweepFolder:
         refuse_foreign(self.path)
-        try:
-            (self.path / "predictions").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SweepError(f"cannot make {self.path}: {explain(error)}") from None
-        self._lock = _locked(self.path)
+        with explained(f"cannot make {self.path}", SweepError):
+            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path / "predictions", SweepError)
+        self._lock = lock(self.path)
         try:
             self._identify()
             self.results = self._read()
@@ -111,10 +110,9 @@ class SweepFolder:
             self._lock = None
 
     def _identify(self) -> None:
-        file = self.path / "sweep.json"
-        if not file.exists():
+        if not exists(self.path / "sweep.json", SweepError):
             body = {"format": FORMAT, "version": VERSION, "identity": self.identity}
-            commit(file, (canonical_json(body) + "\n").encode())
+            commit(self.path / "sweep.json", (canonical_json(body) + "\n").encode(), SweepError)
             return
         found = read_identity(self.path)
         differ = differences(found, self.identity)
@@ -133,18 +131,11 @@ class SweepFolder:
 
     def _read(self) -> dict[tuple[str, int, int | None], Result]:
         file = self.path / "results.jsonl"
-        if not file.exists():
-            return {}
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            # Only this process has the folder, and a line without its end was never counted.
-            with open(file, "r+b") as handle:
-                handle.truncate(whole)
-                os.fsync(handle.fileno())
+        data, half = recover(file, SweepError)
+        if half:
             self.notes.append("the last line of results.jsonl was half written; it was dropped and is computed again")
         found: dict[tuple[str, int, int | None], Result] = {}
-        for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):
             result = _parse(file, number, line)
             found.setdefault(result.key, result)
         return found
@@ -157,10 +148,7 @@ class SweepFolder:
         lines = "".join(canonical_json(asdict(each)) + "\n" for each in new).encode("ascii")
         if not lines:
             return
-        try:
-            append(self.path / "results.jsonl", lines)
-        except OSError as error:
-            raise SweepError(f"cannot write {self.path / 'results.jsonl'}: {explain(error)}") from error
+        append(self.path / "results.jsonl", lines, SweepError)
         for each in new:
             self.results[each.key] = each
 
@@ -168,9 +156,9 @@ class SweepFolder:
         from safetensors.numpy import save
 
         tensors = {f"fold{fold}": np.ascontiguousarray(value, np.float32) for fold, value in by_fold.items()}
-        kept = self.predictions(name) if self._prediction_file(name).exists() else {}
+        kept = self.predictions(name)
         tensors = {**{f"fold{fold}": value for fold, value in kept.items()}, **tensors}
-        commit(self._prediction_file(name), save(tensors))
+        commit(self._prediction_file(name), save(tensors), SweepError)
 
     def _prediction_file(self, name: str) -> Path:
         return self.path / "predictions" / f"{name}.safetensors"
@@ -200,13 +188,8 @@ class SweepFolder:
         """Replace a JSON file of the folder, atomically."""
         import json
 
-        commit(self.path / name, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
-
-
-def _locked(path: Path) -> contextlib.ExitStack:
-    from embedcache.cache.writer import lock
-
-    return lock(path)
+        data = (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        commit(self.path / name, data, SweepError)
 
 
 def _parse(file: Path, number: int, line: bytes) -> Result:
@@ -220,13 +203,14 @@ def _parse(file: Path, number: int, line: bytes) -> Result:
 
 def refuse_foreign(path: Path) -> None:
     """Raise ``SweepError`` unless a path may become a sweep's folder or is one."""
-    if not path.exists():
+    if not exists(path, SweepError):
         return
     if not path.is_dir():
         raise SweepError(f"{path} is a file: choose a new or an empty directory")
-    if not (path / "sweep.json").exists():
+    if not exists(path / "sweep.json", SweepError):
         # A process killed between making the folder and naming it leaves only this.
-        strangers = [each.name for each in path.iterdir() if each.name not in ("predictions", ".lock")]
+        with explained(f"cannot read {path}", SweepError):
+            strangers = [name for name in os.listdir(path) if name not in ("predictions", LOCK)]
         strangers = [name for name in strangers if not name.startswith(".sweep.json.")]
         if strangers:
             raise SweepError(

@@ -15,7 +15,7 @@ import pytest
 import small_caches
 from power import Disk, Node, policies
 
-from embedcache import shard
+from embedcache import journal, shard
 from embedcache.cache import CacheWriter, files, manifest, writer
 from embedcache.errors import CacheNotFoundError
 
@@ -113,7 +113,7 @@ def test_power_cut_at_every_system_call(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def no_sync_of_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "sync_directory", lambda directory: None)
+    monkeypatch.setattr(journal, "sync_directory", lambda directory: None)
 
 
 def no_sync_of_new_directories(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,16 +134,16 @@ def no_sync_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
                 os.fsync(descriptor)
 
     assert sync is not None
-    monkeypatch.setattr(shard, "os", Quiet())
+    monkeypatch.setattr(journal, "os", Quiet())
 
 
 def written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_place(path: Path, data: bytes) -> None:
+    def in_place(path: Path, data: bytes, kind: object = None) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.write(descriptor, data)
         os.fsync(descriptor)
         os.close(descriptor)
-        shard.sync_directory(path.parent)
+        journal.sync_directory(path.parent)
 
     monkeypatch.setattr(shard, "commit", in_place)
     monkeypatch.setattr(manifest, "commit", in_place)

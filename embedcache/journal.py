@@ -1,0 +1,233 @@
+"""Writing so that nothing is lost: files that are whole or not there, files that only grow, one writer at a time.
+
+Whoever makes several files that belong together writes each under a name that nothing uses yet and then replaces the
+one file that names them; before that the old ones count, from then on the new ones. Nothing is written through a link:
+a temporary is a new file under a name that nobody can have guessed, a link under the final name is itself replaced,
+and a folder or a growing file that turns out to be a link is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from embedcache.errors import CacheError, CacheLockedError, EmbedcacheError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: caches can be read there, not written
+    fcntl = None  # type: ignore[assignment]
+
+_PLAIN = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+"""No link is followed, no pipe waited for."""
+LOCK = ".lock"
+TEMPORARY = r"\.[0-9a-f]+\.tmp"
+"""What stands after ``.NAME`` in the name of a temporary: older versions had the number of the process."""
+
+Kind = type[EmbedcacheError]
+
+
+def commit(path: Path, data: bytes, kind: Kind = CacheError) -> None:
+    """Put ``data`` at ``path`` so that after a crash either all of it is there or nothing is; see ``replacing``."""
+    with replacing(path, kind) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, kind: Kind = CacheError) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of ``path`` once the block is done; if that fails, nothing has changed.
+
+    Temporary in the same directory (``O_EXCL``) -> write -> fsync -> replace -> fsync(directory). A failed fsync is
+    never retried: the kernel may have dropped the pages, and a second call would report success.
+
+    Raises ``kind`` when the disk is full, read-only or broken; the temporary is then removed.
+    """
+    temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(8)}.tmp")
+    with explained(f"cannot write {path}", kind):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
+    raw = _Raw(descriptor, f"cannot write {path}", kind)
+    try:
+        try:
+            file = io.BufferedWriter(raw, 1 << 20)
+            yield file  # what the block raises is not ours to explain
+            file.flush()
+            with explained(f"cannot write {path}", kind):
+                os.fsync(descriptor)
+        finally:
+            raw.over = True
+            with explained(f"cannot write {path}", kind):
+                os.close(descriptor)
+        with explained(f"cannot write {path}", kind):
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with explained(f"cannot write {path}", kind):
+        sync_directory(path.parent)
+
+
+class _Raw(io.RawIOBase):
+    """A descriptor that is written to; its owner closes it. A buffer that is thrown away flushes into nothing."""
+
+    def __init__(self, descriptor: int, what: str, kind: Kind) -> None:
+        self.descriptor, self.what, self.kind = descriptor, what, kind
+        self.over = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.over:
+            return len(data)
+        with explained(self.what, self.kind):
+            return os.write(self.descriptor, data)
+
+
+def append(path: Path, data: bytes, kind: Kind = CacheError) -> None:
+    """Append lines to a journal, made if it is not there, and wait until they are on the disk.
+
+    A crash may leave a part of ``data`` at the end, which ``recover`` takes away. Raises ``kind``.
+    """
+    with explained(f"cannot write {path}", kind):
+        new = not os.path.lexists(path)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _PLAIN, 0o666)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise OSError(errno.ELOOP, "")
+            rest = memoryview(data)
+            while len(rest):
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if new:
+            sync_directory(path.parent)
+
+
+def recover(path: Path, kind: Kind = CacheError) -> tuple[bytes, bool]:
+    """Return the whole lines of a journal, and whether there was half a line after them; for its one writer.
+
+    Half a line was never counted and is taken away. A file that has a second name, in a backup made of hard links
+    perhaps, gets a copy to grow. Raises ``kind``, also for a link or what is no plain file.
+    """
+    with explained(f"cannot read {path}", kind):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | _PLAIN)
+        except FileNotFoundError:
+            return b"", False
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ELOOP, "")
+            data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data) or status.st_nlink != 1:
+        commit(path, whole, kind)
+    return whole, len(whole) < len(data)
+
+
+def make_folder(path: Path, kind: Kind = CacheError) -> None:
+    """Make a folder inside of an output folder, if it is not there. Raises ``kind``, also where a link is."""
+    with explained(f"cannot make {path}", kind):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise OSError(errno.ELOOP if path.is_symlink() else errno.ENOTDIR, "")
+
+
+def exists(path: Path, kind: Kind = CacheError) -> bool:
+    """Whether anything is at a path, a broken link too. Raises ``kind`` when that cannot be told."""
+    with explained(f"cannot read {path}", kind):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+
+def lock(path: Path) -> contextlib.ExitStack:
+    """Take the writer's lock on a directory; closing what is returned gives it back.
+
+    The lock is on the directory itself and leaves nothing behind. Network file systems that lock only what is open for
+    writing get a lock file, removed afterwards.
+
+    Raises ``CacheLockedError`` at once when another writer has it, ``CacheError`` where locks do not work at all.
+    """
+    if fcntl is None:
+        raise CacheError(f"cannot write {path}: writing a cache needs a POSIX system; reading does not")
+    file = path / LOCK
+    for attempt in range(100):
+        with contextlib.ExitStack() as stack:
+            try:
+                flags = os.O_RDWR | os.O_CREAT | _PLAIN
+                descriptor = os.open(path, os.O_RDONLY) if not attempt else os.open(file, flags, 0o644)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if attempt:
+                    # The one who had the lock may have removed the file after it was opened here.
+                    there = os.stat(file) if file.exists() else None
+                    if there is None or not os.path.samestat(there, os.fstat(descriptor)):
+                        continue
+                    stack.callback(os.unlink, file)
+                return stack.pop_all()
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and isinstance(error, BlockingIOError):
+                    raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it") from None
+                if attempt or error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise CacheError(f"cannot lock {path}: {explain(error)}") from error
+    raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    if os.name == "nt":  # which opens no directories
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no such operation for a directory; their server sees to it.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(what: str, kind: Kind = CacheError) -> Iterator[None]:
+    """Raise the system's errors in the block as ``kind``: what could not be done, and why."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, EmbedcacheError):
+            raise
+        raise kind(f"{what}: {explain(error)}") from error
+
+
+def explain(error: OSError) -> str:
+    """Say what an operating system's error means and what to do."""
+    again = "and run the same command again; what was committed is kept"
+    link = "a link or a special file stands there, and nothing is written through it: remove it"
+    advice = {
+        errno.ENOSPC: f"the disk is full: free some space {again}",
+        errno.EDQUOT: f"your disk quota is used up: free some space {again}",
+        errno.EFBIG: "the file is larger than this file system or its limit allows (extract makes smaller files "
+        "with --shard-rows)",
+        errno.EACCES: "permission denied: choose a directory that you may write to",
+        errno.EPERM: "permission denied: choose a directory that you may write to",
+        errno.EROFS: "the file system is read-only: choose another directory",
+        errno.ENOTDIR: "a part of the path is a file, not a directory: choose another one",
+        errno.EIO: f"the disk reports an error: check it {again}",
+        errno.ELOOP: link,
+        errno.ENXIO: link,
+    }
+    return advice.get(error.errno or 0, error.strerror or str(error))
