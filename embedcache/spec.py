@@ -99,7 +99,7 @@ class Declared:
 
     ``help`` is one line, ``expected`` says in words what ``allowed`` tests, ``choices`` are the words there are (none
     where it is not a word), ``type`` is what text is read as, ``metavar`` stands for the value in a command's help.
-    ``unset`` says what None stands for.
+    ``unset`` says what None stands for. ``solver`` is the one solver that reads it, where only one does.
     """
 
     help: str
@@ -109,6 +109,7 @@ class Declared:
     choices: tuple[str, ...] = ()
     metavar: str = ""
     unset: str = ""
+    solver: str = ""
 
     def described(self, default: Any) -> str:
         """Return the help with a default and the range, in one line."""
@@ -128,23 +129,24 @@ def _setting(default: Any, help: str, allowed: Callable[[Any], bool], expected: 
     return field(default=default, metadata={"declared": Declared(help, allowed, expected, **more)})
 
 
-def _choice(default: str, help: str, *choices: str) -> Any:
+def _choice(default: str, help: str, *choices: str, **more: Any) -> Any:
+    def allowed(value: Any) -> bool:
+        return isinstance(value, str) and value in choices
+
     words = f"{', '.join(choices[:-1])} or {choices[-1]}"
-    return _setting(default, help, lambda value: isinstance(value, str) and value in choices, words, choices=choices)
+    return _setting(default, help, allowed, words, choices=choices, **more)
 
 
-def _whole(
-    default: int | None, help: str, least: int = 0, metavar: str = "N", most: int | None = None, unset: str = ""
-) -> Any:
+def _whole(default: int | None, help: str, least: int = 0, most: int | None = None, **more: Any) -> Any:
     def allowed(value: Any) -> bool:
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         return (default is None and value is None) or (whole and least <= value and (most is None or value <= most))
 
     expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most:,}"
-    return _setting(default, help, allowed, expected, type=int, metavar=metavar, unset=unset)
+    return _setting(default, help, allowed, expected, type=int, **{"metavar": "N", **more})
 
 
-def _number(default: float, help: str, expected: str, metavar: str = "X") -> Any:
+def _number(default: float, help: str, expected: str, **more: Any) -> Any:
     ranges: dict[str, Callable[[Any], bool]] = {
         "a number above 0": lambda value: value > 0,
         "a number of at least 0": lambda value: value >= 0,
@@ -155,7 +157,7 @@ def _number(default: float, help: str, expected: str, metavar: str = "X") -> Any
         number = isinstance(value, Real) and not isinstance(value, bool)
         return number and math.isfinite(value) and ranges[expected](value)
 
-    return _setting(default, help, allowed, expected, type=float, metavar=metavar)
+    return _setting(default, help, allowed, expected, type=float, **{"metavar": "X", **more})
 
 
 def _is_class_weight(value: Any) -> bool:
@@ -191,64 +193,119 @@ class HeadSpec:
             raise SpecError(f"unknown engine {self.engine!r}: expected torch or sklearn")
 
 
+_MINIBATCH: dict[str, Any] = {"solver": "minibatch"}
+
+
 @dataclass(frozen=True)
 class TrainSpec:
-    """How to train one head. Each setting says what it is, and raises ``SpecError`` for a value that it cannot have.
+    """How to train one head. A value that a setting cannot have raises ``SpecError``, which says what it can be.
+
+    ``solver`` ``auto`` takes the convex solver for the head ``linear``: its optimum depends on the data alone. Whoever
+    names a setting that only minibatches have (``epochs``, ``learning_rate``, ...) gets them: ``TrainSpec(epochs=30)``
+    has the solver ``minibatch``. So have features that do not fit in memory; see ``solver_for``.
 
     ``l2`` is the strength of the penalty of linear heads, ``l2 / 2 * ||W||^2`` added to the *sum* of losses
     (scikit-learn's ``C`` is ``1 / l2``). ``class_weight`` maps names of classes to weights, or is ``balanced``.
     ``shuffle_seed`` None takes ``seed``.
     """
 
-    solver: Literal["minibatch", "convex"] = _choice(
-        "minibatch", "minibatch: the optimizer over shuffled batches. convex: the exact optimum of a linear head.",
-        "minibatch", "convex",
+    solver: Literal["auto", "minibatch", "convex"] = _choice(
+        "auto",
+        "convex: the exact optimum of the head linear. minibatch: an optimizer over shuffled batches. auto: convex for "
+        "linear, unless a setting of minibatches is given or the features do not fit in memory.",
+        "auto", "minibatch", "convex",
     )  # fmt: skip
-    epochs: int = _whole(30, "Passes over the training rows.", 1)
-    batch_size: int = _whole(64, "Rows in a training step.", 1)
-    optimizer: Literal["adamw", "sgd"] = _choice("adamw", "What takes the steps.", "adamw", "sgd")
-    learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0")
-    weight_decay: float = _number(0.01, "Weight decay, of matrices and not of biases.", "a number of at least 0")
-    momentum: float = _number(0.9, "Momentum of sgd.", "a number from 0 to below 1")
+    epochs: int = _whole(30, "Passes over the training rows.", 1, **_MINIBATCH)
+    batch_size: int = _whole(64, "Rows in a training step.", 1, **_MINIBATCH)
+    optimizer: Literal["adamw", "sgd"] = _choice("adamw", "What takes the steps.", "adamw", "sgd", **_MINIBATCH)
+    learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0", **_MINIBATCH)
+    weight_decay: float = _number(
+        0.01, "Weight decay, of matrices and not of biases.", "a number of at least 0", **_MINIBATCH
+    )
+    momentum: float = _number(0.9, "Momentum of sgd.", "a number from 0 to below 1", **_MINIBATCH)
     schedule: Literal["constant", "linear", "cosine"] = _choice(
-        "cosine", "How the learning rate falls to 0 after the warm-up, if it does.", "constant", "linear", "cosine"
-    )
+        "cosine", "How the learning rate falls to 0 after the warm-up, if it does.", "constant", "linear", "cosine",
+        **_MINIBATCH,
+    )  # fmt: skip
     warmup: float = _number(
-        0.05, "Share of all steps in which the learning rate rises.", "a number from 0 to below 1", "SHARE"
+        0.05, "Share of all steps in which the learning rate rises.", "a number from 0 to below 1", metavar="SHARE",
+        **_MINIBATCH,
+    )  # fmt: skip
+    clip: float = _number(
+        1.0, "Clip gradients to this norm; 0 disables.", "a number of at least 0", metavar="NORM", **_MINIBATCH
     )
-    clip: float = _number(1.0, "Clip gradients to this norm; 0 disables.", "a number of at least 0", "NORM")
     patience: int = _whole(
-        5, "Stop early after so many epochs without a better metric on validation; 0 disables.", 0, "EPOCHS"
-    )
+        5, "Stop early after so many epochs without a better metric on validation; 0 disables.", metavar="EPOCHS",
+        **_MINIBATCH,
+    )  # fmt: skip
     metric: str | None = _setting(
         None, "Metric on validation by which the best epoch is kept.",
         lambda value: value is None or isinstance(value, str), "the name of a metric", metavar="NAME",
-        unset="log_loss, or rmse of a regression",
+        unset="log_loss, or rmse of a regression", **_MINIBATCH,
     )  # fmt: skip
     label_smoothing: float = _number(
-        0.0, "Share of a label that is spread over all classes.", "a number from 0 to below 1"
+        0.0, "Share of a label that is spread over all classes.", "a number from 0 to below 1", **_MINIBATCH
     )
     class_weight: Literal["balanced"] | Mapping[str, float] | None = _setting(
         None, 'Weights of classes: balanced, or a number for each class: {"class": weight}.', _is_class_weight,
         "balanced, or a weight for each class", metavar="balanced|JSON", unset="1 each",
     )  # fmt: skip
     standardize: bool = _setting(
-        True, "Give features mean 0 and variance 1 first; folded into the head.", lambda value: isinstance(value, bool),
-        "true or false", type=bool,
+        True, "Give features mean 0 and variance 1 first; folded into the head.",
+        lambda value: isinstance(value, bool), "true or false", type=bool,
     )  # fmt: skip
     l2: float = _number(
-        1.0, "Penalty of the convex solver and of scikit-learn's linear heads, 1 / C.", "a number of at least 0"
-    )
+        1.0, "Penalty of the convex solver and of scikit-learn's linear heads, 1 / C.", "a number of at least 0",
+        solver="convex",
+    )  # fmt: skip
     seed: int = _whole(0, "Seed of initial weights, dropout and the order of rows.", most=2**32 - 1)
-    shuffle_seed: int | None = _whole(None, "Seed of the order of rows alone.", most=2**32 - 1, unset="that of seed")
+    shuffle_seed: int | None = _whole(
+        None, "Seed of the order of rows alone.", most=2**32 - 1, unset="that of seed", **_MINIBATCH
+    )
+
+    def __new__(cls, *arguments: Any, **given: Any) -> TrainSpec:
+        """Remember which settings are given: whoever names one of minibatches wants them, also at its default."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", (*[*cls.__dataclass_fields__][: len(arguments)], *given))
+        return made
 
     def __post_init__(self) -> None:
         for name, setting in declared(TrainSpec).items():
             value = getattr(self, name)
             if not setting.allowed(value):
                 raise SpecError(f"{name} is {value!r}: expected {setting.expected}")
+        given = self.__dict__.pop("_given", ())
+        if "solver" not in given and (named := [name for name in given if name in MINIBATCH_SETTINGS]):
+            if "l2" in given:
+                raise SpecError(
+                    f"l2 is a setting of the convex solver, and {named[0]} one of minibatches: "
+                    "leave one of them out, or name the solver"
+                )
+            object.__setattr__(self, "solver", "minibatch")
+
+    def solver_for(self, head: HeadSpec, *, in_memory: bool = True) -> Literal["minibatch", "convex"]:
+        """Return which solver trains a torch head, of features that are ``in_memory`` or not.
+
+        ``auto`` is ``convex`` for the head ``linear`` where every setting of minibatches is at its default.
+        """
+        if self.solver != "auto":
+            return self.solver
+        plain = all(getattr(self, name) == getattr(TrainSpec, name) for name in MINIBATCH_SETTINGS)
+        return "convex" if plain and in_memory and (head.kind, head.engine) == ("linear", "torch") else "minibatch"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a trained head keeps of its settings, as JSON values: those that its solver reads."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        if isinstance(self.class_weight, Mapping):
+            values["class_weight"] = dict(self.class_weight)
+        unread = MINIBATCH_SETTINGS if self.solver == "convex" else ()
+        return {name: value for name, value in values.items() if name not in unread}
 
     @property
     def order_seed(self) -> int:
         """The seed of the batch order."""
         return self.seed if self.shuffle_seed is None else self.shuffle_seed
+
+
+MINIBATCH_SETTINGS = tuple(name for name, setting in declared(TrainSpec).items() if setting.solver == "minibatch")
+"""Settings that only training by minibatches reads."""

@@ -22,13 +22,16 @@ from embedcache import cli
 from embedcache.cache import FeatureCache
 from embedcache.cli.heads import _csv, _jsonl, _line, shown
 from embedcache.errors import FeatureError, InputError, TrainingError
+from embedcache.estimator import HeadClassifier, HeadRegressor
 from embedcache.examples import load_examples
 from embedcache.extract import run as extract
 from embedcache.heads import TrainedHead
 from embedcache.predict import Prediction
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TrainSpec
-from embedcache.train import train_head
+from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
+from embedcache.sweep import sweep
+from embedcache.train import train_head, train_on_cache
+from embedcache.train.convex import solve
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -87,6 +90,7 @@ OPTIONS = [
     ("--metric", "log_loss", "--label-smoothing", 0.1, "--class-weight", "balanced", "--no-standardize", "--lr", "1"),
     ("--class-weight", '{"bad": 3, "good": 1}', "--seed", 7, "--standardize", "--schedule", "constant", "--epochs", 1),
     ("--solver", "convex", "--l2", 0.5),
+    ("--l2", 2), ("--solver", "auto", "--epochs", 1), ("--solver", "minibatch"), ("--shuffle-seed", 3),
     ("--head", "mlp", "--head-option", "hidden=[8, 4]", "--head-option", "activation=gelu", "--epochs", 2),
     ("--head", "residual", "--head-option", "width=8", "--head-option", "depth=1", "--epochs", 1, "--device", "cpu"),
     ("--head", "attention", "--head-option", "width=8", "--epochs", 2, "--device", "auto"),
@@ -127,6 +131,38 @@ def test_settings_reach_the_training(cache: Path, run: Run, tmp_path: Path) -> N
     assert {name: head.training[name] for name in expected} == expected
     assert head.spec == HeadSpec("mlp", "torch", {"hidden": [4]})
     assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("task", ["classes", "several", "numbers"])
+def test_linear_is_one_head_at_every_door(task: str, request: Any, run: Run, tmp_path: Path) -> None:
+    """The command, the function, the estimator and the sweep: the optimum, which the solver gives to the bit."""
+    opened = FeatureCache.open(folder := request.getfixturevalue("cache" if task == "classes" else task))
+    assert run("train", folder, "-o", tmp_path / "run")[0] == 0
+    x, y = opened.arrays("train")
+    task_of: Any = opened.task
+    best = solve(x, y, task=task_of, outputs=len(opened.class_names), l2=1.0, standardize=True)
+    estimator = HeadRegressor() if opened.task == "regression" else HeadClassifier()
+    doors = {
+        "train": TrainedHead.from_pretrained(tmp_path / "run"),
+        "train_on_cache": train_on_cache(opened, progress=False).head,
+        "estimator": estimator.fit(x, y).head_,
+        "sweep": sweep(opened, ["linear"], output_dir=tmp_path / "sweep", folds=1, progress=False).best,
+    }
+    for door, head in doors.items():
+        assert head.training["solver"] == "convex", door
+        assert "epochs" not in head.training, door
+        if door != "sweep":  # which trains what it keeps on validation rows too
+            assert np.array_equal(head.state["output.weight"], best.weight), door
+
+
+def test_a_setting_of_minibatches_asks_for_them_also_at_its_default(cache: Path, run: Run, tmp_path: Path) -> None:
+    for name in MINIBATCH_SETTINGS:
+        value = getattr(TrainSpec(), name)
+        options = ("--optimizer", "sgd") if name == "momentum" else ()
+        text = {"metric": "log_loss", "shuffle_seed": "0"}.get(name, value)
+        status, _, err = run("train", cache, "-o", tmp_path / "run", f"--{name.replace('_', '-')}", text, *options)
+        assert status == 0, err
+        assert TrainedHead.from_pretrained(tmp_path / "run").training["solver"] == "minibatch", name
 
 
 def test_one_seed_one_head(cache: Path, run: Run, tmp_path: Path) -> None:
@@ -252,7 +288,8 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("--head", "ridge", "--epochs", "3"), 2, "--epochs means nothing to the scikit-learn head ridge"),
     (("--head", "knn", "--l2", "3"), 2, "--l2 means nothing to the scikit-learn head knn"),
     (("--head", "knn", "--device", "cpu"), 2, "--device means nothing to the scikit-learn head knn"),
-    (("--l2", "3"), 2, "--l2 means nothing to training by minibatches: use --weight-decay"),
+    (("--l2", "3", "--head", "mlp"), 2, "--l2 means nothing to training by minibatches: use --weight-decay"),
+    (("--l2", "3", "--epochs", "3"), 2, "--l2 means nothing to training by minibatches, which --epochs asks for: use"),
     (("--momentum", "0.5"), 2, "--momentum means nothing to adamw: use --optimizer sgd"),
     (("--device", "tpu"), 1, "device 'tpu' is not available here"),
     (("--seed", "-1"), 2, "seed is -1"),

@@ -277,7 +277,7 @@ def test_the_table_says_what_was_compared(
     assert said.code == 0
     told = json.loads(said.out)
     assert told["equal"]
-    assert told["sampled"]["training"] == "3 steps of 32 on 33 rows"
+    assert told["sampled"]["training"] == "3 minibatch steps of 32 on 33 rows"
     whats = {(each["reference"], each["what"]): each for each in told["comparisons"]}
     assert whats["canonical", "losses"]["values"] == whats["canonical", "losses"]["identical"] == 3
     assert (
@@ -293,6 +293,7 @@ def test_the_table_says_what_was_compared(
     assert "verdict: equal" in said.out
     said = command(cache.path, csv, *QUICK, "--all")
     assert "features all rows" in said.out
+    assert [line.split()[-1] for line in said.out.splitlines() if " optimum " in line] == ["identical"], said.out
 
 
 def test_raise_if_different_carries_the_cause() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import re
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
@@ -13,7 +16,7 @@ from embedcache import HeadClassifier, HeadRegressor, HeadSpec, TrainSpec
 from embedcache.cli import cli
 from embedcache.errors import SpecError
 from embedcache.heads import kinds
-from embedcache.spec import declared
+from embedcache.spec import MINIBATCH_SETTINGS, declared
 
 SETTINGS = declared(TrainSpec)
 HEAD = {"kind": "kind", "engine": "engine", "head_options": "options"}
@@ -79,7 +82,7 @@ def test_an_estimator_has_the_defaults_ranges_and_help_of_the_settings(estimator
     assert parameters["head"].default == HeadSpec().kind
     only_classes = {"label_smoothing", "class_weight"} if estimator is HeadRegressor else set()
     assert set(SETTINGS) - set(parameters) == UNIQUE | only_classes
-    for name in set(SETTINGS) & set(parameters) - {"solver"}:
+    for name in set(SETTINGS) & set(parameters):
         assert parameters[name].default == getattr(TrainSpec(), name), name
         assert words(f"{name}: {SETTINGS[name].described(parameters[name].default)}") in words(estimator.__doc__)
 
@@ -99,3 +102,29 @@ def test_values_outside_the_range_are_refused_and_the_range_is_said() -> None:
         for value in values:
             with pytest.raises(SpecError, match=rf"{name} is .*: expected {re.escape(SETTINGS[name].expected)}"):
                 TrainSpec(**{name: value})
+
+
+def test_naming_a_setting_of_minibatches_asks_for_them() -> None:
+    linear, mlp, theirs = HeadSpec(), HeadSpec("mlp"), HeadSpec("linear", "sklearn")
+    assert [TrainSpec().solver_for(head) for head in (linear, mlp, theirs)] == ["convex", "minibatch", "minibatch"]
+    assert TrainSpec().solver_for(linear, in_memory=False) == "minibatch"
+    assert TrainSpec(l2=3, seed=5, standardize=False, class_weight="balanced").solver_for(linear) == "convex"
+    for name in MINIBATCH_SETTINGS:
+        named = TrainSpec(**{name: getattr(TrainSpec(), name)})
+        assert (named.solver, replace(named, seed=3).solver) == ("minibatch", "minibatch"), name
+        assert TrainSpec(**{name: getattr(TrainSpec(), name), "solver": "convex"}).solver_for(linear) == "convex"
+        with pytest.raises(SpecError, match=f"l2 is a setting of the convex solver, and {name} one of minibatches"):
+            TrainSpec(**{name: getattr(TrainSpec(), name)}, l2=2)
+    assert TrainSpec("convex").solver == "convex", "by position"
+
+
+def test_a_spec_is_a_value() -> None:
+    """Copies, changed or not, keep what they were asked for; what older versions wrote is what it was."""
+    spec = TrainSpec()
+    for same in (replace(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec)), TrainSpec(**asdict(spec))):
+        assert (same, same.solver, vars(same).keys() - {"_given"}) == (spec, "auto", vars(spec).keys())
+    assert replace(spec, seed=3).solver == "auto"
+    assert replace(spec, epochs=3).solver_for(HeadSpec()) == "minibatch"
+    written = {"epochs": 30, "batch_size": 64, "optimizer": "adamw", "l2": 1.0, "standardize": True}
+    assert TrainSpec(**written, solver="minibatch").solver_for(HeadSpec()) == "minibatch"
+    assert set(TrainSpec(solver="convex").record()) == set(SETTINGS) - set(MINIBATCH_SETTINGS)

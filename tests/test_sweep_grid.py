@@ -54,6 +54,24 @@ def test_the_same_thing_written_twice_is_one_configuration() -> None:
     assert len(parse(value, SETS).configurations()) == 2
 
 
+def test_linear_is_the_optimum_unless_a_setting_of_minibatches_is_named() -> None:
+    """What a grid states it keeps: its configurations have the names under which old sweeps hold their results."""
+    entries: list[tuple[Any, str]] = [
+        ("linear", "convex"), ({"head": "linear", "l2": 2}, "convex"), ({"head": "linear", "solver": "auto"}, "convex"),
+        ({"head": "linear", "class_weight": "balanced"}, "convex"), (HeadSpec(), "convex"),
+        ((HeadSpec(), TrainSpec()), "convex"), ((HeadSpec(), TrainSpec(epochs=30)), "minibatch"),
+        ({"head": "linear", "epochs": 30}, "minibatch"), ({"head": "linear", "learning_rate": 0.003}, "minibatch"),
+        ({"head": "linear", "solver": "minibatch"}, "minibatch"), ({"head": "mlp", "epochs": 3}, "minibatch"),
+    ]  # fmt: skip
+    for entry, solver in entries:
+        (one,) = parse([entry], {"mean": SETS["mean"]}).configurations()
+        assert one.train.solver == solver, entry
+        assert Configuration.from_json(one.to_json()) == one
+    assert Configuration("mean", HeadSpec(), TrainSpec()).train.solver == "convex"
+    old = parse([{"head": "linear", "learning_rate": 0.01, "epochs": 7}], {"mean": SETS["mean"]}).configurations()
+    assert [each.id for each in old] == ["2ff054e47dfeabd4"]
+
+
 def test_hidden_is_a_choice_of_widths_or_of_lists_of_them() -> None:
     made = parse([{"head": "mlp", "hidden": [16, [32, 8]], "features": "mean"}], SETS).configurations()
     assert [each.head.options["hidden"] for each in made] == [[16], [32, 8]]
@@ -133,7 +151,7 @@ def test_ranges() -> None:
         ([{"head": "linear", "features": "maen"}], r"no feature set 'maen' \(did you mean mean\?\)"),
         ([{"head": "linear", "features": "tokens"}], "linear reads one vector a row, and none of tokens"),
         ([{"head": "attention", "features": "mean"}], "attention reads one vector a token or several"),
-        ([{"head": "linear", "l2": 1}], r"does not read l2 \(l2 goes with solver: convex\)"),
+        ([{"head": "linear", "l2": 1, "epochs": 3}], r"does not read l2 \(l2 goes with the head linear and no setting"),
         ([{"head": "linear", "momentum": 0.5}], r"momentum goes with optimizer: sgd"),
         ([{"head": "linear", "solver": "convex", "learning_rate": 1}], "does not read learning_rate: it reads"),
         ([{"head": "mlp", "solver": "convex"}], "convex solver trains the torch head linear, not mlp"),

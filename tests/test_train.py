@@ -628,3 +628,14 @@ def test_a_head_too_large_for_the_data_is_said() -> None:
         progress=False,
     )
     assert any("parameters for 40 training rows" in note for note in found.notes)
+
+
+def test_linear_on_features_that_do_not_fit_in_memory_is_trained_by_minibatches_and_says_so() -> None:
+    x, y = made(90)
+    found = train_head(MappedRows(x), y, class_names=NAMES, progress=False)
+    assert found.head.training["solver"] == "minibatch"
+    assert any("do not fit in memory: trained by minibatches" in note for note in found.notes)
+    for options in ({"spec": TrainSpec(epochs=2)}, {"spec": TrainSpec(solver="convex")}, {"head": "mlp"}):
+        asked = train_head(MappedRows(x), y, class_names=NAMES, progress=False, **options)  # type: ignore[arg-type]
+        assert not any("memory" in note for note in asked.notes)
+    assert train_head(x, y, class_names=NAMES, progress=False).head.training["solver"] == "convex"

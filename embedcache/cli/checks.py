@@ -59,8 +59,8 @@ def check(
 ) -> None:
     """Is training on CACHE the same as training end to end on INPUT, which it was made from?
 
-    Compares features, a few steps of training and predictions; exit 0 equal, 1 different. Without INPUT, the rows
-    that the cache keeps (extract --keep-inputs) are used.
+    Compares features, a few steps of training by minibatches (of linear, its optimum too) and predictions; exit 0
+    equal, 1 different. Without INPUT, the rows that the cache keeps (extract --keep-inputs) are used.
     """
     from embedcache.cache import FeatureCache
     from embedcache.equivalence import check_equivalence

@@ -12,12 +12,6 @@ import click
 
 from embedcache.cli.options import device_option, head_options, json_option, print_json, table, training_options
 
-_MINIBATCH = (
-    "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "momentum", "schedule", "warmup", "clip",
-    "patience", "metric", "label_smoothing",
-)  # fmt: skip
-"""Settings that only training by minibatches has."""
-
 
 @click.command()
 @click.argument("cache", type=click.Path())
@@ -42,8 +36,9 @@ def train(
 ) -> None:
     """Train one head on CACHE and save it, with its metrics and a model card, in RUN.
 
-    The head with the best metric on the validation split is kept, or, without such a split, on a tenth of the training
-    rows that is held out. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
+    linear is the exact optimum (--solver, --l2). Of any other head the epoch with the best metric on the validation
+    split is kept, or, without such a split, on a tenth of the training rows that is held out; probabilities are
+    calibrated there too. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
     training and saves the best head so far.
     """
     from contextlib import suppress
@@ -56,7 +51,7 @@ def train(
     from embedcache.spec import HeadSpec, TrainSpec
     from embedcache.train import train_on_cache
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, "auto")}
     if given.get("class_weight", "balanced") != "balanced":
         given["class_weight"] = _json(given["class_weight"], "--class-weight")
     spec = HeadSpec(kind, engine or engine_of(kind), dict(map(_setting, head_options)))  # type: ignore[arg-type]
@@ -86,21 +81,25 @@ def train(
         raise Interrupted(f"stopped after {len(result.history)} epochs: the best head so far is saved in {output_dir}")
 
 
-def _refuse_unused(engine: str, kind: str, given: Mapping[str, Any], device: str | None) -> None:
+def _refuse_unused(engine: Any, kind: str, given: Mapping[str, Any], device: str | None) -> None:
     """Raise ``SpecError`` for a setting that would change nothing: silence would look like an experiment."""
     from embedcache.errors import SpecError
+    from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
 
-    solver = given.get("solver", "minibatch")
+    named = next((name for name in MINIBATCH_SETTINGS if name in given), None)
+    solver = given.get("solver", "minibatch" if named else TrainSpec().solver_for(HeadSpec(kind, engine)))
     if engine == "sklearn":
         from embedcache.heads.sklearn_kinds import KINDS
 
         penalised = kind in KINDS and KINDS[kind].linear
-        unused: Sequence[str] = (*_MINIBATCH, "solver", *(() if penalised else ("l2",)))
+        unused: Sequence[str] = (*MINIBATCH_SETTINGS, "solver", *(() if penalised else ("l2",)))
         what, instead = f"the scikit-learn head {kind}", "its own settings are given by --head-option"
     elif solver == "convex":
-        unused, what, instead = _MINIBATCH, "the convex solver", "its one setting is --l2"
+        unused, what, instead = MINIBATCH_SETTINGS, "the convex solver", "its one setting is --l2"
     else:
         unused, what, instead = ("l2",), "training by minibatches", "use --weight-decay, or --solver convex"
+        if named and kind == "linear" and "solver" not in given:
+            what = f"training by minibatches, which --{named.replace('_', '-')} asks for"
         if "momentum" in given and given.get("optimizer", "adamw") == "adamw":
             unused, what, instead = ("momentum",), "adamw", "use --optimizer sgd"
     wrong = next((name for name in unused if name in given), "device" if device and engine == "sklearn" else None)

@@ -47,8 +47,9 @@ def check_equivalence(
     """Compare a cache with its frozen backbone run end to end. Nothing in the cache is changed.
 
     Three comparisons, from the same initial head, batches and dropout draws: features recomputed from the raw rows;
-    steps of training on cached tensors against steps with the backbone run inside each of them (losses, gradient
-    norms, parameters, the optimizer's state); logits and labels of both heads on an evaluation split. The
+    steps of minibatch training on cached tensors against steps with the backbone run inside each of them (losses,
+    gradient norms, parameters, the optimizer's state), and of the head ``linear`` its optimum too, which is what
+    training gives when nobody asks for minibatches; logits and labels of both heads on an evaluation split. The
     ``canonical`` reference runs the backbone at the cache's shapes and must agree bit for bit; ``standard`` is plain
     transformers and torch and must agree within the tolerance that ``tolerance`` derives.
 

@@ -34,10 +34,12 @@ from embedcache.equivalence.tolerance import (
     storage_tolerance,
     training_tolerances,
 )
-from embedcache.equivalence.training import Record, cached_batches, compare, train
+from embedcache.equivalence.training import Record, cached_batches, compare, differences_of, train
+from embedcache.errors import FeatureError, TrainingError
 from embedcache.fingerprint import differences
 from embedcache.shard import FeatureSet
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
+from embedcache.train import train_head
 from embedcache.train.data import Data
 from embedcache.train.metrics import default_metric, score
 
@@ -236,6 +238,24 @@ class Examination:
         record.logits = _logits(record, x_evaluate)
         tolerances = self.training_tolerances if self.environment_differs and self.tolerances is not None else None
         self._compare("canonical", record, tolerances)
+        if self.head.kind == "linear" and tolerances is None:
+            self._optimum(x)
+
+    def _optimum(self, x: Array) -> None:
+        """Compare the linear heads that training on the cache gives, and on live features ``x``: their optima."""
+        solved = []
+        for features, y in ((self.x, self.y), (x, self.raw.targets[self.rows.train])):
+            try:
+                done = train_head(
+                    features, y, task=self.task, class_names=self.cache.class_names, feature=self.feature,
+                    progress=False, intervals=False,
+                )  # fmt: skip
+            except (TrainingError, FeatureError) as error:
+                self.notes.append(f"the optimum is not compared: {error}")
+                return
+            solved.append(done.head.state)
+        found, where = differences_of(*solved)
+        self.comparisons.append(judged("canonical", "optimum", found, where))
 
     def standard(self, model: StandardModel) -> None:
         """Train as anyone would, and compare features, training and predictions within the tolerance."""
@@ -380,7 +400,7 @@ class Examination:
         share = "all" if everything else f"{len(self.rows.features):,} of {len(self.cache):,}"
         sampled = {
             "features": f"{share} rows",
-            "training": f"{self.steps} steps of {self.spec.batch_size} on {len(self.rows.train):,} rows",
+            "training": f"{self.steps} minibatch steps of {self.spec.batch_size} on {len(self.rows.train):,} rows",
             "predictions": f"{len(self.rows.evaluate):,} rows of {self.rows.split}",
             "head": f"{self.head.kind} on {self.feature.name}",
         }

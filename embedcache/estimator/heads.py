@@ -50,7 +50,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         *,
         engine: str | None = None,
         options: Mapping[str, Any] | None = None,
-        solver: str = "auto",
+        solver: str = _DEFAULTS.solver,
         epochs: int = _DEFAULTS.epochs,
         batch_size: int = _DEFAULTS.batch_size,
         optimizer: str = _DEFAULTS.optimizer,
@@ -114,16 +114,11 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     ) -> _HeadEstimator:
         engine = self.engine or engine_of(self.head)
         spec = HeadSpec(self.head, engine, _plain(dict(self.options or {})))  # type: ignore[arg-type]
-        solver = self.solver
-        if solver == "auto":
-            solver = "convex" if (self.head, engine) == ("linear", "torch") else "minibatch"
         seed = _seed(self.random_state)
-        shared = (
-            "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "momentum", "schedule", "warmup",
-            "clip", "standardize", "l2", "patience", "metric",
-        )  # fmt: skip
-        values = {name: _plain(getattr(self, name)) for name in shared}
-        training = TrainSpec(solver=solver, seed=seed, **values, **settings)  # type: ignore[arg-type]
+        values = {name: _plain(getattr(self, name)) for name in declared(TrainSpec) if hasattr(self, name)} | settings
+        # What is at its default was not asked for: TrainSpec chooses the solver by what was.
+        asked = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
+        training = TrainSpec(seed=seed, **asked)
         x_eval = y_eval = None
         if self.early_stopping:
             rows = np.arange(len(X))
@@ -164,7 +159,8 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
             them for ``patience`` epochs, and calibrate on them.
         random_state: decides initial weights, dropout, the order of rows and what is held out.
 
-    A mapping of ``class_weight`` has the labels as they are in ``y``.
+    A setting at its default counts as not given: a grid over settings of minibatches for the head ``linear`` should
+    say ``solver="minibatch"``. A mapping of ``class_weight`` has the labels as they are in ``y``.
 
     After ``fit``, ``classes_`` are the classes, ``head_`` is the ``TrainedHead`` (``head_.save_pretrained`` makes it a
     bundle), ``history_`` has a dict for each epoch and ``notes_`` what training had to say.
@@ -180,7 +176,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         *,
         engine: str | None = None,
         options: Mapping[str, Any] | None = None,
-        solver: str = "auto",
+        solver: str = _DEFAULTS.solver,
         epochs: int = _DEFAULTS.epochs,
         batch_size: int = _DEFAULTS.batch_size,
         optimizer: str = _DEFAULTS.optimizer,

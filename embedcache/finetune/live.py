@@ -277,7 +277,7 @@ def fine_tune(
         InputError: targets that do not fit.
         SpecError: settings that are not for a live model.
     """
-    if spec.solver != "minibatch" or spec.optimizer != "adamw":
+    if spec.solver == "convex" or spec.optimizer != "adamw":
         raise SpecError(f"a live model is trained by minibatch AdamW, not {spec.solver} {spec.optimizer}")
     data = _labelled(contents, y, task, "training")
     refuse_untrainable(data, task, class_names)

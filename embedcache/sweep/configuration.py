@@ -8,16 +8,13 @@ from functools import cached_property
 from typing import Any
 
 from embedcache.fingerprint import hash_json
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
 
 SEEDED = frozenset({"mlp", "hist-gradient-boosting", "random-projection"})
 """Heads of scikit-learn whose result a seed changes."""
 
 _CONVEX = ("solver", "l2", "class_weight", "standardize")
-_MINIBATCH = (
-    "solver", "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup", "clip",
-    "patience", "metric", "label_smoothing", "class_weight", "standardize", "shuffle_seed",
-)  # fmt: skip
+_MINIBATCH = ("solver", *(name for name in MINIBATCH_SETTINGS if name != "momentum"), "class_weight", "standardize")
 _PENALIZED = frozenset({"linear", "logistic-regression", "linear-svm", "ridge", "random-projection"})
 _SHORT = {"learning_rate": "lr", "weight_decay": "wd", "label_smoothing": "smoothing", "batch_size": "batch"}
 DEFAULTS = TrainSpec()
@@ -34,8 +31,7 @@ def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[
         return tuple(name for name, there in zip(("class_weight", "standardize", "l2"), asked, strict=True) if there)
     if solver == "convex":
         return _CONVEX
-    read = _MINIBATCH + (("momentum",) if optimizer == "sgd" else ())
-    return tuple(name for name in read if name in TRAIN_FIELDS)
+    return _MINIBATCH + (("momentum",) if optimizer == "sgd" else ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +46,8 @@ class Configuration:
     train: TrainSpec
 
     def __post_init__(self) -> None:
+        if self.head.engine == "torch":
+            object.__setattr__(self, "train", replace(self.train, solver=self.train.solver_for(self.head)))
         read = {*fields_read(self.head, self.train.solver, self.train.optimizer)}
         if self.seeded:
             read.add("seed")

@@ -7,12 +7,11 @@ The written form (``sweep.yaml``; every key may be left out)::
     folds: 5                            # and repeats, shots, draws, metric, learning_curve, random, seed
     heads:
       - majority                        # a name alone: the head as it is
-      - head: linear
+      - head: linear                    # the optimum, for each strength of the penalty
+        l2: {log: [0.01, 1000], steps: 16}
+      - head: linear                    # by minibatches, as it names settings of those
         learning_rate: [0.001, 0.01]    # a list is a choice of values
         weight_decay: [0, 0.01]
-      - head: linear
-        solver: convex
-        l2: {log: [0.01, 1000], steps: 16}
       - head: mlp
         hidden: [256, [512, 256]]       # two choices: one layer of 256; 512 and then 256
         dropout: [0.1, 0.5]
@@ -25,7 +24,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import numpy as np
 from embedcache.errors import InputNotFoundError, SpecError, SweepError
 from embedcache.heads import engine_of, kinds
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
 from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
 from embedcache.sweep.ranges import Choices, choices, number
 
@@ -264,6 +263,7 @@ def _entry(where: str, entry: Any) -> dict[str, Any]:
         return {"head": entry.kind, "engine": entry.engine, "options": dict(entry.options)}
     if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], HeadSpec):
         head, train = entry
+        train = replace(train, solver=train.solver_for(head))
         read = fields_read(head, train.solver, train.optimizer)
         return {**_entry(where, head), "seeds": [train.seed], **{name: getattr(train, name) for name in read}}
     if not isinstance(entry, Mapping):
@@ -292,9 +292,12 @@ def _block(
         raise SpecError(f"{where}: the engine {engine!r} has no head {kind!r}: leave engine out, or say {found}")
     options = {**_mapping(where, entry.get("options", {}))}
     allowed = option_names(kind, engine)
-    solvers = [each for each in choices("solver", entry.get("solver", "minibatch")).values]
-    optimizers = [each for each in choices("optimizer", entry.get("optimizer", "adamw")).values]
     head = HeadSpec(kind, engine)
+    if engine == "torch" and entry.get("solver", "auto") == "auto":
+        asked = any(name in entry and name not in allowed for name in MINIBATCH_SETTINGS)
+        entry = {**entry, "solver": "minibatch" if asked else TrainSpec().solver_for(head)}
+    solvers = choices("solver", entry.get("solver", "minibatch")).values
+    optimizers = choices("optimizer", entry.get("optimizer", "adamw")).values
     read = {name for solver in solvers for optimizer in optimizers for name in fields_read(head, solver, optimizer)}
     settings: dict[str, Any] = {}
     for name, value in entry.items():
@@ -307,14 +310,20 @@ def _block(
                 raise SweepError(f"{where}: seeds are repetitions, not settings: write seeds: [{value}]")
             settings[name] = value
         else:
-            _known({name: value}, (*_ENTRY, *allowed, *sorted(read)), f"{where} ({kind})")
+            # Of linear, either solver's: which of them it is hangs on what else is written.
+            both = read.union(MINIBATCH_SETTINGS) if engine == "torch" else read
+            _known({name: value}, (*_ENTRY, *allowed, *sorted(both)), f"{where} ({kind})")
     if "convex" in solvers and (engine != "torch" or kind != "linear"):
         raise SweepError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
     for name in settings:
         if name not in read:
             who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {' or '.join(solvers)}"
             hint = " (momentum goes with optimizer: sgd)" if name == "momentum" else ""
-            hint = " (l2 goes with solver: convex)" if name == "l2" and engine == "torch" else hint
+            hint = (
+                " (l2 goes with the head linear and no setting of minibatches)"
+                if name == "l2" and engine == "torch"
+                else hint
+            )
             raise SweepError(f"{where}: {who} does not read {name}{hint}: it reads {', '.join(sorted(read))}")
     for name in options:
         if name not in allowed:

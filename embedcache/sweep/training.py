@@ -241,7 +241,7 @@ def _convex(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) 
         one = found[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
         head = TrainedHead(
             job.configuration.head, problem.task, problem.class_names, feature,
-            state={"output.weight": one.weight, "output.bias": one.bias}, training=asdict(job.configuration.train),
+            state={"output.weight": one.weight, "output.bias": one.bias}, training=job.configuration.train.record(),
             **_origin(problem),
         )  # fmt: skip
         entry = {"epoch": one.iterations, "train_loss": one.loss / len(y), "gradient_norm": one.gradient_norm}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,9 +69,9 @@ def train_head(
     Args:
         x: float32 [N, D] or [N, L, D], ragged (values, offsets), or a reader of rows on disk (``batches.Reader``).
         y: int64 [N] class indices (-1: no label), uint8 [N, C] labels (255: none), or float [N, R] (NaN: none).
-        x_eval, y_eval: validation rows: early stopping, calibration. None for none.
+        x_eval, y_eval: validation rows: early stopping of minibatches, calibration. None for none.
         head: a ``HeadSpec``, or a kind of head with its defaults.
-        spec: how to train; None for the defaults.
+        spec: how to train; None for the defaults: a linear head's optimum, any other head by minibatches.
         task: ``classification``, ``multilabel`` or ``regression``.
         class_names: the C classes, or the names of the R targets.
         sample_weight: [N] weights of the training rows, None for equal.
@@ -98,10 +98,14 @@ def train_head(
     if x_eval is not None and y_eval is not None:
         judged = checked_data(x_eval, y_eval, feature, task, where="validation", outputs=len(class_names))
         judged = judged if len(judged) else None
+    in_memory = batches is None and not data.on_disk
+    if not in_memory and spec.solver_for(head) != spec.solver_for(head, in_memory=False):
+        said.append("the features do not fit in memory: trained by minibatches, which only come near the optimum")
+    spec = replace(spec, solver=spec.solver_for(head, in_memory=in_memory))
     begun = time.perf_counter()
     trained = TrainedHead(
         head, task, tuple(class_names), feature, extraction=dict(extraction or {}), model=model, revision=revision,
-        training=_record(spec),
+        training=spec.record(),
     )  # fmt: skip
     history: Sequence[Mapping[str, Any]] = ()
     interrupted = False
@@ -109,6 +113,8 @@ def train_head(
         trained, more = _sklearn(trained, data, spec)
         said += more
     elif spec.solver == "convex":
+        if device != "cpu":
+            said.append("the convex solver runs on the CPU")
         trained, history, more = _convex(trained, data, spec)
         said += more
     else:
@@ -137,13 +143,6 @@ def train_head(
             metrics[name] = measured(trained, head_of(rows, _MEASURED), intervals=intervals and name == "validation")
     facts = {"training rows": f"{len(data):,}", "validation rows": f"{len(judged) if judged else 0:,}"}
     return TrainingResult(trained, metrics, history, tuple(said), seconds, interrupted, facts)
-
-
-def _record(spec: TrainSpec) -> dict[str, Any]:
-    record = asdict(spec)
-    if isinstance(record["class_weight"], Mapping):
-        record["class_weight"] = dict(record["class_weight"])
-    return record
 
 
 def _dense(data: Data, kind: str, feature: FeatureSet) -> npt.NDArray[np.float32]:
@@ -287,7 +286,7 @@ def train_stack(
     made = [
         TrainedHead(
             head, task, tuple(class_names), feature, state=state, extraction=dict(extraction or {}), model=model,
-            revision=revision, training=_record(spec),
+            revision=revision, training=spec.record(),
         )
         for head, spec, state in zip(heads, specs, found.states, strict=True)
     ]  # fmt: skip
