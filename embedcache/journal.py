@@ -154,14 +154,16 @@ def exists(path: Path, kind: Kind = CacheError) -> bool:
         return True
 
 
-def lock(path: Path) -> contextlib.ExitStack:
+def lock(path: Path, *, needed: bool = True) -> contextlib.ExitStack:
     """Take the writer's lock on a directory; closing what is returned gives it back.
 
     The lock is on the directory itself and leaves nothing behind. Network file systems that lock only what is open for
-    writing get a lock file, removed afterwards.
+    writing get a lock file, removed afterwards. On a system without locks nothing is locked, unless that is ``needed``.
 
     Raises ``CacheLockedError`` at once when another writer has it, ``CacheError`` where locks do not work at all.
     """
+    if os.name != "posix" and not needed:
+        return contextlib.ExitStack()
     if fcntl is None:
         raise CacheError(f"cannot write {path}: writing a cache needs a POSIX system; reading does not")
     file = path / LOCK
@@ -178,6 +180,8 @@ def lock(path: Path) -> contextlib.ExitStack:
                     if there is None or not os.path.samestat(there, os.fstat(descriptor)):
                         continue
                     stack.callback(os.unlink, file)
+                elif not os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    raise BlockingIOError(errno.EWOULDBLOCK, "the one who had the lock has removed the directory")
                 return stack.pop_all()
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and isinstance(error, BlockingIOError):

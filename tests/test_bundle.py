@@ -19,16 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from embedcache.errors import BundleError, EmbedcacheError
+from embedcache.errors import BundleError, CacheLockedError, EmbedcacheError
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import TrainedHead, kinds
-from embedcache.heads.bundle import prepare, record
 from embedcache.heads.card import plain
+from embedcache.heads.folder import prepare, record
 from embedcache.heads.sklearn_kinds import KINDS
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train import train_head
 
+RUNS = Path(__file__).parent / "archives" / "runs-1.0"
 D, N = 5, 61
 POOLED = FeatureSet("mean", "pooled", D, 1, "float32")
 LAYERS = FeatureSet("mean@all", "layers", D, 3, "bfloat16")
@@ -117,44 +118,119 @@ def test_class_names_may_be_any_text(names: list[str], tmp_path_factory: Any) ->
 # Saving.
 
 
-def test_a_bundle_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def held(run: Path) -> dict[str, bytes]:
+    """Every file of a run, by its name."""
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_a_head_is_saved_over_another(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trained("linear").save_pretrained(run)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    monkeypatch.setattr("safetensors.numpy.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(BundleError, match=r"cannot write .*: No space left"):
-        trained("mlp").save_pretrained(run)
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    monkeypatch.undo()
-    trained("knn", "sklearn").save_pretrained(run)
-    assert not (run / "model.safetensors").exists()
-    assert TrainedHead.from_pretrained(run).spec.kind == "knn"
+    for kind, engine, weights in (
+        ("linear", "torch", r"model\.safetensors"),
+        ("mlp", "torch", r"model-[0-9a-f]{16}\.safetensors"),
+        ("linear", "torch", r"model\.safetensors"),
+        ("knn", "sklearn", r"model\.skops"),
+        ("knn", "sklearn", r"model-[0-9a-f]{16}\.skops"),
+    ):
+        trained(kind, engine).save_pretrained(run, metrics={"validation": {"of": kind}}, history=[{"of": kind}])
+        assert TrainedHead.from_pretrained(run).spec.kind == kind
+        *names, last = sorted(held(run))
+        assert re.fullmatch(weights, last)
+        assert names == ["README.md", "config.json", "history.jsonl", "metrics.json"]
+        assert json.loads((run / "metrics.json").read_text()) == {"validation": {"of": kind}}
+        assert json.loads((run / "history.jsonl").read_text()) == {"of": kind}
 
 
-@pytest.mark.parametrize("stop", range(1, 5))
-def test_a_bundle_that_was_cut_short_does_not_load_and_can_be_written_again(
-    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_of_the_first_version_is_read_recorded_in_and_saved_over(tmp_path: Path) -> None:
+    for number, then in enumerate((trained("mlp").save_pretrained, lambda run: record(run, "test", {"f1": 0.5}))):
+        run = copied(RUNS / "linear", tmp_path / str(number))
+        (run / ".metrics.json.tmp").write_text("left by a killed process of that version")
+        head = TrainedHead.from_pretrained(run)
+        expected = np.load(RUNS / "linear.npy")
+        np.testing.assert_allclose(head.logits(np.eye(D, dtype=np.float32)), expected, rtol=1e-5)
+        then(run)
+        again = TrainedHead.from_pretrained(run)
+        if then is not None and number == 0:
+            assert again.spec.kind == "mlp"
+            assert "model.safetensors" not in held(run)
+        else:
+            np.testing.assert_allclose(again.logits(np.eye(D, dtype=np.float32)), expected, rtol=1e-5)
+            assert json.loads((run / "metrics.json").read_text()) == {"train": {"accuracy": 0.75}, "test": {"f1": 0.5}}
+        assert ".metrics.json.tmp" not in held(run)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_disk_that_fills_up_at_any_write_keeps_the_old_head_and_leaves_nothing(
+    older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
 
-    replaced: list[str] = []
-    replace = os.replace
+    run, write, count = tmp_path / "run", os.write, [0]
+    old, new = trained("linear"), trained("mlp")
+    if older:
+        old.save_pretrained(run)
+    before = held(run) if older else None
 
-    def cut_short(old: Any, new: Any) -> None:
-        replaced.append(str(new))
-        if len(replaced) == stop:
-            raise KeyboardInterrupt
-        replace(old, new)
+    def full_at(number: int) -> Callable[..., int]:
+        def call(descriptor: int, data: bytes) -> int:
+            count[0] += 1
+            if count[0] > number:
+                raise OSError(28, "No space left on device")
+            return write(descriptor, data)
+
+        return call
+
+    for number in range(5):
+        count[0] = 0
+        monkeypatch.setattr(os, "write", full_at(number))
+        with pytest.raises(BundleError, match=rf"cannot write {re.escape(str(run))}/\S+: the disk is full") as caught:
+            new.save_pretrained(run, history=[{"epoch": 1}])
+        monkeypatch.undo()
+        assert "\n" not in str(caught.value)
+        assert (held(run) if older else run.exists() or None) == before
+    monkeypatch.setattr(os, "write", full_at(5))
+    count[0] = 0
+    new.save_pretrained(run, history=[{"epoch": 1}])
+
+
+def test_two_writers_of_a_run(tmp_path: Path) -> None:
+    from embedcache.heads.folder import RunFolder
 
     head = trained("linear")
-    monkeypatch.setattr(os, "replace", cut_short)
-    with pytest.raises(KeyboardInterrupt):
-        head.save_pretrained(tmp_path)
-    monkeypatch.undo()
-    with pytest.raises(BundleError, match=r"is no run folder \(it has no config.json\)"):
-        TrainedHead.from_pretrained(tmp_path)
-    head.save_pretrained(tmp_path)
-    assert TrainedHead.from_pretrained(tmp_path).spec.kind == "linear"
+    with RunFolder(tmp_path / "run") as folder:
+        for other in (lambda: head.save_pretrained(tmp_path / "run"), RunFolder(tmp_path / "run").__enter__):
+            with pytest.raises(CacheLockedError, match=r"another process is writing to .*run: wait for it, or stop it"):
+                other()
+        head.save_pretrained(folder)
+        with pytest.raises(CacheLockedError, match="another process"):
+            record(tmp_path / "run", "test", {})
+    assert TrainedHead.from_pretrained(tmp_path / "run").spec.kind == "linear"
+    with RunFolder(tmp_path / "unused"):
+        pass
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_reader_beside_a_writer_sees_one_head_or_the_other(tmp_path: Path) -> None:
+    import threading
+
+    heads = [trained("linear"), trained("mlp"), trained("linear", "torch", "multilabel")]
+    state = {(head.spec.kind, head.task): head.state["output.bias"] for head in heads}
+    heads[0].save_pretrained(tmp_path / "run")
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(60):
+            heads[number % 3].save_pretrained(tmp_path / "run")
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while not done.is_set() or not reads:
+        head = TrainedHead.from_pretrained(tmp_path / "run")
+        np.testing.assert_array_equal(head.state["output.bias"], state[head.spec.kind, head.task])
+        reads += 1
+    writer.join()
 
 
 def test_what_is_not_a_number_is_null_in_the_files(tmp_path: Path) -> None:
@@ -188,7 +264,7 @@ def test_nothing_of_anybody_elses_is_overwritten(files: dict[str, str] | None, s
 
 def test_a_folder_that_cannot_be_made_is_said_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="Not a directory"):
+    with pytest.raises(BundleError, match="a part of the path is a file"):
         prepare(tmp_path / "file" / "run")
     prepare(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()

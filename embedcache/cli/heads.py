@@ -41,13 +41,10 @@ def train(
     calibrated there too. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
     training and saves the best head so far.
     """
-    from contextlib import suppress
-    from pathlib import Path
-
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
     from embedcache.heads import engine_of
-    from embedcache.heads.bundle import prepare
+    from embedcache.heads.folder import RunFolder
     from embedcache.spec import HeadSpec, TrainSpec
     from embedcache.train import train_on_cache
 
@@ -57,20 +54,13 @@ def train(
     spec = HeadSpec(kind, engine or engine_of(kind), dict(map(_setting, head_options)))  # type: ignore[arg-type]
     _refuse_unused(spec.engine, kind, given, device)
     opened = FeatureCache.open(cache)
-    made = not Path(output_dir).exists()
-    prepare(Path(output_dir))
-    try:
+    with RunFolder(output_dir) as folder:
         result = train_on_cache(
             opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
         )
-    except BaseException:
-        if made:
-            with suppress(OSError):
-                Path(output_dir).rmdir()
-        raise
-    for note in result.notes:
-        click.echo(f"note: {note}", err=True)
-    result.save(output_dir)
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        result.save(folder)
     if as_json:
         print_json(result.metrics)
     else:
@@ -171,9 +161,9 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
     head = TrainedHead.from_pretrained(run)
     measured = evaluate_on_cache(head, FeatureCache.open(cache), split)
     if record:
-        from embedcache.heads import bundle
+        from embedcache.heads.folder import record as add
 
-        bundle.record(Path(run), split, measured)
+        add(Path(run), split, measured)
     if as_json:
         return print_json({split: measured})
     click.echo(metrics_text({split: measured}))

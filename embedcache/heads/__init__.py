@@ -7,7 +7,8 @@
 ``attention``       heads on several vectors a row
 ``sklearn_kinds``   heads that scikit-learn fits
 ``trained``         a trained head: logits, probabilities, decisions
-``bundle``          its folder on disk, with ``card``, the model card
+``bundle``          what its folder holds, read and checked; ``card``, the model card
+``folder``          the folder written, by one process at a time
 ==================  ==============================================================
 
 Importing this loads neither torch nor scikit-learn.

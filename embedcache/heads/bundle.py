@@ -9,17 +9,20 @@
     ├── history.jsonl      one line an epoch
     └── README.md          model card
 
+``config.json`` is replaced last and names the file of the arrays, which is never changed: where an older head is saved
+over, the new one's is ``model-SHA.safetensors``. ``folder`` writes all this.
+
 Loading checks names, shapes, types and hashes, and trusts nothing: no pickle, no code, no file outside the folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,113 +30,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecError
-from embedcache.fingerprint import hash_json, read_json, sha256_file, strict_json
-from embedcache.heads.card import model_card
+from embedcache.fingerprint import hash_json, read_json, sha256_bytes, strict_json
 from embedcache.heads.registry import build_head, head_class, kinds, refuse_unknown_options
 from embedcache.heads.trained import TrainedHead
+from embedcache.journal import explain, explained
 from embedcache.shard import FeatureSet
 from embedcache.spec import TASKS, HeadSpec
 
 if TYPE_CHECKING:
     from embedcache.heads.modules import Head
 
-FORMAT, MAJOR, MINOR = "embedcache-head", 1, 0
+FORMAT, MAJOR, MINOR = "embedcache-head", 1, 1
 CONFIG, TENSORS, ESTIMATOR, METRICS = "config.json", "model.safetensors", "model.skops", "metrics.json"
-_FILES = (CONFIG, TENSORS, ESTIMATOR, METRICS, "history.jsonl", "README.md")
-OURS = {*_FILES[1:], *(f".{name}.tmp" for name in _FILES)}
-"""What a half-written bundle may hold."""
-_WEIGHTS = {TENSORS, ESTIMATOR, f".{TENSORS}.tmp", f".{ESTIMATOR}.tmp"}
-_LARGEST_CONFIG = 64 << 20
+WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?\.(safetensors|skops)")
+LARGEST_CONFIG = 64 << 20
+_LARGEST_WEIGHTS = 4 << 30
 
 
-def save(
-    head: TrainedHead,
-    directory: Path,
-    *,
-    metrics: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> None:
-    """Write a bundle. Whenever it is cut short, the folder holds the old head, whole, or none that would load.
-
-    ``facts`` are further lines of the model card. Raises ``BundleError`` when the folder is something else or cannot
-    be written.
-    """
-    weights, other = (TENSORS, ESTIMATOR) if head.state else (ESTIMATOR, TENSORS)
-    made: list[Path] = []
-    try:
-        prepare(directory)
-        made.append(directory / f".{weights}.tmp")
-        if head.state:
-            from safetensors.numpy import save_file
-
-            save_file({name: np.ascontiguousarray(value) for name, value in head.state.items()}, made[0])
-        else:
-            from embedcache.heads.sklearn_kinds import save_estimator
-
-            save_estimator(made[0], head.estimator)
-        config = config_of(head, weights, sha256_file(made[0]), facts)
-        parse(strict_json(_json(config)))  # what could not be read again is not written
-        made.append(directory / f".{CONFIG}.tmp")
-        made[1].write_text(_json(config), "utf-8")
-        lines = "".join(_json(dict(each), None) for each in history)
-        for name in (CONFIG, other):  # a half-replaced bundle must not look whole
-            (directory / name).unlink(missing_ok=True)
-        os.replace(made[0], directory / weights)
-        _write(directory / METRICS, _json(metrics))
-        _write(directory / "history.jsonl", lines)
-        _write(directory / "README.md", model_card(head, metrics, facts))
-        os.replace(made[1], directory / CONFIG)
-    except OSError as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise BundleError(f"cannot write {directory}: {error.strerror or error}") from error
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def prepare(directory: Path) -> None:
-    """Make the folder of a bundle. Raises ``BundleError`` where it is a file, holds something else or cannot be made.
-
-    Worth calling before training, not only after it.
-    """
-    try:
-        if directory.exists() and not directory.is_dir():
-            raise BundleError(f"{directory} is a file: choose a new or an empty directory")
-        there = {each.name for each in directory.iterdir()} if directory.is_dir() else set()
-        half_written = there <= OURS and bool(there & _WEIGHTS)
-        if there and CONFIG not in there and not half_written:
-            raise BundleError(f"{directory} holds something else than a head: choose a new or an empty directory")
-        if CONFIG in there and not _is_ours(directory / CONFIG):
-            raise BundleError(f"{directory} holds another model than a head: choose a new or an empty directory")
-        directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise BundleError(f"cannot write {directory}: Permission denied")
-    except OSError as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise BundleError(f"cannot write {directory}: {error.strerror or error}") from error
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether a config may be replaced: one of ours, even damaged, but nobody else's."""
-    try:
-        if path.is_symlink() or path.stat().st_size > _LARGEST_CONFIG:
-            return False
-        return FORMAT in path.read_bytes()[:200].decode("utf-8", "replace")
-    except OSError:
-        return False
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
-
-
-def _json(value: Any, indent: int | None = 1) -> str:
+def to_json(value: Any, indent: int | None = 1) -> str:
     """Return JSON with a newline: readable in any script, without NaN, and safe for halves of surrogate pairs."""
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     return text if _encodes(text) else json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
@@ -157,26 +71,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def record(directory: Path, split: str, measured: Mapping[str, Any]) -> None:
-    """Add what was measured on a split to the metrics and the model card of a bundle.
-
-    Raises ``BundleError`` for a folder that is no bundle or cannot be written.
-    """
-    head = load(directory)
-    try:
-        config = read_json(directory / CONFIG)
-        metrics = read_json(directory / METRICS) if (directory / METRICS).is_file() else {}
-        metrics = {**_mapping(metrics), split: dict(measured)}
-        _write(directory / METRICS, _json(metrics))
-        _write(directory / "README.md", model_card(head, metrics, _mapping(config.get("facts", {}))))
-    except OSError as error:
-        raise BundleError(f"cannot write {directory}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise BundleError(f"{directory / METRICS} is not what a head's metrics must be ({error})") from None
-
-
-def config_of(head: TrainedHead, weights: str, sha256: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stands in ``config.json``."""
+def config_of(
+    head: TrainedHead, weights: str, sha256: str, facts: Mapping[str, Any], beside: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what stands in ``config.json``; ``beside`` are the sha256 of metrics, history and card."""
     config = {
         "format": FORMAT,
         "version": f"{MAJOR}.{MINOR}",
@@ -193,24 +91,54 @@ def config_of(head: TrainedHead, weights: str, sha256: str, facts: Mapping[str, 
         "training": dict(head.training),
         "facts": {str(name): str(value) for name, value in facts.items()},
         "weights": {"file": weights, "sha256": sha256},
+        "beside": dict(beside),
     }
-    config = strict_json(_json(config))  # as it will be read: tuples are lists
-    return {**config, "hash": hash_json(config)}
+    config = strict_json(to_json(config))  # as it will be read: tuples are lists
+    return sealed(config)
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with its own hash."""
+    body = {name: value for name, value in config.items() if name != "hash"}
+    return {**body, "hash": hash_json(body)}
 
 
 def load(directory: Path) -> TrainedHead:
-    """Read a bundle. Raises ``BundleError`` for a folder that is none, and for anything in it that is not right."""
+    """Read a bundle. Raises ``BundleError`` for a folder that is none, and for anything in it that is not right.
+
+    Beside a writer it is the old head or the new one, whole.
+    """
+    while True:
+        seen = _state(directory)
+        try:
+            with explained(f"cannot read {directory}", BundleError):
+                return _load(directory)
+        except BundleError:
+            # What a config named is removed once another has taken its place.
+            if seen == _state(directory):
+                raise
+
+
+def _state(directory: Path) -> tuple[int, int, int] | None:
+    try:
+        status = os.lstat(directory / CONFIG)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _load(directory: Path) -> TrainedHead:
     path = directory / CONFIG
     if path.is_symlink() or not path.is_file():
         what = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "is not there"
         raise BundleError(f"{directory} is no run folder (it {what}): make one with embedcache train CACHE -o RUN")
     try:
-        config = read_json(path, largest=_LARGEST_CONFIG)
+        config = read_json(path, largest=LARGEST_CONFIG)
         head, file = parse(config)
     except EmbedcacheError as error:
         raise BundleError(f"{path}: {error}") from None
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise BundleError(f"{path} cannot be read: {explain(error)}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(
@@ -219,22 +147,19 @@ def load(directory: Path) -> TrainedHead:
     weights = directory / file["file"]
     if weights.is_symlink() or not weights.is_file():
         raise BundleError(f"{weights} is missing: copy the whole folder")
-    try:
-        if sha256_file(weights) != file["sha256"]:
-            raise BundleError(
-                f"{weights} is not the file that {CONFIG} names (its sha256 differs): copy the folder again"
-            )
-    except OSError as error:
-        if isinstance(error, EmbedcacheError):
-            raise
-        raise BundleError(f"{weights} cannot be read: {error.strerror or error}") from None
-    if file["file"] == ESTIMATOR:
+    with explained(f"{weights} cannot be read", BundleError):
+        if weights.stat().st_size > _LARGEST_WEIGHTS:
+            raise BundleError(f"{weights} is too large to be a head's")
+        data = weights.read_bytes()  # once: what is hashed is what is used
+    if sha256_bytes(data) != file["sha256"]:
+        raise BundleError(f"{weights} is not the file that {CONFIG} names (its sha256 differs): copy the folder again")
+    if weights.suffix == ".skops":
         from embedcache.heads.sklearn_kinds import load_estimator
 
-        head = replace(head, estimator=load_estimator(weights))
+        head = replace(head, estimator=load_estimator(weights, data))
         refuse_wrong_estimator(head, weights)
         return head
-    head = replace(head, state=read_tensors(weights))
+    head = replace(head, state=read_tensors(weights, data))
     refuse_misfit(head, weights)
     return head
 
@@ -261,8 +186,8 @@ def parse(config: Any) -> tuple[TrainedHead, dict[str, str]]:
     version = str(config.get("version"))
     if version.split(".")[0] != str(MAJOR):
         raise BundleError(f"the bundle has format {version}, and this version reads {MAJOR}.x: upgrade embedcache")
-    wanted = _mapping(config["head"])
-    spec = HeadSpec(wanted["kind"], wanted["engine"], _mapping(wanted["options"]))
+    wanted = mapping(config["head"])
+    spec = HeadSpec(wanted["kind"], wanted["engine"], mapping(wanted["options"]))
     if not isinstance(spec.kind, str) or spec.kind not in kinds(spec.engine):
         raise SpecError(
             f"this version has no head {spec.kind!r} on {spec.engine}: it has {', '.join(kinds(spec.engine))}; "
@@ -277,32 +202,33 @@ def parse(config: Any) -> tuple[TrainedHead, dict[str, str]]:
     elif spec.kind == "linear":
         refuse_unknown_options(spec, ())
     names = _names(config["id2label"], config["label2id"])
-    extraction = _mapping(config["extraction"])
+    extraction = mapping(config["extraction"])
     if hash_json(extraction) != config["extraction_hash"]:
         raise BundleError("the backbone's spec was changed after it was written (its hash differs)")
     file = {name: str(config["weights"][name]) for name in ("file", "sha256")}
-    if file["file"] not in (TENSORS, ESTIMATOR) or (file["file"] == ESTIMATOR and spec.engine != "sklearn"):
+    skops = file["file"].endswith(".skops")
+    if not WEIGHTS.fullmatch(file["file"]) or (skops and spec.engine != "sklearn"):
         raise BundleError(f"weights in {file['file']!r}: expected {TENSORS} or {ESTIMATOR}")
     model, revision = config["model"], config["revision"]
     if not all(value is None or isinstance(value, str) for value in (model, revision)):
         raise BundleError("model or revision is no text")
     feature = FeatureSet(**{name: config["feature"][name] for name in ("name", "kind", "dim", "layers", "dtype")})
-    calibration = _calibration(_mapping(config["calibration"]), config["task"], len(names))
+    calibration = _calibration(mapping(config["calibration"]), config["task"], len(names))
     head = TrainedHead(
         spec, config["task"], names, feature, extraction=extraction, model=model, revision=revision,
-        calibration=calibration, training=_mapping(config["training"]),
+        calibration=calibration, training=mapping(config["training"]),
     )  # fmt: skip
     return head, file
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} is no mapping")
     return value
 
 
 def _names(id2label: Any, label2id: Any) -> tuple[str, ...]:
-    names = [_mapping(id2label)[str(at)] for at in range(len(id2label))]
+    names = [mapping(id2label)[str(at)] for at in range(len(id2label))]
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise ValueError("id2label does not name each class once, from 0 on")
     if label2id != {name: at for at, name in enumerate(names)}:
@@ -328,13 +254,13 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a safetensors file. Raises ``BundleError`` when it is none."""
+def read_tensors(path: Path, data: bytes) -> dict[str, Any]:
+    """Read the bytes of a safetensors file. Raises ``BundleError`` when it is none."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        return dict(load_file(path))
+        return dict(load(data))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
         raise BundleError(f"{path} cannot be read as safetensors: {str(error)[:200]}") from None
 
@@ -398,4 +324,4 @@ def module_of(head: TrainedHead) -> Head:
     return module
 
 
-__all__ = ["load", "module_of", "prepare", "record", "save"]
+__all__ = ["load", "module_of"]

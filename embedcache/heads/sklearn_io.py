@@ -13,6 +13,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from embedcache.errors import BundleError, MissingExtraError
 from embedcache.fingerprint import strict_json
+from embedcache.journal import commit
 
 _SKLEARN = {
     "compose._target.TransformedTargetRegressor",
@@ -70,18 +72,24 @@ _STEPS = ("scale", "head")
 
 
 def save_estimator(path: Path | str, estimator: Any) -> None:
-    """Write a fitted estimator. Raises ``BundleError`` for one that could not be read back, ``MissingExtraError``."""
-    skops = _skops("saving this head")
-    from io import BytesIO
+    """Write a fitted estimator; see ``dump_estimator``."""
+    commit(Path(path), dump_estimator(path, estimator), BundleError)
 
-    data = skops.dumps(estimator)
+
+def dump_estimator(path: Path | str, estimator: Any) -> bytes:
+    """Return the bytes of a file for a fitted estimator.
+
+    Raises ``BundleError`` for one that could not be read back, ``MissingExtraError`` without skops.
+    """
+    skops = _skops("saving this head")
+    data: bytes = skops.dumps(estimator)
     with zipfile.ZipFile(BytesIO(data)) as file:
         _refuse_untrusted(Path(path), file)
-    Path(path).write_bytes(data)
+    return data
 
 
-def load_estimator(path: Path | str) -> Any:
-    """Read a fitted estimator.
+def load_estimator(path: Path | str, data: bytes | None = None) -> Any:
+    """Read a fitted estimator, from the file's bytes where they have been read.
 
     Raises ``BundleError`` for a file that cannot be read or holds a type that no head is made of, naming it, and
     ``MissingExtraError`` without skops.
@@ -89,11 +97,13 @@ def load_estimator(path: Path | str) -> Any:
     path = Path(path)
     skops = _skops("loading this head")
     try:
-        if path.stat().st_size > _LARGEST:
-            raise BundleError(f"{path} is too large to be a head's")
-        with zipfile.ZipFile(path) as file:
+        if data is None:
+            if path.stat().st_size > _LARGEST:
+                raise BundleError(f"{path} is too large to be a head's")
+            data = path.read_bytes()
+        with zipfile.ZipFile(BytesIO(data)) as file:
             _refuse_untrusted(path, file)
-        estimator = skops.load(path, trusted=[name for node, name in sorted(TRUSTED) if node == "ObjectNode"])
+        estimator = skops.loads(data, trusted=[name for node, name in sorted(TRUSTED) if node == "ObjectNode"])
         return _checked(estimator)
     except (BundleError, MissingExtraError):
         raise

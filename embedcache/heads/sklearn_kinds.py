@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from embedcache.errors import BundleError, FeatureError, SpecError
 from embedcache.heads.registry import refuse_unknown_options
-from embedcache.heads.sklearn_io import load_estimator, save_estimator
+from embedcache.heads.sklearn_io import dump_estimator, load_estimator, save_estimator
 from embedcache.spec import TASKS, HeadSpec, Task
 
 Array = npt.NDArray[Any]
@@ -382,6 +382,7 @@ __all__ = [
     "Option",
     "Setting",
     "checked_kind",
+    "dump_estimator",
     "load_estimator",
     "option_names",
     "outputs",

@@ -20,6 +20,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task
 
 if TYPE_CHECKING:
+    from embedcache.heads.folder import RunFolder
     from embedcache.heads.modules import Head
 
 Array = npt.NDArray[Any]
@@ -204,16 +205,21 @@ class TrainedHead:
 
     def save_pretrained(
         self,
-        directory: Path | str,
+        directory: Path | str | RunFolder,
         *,
         metrics: Mapping[str, Any] | None = None,
         history: Sequence[Mapping[str, Any]] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the head bundle; see ``embedcache.heads.bundle``."""
-        from embedcache.heads.bundle import save
+        """Write the head bundle, whole or not at all; see ``embedcache.heads.folder``.
 
-        save(self, Path(directory), metrics=metrics or {}, history=history, facts=facts or {})
+        Raises ``BundleError`` where the folder is something else or cannot be written, ``CacheLockedError`` while
+        another process writes to it.
+        """
+        from embedcache.heads.folder import save
+
+        directory = Path(directory) if isinstance(directory, str) else directory
+        save(self, directory, metrics=metrics or {}, history=history, facts=facts or {})
 
     @classmethod
     def from_pretrained(cls, directory: Path | str) -> TrainedHead:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import TrainingError
+from embedcache.errors import SweepError, TrainingError
 from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
+from embedcache.journal import make_folder
 from embedcache.sweep import statistics
 from embedcache.sweep.comparison import Candidate, Resampler, Scored, row_interval
 from embedcache.sweep.folds import subset
@@ -203,6 +204,7 @@ def save_best(problem: Problem, folder: SweepFolder, final: Final, row: Mapping[
         "chosen by": f"a sweep of {problem.metric}, {problem.protocol.text()}",
         "rows": f"{len(problem):,} of train and validation",
     }
+    make_folder(folder.path / "best", SweepError)  # not through a link
     final.head.save_pretrained(
         folder.path / "best", metrics=json.loads(json.dumps(metrics)), history=list(final.trained.history), facts=facts
     )

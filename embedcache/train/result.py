@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedcache.heads import TrainedHead
+
+if TYPE_CHECKING:
+    from embedcache.heads.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class TrainingResult:
     interrupted: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, directory: Path | str) -> None:
-        """Write the head bundle: head, metrics, history, model card."""
+    def save(self, directory: Path | str | RunFolder) -> None:
+        """Write the head bundle: head, metrics, history, model card; see ``TrainedHead.save_pretrained``."""
         facts = {**self.facts, "trained in": f"{self.seconds:.1f} s"}
         self.head.save_pretrained(directory, metrics=self.metrics, history=self.history, facts=facts)

@@ -1,0 +1,240 @@
+"""A run's folder, written by one process at a time: at every instant it holds one whole head, the old or the new.
+
+The arrays go under a name that no config uses, metrics, history and card beside their places; then ``config.json``,
+which names them all by hash, is replaced: that is the moment. After it they are put in their places, and what belongs
+to no config any more is removed. The next writer finishes what a killed one committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.errors import BundleError
+from embedcache.fingerprint import read_json, sha256_bytes, strict_json
+from embedcache.heads.bundle import (
+    CONFIG,
+    ESTIMATOR,
+    FORMAT,
+    LARGEST_CONFIG,
+    MAJOR,
+    METRICS,
+    MINOR,
+    TENSORS,
+    WEIGHTS,
+    config_of,
+    load,
+    mapping,
+    parse,
+    sealed,
+    to_json,
+)
+from embedcache.heads.card import model_card
+from embedcache.heads.trained import TrainedHead
+from embedcache.journal import LOCK, TEMPORARY, commit, exists, explained, lock, sync_directory
+
+HISTORY, CARD = "history.jsonl", "README.md"
+_BESIDE = (METRICS, HISTORY, CARD)
+_TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *_BESIDE)))}|{WEIGHTS.pattern})(\.tmp|{TEMPORARY})")
+"""Also those that older versions left, whose names had no number."""
+
+
+class RunFolder:
+    """A run's folder opened for writing, as a context manager; a new one that nothing was saved in is removed again.
+
+    Worth opening before training, so that nobody learns only after it that there is no place for the head.
+
+    Raises ``BundleError`` where it is a file, holds something else or cannot be made, and ``CacheLockedError`` where
+    another process has it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        new = not exists(self.path, BundleError)
+        prepare(self.path)
+        self._stack.enter_context(lock(self.path, needed=False))
+        if new:
+            self._stack.callback(self._remove_empty)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def _remove_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path)
+
+    def save(
+        self,
+        head: TrainedHead,
+        *,
+        metrics: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Replace the head. ``facts`` are further lines of the model card. Raises ``BundleError``."""
+        self._settle()
+        if head.state:
+            from safetensors.numpy import save as dump
+
+            data = dump({name: np.ascontiguousarray(value) for name, value in head.state.items()})
+        else:
+            from embedcache.heads.sklearn_kinds import dump_estimator
+
+            data = dump_estimator(self.path / ESTIMATOR, head.estimator)
+        digest = sha256_bytes(data)
+        name, _, ending = (TENSORS if head.state else ESTIMATOR).partition(".")
+        used = _weights(_read(self.path) or {})
+        file = f"{name}.{ending}" if used != f"{name}.{ending}" else f"{name}-{digest[:16]}.{ending}"
+        beside = {
+            METRICS: to_json(metrics),
+            HISTORY: "".join(to_json(dict(each), None) for each in history),
+            CARD: model_card(head, metrics, facts),
+        }
+        texts = {name: text.encode("utf-8") for name, text in beside.items()}
+        config = config_of(head, file, digest, facts, {name: sha256_bytes(text) for name, text in texts.items()})
+        parse(strict_json(to_json(config)))  # what could not be read again is not written
+        self._publish(config, texts, {file: data})
+
+    def record(self, split: str, measured: Mapping[str, Any]) -> None:
+        """Add what was measured on a split to the metrics and the model card. Raises ``BundleError``."""
+        self._settle()
+        head = load(self.path)
+        file = self.path / METRICS
+        with explained(f"cannot read {self.path}", BundleError):
+            config = read_json(self.path / CONFIG, largest=LARGEST_CONFIG)
+            try:
+                metrics = mapping(read_json(file)) if file.is_file() else {}
+            except ValueError as error:
+                raise BundleError(f"{file} is not what a head's metrics must be ({error})") from None
+        metrics = {**metrics, split: dict(measured)}
+        card = model_card(head, metrics, mapping(config.get("facts", {})))
+        texts = {METRICS: to_json(metrics).encode("utf-8"), CARD: card.encode("utf-8")}
+        hashes = {**_beside(config), **{name: sha256_bytes(text) for name, text in texts.items()}}
+        self._publish(sealed({**config, "version": f"{MAJOR}.{MINOR}", "beside": hashes}), texts, {})
+
+    def _publish(self, config: Mapping[str, Any], beside: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
+        new = {**files, **{_waiting(name, sha256_bytes(data)): data for name, data in beside.items()}}
+        written: list[Path] = []
+        try:
+            for name, data in new.items():
+                commit(self.path / name, data, BundleError)
+                written.append(self.path / name)
+            commit(self.path / CONFIG, to_json(config).encode("utf-8"), BundleError)
+        except BaseException:
+            if _read(self.path) != config:
+                for path in written:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+            raise
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Finish what was committed, and remove what was not: all as the config says that is there now."""
+        config = _read(self.path)
+        if config is None:  # damaged, or none yet: what its files are is not known
+            return
+        with explained(f"cannot write {self.path}", BundleError):
+            for name, digest in _beside(config).items():
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(self.path / _waiting(name, digest), self.path / name)
+            sync_directory(self.path)
+            for name in os.listdir(self.path):
+                if _TEMPORARY.fullmatch(name) or (WEIGHTS.fullmatch(name) and name != _weights(config)):
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.path / name)
+
+
+def save(
+    head: TrainedHead,
+    directory: Path | RunFolder,
+    *,
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a bundle into a folder, which may be open for writing already; see ``RunFolder``."""
+    if isinstance(directory, RunFolder):
+        directory.save(head, metrics=metrics, history=history, facts=facts)
+        return
+    with RunFolder(directory) as folder:
+        folder.save(head, metrics=metrics, history=history, facts=facts)
+
+
+def record(directory: Path, split: str, measured: Mapping[str, Any]) -> None:
+    """Add what was measured on a split to the metrics and the model card of a bundle.
+
+    Raises ``BundleError`` for a folder that is no bundle or cannot be written.
+    """
+    load(directory)
+    with RunFolder(directory) as folder:
+        folder.record(split, measured)
+
+
+def prepare(directory: Path) -> None:
+    """Make a run's folder. Raises ``BundleError`` where it is a file, holds something else or cannot be made."""
+    with explained(f"cannot write {directory}", BundleError):
+        if exists(directory, BundleError) and not directory.is_dir():
+            raise BundleError(f"{directory} is a file: choose a new or an empty directory")
+        there = set(os.listdir(directory)) - {LOCK} if directory.is_dir() else set()
+        weights = any(WEIGHTS.fullmatch(name.removeprefix(".").removesuffix(".tmp")) for name in there)
+        ours = all(name in _BESIDE or WEIGHTS.fullmatch(name) or _TEMPORARY.fullmatch(name) for name in there)
+        left = ours and (weights or all(map(_TEMPORARY.fullmatch, there)))
+        if there and CONFIG not in there and not left:
+            raise BundleError(f"{directory} holds something else than a head: choose a new or an empty directory")
+        if CONFIG in there and not _is_ours(directory / CONFIG):
+            raise BundleError(f"{directory} holds another model than a head: choose a new or an empty directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise BundleError(f"cannot write {directory}: permission denied: choose one that you may write to")
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a config may be replaced: one of ours, even damaged, but nobody else's."""
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_CONFIG:
+            return False
+        return FORMAT in path.read_bytes()[:200].decode("utf-8", "replace")
+    except OSError:
+        return False
+
+
+def _read(directory: Path) -> dict[str, Any] | None:
+    """Return a config as it was written, None where there is none."""
+    path = directory / CONFIG
+    try:
+        if path.is_symlink() or not path.is_file():
+            return None
+        config = mapping(read_json(path, largest=LARGEST_CONFIG))
+    except (OSError, ValueError):
+        return None
+    return config if config.get("format") == FORMAT and sealed(config) == config else None
+
+
+def _weights(config: Mapping[str, Any]) -> str | None:
+    file = config.get("weights")
+    return str(file["file"]) if isinstance(file, dict) and "file" in file else None
+
+
+def _beside(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of metrics, history and card; older versions wrote none."""
+    said = config.get("beside")
+    hashes = {name: said.get(name) for name in _BESIDE} if isinstance(said, dict) else {}
+    return {name: each for name, each in hashes.items() if isinstance(each, str) and re.fullmatch("[0-9a-f]{64}", each)}
+
+
+def _waiting(name: str, digest: str) -> str:
+    return f".{name}.{digest[:16]}.tmp"
+
+
+__all__ = ["RunFolder", "prepare", "record", "save"]
