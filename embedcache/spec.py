@@ -195,6 +195,9 @@ class HeadSpec:
 
 _MINIBATCH: dict[str, Any] = {"solver": "minibatch"}
 
+MIN_STEPS = 300
+"""The least number of steps where nobody says how many epochs."""
+
 
 @dataclass(frozen=True)
 class TrainSpec:
@@ -202,7 +205,8 @@ class TrainSpec:
 
     ``solver`` ``auto`` takes the convex solver for the head ``linear``: its optimum depends on the data alone. Whoever
     names a setting that only minibatches have (``epochs``, ``learning_rate``, ...) gets them: ``TrainSpec(epochs=30)``
-    has the solver ``minibatch``. So have features that do not fit in memory; see ``solver_for``.
+    has the solver ``minibatch``. So have features that do not fit in memory; see ``solver_for``. Who names ``epochs``
+    gets just those; else training takes at least ``min_steps``, as thirty epochs of one batch teach nothing.
 
     ``l2`` is the strength of the penalty of linear heads, ``l2 / 2 * ||W||^2`` added to the *sum* of losses
     (scikit-learn's ``C`` is ``1 / l2``). ``class_weight`` maps names of classes to weights, or is ``balanced``.
@@ -216,6 +220,10 @@ class TrainSpec:
         "auto", "minibatch", "convex",
     )  # fmt: skip
     epochs: int = _whole(30, "Passes over the training rows.", 1, **_MINIBATCH)
+    min_steps: int | None = _whole(
+        None, "Least number of training steps: few rows get more epochs, and no early stop before. 0 for none.",
+        unset="300, and 0 where epochs are given", **_MINIBATCH,
+    )  # fmt: skip
     batch_size: int = _whole(64, "Rows in a training step.", 1, **_MINIBATCH)
     optimizer: Literal["adamw", "sgd"] = _choice("adamw", "What takes the steps.", "adamw", "sgd", **_MINIBATCH)
     learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0", **_MINIBATCH)
@@ -275,6 +283,8 @@ class TrainSpec:
             if not setting.allowed(value):
                 raise SpecError(f"{name} is {value!r}: expected {setting.expected}")
         given = self.__dict__.pop("_given", ())
+        if "epochs" in given and "min_steps" not in given:
+            object.__setattr__(self, "min_steps", 0)
         if "solver" not in given and (named := [name for name in given if name in MINIBATCH_SETTINGS]):
             if "l2" in given:
                 raise SpecError(
@@ -292,6 +302,17 @@ class TrainSpec:
             return self.solver
         plain = all(getattr(self, name) == getattr(TrainSpec, name) for name in MINIBATCH_SETTINGS)
         return "convex" if plain and in_memory and (head.kind, head.engine) == ("linear", "torch") else "minibatch"
+
+    @property
+    def least_steps(self) -> int:
+        """The least number of steps that training takes."""
+        if self.min_steps is not None:
+            return self.min_steps
+        return MIN_STEPS if self.epochs == TrainSpec.epochs else 0
+
+    def epochs_of(self, steps: int) -> int:
+        """Return how many epochs of so many steps are trained: ``epochs``, or as many as make ``least_steps``."""
+        return max(self.epochs, -(-self.least_steps // max(1, steps)))
 
     def record(self) -> dict[str, Any]:
         """Return what a trained head keeps of its settings, as JSON values: those that its solver reads."""

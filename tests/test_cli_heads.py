@@ -159,10 +159,22 @@ def test_a_setting_of_minibatches_asks_for_them_also_at_its_default(cache: Path,
     for name in MINIBATCH_SETTINGS:
         value = getattr(TrainSpec(), name)
         options = ("--optimizer", "sgd") if name == "momentum" else ()
-        text = {"metric": "log_loss", "shuffle_seed": "0"}.get(name, value)
+        text = {"metric": "log_loss", "shuffle_seed": "0", "min_steps": 300}.get(name, value)
         status, _, err = run("train", cache, "-o", tmp_path / "run", f"--{name.replace('_', '-')}", text, *options)
         assert status == 0, err
         assert TrainedHead.from_pretrained(tmp_path / "run").training["solver"] == "minibatch", name
+
+
+def test_few_rows_get_more_epochs_and_a_head_that_still_improves_is_said(cache: Path, run: Run, tmp_path: Path) -> None:
+    _, _, err = run("train", cache, "-o", tmp_path / "run", "--head", "mlp", "--patience", 2)
+    assert "note: 300 epochs instead of 30, for at least 300 steps" in err, "58 rows are one step an epoch"
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 300
+    still = "note: the head was still improving when training ended: more epochs"
+    _, _, err = run("train", cache, "-o", tmp_path / "run", "--epochs", 10, "--lr", 0.0001)
+    assert still in err
+    assert "instead of" not in err
+    _, _, err = run("train", cache, "-o", tmp_path / "run", "--lr", 0.1, "--epochs", 400, "--weight-decay", 1)
+    assert still not in err
 
 
 def test_one_seed_one_head(cache: Path, run: Run, tmp_path: Path) -> None:

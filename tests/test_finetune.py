@@ -258,8 +258,9 @@ def test_training_the_head_with_the_backbone_in_every_step_is_training_it_on_the
     cached = train_head(x, LABELS, x, LABELS, head, spec, class_names=NAMES, progress=False, calibrate=False)
     module = build_head(head, backbone.feature_sets[0], 2, seed=spec.seed)
     live = fine_tune(
-        FeatureBasedModel(backbone, module), TEXTS, LABELS, TEXTS, LABELS, spec, class_names=NAMES, progress=False
-    )
+        FeatureBasedModel(backbone, module), TEXTS, LABELS, TEXTS, LABELS, spec, class_names=NAMES, progress=False,
+        new_head=True,
+    )  # fmt: skip
     for ours, theirs in zip(cached.history, live.history, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["validation_log_loss"] == pytest.approx(theirs["validation_log_loss"], rel=1e-4)

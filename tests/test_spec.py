@@ -88,7 +88,8 @@ def test_an_estimator_has_the_defaults_ranges_and_help_of_the_settings(estimator
 
 
 OUTSIDE: dict[str, tuple[Any, ...]] = {
-    "solver": ("newton", None), "epochs": (0, 2.5, True, "3"), "batch_size": (0, 1.5), "optimizer": ("adam", 1),
+    "solver": ("newton", None), "epochs": (0, 2.5, True, "3"), "min_steps": (-1, 0.5), "batch_size": (0, 1.5),
+    "optimizer": ("adam", 1),
     "learning_rate": (0, -1, float("nan"), float("inf"), "fast"), "weight_decay": (-0.1, None), "momentum": (1, -0.1),
     "schedule": ("step",), "warmup": (1, -0.1), "clip": (-1, None), "patience": (-1, 0.5), "metric": (3,),
     "label_smoothing": (1, -0.1), "class_weight": ("even", 3), "standardize": (None, "yes", 1), "l2": (-1, None),
@@ -128,3 +129,14 @@ def test_a_spec_is_a_value() -> None:
     written = {"epochs": 30, "batch_size": 64, "optimizer": "adamw", "l2": 1.0, "standardize": True}
     assert TrainSpec(**written, solver="minibatch").solver_for(HeadSpec()) == "minibatch"
     assert set(TrainSpec(solver="convex").record()) == set(SETTINGS) - set(MINIBATCH_SETTINGS)
+
+
+def test_whoever_names_epochs_gets_just_those() -> None:
+    """Otherwise there is a least number of steps; what was written before there was one is what it was."""
+    assert [TrainSpec().epochs_of(steps) for steps in (1, 6, 10, 11, 5000)] == [300, 50, 30, 30, 30]
+    assert TrainSpec(min_steps=7, epochs=2).epochs_of(2) == 4
+    assert TrainSpec(min_steps=0).epochs_of(1) == 30
+    for named in (TrainSpec(epochs=30), TrainSpec(epochs=30, batch_size=9), replace(TrainSpec(epochs=30), seed=2)):
+        assert (named.epochs_of(1), named.min_steps) == (30, 0)
+    assert replace(TrainSpec(), epochs=5).epochs_of(1) == 5
+    assert TrainSpec(**asdict(TrainSpec())).epochs_of(6) == 50

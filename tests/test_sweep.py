@@ -261,6 +261,13 @@ def test_test_all_marks_every_head(cache: FeatureCache, tmp_path: Path) -> None:
     assert all(row["looked_at_test"] for row in again.leaderboard)
 
 
+def test_a_chosen_head_that_still_improves_is_said(cache: FeatureCache) -> None:
+    for rate, still in ((1e-4, True), (0.3, False)):
+        heads = [{"head": "linear", "learning_rate": rate, "epochs": 40, "patience": 0, "weight_decay": 1.0}]
+        notes = sweep(cache, heads, folds=2, progress=False).summary["notes"]
+        assert any("was still improving when training ended" in note for note in notes) == still, notes
+
+
 def test_the_simplest_can_be_chosen(cache: FeatureCache) -> None:
     grid = [{"head": "mlp", "hidden": [5, 7], "learning_rate": 0.02, "epochs": 8}, {**FAST, "seeds": [0]}]
     result = sweep(cache, grid, choose="simplest", progress=False)

@@ -70,6 +70,8 @@ def test_linear_is_the_optimum_unless_a_setting_of_minibatches_is_named() -> Non
     assert Configuration("mean", HeadSpec(), TrainSpec()).train.solver == "convex"
     old = parse([{"head": "linear", "learning_rate": 0.01, "epochs": 7}], {"mean": SETS["mean"]}).configurations()
     assert [each.id for each in old] == ["2ff054e47dfeabd4"]
+    assert "min_steps" not in old[0].settings
+    assert old[0].label == "linear epochs=7 lr=0.01 wd=0.01 · mean"
 
 
 def test_hidden_is_a_choice_of_widths_or_of_lists_of_them() -> None:

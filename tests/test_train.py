@@ -19,16 +19,18 @@ from torch.nn import functional
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train import Masks, train_head, train_stack
 from embedcache.train.batches import Batch, InMemory, InMemoryRagged, OnDisk, block_order, order
-from embedcache.train.data import class_weights, moments
+from embedcache.train.data import Data, class_weights, moments
+from embedcache.train.ending import still_improving
 from embedcache.train.loop import fit
 from embedcache.train.losses import Loss
 from embedcache.train.minibatch import train_minibatch
 from embedcache.train.readers import MappedRows, fits_in_memory
 from embedcache.train.run import checked_data
 from embedcache.train.stack import HeadStack, schedule_factors
+from embedcache.train.start import start_biases
 
 POOLED = FeatureSet("features", "pooled", 7, 1, "float32")
 NAMES = ("a", "b", "c")
@@ -639,3 +641,131 @@ def test_linear_on_features_that_do_not_fit_in_memory_is_trained_by_minibatches_
         asked = train_head(MappedRows(x), y, class_names=NAMES, progress=False, **options)  # type: ignore[arg-type]
         assert not any("memory" in note for note in asked.notes)
     assert train_head(x, y, class_names=NAMES, progress=False).head.training["solver"] == "convex"
+
+
+# where training starts, and whether it has come to an end ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.13])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_biases_start_where_a_head_without_features_has_the_least_loss(
+    task: Task, smoothing: float, weighted: bool
+) -> None:
+    generator = np.random.default_rng(5)
+    y: Any = {
+        "classification": generator.choice(3, 47, p=[0.8, 0.15, 0.05]),
+        "multilabel": (generator.random((47, 3)) < [0.05, 0.3, 0.9]).astype(np.uint8),
+        "regression": generator.normal(size=(47, 3)),
+    }[task]
+    y[:3] = np.arange(3) if task == "classification" else y[:3] if task == "regression" else np.eye(3)
+    # A mean over weights of classes is another in each batch: with weights of rows, they are all that there is.
+    rows = generator.random(47) if weighted else None
+    weight = np.array([0.5, 2.0, 3.0]) if weighted and task != "regression" else None
+    biases = start_biases(y, task, 3, smoothing=smoothing, class_weight=weight, rows=rows)
+    loss = Loss(task, 3, [smoothing], None if weight is None else weight[None].astype(np.float32))
+    logits = torch.from_numpy(np.tile(biases[:, None], 47)).float()
+    targets = torch.from_numpy(y if task == "classification" else y.astype(np.float32))
+    _, slope = loss(logits, targets, None if rows is None else torch.from_numpy(rows).float())
+    np.testing.assert_allclose(slope.sum(dim=1), 0, atol=2e-6)
+
+
+def test_what_never_occurs_has_a_finite_bias() -> None:
+    biases = start_biases(np.array([0, 0, 1]), "classification", 3)
+    assert biases == pytest.approx(np.log([2, 1, 0.5]) - np.log([2, 1, 0.5]).mean())
+    labels = np.array([[0, 1], [0, 1], [0, 1]], np.uint8)
+    assert start_biases(labels, "multilabel", 2) == pytest.approx([np.log(0.5 / 3), np.log(3 / 0.5)])
+    assert start_biases(labels, "multilabel", 2, class_weight=[1, 0]) == pytest.approx([np.log(0.5 / 3), 0])
+    assert np.isfinite(start_biases(np.array([0, 1]), "classification", 2, class_weight=[1, 0])).all()
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_heads_start_alike_alone_in_a_stack_on_folds_and_on_disk(task: Task, kind: str) -> None:
+    x, classes = made(90)
+    y: Any = {
+        "classification": classes, "multilabel": np.eye(3, dtype=np.uint8)[classes],
+        "regression": x[:, :3].astype(float),
+    }[task]  # fmt: skip
+    folds = np.stack([np.arange(90) % 3 != fold for fold in range(3)])
+    seen: list[dict[str, Any]] = []
+
+    def watch(stack: HeadStack) -> None:
+        seen.extend(stack.state(place) for place in range(len(stack.alive)))
+
+    def start(rows: Any, heads: int, source: Any = None, masks: Masks | None = None) -> list[dict[str, Any]]:
+        seen.clear()
+        data = Data(x[rows] if source is None else source, y[rows], np.float32(np.arange(90) % 4 + 1)[rows])
+        spec = TrainSpec(label_smoothing=0.1, class_weight=None if task == "regression" else "balanced", epochs=1)
+        train_minibatch(
+            data, None, [HeadSpec(kind)] * heads, [spec] * heads, POOLED, task, NAMES, masks=masks, max_steps=1,
+            progress=False, watch=watch,
+        )  # fmt: skip
+        return list(seen)
+
+    everything = np.ones(90, bool)
+    alone = start(everything, 1)[0]
+    for other in [*start(everything, 2), *start(everything, 1, MappedRows(x))]:
+        assert all(torch.equal(alone[name], other[name]) for name in alone)
+    together = start(everything, 3, masks=Masks(folds, ~folds, np.arange(3)))
+    if task != "regression":  # whose unit is that of all rows, where folds share a pass
+        for fold, rows in enumerate(folds):
+            other = start(rows, 1)[0]
+            assert all(torch.equal(together[fold][name], other[name]) for name in other)
+        assert not torch.equal(together[0]["output.bias"], together[1]["output.bias"])
+
+
+def rare(rows: int = 359, labels: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels that about one row in twenty has."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(rows, 384)).astype(np.float32)
+    z = 2 * x @ generator.normal(size=(384, labels)) / np.sqrt(384) + generator.logistic(size=(rows, labels))
+    return x, (z > 4.2).astype(np.uint8)
+
+
+def test_training_on_few_rows_of_rare_labels_ends_near_their_rate() -> None:
+    """With biases of 0 and 180 steps the mean probability was 0.43, and 0.06 is true."""
+    x, y = rare()
+    names = [f"label {at}" for at in range(20)]
+    shared: dict[str, Any] = {"task": "multilabel", "class_names": names, "progress": False, "calibrate": False}
+    new, _ = rare()
+    new = np.random.default_rng(1).normal(size=new.shape).astype(np.float32)
+    for spec, head in ((TrainSpec(solver="minibatch"), "linear"), (TrainSpec(), "mlp")):
+        found = train_head(x, y, head=head, spec=spec, **shared)
+        assert len(found.history) == 50, "6 steps an epoch, 300 at least"
+        for features in (x, new):
+            assert abs(found.head.probabilities(features).mean() - y.mean()) < 0.06
+
+
+def test_no_head_stops_before_the_least_number_of_steps() -> None:
+    learner = Scripted([0.5] * 9)
+    found = fit(learner, InMemory(torch.zeros(8, 1), 4, 0), epochs=9, patience=2, progress=False, min_steps=11)
+    assert len(found.history[0]) == 6, "2 steps an epoch: 12 are the first that are enough"
+
+
+def told(losses: list[float]) -> list[dict[str, Any]]:
+    return [{"train_loss": loss} for loss in losses]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_head_that_still_improves_is_told_from_one_that_has_come_to_its_end(schedule: Any) -> None:
+    """Losses that fall as exp(-k t), where t is the way: the learning rate, summed over steps."""
+    spec = TrainSpec(schedule=schedule, warmup=0.1)
+    for epochs in (5, 30, 300):
+        way = np.cumsum(schedule_factors(spec, 0, 100 * epochs, 100 * epochs).reshape(epochs, 100).sum(axis=1))
+        way /= way[-1]
+        for k, still in ((0.3, True), (1.0, True), (6.0, False), (20.0, False)):
+            history = told([0.2 + float(np.exp(-k * t)) for t in way])
+            assert still_improving(history, -1, spec, epochs) == still, (epochs, k)
+            assert still_improving(history, epochs - 1, spec, epochs) == still
+            assert not still_improving(history, 0, spec, epochs), "validation was best at the beginning"
+            assert not still_improving(history[:-1], -1, spec, epochs), "stopped early"
+    assert not still_improving(told([0.5] * 30), -1, spec, 30)
+    assert not still_improving(told([0.1, 0.2, 0.3]), -1, spec, 3), "it rises"
+
+
+def test_stacks_say_which_of_their_heads_still_improve() -> None:
+    x, y = made(200)
+    specs = [TrainSpec(epochs=40, learning_rate=rate, shuffle_seed=0, weight_decay=1.0) for rate in (1e-4, 0.1)]
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    assert train_stack(x, y, [HeadSpec()] * 2, specs, **options).improving == [True, False]

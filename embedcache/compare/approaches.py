@@ -29,10 +29,19 @@ class Approach:
         return replace(self.spec, epochs=epochs, seed=seed, metric=metric)
 
 
-# No patience anywhere: every approach runs all its epochs, and keeps the weights of its best one.
-_PROBE = TrainSpec(batch_size=32, learning_rate=3e-3, weight_decay=0.01, schedule="cosine", warmup=0.05, patience=0)
+# No patience anywhere: every approach runs all its epochs and no more, and keeps the weights of its best one.
+_PROBE = TrainSpec(
+    min_steps=0, batch_size=32, learning_rate=3e-3, weight_decay=0.01, schedule="cosine", warmup=0.05, patience=0
+)
 _TUNE = TrainSpec(
-    batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="linear", warmup=0.1, patience=0, standardize=False
+    min_steps=0,
+    batch_size=16,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    schedule="linear",
+    warmup=0.1,
+    patience=0,
+    standardize=False,
 )
 _BACKBONE_RATE = 5e-5
 

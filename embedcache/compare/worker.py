@@ -219,6 +219,7 @@ def _live(
         model, [contents[row] for row in split.train.tolist()], split.y[split.train],
         [contents[row] for row in split.validation.tolist()], split.y[split.validation], spec,
         backbone_learning_rate=approach.backbone_rate or 0.0, task=split.task, class_names=cache.class_names,
+        new_head=approach.name != "lp-ft",
         progress=bool(job["progress"]), title=approach.title,
     )  # fmt: skip
     if done.interrupted:

@@ -167,7 +167,7 @@ def _alternative(
 
 
 TRAINING = {
-    "initial head": "the head starts from other weights: another seed",
+    "initial head": "the head starts from other weights: another seed, other targets, class weights or smoothing",
     "batch order": "batches hold other rows: another seed of the order, or other rows",
     "standardisation": "features are standardised by another mean or scale",
     "dropout draws": "dropout is drawn from another seed or another number of times",

@@ -52,6 +52,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         options: Mapping[str, Any] | None = None,
         solver: str = _DEFAULTS.solver,
         epochs: int = _DEFAULTS.epochs,
+        min_steps: int | None = _DEFAULTS.min_steps,
         batch_size: int = _DEFAULTS.batch_size,
         optimizer: str = _DEFAULTS.optimizer,
         learning_rate: float = _DEFAULTS.learning_rate,
@@ -75,6 +76,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         self.options = options
         self.solver = solver
         self.epochs = epochs
+        self.min_steps = min_steps
         self.batch_size = batch_size
         self.optimizer = optimizer
         self.learning_rate = learning_rate
@@ -178,6 +180,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         options: Mapping[str, Any] | None = None,
         solver: str = _DEFAULTS.solver,
         epochs: int = _DEFAULTS.epochs,
+        min_steps: int | None = _DEFAULTS.min_steps,
         batch_size: int = _DEFAULTS.batch_size,
         optimizer: str = _DEFAULTS.optimizer,
         learning_rate: float = _DEFAULTS.learning_rate,
@@ -204,6 +207,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
             options=options,
             solver=solver,
             epochs=epochs,
+            min_steps=min_steps,
             batch_size=batch_size,
             optimizer=optimizer,
             learning_rate=learning_rate,

@@ -28,6 +28,7 @@ from embedcache.train.loop import Fitted, Scores, fit
 from embedcache.train.losses import Loss
 from embedcache.train.metrics import default_metric, measure, metric_named, scores
 from embedcache.train.stack import BETA1, BETA2, EPSILON, schedule_factors
+from embedcache.train.start import start_at, start_biases
 
 Array = npt.NDArray[Any]
 Contents = Sequence[str] | Sequence[bytes]
@@ -256,6 +257,7 @@ def fine_tune(
     backbone_learning_rate: float = BACKBONE_RATE,
     task: Task = "classification",
     class_names: Sequence[str],
+    new_head: bool = False,
     progress: bool = True,
     title: str = "fine-tune",
     keep_losses: bool = False,
@@ -269,6 +271,7 @@ def fine_tune(
         eval_contents, y_eval: validation rows: early stopping, best weights. None for none.
         spec: how to train; ``learning_rate`` is the head's, ``standardize`` is not looked at.
         backbone_learning_rate: the backbone's, where it is not frozen.
+        new_head: the head has learnt nothing yet: its biases start where those of training on a cache do.
 
     Draws of dropout come from ``spec.seed``; torch's own generators are left as they were.
 
@@ -294,16 +297,23 @@ def fine_tune(
         batches = LiveBatches(model, tokens, spec.batch_size, spec.order_seed)
         weights = class_weights([spec], data.y, task, class_names)
         device = model.extractor.device
+        epochs = spec.epochs_of(batches.steps)
         loss = Loss(task, len(class_names), [spec.label_smoothing], weights, device=str(device))
         targets = (data.y - target[0]) / target[1] if task == "regression" else data.y
+        if new_head and isinstance(model.head, Head):
+            weight = None if weights is None else weights[0]
+            start_at(
+                model.head,
+                start_biases(targets, task, len(class_names), smoothing=spec.label_smoothing, class_weight=weight),
+            )
         targets = targets if task == "classification" else np.asarray(targets, np.float32)
         learner = LiveLearner(
             model, spec, backbone_learning_rate, loss, torch.from_numpy(targets).to(device),
-            spec.epochs * batches.steps, judge,
+            epochs * batches.steps, judge,
         )  # fmt: skip
         fitted: Fitted = fit(
-            learner, batches, epochs=spec.epochs, patience=spec.patience, greater_is_better=greater, metric=name,
-            title=title, progress=progress, keep_losses=keep_losses,
+            learner, batches, epochs=epochs, patience=spec.patience, greater_is_better=greater, metric=name,
+            title=title, progress=progress, keep_losses=keep_losses, min_steps=spec.least_steps,
         )  # fmt: skip
         learner.finish()
     metrics = {}

@@ -94,7 +94,10 @@ class TextClassificationPipeline:
             self.model.eval()
             self.result = done
         else:
-            self.result = fine_tune(self.model, x, y, x_eval, y_eval, replace(FINE_TUNING, **given), class_names=names)
+            self.result = fine_tune(
+                self.model, x, y, x_eval, y_eval, replace(FINE_TUNING, **given), class_names=names,
+                new_head=self.result is None,
+            )  # fmt: skip
         return self.result
 
     def predict(self, texts: Sequence[str]) -> tuple[Labels, npt.NDArray[np.float64]]:

@@ -75,7 +75,11 @@ class Configuration:
     def settings(self) -> dict[str, Any]:
         """The settings of training that it reads, without the seed."""
         whole = asdict(self.train)
-        return {name: whole[name] for name in fields_read(self.head, self.train.solver, self.train.optimizer)}
+        read = fields_read(self.head, self.train.solver, self.train.optimizer)
+        # Stated epochs have no least number of steps, and no need to say so: what stated them before it was there is
+        # the same configuration as ever.
+        idle = {"min_steps"} if self.train.min_steps == 0 else set()
+        return {name: whole[name] for name in read if name not in idle}
 
     def to_json(self, *, seed: bool = True) -> dict[str, Any]:
         """Return it as JSON values."""

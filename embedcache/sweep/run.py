@@ -16,6 +16,7 @@ import numpy as np
 from embedcache.errors import Interrupted, SweepError
 from embedcache.fingerprint import hash_json
 from embedcache.heads import build_head
+from embedcache.spec import TrainSpec
 from embedcache.sweep import conclusion, summary
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, pick
 from embedcache.sweep.configuration import Configuration
@@ -26,6 +27,7 @@ from embedcache.sweep.store import Outputs, Result, SweepFolder
 from embedcache.sweep.table import to_text
 from embedcache.sweep.training import Interruption, Job, Trained, batches, outputs_of, refuse_impossible, train_batch
 from embedcache.train.metrics import METRICS, metrics_of, score
+from embedcache.train.run import STILL_IMPROVING
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -147,7 +149,11 @@ def cost(problem: Problem, configuration: Configuration) -> float:
         return 4 * 60 * rows * feature.dim * outputs / _FLOPS
     size = sum(each.numel() for each in build_head(configuration.head, feature, outputs).parameters())
     vectors = {"pooled": 1, "layers": feature.layers, "tokens": 32}[feature.kind]
-    return 6 * rows * size * vectors * configuration.train.epochs / _FLOPS
+    return 6 * rows * size * vectors * _epochs(configuration.train, rows) / _FLOPS
+
+
+def _epochs(spec: TrainSpec, rows: int) -> int:
+    return spec.epochs_of(-(-rows // spec.batch_size))
 
 
 def duration(seconds: float) -> str:
@@ -337,6 +343,8 @@ class Run:
         }  # fmt: skip
         body["ran"]["state"] = state
         body["notes"] += _notes(self.problem, rows)
+        if final.trained.improving:
+            body["notes"].append(f"{rows[chosen]['label']}: {STILL_IMPROVING}")
         self.folder.write("summary.json", summary.strict(body))
 
     def _concluded(self, state: str) -> bool:

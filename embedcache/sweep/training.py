@@ -7,7 +7,6 @@ ragged tokens, few-shot draws and points of learning curves are stacked fold by 
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.sklearn_kinds import checked_kind
 from embedcache.heads.trained import count
-from embedcache.spec import TrainSpec
+from embedcache.spec import MIN_STEPS
 from embedcache.sweep.configuration import DEFAULTS, Configuration
 from embedcache.sweep.folds import Fold
 from embedcache.sweep.problem import Problem, part
@@ -35,8 +34,6 @@ MAY_DIFFER = (
 _STACK_BYTES = 1 << 30
 _STACK_HEADS = 384
 _BYTES_A_PARAMETER = 28  # weight, gradient, two moments, scratch, the best so far, a copy
-_STEPS = 300
-"""A head that learns from a part of the rows takes at least so many steps: thirty epochs of one batch teach nothing."""
 _IN_PROCESS = frozenset({"majority"})  # fitting takes less than sending the features
 
 _WORTH_PROCESSES = 4_000_000
@@ -65,6 +62,7 @@ class Trained:
     epochs: float | None = None
     error: str | None = None
     history: Sequence[Any] = ()
+    improving: bool = False
 
     @property
     def parameters(self) -> int:
@@ -196,7 +194,8 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
         fold = jobs[0].fold
         learn, stop = _learn_and_stop(fold, stopping)
         judged = {"x_eval": part(x, stop), "y_eval": problem.y[stop]} if stop.any() else {}
-        specs = [_long_enough(spec, int(learn.sum())) for spec in specs]
+        # A part of the rows has fewer steps in as many epochs: what is compared is rows, not steps.
+        specs = [replace(spec, min_steps=max(MIN_STEPS, spec.least_steps)) for spec in specs]
         found = train_stack(part(x, learn), problem.y[learn], heads, specs, **judged, **shared)
     else:
         numbers = list(dict.fromkeys(job.number for job in jobs))
@@ -212,7 +211,14 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
     seconds = time.perf_counter() - begun
     ran = [max(1, len(history)) for history in found.history]
     for at, (job, head) in enumerate(zip(jobs, found.heads, strict=True)):
-        yield Trained(job, head, seconds * ran[at] / sum(ran), float(ran[at]), history=found.history[at])
+        yield Trained(
+            job,
+            head,
+            seconds * ran[at] / sum(ran),
+            float(ran[at]),
+            history=found.history[at],
+            improving=found.improving[at],
+        )
 
 
 def _convex(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -> Iterator[Trained]:
@@ -246,14 +252,6 @@ def _convex(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) 
         )  # fmt: skip
         entry = {"epoch": one.iterations, "train_loss": one.loss / len(y), "gradient_norm": one.gradient_norm}
         yield Trained(job, head, seconds, float(one.iterations), history=[entry])
-
-
-def _long_enough(spec: TrainSpec, rows: int) -> TrainSpec:
-    """Return settings with epochs, and patience with them, for at least ``_STEPS`` steps."""
-    times = _STEPS / (spec.epochs * math.ceil(rows / spec.batch_size))
-    if times <= 1:
-        return spec
-    return replace(spec, epochs=math.ceil(spec.epochs * times), patience=math.ceil(spec.patience * times))
 
 
 def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:

@@ -5,6 +5,7 @@
 ``cached``          the same on the splits of a cache
 ``minibatch``       torch heads: what is trained on what
 ``loop``            the one loop: epochs, early stopping, history
+``start``           the biases it starts from; ``ending``, whether it had come to an end
 ``stack``           K heads and their optimizer
 ``batches``         where batches come from: memory, disk, ragged, live
 ``losses``          losses with their gradients

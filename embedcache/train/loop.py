@@ -49,7 +49,10 @@ class Learner(Protocol):
 
 @dataclass
 class Fitted:
-    """What the loop did: for each model a dict an epoch, and its best epoch, -1 for none."""
+    """What the loop did: for each model a dict an epoch, and its best epoch, -1 for none.
+
+    ``epochs`` is how many there were to be; ``improving`` says of each model whether it had not come to an end in them.
+    """
 
     history: list[list[dict[str, Any]]]
     best_epoch: list[int]
@@ -57,6 +60,8 @@ class Fitted:
     seconds: float = 0.0
     interrupted: bool = False
     losses: list[Tensor] = field(default_factory=list)
+    epochs: int = 0
+    improving: list[bool] = field(default_factory=list)
 
 
 def fit(
@@ -71,9 +76,12 @@ def fit(
     progress: bool = True,
     keep_losses: bool = False,
     max_steps: int | None = None,
+    min_steps: int = 0,
     on_epoch: Callable[[int, Scores | None], None] | None = None,
 ) -> Fitted:
     """Train until the last epoch, or until no model has become better for ``patience`` epochs (0: never stop early).
+
+    No model stops early before ``min_steps`` steps.
 
     Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set.
 
@@ -82,7 +90,7 @@ def fit(
     from tqdm import tqdm
 
     models = len(learner.alive)
-    result = Fitted([[] for _ in range(models)], [-1] * models)
+    result = Fitted([[] for _ in range(models)], [-1] * models, epochs=epochs)
     best = np.full(models, -np.inf)
     waited = np.zeros(models, np.int64)
     sign = 1.0 if greater_is_better else -1.0
@@ -131,7 +139,8 @@ def fit(
                 waited[[alive[place] for place in better]] = 0
                 going = [
                     place for place, model in enumerate(alive)
-                    if (not patience or waited[model] < patience) and np.isfinite(mean[place])
+                    if (not patience or waited[model] < patience or result.steps < min_steps)
+                    and np.isfinite(mean[place])
                 ]  # fmt: skip
                 if len(going) < len(alive):
                     learner.keep(going)

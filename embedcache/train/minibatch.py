@@ -20,10 +20,12 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged, OnDisk, lent
 from embedcache.train.data import Data, choose, class_weights, moments
+from embedcache.train.ending import still_improving
 from embedcache.train.loop import Fitted, Scores, fit
 from embedcache.train.losses import Loss
 from embedcache.train.metrics import default_metric, metric_named, scores
 from embedcache.train.stack import MAY_DIFFER, HeadStack
+from embedcache.train.start import start_at, start_biases
 
 Array = npt.NDArray[Any]
 
@@ -234,6 +236,8 @@ def train_minibatch(
             seconds=sum(fit.seconds for fit in fits),
             interrupted=fits[-1].interrupted,
             losses=[each for fit in fits for each in fit.losses],
+            epochs=fits[0].epochs,
+            improving=[each for fit in fits for each in fit.improving],
         ),
     )
 
@@ -269,10 +273,14 @@ def _one_pass(
     modules = [
         build_head(head, feature, outputs, seed=each.seed).to(device) for head, each in zip(heads, specs, strict=True)
     ]
+    target = _target_moments(data.y, task)
+    weights = _class_weights(specs, data.y, task, class_names, masks)
     if start is not None:
         for module, values in zip(modules, start, strict=True):
             module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
-    target = _target_moments(data.y, task)
+    else:
+        for at, (module, each) in enumerate(zip(modules, specs, strict=True)):
+            start_at(module, _biases(at, each, data, task, outputs, target, weights, masks))
     mean, scale = moments(data.x, feature, data.weight) if spec.standardize else (None, None)
     # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
     plain = batches is None and all(isinstance(each.x, np.ndarray) for each in (data, judged) if each is not None)
@@ -286,9 +294,9 @@ def _one_pass(
         if not plain:
             raise SpecError("heads that share a pass over different rows need features that are arrays in memory")
         relative = _masked_moments(x, masks)
-    weights = _class_weights(specs, data.y, task, class_names, masks)
     loss = Loss(task, outputs, [each.label_smoothing for each in specs], weights, device=device)
-    stack = HeadStack(modules, specs, loss, spec.epochs * source.steps)
+    epochs = spec.epochs_of(source.steps)
+    stack = HeadStack(modules, specs, loss, epochs * source.steps)
     if relative is not None and masks is not None:
         # The features are standardised already, by all rows together; what is left is each head's own difference.
         of = masks.of if stack.stacked else masks.of[0]
@@ -306,9 +314,13 @@ def _one_pass(
     learner = HeadLearner(stack, y, weight, masks, judge)
     with _threads_for(stack, data, spec) if batches is None else nullcontext():
         fitted = fit(
-            learner, source, epochs=spec.epochs, patience=spec.patience, greater_is_better=greater, metric=metric,
-            title=title, progress=progress, keep_losses=keep_losses, max_steps=max_steps,
+            learner, source, epochs=epochs, patience=spec.patience, greater_is_better=greater, metric=metric,
+            title=title, progress=progress, keep_losses=keep_losses, max_steps=max_steps, min_steps=spec.least_steps,
         )  # fmt: skip
+    fitted.improving = [
+        still_improving(history, best, each, epochs)
+        for history, best, each in zip(fitted.history, fitted.best_epoch, specs, strict=True)
+    ]
     first = [name for name, module in modules[0].named_modules() if module in set(modules[0].first_layers())]
     states = []
     for at, state in enumerate(stack.finish()):
@@ -318,6 +330,20 @@ def _one_pass(
             own_mean, own_scale = mean + relative.mean[mask] / scale, scale * relative.scale[mask]
         states.append(_finished(state, type(modules[0]) is Linear, first, own_mean, own_scale, target, task))
     return Trained(states, fitted)
+
+
+def _biases(
+    at: int, spec: TrainSpec, data: Data, task: Task, outputs: int, target: tuple[Array, Array],
+    weights: npt.NDArray[np.float32] | None, masks: Masks | None,
+) -> npt.NDArray[np.float64]:  # fmt: skip
+    """Return the biases that head ``at`` starts with: those of its own training rows, as if it were alone."""
+    y = (data.y - target[0]) / target[1] if task == "regression" else data.y
+    rows = data.weight
+    if masks is not None:
+        mine = masks.train[masks.of[at]]
+        y, rows = y[mine], None if rows is None else rows[mine]
+    weight = None if weights is None else weights[at if len(weights) > 1 else 0]
+    return start_biases(y, task, outputs, smoothing=spec.label_smoothing, class_weight=weight, rows=rows)
 
 
 @contextmanager

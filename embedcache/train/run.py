@@ -29,6 +29,9 @@ _MEASURED = 50_000
 """Most training rows that metrics are taken on: what they add past that is digits nobody reads."""
 
 
+STILL_IMPROVING = "the head was still improving when training ended: more epochs or a higher learning rate may help"
+
+
 def feature_set_of(x: Any, name: str = "features") -> FeatureSet:
     """Return the feature set that bare features amount to. Raises ``FeatureError`` for what are no features."""
     if hasattr(x, "offsets") or isinstance(x, tuple):
@@ -124,11 +127,15 @@ def train_head(
             data, judged, [head], [spec], feature, task, class_names, batches=batches, device=device, progress=progress
         )  # fmt: skip
         trained = replace(trained, state=found.states[0])
-        history, interrupted = found.fitted.history[0], found.fitted.interrupted
+        history, interrupted, epochs = found.fitted.history[0], found.fitted.interrupted, found.fitted.epochs
         if interrupted:
-            said.append(f"interrupted in epoch {len(history) + 1} of {spec.epochs}: the best weights so far are kept")
-        elif found.fitted.best_epoch[0] >= 0 and len(history) < spec.epochs:
+            said.append(f"interrupted in epoch {len(history) + 1} of {epochs}: the best weights so far are kept")
+        elif found.fitted.best_epoch[0] >= 0 and len(history) < epochs:
             said.append(f"stopped early after epoch {len(history)}; best was epoch {found.fitted.best_epoch[0] + 1}")
+        if epochs > spec.epochs:
+            said.append(f"{epochs} epochs instead of {spec.epochs}, for at least {spec.least_steps} steps")
+        if found.fitted.improving[0]:
+            said.append(STILL_IMPROVING)
     if trained.parameters > 20 * len(data) * max(1, feature.dim // 100):
         said.append(
             f"the head has {trained.parameters:,} parameters for {len(data):,} training rows: "
@@ -230,7 +237,7 @@ class StackResult:
     """K heads that were trained in one pass.
 
     ``heads`` are the trained heads, uncalibrated; ``history`` has the epochs of each, ``best_epoch`` counts from 0 and
-    is -1 where nothing was measured; ``outputs(k)`` are validation outputs on the rows of the head's own mask.
+    is -1 where nothing was measured; ``improving`` says which had not come to an end in their last epoch.
     """
 
     heads: Sequence[TrainedHead]
@@ -239,6 +246,7 @@ class StackResult:
     steps: int
     seconds: float
     interrupted: bool
+    improving: Sequence[bool] = ()
 
 
 def train_stack(
@@ -291,7 +299,9 @@ def train_stack(
         for head, spec, state in zip(heads, specs, found.states, strict=True)
     ]  # fmt: skip
     fitted = found.fitted
-    return StackResult(made, fitted.history, fitted.best_epoch, fitted.steps, fitted.seconds, fitted.interrupted)
+    return StackResult(
+        made, fitted.history, fitted.best_epoch, fitted.steps, fitted.seconds, fitted.interrupted, fitted.improving
+    )
 
 
 __all__ = ["StackResult", "count", "feature_set_of", "train_head", "train_stack"]
