@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 
 _JOINERS = "\u200c\u200d"  # Persian is written with them, and so are emoji
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's controls, invisible formats (which turn the direction of a text), surrogates, line and paragraph breaks."""
+
+# Spreadsheets know the wide signs too.
+_FORMULA = re.compile("'*[=+@\\t\\r\\n\uff1d\uff0b\uff0d\uff20-]")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 
 
 def shown(text: object) -> str:
@@ -24,6 +30,25 @@ def shown(text: object) -> str:
         else each
         for each in said
     )
+
+
+def json_shown(text: str) -> str:
+    """Return JSON that means the same, in which nothing moves the cursor either."""
+    return text if text.isprintable() else "".join(each if each == "\n" else _in_json(each) for each in text)
+
+
+def _in_json(character: str) -> str:
+    return character if shown(character) == character else json.dumps(character)[1:-1]
+
+
+def cell(text: str) -> str:
+    """Return a cell of a CSV file that no spreadsheet runs as a formula.
+
+    What begins with ``= + - @``, a tab or a line break, and is no number, gets ``'`` in front, and so does what begins
+    like that after one or more ``'``: taking one ``'`` from every cell that matches ``'+[-=+@\\t\\r\\n]`` gives
+    back the original.
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def page(text: str) -> str:

@@ -16,6 +16,7 @@ import click
 from embedcache import __version__
 from embedcache.cli import caches, checks, comparison, heads, reports, sweeps
 from embedcache.errors import EmbedcacheError, Interrupted
+from embedcache.wording import shown
 
 
 class Commands(click.Group):
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        click.echo(f"error: {_usage(error)}", err=True)
+        click.echo(f"error: {shown(_usage(error))}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -91,5 +92,5 @@ def run(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except OSError as error:
-        click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+        click.echo(shown(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
         return 1

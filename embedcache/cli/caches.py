@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples, table
+from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples, say, table
+from embedcache.wording import shown
 
 
 @click.command(short_help="Run the backbone once over INPUT, into CACHE.")
@@ -67,16 +68,16 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         examples = part_of(examples, *selected)
     if dry_run:
         said = forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
-        return print_json(said.to_json()) if as_json else click.echo(said.to_text())
+        return print_json(said.to_json()) if as_json else say(said.to_text())
     assert output_dir is not None
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
-        click.echo(f"note: {hint}", err=True)
+        say(f"note: {shown(hint)}", err=True)
     report = run(
         examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())
-    click.echo(report.to_text(output_dir))
+    say(report.to_text(output_dir))
 
 
 SETTINGS = (
@@ -95,7 +96,7 @@ def info(cache: str, as_json: bool) -> None:
     with_contents = FeatureCache.open(cache, verify=False).describe()
     if as_json:
         return print_json(with_contents)
-    click.echo(describe_text(with_contents))
+    say(describe_text(with_contents))
 
 
 def describe_text(facts: dict[str, Any]) -> str:
@@ -123,9 +124,11 @@ def describe_text(facts: dict[str, Any]) -> str:
     backbone = facts["spec"].get("backbone", {})
     if backbone:
         how = f"computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"
-        lines += ["", f"backbone: {backbone.get('architecture')}, {how}"]
+        lines += ["", shown(f"backbone: {backbone.get('architecture')}, {how}")]
     for ran in facts["provenance"]:
-        lines.append("ran on:   " + ", ".join(f"{key} {value}" for key, value in ran.items() if value is not None))
+        lines.append(
+            shown("ran on:   " + ", ".join(f"{key} {value}" for key, value in ran.items() if value is not None))
+        )
     lines.append(f"spec:     {facts['spec_hash'][:16]}")
     return "\n".join(lines)
 
@@ -138,10 +141,10 @@ def verify(cache: str) -> None:
 
     problems = verify_cache(cache)
     for problem in problems:
-        click.echo(problem)
+        say(shown(problem))
     if problems:
         raise click.exceptions.Exit(1)
-    click.echo(f"{cache} is sound: every file is what was committed")
+    say(f"{cache} is sound: every file is what was committed")
 
 
 @click.command(short_help="New labels or splits, no forward pass.")
@@ -156,7 +159,7 @@ def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
     examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options)
     opened = relabel_cache(cache, examples)
-    click.echo(f"{opened.n_rows:,} rows relabelled in {cache}; no forward pass")
+    say(f"{opened.n_rows:,} rows relabelled in {cache}; no forward pass")
 
 
 @click.command(short_help="Join parts into one cache.")
@@ -167,7 +170,7 @@ def merge(parts: tuple[str, ...], output_dir: str) -> None:
     from embedcache.cache import merge as merge_caches
 
     merged = merge_caches(list(parts), output_dir)
-    click.echo(f"{merged.n_rows:,} rows of {len(parts)} parts merged into {output_dir}")
+    say(f"{merged.n_rows:,} rows of {len(parts)} parts merged into {output_dir}")
 
 
 @click.command(short_help="Versions and devices, for bug reports.")
@@ -211,7 +214,7 @@ def env(as_json: bool) -> None:
         facts["mps"] = torch.backends.mps.is_available()
     if as_json:
         return print_json(facts)
-    click.echo(table([[name, str(value)] for name, value in facts.items()]))
+    say(table([[name, str(value)] for name, value in facts.items()]))
 
 
 COMMANDS = (extract, info, verify, relabel, merge, env)

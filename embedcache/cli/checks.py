@@ -13,6 +13,7 @@ from embedcache.cli.options import (
     json_option,
     print_json,
     read_examples,
+    say,
     setting_option,
 )
 
@@ -80,9 +81,9 @@ def check(
     if as_json:
         print_json(result.to_json())
     else:
-        click.echo(result.to_text())
+        say(result.to_text())
     if not result.equal:
-        click.echo(f"error: {result.reason}", err=True)
+        say(f"error: {result.reason}", err=True)
         raise click.exceptions.Exit(1)
 
 

@@ -13,6 +13,7 @@ from embedcache.cli.options import (
     json_option,
     print_json,
     read_examples,
+    say,
     setting_option,
     table,
 )
@@ -80,8 +81,8 @@ def compare(
     )  # fmt: skip
     if as_json:
         return print_json(found.to_json())
-    click.echo(found.to_text(table))
-    click.echo(f"\nsaved in {where}: comparison.md, comparison.json and, with matplotlib, comparison.svg")
+    say(found.to_text(table))
+    say(f"\nsaved in {where}: comparison.md, comparison.json and, with matplotlib, comparison.svg")
 
 
 def _stem(file: str) -> str:

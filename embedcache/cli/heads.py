@@ -10,7 +10,8 @@ from typing import IO, Any
 
 import click
 
-from embedcache.cli.options import device_option, head_options, json_option, print_json, table, training_options
+from embedcache.cli.options import device_option, head_options, json_option, print_json, say, table, training_options
+from embedcache.wording import cell, json_shown, page, shown
 
 
 @click.command()
@@ -59,14 +60,14 @@ def train(
             opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
         )
         for note in result.notes:
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {shown(note)}", err=True)
         result.save(folder)
     if as_json:
         print_json(result.metrics)
     else:
-        click.echo(metrics_text(result.metrics))
+        say(metrics_text(result.metrics))
         predicts = "preprocessing" in result.head.extraction
-        click.echo(f"saved in {output_dir}" + (f': try  embedcache predict {output_dir} --text "..."' * predicts))
+        say(f"saved in {output_dir}" + (f': try  embedcache predict {output_dir} --text "..."' * predicts))
     if result.interrupted:
         raise Interrupted(f"stopped after {len(result.history)} epochs: the best head so far is saved in {output_dir}")
 
@@ -166,20 +167,15 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
         add(Path(run), split, measured)
     if as_json:
         return print_json({split: measured})
-    click.echo(metrics_text({split: measured}))
+    say(metrics_text({split: measured}))
     for name, (low, high) in measured.get("intervals", {}).items():
-        click.echo(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
+        say(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
     for part in ("per_class", "per_target"):
         if rows := measured.get(part):
             cells = [[each if isinstance(each, str) else _number(each) for each in row.values()] for row in rows]
-            click.echo("\n" + table([[shown(row[0]), *row[1:]] for row in cells], list(rows[0])))
+            say("\n" + table([[shown(row[0]), *row[1:]] for row in cells], list(rows[0])))
     if missing := measured.get("missing_classes"):
-        click.echo(f"\nnot in {split}: {', '.join(map(shown, missing))}")
-
-
-def shown(name: str) -> str:
-    """Return a class name as it can stand in a line of a terminal: line breaks and control characters escaped."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+        say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
 
 
 @click.command()
@@ -219,7 +215,9 @@ def predict(
     """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet), or - for standard input.
 
     The backbone is the one the head was trained on, with the same settings; any other is refused. CSV has the columns
-    id, label, confidence, and the probability of each class (of a regression, the value of each target).
+    id, label, confidence, and the probability of each class (of a regression, the value of each target). There, what a
+    spreadsheet would run as a formula (it begins with =, +, -, @, a tab or a line break and is no number) has a ' put
+    in front, and what begins with ' and then one of those has one more; JSONL has everything as it is.
     """
     if bool(inputs) == bool(texts):
         raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')
@@ -228,7 +226,7 @@ def predict(
     predictor = Predictor.load(run, model=model, device=device, trust_remote_code=trust_remote_code)
     if texts and output is None and form is None:
         for text, prediction in zip(texts, predictor(texts), strict=True):
-            click.echo(_line(text, prediction))
+            say(_line(text, prediction))
         return
     if texts:
         rows: Iterable[tuple[str, Any]] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
@@ -240,7 +238,7 @@ def predict(
             options["quarantine"] = f"{output or run}.quarantine.jsonl"
         examples = load_examples(list(inputs), labels="none", format=input_format, **options)
         for note in examples.notes:
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {shown(note)}", err=True)
         rows, total = predictor.stream_examples(examples), len(examples)
     form = form or ("jsonl" if output and output.endswith((".jsonl", ".json")) else "csv")
     with _destination(output) as file:
@@ -262,6 +260,16 @@ def _line(text: str, prediction: Any) -> str:
     return f"{label}{confidence}  {text!r}  [{detail}{'  ...' if len(best) < len(values) else ''}]"
 
 
+class _Terminal:
+    """A terminal, which would obey what a file keeps as it is."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(page(text))
+
+
 @contextmanager
 def _destination(output: str | None) -> Iterator[IO[str]]:
     """Open stdout, or a file that only takes its place when it is whole."""
@@ -270,7 +278,7 @@ def _destination(output: str | None) -> Iterator[IO[str]]:
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a class name may hold what a terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")
-        yield sys.stdout
+        yield _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout  # type: ignore[misc]
         sys.stdout.flush()
         return
     from pathlib import Path
@@ -301,7 +309,8 @@ def _jsonl(file: IO[str], head: Any) -> Callable[[str, Any], None]:
         values = dict(prediction.probabilities)
         label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
         said = {"label": label, "confidence": prediction.confidence, "probabilities": values}
-        file.write(json.dumps({"id": name} | ({"values": values} if regression else said), ensure_ascii=False) + "\n")
+        line = json.dumps({"id": name} | ({"values": values} if regression else said), ensure_ascii=False)
+        file.write(json_shown(line) + "\n")
 
     return write
 
@@ -312,7 +321,7 @@ def _csv(file: IO[str], head: Any) -> Callable[[str, Any], None]:
     writer = csv.writer(file, lineterminator="\n")
     ours = ["id", *([] if head.task == "regression" else ["label", "confidence"])]
     prefix = "probability of " if set(ours) & set(head.class_names) else ""
-    writer.writerow([*ours, *(prefix + name for name in head.class_names)])
+    writer.writerow(map(cell, [*ours, *(prefix + name for name in head.class_names)]))
     # Labels are joined by a semicolon, unless a class has one in its name.
     join = json.dumps if any(";" in name for name in head.class_names) else ";".join
 
@@ -321,7 +330,7 @@ def _csv(file: IO[str], head: Any) -> Callable[[str, Any], None]:
         if head.task != "regression":
             label, sure = prediction.label, prediction.confidence
             cells += [label if isinstance(label, str) else join(list(label)), "" if sure is None else f"{sure:.6g}"]
-        writer.writerow([*cells, *(f"{value:.6g}" for value in prediction.probabilities.values())])
+        writer.writerow([*map(cell, cells), *(f"{value:.6g}" for value in prediction.probabilities.values())])
 
     return write
 

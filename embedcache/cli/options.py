@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from embedcache.spec import HeadSpec, TrainSpec, declared
+from embedcache.wording import json_shown, page, shown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -114,17 +115,27 @@ def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, 
         options["quarantine"] = quarantine_default
     examples = load_examples(list(inputs) or None, labels="none" if no_labels else "required", **options)
     for note in examples.notes:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {shown(note)}", err=True)
     return examples
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text; what a stranger's file put into it cannot command the terminal.
+
+    Line breaks stay: names that stand in a text of several lines are ``shown`` where it is made.
+    """
+    click.echo(page(text), err=err, nl=nl)
 
 
 def print_json(value: Any) -> None:
     """Print a JSON value, indented."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_shown(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def table(rows: list[list[str]], header: list[str] | None = None) -> str:
     """Lay out rows in columns: text to the left, numbers to the right."""
+    rows = [[shown(cell) for cell in row] for row in rows]
+    header = header and [shown(cell) for cell in header]
     whole = ([header] if header else []) + rows
     widths = [max(len(row[at]) for row in whole) for at in range(len(whole[0]))]
     numeric = [all(_is_number(row[at]) for row in rows) for at in range(len(whole[0]))]

@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from embedcache.cli.options import say
+from embedcache.wording import json_shown
+
 
 @click.command()
 @click.argument("sweep", type=click.Path())
@@ -26,10 +29,11 @@ def report(sweep: str, output: str | None, form: Any) -> None:
     endings = {".md": "markdown", ".json": "json"}
     form = form or (endings.get(Path(output).suffix.lower(), "html") if output is not None else "html")
     if output is None and form != "html":
-        return click.echo(write(sweep, form=form), nl=False)
+        text = write(sweep, form=form)
+        return click.echo(json_shown(text), nl=False) if form == "json" else say(text, nl=False)
     where = output if output is not None else str(Path(sweep) / "report.html")
     write(sweep, where, form)
-    click.echo(f"written to {where}")
+    say(f"written to {where}")
 
 
 COMMANDS = (report,)

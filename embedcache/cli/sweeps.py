@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import json_option, print_json
+from embedcache.cli.options import json_option, print_json, say
+from embedcache.wording import shown
 
 
 @click.command()
@@ -62,11 +63,11 @@ def sweep(
         command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
     )  # fmt: skip
     for note in result.summary["notes"]:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {shown(note)}", err=True)
     if as_json:
         return print_json(result.summary)
-    click.echo(result.to_text(rows))
-    click.echo(f"kept in {output_dir}; the chosen head in {output_dir}/best")
+    say(result.to_text(rows))
+    say(f"kept in {output_dir}; the chosen head in {output_dir}/best")
 
 
 def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[Any]:

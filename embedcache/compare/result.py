@@ -16,6 +16,7 @@ from embedcache.compare.approaches import APPROACHES
 from embedcache.errors import MissingExtraError
 from embedcache.spec import Task
 from embedcache.train.metrics import resampled_scores, score
+from embedcache.wording import shown
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -144,7 +145,8 @@ class Comparison:
 
     def to_text(self, table: Callable[[list[list[str]], list[str]], str]) -> str:
         """Lay it out for a terminal, by a function (rows, header) -> text."""
-        return "\n".join([table(self.cells(), self.header()), "", *self.sentences(), "", *self.notes()])
+        said = [*self.sentences(), "", *self.notes()]
+        return "\n".join([table(self.cells(), self.header()), "", *map(shown, said)])
 
     def to_markdown(self) -> str:
         """Lay it out as Markdown, with the recipes."""
@@ -154,8 +156,8 @@ class Comparison:
         lines += ["| " + " | ".join(cells) + " |" for cells in self.cells()]
         lines += ["", *(f"- {each}." for each in self.sentences()), "", *(f"{each}\n" for each in self.notes())]
         lines += ["## Recipes", ""]
-        shown = [name for name in APPROACHES if any(each["approach"] == name for each in self.rows)]
-        lines += [f"- **{APPROACHES[name].title}.** {APPROACHES[name].recipe}" for name in shown]
+        used = [name for name in APPROACHES if any(each["approach"] == name for each in self.rows)]
+        lines += [f"- **{APPROACHES[name].title}.** {APPROACHES[name].recipe}" for name in used]
         return "\n".join(lines) + "\n"
 
     def plot(self, file: Path | str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from embedcache.equivalence.bits import Difference
 from embedcache.errors import NotEqualError
+from embedcache.wording import shown
 
 Verdict = Literal["identical", "within tolerance", "different", "cost"]
 
@@ -137,7 +138,10 @@ class EquivalenceResult:
         if not self.equal and not self.findings:
             said.append(f"DIFFERENT: {self.reason}")
         verdict = "equal" if self.equal else "different"
-        return "\n".join([line.rstrip() for line in lines] + ["", *said, f"verdict: {verdict} ({self.seconds:.0f} s)"])
+        return "\n".join(
+            [shown(line.rstrip()) for line in lines]
+            + ["", *map(shown, said), f"verdict: {verdict} ({self.seconds:.0f} s)"]
+        )
 
 
 def _cells(each: Comparison) -> list[str]:

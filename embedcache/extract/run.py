@@ -28,6 +28,7 @@ from embedcache.cache import CacheWriter
 from embedcache.errors import FeatureError, Interrupted, SpecError
 from embedcache.examples import Examples
 from embedcache.shard import STORED, FeatureSet
+from embedcache.wording import shown
 
 SHARD_ROWS = 16384
 SHARD_BYTES = 64 << 20
@@ -60,7 +61,7 @@ class ExtractionReport:
     def to_text(self, where: Path | str) -> str:
         """Say it in a few lines."""
         lines = [
-            f"{self.rows:,} rows ({self.unique:,} unique) in {where}: "
+            f"{self.rows:,} rows ({self.unique:,} unique) in {shown(where)}: "
             f"{self.extracted:,} extracted, {self.reused:,} already there"
         ]
         if self.extracted:

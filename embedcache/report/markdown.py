@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedcache.report.sections import facts, p_value, show
+from embedcache.wording import shown
 
 
 def to_markdown(summary: Mapping[str, Any], most: int = 30) -> str:
@@ -71,7 +72,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def plain(value: object) -> str:
     """Make a text from data harmless in Markdown."""
-    text = " ".join(str(value).split())
+    text = shown(" ".join(str(value).split()))
     for mark in "\\|<>`[]*_#":
         text = text.replace(mark, "\\" + mark)
     return text.replace("&", "&amp;")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from embedcache.wording import shown
+
 _RIGHT = (1, 3, 5, 6, 7)  # columns of numbers
 
 
@@ -13,16 +15,16 @@ def to_text(summary: Mapping[str, Any], most: int = 12) -> str:
     rows, failures, alpha = summary["leaderboard"], summary["failures"], summary["protocol"]["alpha"]
     if not rows:
         return "\n".join(
-            ["no head could be trained", *(f"  {each['label']}: {each['error']}" for each in failures[:12])]
+            ["no head could be trained", *(shown(f"  {each['label']}: {each['error']}") for each in failures[:12])]
         )
     chosen, simple, test = (summary.get(name) for name in ("chosen", "recommended", "test"))
-    shown = list(rows[:most])
+    listed = list(rows[:most])
     # The recommended head and a baseline belong in every table, however far down they are.
     named = {each["id"] for each in (chosen, simple) if each is not None}
-    shown += [row for row in rows[most:] if row["id"] in named or row["head"]["kind"] == "majority"]
+    listed += [row for row in rows[most:] if row["id"] in named or row["head"]["kind"] == "majority"]
     name = summary["metric"]["name"]
     header = ["", "rank", "head", name, f"{100 * (1 - alpha):g}% interval", "p (Holm)", "parameters", "seconds"]
-    lines = _columns(header, [_line(row, chosen is not None and row["id"] == chosen["id"]) for row in shown])
+    lines = _columns(header, [_line(row, chosen is not None and row["id"] == chosen["id"]) for row in listed])
     group = sum(not row["distinguishable"] for row in rows)
     lines += [
         "",
@@ -38,7 +40,7 @@ def to_text(summary: Mapping[str, Any], most: int = 12) -> str:
         lines.append(
             f"* {test['label']}: {name} {test['score']:.4f} {interval} on {test['rows']:,} rows of {test['split']}"
         )
-    return "\n".join(lines)
+    return "\n".join(map(shown, lines))
 
 
 def _line(row: Mapping[str, Any], chosen: bool) -> list[str]:
