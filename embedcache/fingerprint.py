@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 KEY_BYTES = 16
 _BLOCK = 1 << 20
@@ -123,10 +123,13 @@ def sha256_bytes(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path | str) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+def sha256_file(path: Path | str, file: IO[bytes] | None = None) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal, read in blocks; ``file`` where it is open already."""
+    if file is None:
+        with open(path, "rb") as opened:
+            return sha256_file(path, opened)
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
 def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest

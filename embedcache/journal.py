@@ -14,6 +14,7 @@ import io
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -173,7 +174,7 @@ def lock(path: Path, *, needed: bool = True) -> contextlib.ExitStack:
                 flags = os.O_RDWR | os.O_CREAT | _PLAIN
                 descriptor = os.open(path, os.O_RDONLY) if not attempt else os.open(file, flags, 0o644)
                 stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(descriptor)
                 if attempt:
                     # The one who had the lock may have removed the file after it was opened here.
                     there = os.stat(file) if file.exists() else None
@@ -189,6 +190,28 @@ def lock(path: Path, *, needed: bool = True) -> contextlib.ExitStack:
                 if attempt or error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
                     raise CacheError(f"cannot lock {path}: {explain(error)}") from error
     raise CacheLockedError(f"another process is writing to {path}: wait for it, or stop it")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a writer has the lock on a directory now; asks for it and gives it back, so ``lock`` tries twice."""
+    for locked in (path, path / LOCK) if fcntl is not None else ():
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            descriptor = os.open(locked, os.O_RDONLY | _PLAIN)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
+def _take(descriptor: int) -> None:
+    """Take the lock on an open file. Raises ``BlockingIOError`` when somebody has it for more than a moment."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.02)  # perhaps ``is_locked`` was just asking
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync_directory(directory: Path) -> None:

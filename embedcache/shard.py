@@ -7,25 +7,31 @@ compared already: libhdf5 can hang on damaged metadata. ``FORMAT.md`` specifies 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import io
 import math
+import mmap
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import CacheError, CorruptCacheError, SpecError
-from embedcache.journal import commit, explain
+from embedcache.journal import commit, explain, explained
 
 Array = npt.NDArray[Any]
 Kind = Literal["pooled", "layers", "tokens"]
 
 ALIGNMENT = 4096
+_MAP_FIXED = 0x10
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
 # "." is no name in HDF5 but the group itself, so a name starts with a letter or a digit.
@@ -112,11 +118,57 @@ class Placed:
     shape: tuple[int, ...]
     dtype: str
 
-    def map(self, path: Path) -> Array:
-        """Map the array, read-only."""
+    def map(self, path: Path, file: IO[bytes] | None = None) -> Array:
+        """Map the array, read-only, out of ``file`` where it is open already; the map keeps no file open.
+
+        Raises ``CorruptCacheError`` where the file is too short, ``CacheError`` where it cannot be read.
+        """
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
-        return np.memmap(path, self.dtype, "r", self.offset, self.shape)
+        with contextlib.ExitStack() as stack, explained(f"cannot read {path}"):
+            opened = file if file is not None else stack.enter_context(open(path, "rb", buffering=0))
+            length = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+            if os.fstat(opened.fileno()).st_size < self.offset + length:
+                raise CorruptCacheError(f"{path} ends early: restore it from a copy")
+            before = self.offset % mmap.PAGESIZE
+            pages = Pages.reserve(before + length)
+            if pages is None or not pages.lay(0, before + length, opened.fileno(), self.offset - before):
+                return np.memmap(opened, self.dtype, "r", self.offset, self.shape)
+            array: Array = np.ndarray.__new__(np.memmap, self.shape, self.dtype, pages.buffer, before)
+            # What numpy's own maps have, by which a worker process maps the same file instead of getting a copy.
+            vars(array).update(filename=Path(path).resolve(), offset=self.offset, mode="r", _mmap=pages.buffer)
+            return array
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Memory that files are laid into, read-only. Python unmaps all of it when the last array goes.
+
+    Python's own maps each keep a file open, and a process may have 1,024: a cache may have more shards.
+    """
+
+    buffer: mmap.mmap
+    address: int
+
+    @classmethod
+    def reserve(cls, size: int) -> Pages | None:
+        """Return room for ``size`` bytes; None where the system has no such thing: not 64-bit Linux."""
+        if sys.platform != "linux" or sys.maxsize <= 2**32:
+            return None
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            buffer = mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ)
+            return cls(buffer, np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])
+        except (ValueError, OSError):
+            return None
+
+    def lay(self, at: int, size: int, descriptor: int, offset: int) -> bool:
+        """Put ``size`` bytes of a file from ``offset``, a multiple of the page, at ``at``. False where that fails."""
+        call = ctypes.CDLL(None, use_errno=True).mmap
+        call.restype = ctypes.c_void_p
+        call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        return bool(call(self.address + at, size, mmap.PROT_READ, flags, descriptor, offset) == self.address + at)
 
 
 def decoded(values: Array) -> npt.NDArray[np.float32]:
@@ -172,10 +224,11 @@ def publish(directory: Path, stem: str, data: bytes) -> ShardFile:
     return ShardFile(name, len(data), digest)
 
 
-def place(path: Path, expected: Mapping[str, Column]) -> dict[str, Placed]:
+def place(path: Path, expected: Mapping[str, Column], file: IO[bytes] | None = None) -> dict[str, Placed]:
     """Find each array of a file whose hash has been compared, refusing whatever a plain array is not.
 
-    Exactly the arrays of ``expected`` may be in the file.
+    Exactly the arrays of ``expected`` may be in the file. ``file`` is the file where it is open already: its name may
+    be gone by now.
 
     Raises ``CorruptCacheError`` for groups, soft and external links, virtual, chunked, compact or filtered layouts,
     external storage, attributes, other names, shapes, types or byte orders, and space outside the file.
@@ -184,8 +237,8 @@ def place(path: Path, expected: Mapping[str, Column]) -> dict[str, Placed]:
 
     try:
         # Published files never change, so libhdf5 needs no lock of its own, which some network file systems lack.
-        with h5py.File(path, "r", locking=False) as file:
-            return _find(file.id, path.stat().st_size, expected)
+        with h5py.File(file or path, "r", **({} if file else {"locking": False})) as opened:
+            return _find(opened.id, os.fstat(file.fileno()).st_size if file else path.stat().st_size, expected)
     except _Foreign as reason:
         raise CorruptCacheError(f"{path}: {reason}: {_FOREIGN}") from None
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # h5py has all of them for HDF5's own

@@ -492,7 +492,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are hashed from now on."""
     names: list[str] = []
     real = files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: names.append(path.name) or real(path))
+    monkeypatch.setattr(files, "sha256_file", lambda path, *file: names.append(path.name) or real(path, *file))
     return names
 
 

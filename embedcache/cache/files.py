@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache.index import Keys
-from embedcache.cache.manifest import TARGETS, Dataset, Manifest
+from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Shard
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
-from embedcache.journal import explain
+from embedcache.journal import explain, explained
 from embedcache.shard import Column, FeatureSet, Placed, ShardFile, place
 
 Array = npt.NDArray[Any]
@@ -71,6 +72,10 @@ def identity(path: Path, file: ShardFile) -> Identity:
         raise CorruptCacheError(f"{path} is missing: {_ADVICE}") from None
     except OSError as error:
         raise CacheError(f"cannot read {path}: {explain(error)}") from error
+    return _identified(path, file, status)
+
+
+def _identified(path: Path, file: ShardFile, status: os.stat_result) -> Identity:
     if not stat.S_ISREG(status.st_mode):
         raise CorruptCacheError(f"{path} is a link or a special file, not a plain file: {_ADVICE}")
     if status.st_size != file.bytes:
@@ -94,6 +99,59 @@ def check(path: Path, file: ShardFile) -> Identity:
     return before
 
 
+@contextmanager
+def opened(path: Path, file: ShardFile) -> Iterator[IO[bytes]]:
+    """Open a committed file, which stays readable when a writer replaces and removes it. Raises as ``identity``."""
+    identity(path, file)  # a pipe is not to be opened
+    with explained(f"cannot read {path}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError:
+            raise CorruptCacheError(f"{path} is missing: {_ADVICE}") from None
+    with open(descriptor, "rb", buffering=0) as stream:
+        yield stream
+
+
+def dataset_arrays(path: Path, dataset: Dataset, stored: int, *, again: bool = False) -> dict[str, Array]:
+    """Return the columns of an examples file, mapped, after hashing it and looking into it.
+
+    ``again`` hashes it even if this very file was hashed before in this process. From the moment the file is open,
+    nothing depends on its name: a writer that replaces the dataset meanwhile does no harm.
+
+    Raises ``CorruptCacheError`` for anything that is not what was committed, or points outside of the ``stored`` rows.
+    """
+    with opened(path, dataset.file) as stream:
+        known = (dataset.file.sha256, _identified(path, dataset.file, os.fstat(stream.fileno())))
+        expected = dataset_columns(dataset)
+        if again or known not in _KNOWN:
+            _settle(known[1])
+            with explained(f"cannot read {path}"):
+                digest = sha256_file(path, stream)
+            if digest != dataset.file.sha256:
+                raise CorruptCacheError(f"{path} is not what was committed (its sha256 differs): {_ADVICE}")
+            placed = place(path, expected, stream)
+            status = os.fstat(stream.fileno())
+            # To remove its name changes the file's ctime, and nothing in it.
+            compared = slice(0, 5 if status.st_nlink else 4)
+            if _identified(path, dataset.file, status)[compared] != known[1][compared]:
+                raise CorruptCacheError(f"{path} changed while it was being read: {_ADVICE}")
+            _KNOWN[known] = placed
+        placed = _agreeing(_KNOWN[known], expected) or place(path, expected, stream)
+        columns = {name: each.map(path, stream) for name, each in placed.items()}
+    if again or (dataset, stored, known[1]) not in _SENSIBLE:
+        if reason := nonsense(dataset, columns, stored):
+            raise CorruptCacheError(f"{path}: {reason}: embedcache did not write this file; do not use the cache")
+        _SENSIBLE.add((dataset, stored, known[1]))
+    return columns
+
+
+def _agreeing(placed: dict[str, Placed], expected: Mapping[str, Column]) -> dict[str, Placed] | None:
+    """Return what was found in a file, or None: two manifests may name one file and disagree on what it holds."""
+    if placed.keys() != expected.keys() or not all(fits(placed[name], expected[name]) for name in expected):
+        return None
+    return placed
+
+
 def checked(path: Path, file: ShardFile, expected: Mapping[str, Column]) -> dict[str, Placed]:
     """Return where a file's arrays lie, after hashing it, unless this very file was hashed before in this process."""
     known = (file.sha256, identity(path, file))
@@ -104,11 +162,7 @@ def checked(path: Path, file: ShardFile, expected: Mapping[str, Column]) -> dict
         if identity(path, file) != known[1]:
             raise CorruptCacheError(f"{path} changed while it was being read: {_ADVICE}")
         _KNOWN[known] = placed
-    placed = _KNOWN[known]
-    # Two manifests may name one file and disagree on what it holds.
-    if placed.keys() != expected.keys() or not all(fits(placed[name], expected[name]) for name in expected):
-        placed = place(path, expected)
-    return placed
+    return _agreeing(_KNOWN[known], expected) or place(path, expected)
 
 
 def _settle(known: Identity) -> None:
@@ -125,6 +179,20 @@ def fits(placed: Placed, column: Column) -> bool:
         and len(placed.shape) == len(column.shape)
         and all(want in (None, have) for want, have in zip(column.shape, placed.shape, strict=True))
     )
+
+
+def damage_of(path: Path, shard: Shard, feature_sets: Sequence[FeatureSet]) -> str | None:
+    """Hash a feature shard again and look into it; return what is wrong, None for nothing."""
+    try:
+        check(path, shard.file)
+        placed = place(path, shard_columns(feature_sets, shard.rows))
+        for each in feature_sets:
+            if each.kind == "tokens":
+                values, offsets = (placed[f"{each.name}.{part}"] for part in ("values", "offsets"))
+                refuse_offsets(path, each.name, offsets.map(path), values.shape[0])
+    except CacheError as error:
+        return str(error)
+    return None
 
 
 def check_all(directory: Path, manifest: Manifest) -> None:
@@ -146,15 +214,6 @@ def check_all(directory: Path, manifest: Manifest) -> None:
 def is_known(folder: Path, file: ShardFile) -> bool:
     """Whether this very file was hashed before in this process."""
     return (file.sha256, identity(folder / file.name, file)) in _KNOWN
-
-
-def refuse_nonsense(path: Path, dataset: Dataset, columns: Mapping[str, Array], stored: int) -> None:
-    """Raise ``CorruptCacheError`` when a dataset points outside of what there is; looked at once in a process."""
-    known = (dataset, stored, identity(path, dataset.file))
-    if known not in _SENSIBLE:
-        if reason := nonsense(dataset, columns, stored):
-            raise CorruptCacheError(f"{path}: {reason}: embedcache did not write this file; do not use the cache")
-        _SENSIBLE.add(known)
 
 
 def stored_keys(path: Path, manifest: Manifest) -> Keys:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,10 @@ import numpy.typing as npt
 
 from embedcache.cache.index import Rows
 from embedcache.errors import CorruptCacheError, InputError
-from embedcache.shard import FeatureSet, Placed
+from embedcache.shard import FeatureSet, Pages, Placed
 
 Array = npt.NDArray[Any]
 _READERS = 4
-_MAP_FIXED = 0x10
 _POPULATE_READ = 22  # madvise, Linux 5.14: map the pages of a range now
 _AHEAD, _WORTH_IT = 8 << 20, 32 << 20
 
@@ -159,37 +157,27 @@ def side_by_side(pieces: Sequence[Piece]) -> Array | None:
     Every piece starts on a page of its file, and every one but the last is whole pages long.
     """
     page = mmap.PAGESIZE
-    fits = all(piece.offset % page == 0 for piece in pieces) and all(piece.nbytes % page == 0 for piece in pieces[:-1])
-    if not (fits and sys.platform == "linux" and sys.maxsize > 2**32):
+    if not (all(each.offset % page == 0 for each in pieces) and all(each.nbytes % page == 0 for each in pieces[:-1])):
         return None
-    sizes = [piece.nbytes for piece in pieces]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    try:
-        # Python owns this range and unmaps all of it, whatever has been mapped over it, when the last array goes.
-        reserved = mmap.mmap(-1, sum(sizes), flags=flags, prot=mmap.PROT_READ)
-        address = np.frombuffer(reserved, np.uint8).__array_interface__["data"][0]
-        call = ctypes.CDLL(None, use_errno=True).mmap
-        call.restype = ctypes.c_void_p
-        call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
-        for piece, size in zip(pieces, sizes, strict=True):
-            descriptor = os.open(piece.path, os.O_RDONLY)
-            try:
-                if os.fstat(descriptor).st_size < piece.offset + size:
-                    raise CorruptCacheError(f"{piece.path} ends early: restore it from a copy")
-                shared = mmap.MAP_SHARED | _MAP_FIXED
-                if call(address, size, mmap.PROT_READ, shared, descriptor, piece.offset) != address:
-                    return None
-            finally:
-                os.close(descriptor)
-            address += size
-    except (ValueError, AttributeError, OSError) as error:
-        if isinstance(error, CorruptCacheError):
-            raise
+    pages = Pages.reserve(sum(each.nbytes for each in pieces))
+    if pages is None:
         return None
-    rows = sum(piece.shape[0] for piece in pieces)
-    dtype = np.dtype(pieces[0].dtype)
-    shape = (rows, *pieces[0].shape[1:])
-    return np.frombuffer(reserved, dtype, count=int(np.prod(shape))).reshape(shape)
+    at = 0
+    for each in pieces:
+        try:
+            descriptor = os.open(each.path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            if os.fstat(descriptor).st_size < each.offset + each.nbytes:
+                raise CorruptCacheError(f"{each.path} ends early: restore it from a copy")
+            if not pages.lay(at, each.nbytes, descriptor, each.offset):
+                return None
+        finally:
+            os.close(descriptor)
+        at += each.nbytes
+    shape = (sum(each.shape[0] for each in pieces), *pieces[0].shape[1:])
+    return np.frombuffer(pages.buffer, pieces[0].dtype, count=int(np.prod(shape))).reshape(shape)
 
 
 def _tells_residence(path: Path) -> bool:

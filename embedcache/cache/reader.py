@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,12 +15,11 @@ import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import (
-    check,
     check_all,
     checked,
-    dataset_columns,
+    damage_of,
+    dataset_arrays,
     identity,
-    refuse_nonsense,
     refuse_offsets,
     shard_columns,
     stored_keys,
@@ -28,13 +27,16 @@ from embedcache.cache.files import (
 from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError
-from embedcache.shard import FeatureSet, Placed, place
+from embedcache.journal import exists, explained, is_locked
+from embedcache.shard import FeatureSet, Placed
 from embedcache.spec import Task
+from embedcache.wording import shown
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
 Array = npt.NDArray[Any]
+_PATIENCE = 100  # how often a writer may replace the dataset just after its name was read
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,8 @@ class FeatureCache:
         self.class_names, self.split_names, self.n_rows = dataset.class_names, dataset.split_names, dataset.rows
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)])
         self.n_stored = int(self._starts[-1])
-        file = path / "examples" / dataset.file.name
-        placed = checked(file, dataset.file, dataset_columns(dataset))
-        self._columns = {name: each.map(file) for name, each in placed.items()}
+        self._columns = dataset_arrays(path / "examples" / dataset.file.name, dataset, self.n_stored)
         self._row, self._split = np.asarray(self._columns["row"]), np.asarray(self._columns["split"])
-        refuse_nonsense(file, dataset, self._columns, self.n_stored)
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> FeatureCache:
@@ -113,7 +112,7 @@ class FeatureCache:
             CorruptCacheError: a byte is not what was committed.
         """
         directory = Path(path)
-        for attempt in range(5):
+        for attempt in range(_PATIENCE):
             manifest = manifests.read(directory)
             if manifest.examples is None:
                 raise IncompleteCacheError(
@@ -123,9 +122,9 @@ class FeatureCache:
             try:
                 cache = cls(directory, manifest)
                 break
-            except (CorruptCacheError, FileNotFoundError):
+            except CorruptCacheError:
                 # Readers never wait: a writer may have replaced the dataset since its name was read.
-                if attempt == 4 or manifests.read(directory).examples == manifest.examples:
+                if attempt == _PATIENCE - 1 or manifests.read(directory).examples == manifest.examples:
                     raise
         for shard in manifest.shards:
             identity(directory / "features" / shard.file.name, shard.file)
@@ -370,36 +369,52 @@ class FeatureCache:
 def verify(path: Path | str) -> list[str]:
     """Hash every file of a cache again and return what is wrong, one line each, left-over files included.
 
+    While another process writes to the cache, its temporary files are no left-overs, and a dataset that it replaced
+    meanwhile is looked at in its new form.
+
     Raises ``CacheNotFoundError`` when there is no cache.
     """
     directory = Path(path)
-    try:
-        manifest = manifests.read(directory)
-    except CorruptCacheError as error:
-        return [str(error)]
-    files = [("features", shard.file, shard_columns(manifest.feature_sets, shard.rows)) for shard in manifest.shards]
-    if manifest.examples is not None:
-        files.append(("examples", manifest.examples.file, dataset_columns(manifest.examples)))
-    problems = []
-    for folder, file, columns in files:
+    found: dict[str, str | None] = {}  # shards never change, and are looked at once
+    for _ in range(_PATIENCE):
         try:
-            check(directory / folder / file.name, file)
-            placed = place(directory / folder / file.name, columns)
-            if folder == "examples" and manifest.examples is not None:
-                mapped = {name: each.map(directory / folder / file.name) for name, each in placed.items()}
-                refuse_nonsense(directory / folder / file.name, manifest.examples, mapped, manifest.rows)
+            manifest = manifests.read(directory)
+        except CorruptCacheError as error:
+            return [str(error)]
+        problems = _damage(directory, manifest, found)
+        if not problems or manifests.read(directory).examples == manifest.examples:
+            break
+    with explained(f"cannot read {directory}"):
+        return problems + [
+            shown(f"{stray} is left over: the manifest does not name it, so it is never read")
+            for stray in _strays(directory)
+        ]
+
+
+def _damage(directory: Path, manifest: manifests.Manifest, found: dict[str, str | None]) -> list[str]:
+    """Return what is wrong with the files that a manifest names; ``found`` is what is known of shards, by name."""
+    problems = []
+    if (dataset := manifest.examples) is not None:  # first: a writer may remove it
+        try:
+            dataset_arrays(directory / "examples" / dataset.file.name, dataset, manifest.rows, again=True)
         except CacheError as error:
             problems.append(str(error))
-    named = {Path(folder, file.name) for folder, file in manifest.files()} | {Path(manifests.NAME)}
-    return problems + [
-        f"{found} is left over: the manifest does not name it, so it is never read"
-        for found in _strays(directory, named)
-    ]
+    for shard in manifest.shards:
+        if shard.file.name not in found:
+            found[shard.file.name] = damage_of(directory / "features" / shard.file.name, shard, manifest.feature_sets)
+    return [said for shard in manifest.shards if (said := found[shard.file.name]) is not None] + problems
 
 
-def _strays(directory: Path, named: set[Path]) -> Iterator[Path]:
+def _strays(directory: Path) -> list[Path]:
+    """Return what no manifest names, unless a writer is at work, which may have made it."""
+    if is_locked(directory):
+        return []
+    named = {Path(folder, file.name) for folder, file in manifests.read(directory).files()} | {Path(manifests.NAME)}
+    strays = []
     for found in sorted(directory.rglob("*")):
         inside = found.relative_to(directory)
         folder = str(inside) in manifests.FOLDERS and found.is_dir()
         if not folder and inside not in named:
-            yield found
+            strays.append(found)
+    # What a writer made since, or has removed again, is nothing that was left over.
+    return [] if is_locked(directory) else [found for found in strays if exists(found)]

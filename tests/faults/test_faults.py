@@ -58,7 +58,7 @@ def refused(cache: Path, said: str, monkeypatch: pytest.MonkeyPatch) -> str:
     mapped: list[Path] = []
     place = Placed.map
     with monkeypatch.context() as patch:
-        patch.setattr(Placed, "map", lambda self, path: mapped.append(path) or place(self, path))
+        patch.setattr(Placed, "map", lambda self, path, *file: mapped.append(path) or place(self, path, *file))
         with pytest.raises(CacheError, match=said) as caught:
             FeatureCache.open(cache)
     assert not [path for path in mapped if path.parent.name == "features"]
