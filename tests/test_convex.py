@@ -131,6 +131,36 @@ def test_values_are_ridge_regression(standardize: bool) -> None:
             assert found.loss == pytest.approx(objective(found, x, y, 3.0, "regression", given_weight), rel=1e-9)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("l2", [0.0, 3.0])
+def test_more_features_than_rows_have_the_same_ridge_regression(
+    standardize: bool, l2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are many, it comes from inner products of rows."""
+    generator = np.random.default_rng(4)
+    x = (generator.standard_normal((23, 61)) * generator.uniform(0.1, 3, 61) + 2).astype(np.float32)
+    y = generator.standard_normal((23, 2)) + 5
+    folds = np.arange(23) % 3
+    for weight in (None, np.linspace(0, 2, 23)):
+        given: dict[str, Any] = {
+            "task": "regression",
+            "outputs": 2,
+            "sample_weight": weight,
+            "standardize": standardize,
+        }
+        found = []
+        for threshold in (1024, 60):
+            monkeypatch.setattr("embedcache.train.convex.squared._WIDE", threshold)
+            (on_folds,) = path_folds(x, y, [l2], folds, **given)
+            found.append([solve(x, y, l2=l2, **given), *on_folds])
+        for narrow, wide in zip(*found, strict=True):
+            same(narrow, wide, 1e-6)
+            assert narrow.loss == pytest.approx(wide.loss, rel=1e-6, abs=1e-9)
+    constant = solve(np.ones((5, 70), np.float32), y[:5], l2=l2, **given | {"sample_weight": None})
+    np.testing.assert_allclose(constant.weight, 0)
+    np.testing.assert_allclose(constant.bias, y[:5].mean(axis=0))
+
+
 def test_no_penalty_is_least_squares_and_is_refused_for_classes() -> None:
     x, y = rows(3)
     x = np.hstack([x, x[:, :1]])  # duplicated: many solutions, and least squares takes that of least norm

@@ -80,6 +80,11 @@ def test_commands_that_take_a_head_say_the_same_of_it() -> None:
 def test_an_estimator_has_the_defaults_ranges_and_help_of_the_settings(estimator: Any) -> None:
     parameters = inspect.signature(estimator).parameters
     assert parameters["head"].default == HeadSpec().kind
+    for name, given in (("kind", "head"), ("engine", "engine")):
+        assert words(f"{given}: {declared(HeadSpec)[name].described(getattr(HeadSpec(), name))}") in words(
+            estimator.__doc__
+        )
+    assert f"options: {declared(HeadSpec)['options'].help}" in words(estimator.__doc__)
     only_classes = {"label_smoothing", "class_weight"} if estimator is HeadRegressor else set()
     assert set(SETTINGS) - set(parameters) == UNIQUE | only_classes
     for name in set(SETTINGS) & set(parameters):

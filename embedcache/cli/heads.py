@@ -40,7 +40,7 @@ def train(
     linear is the exact optimum (--solver, --l2). Of any other head the epoch with the best metric on the validation
     split is kept, or, without such a split, on a tenth of the training rows that is held out; probabilities are
     calibrated there too. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
-    training and saves the best head so far.
+    training; of minibatches it saves the best head so far.
     """
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted

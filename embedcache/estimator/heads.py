@@ -26,15 +26,18 @@ _DEFAULTS = TrainSpec()
 
 
 def _documented(estimator: type[Any]) -> type[Any]:
-    """Say in the docstring what each setting is, as ``TrainSpec`` and the command line do."""
-    parameters, about = inspect.signature(estimator).parameters, declared(TrainSpec)
+    """Say in the docstring what each setting is, as ``HeadSpec``, ``TrainSpec`` and the command line do."""
+    head, training = declared(HeadSpec), declared(TrainSpec)
+    said = {"head": head["kind"].described(HeadSpec.kind), "engine": head["engine"].described(HeadSpec.engine)}
+    said |= {"options": f'{head["options"].help} Such as {{"hidden": [256]}}.'}
+    parameters = inspect.signature(estimator).parameters
+    said |= {name: training[name].described(parameters[name].default) for name in parameters if name in training}
     lines = [
         textwrap.fill(
-            f"{name}: {about[name].described(parameters[name].default)}", 112, initial_indent=" " * 8,
-            subsequent_indent=" " * 12, break_on_hyphens=False,
+            f"{name}: {text}", 112, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
         )
-        for name in parameters if name in about
-    ]  # fmt: skip
+        for name, text in said.items()
+    ]
     estimator.__doc__ = (estimator.__doc__ or "").replace("        SETTINGS", "\n".join(lines))
     return estimator
 
@@ -153,9 +156,6 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
     """A head that fits on features, as scikit-learn has its classifiers: one class a row, or several labels.
 
     Args:
-        head: the kind, such as ``"linear"``, ``"mlp"``, ``"knn"``; see ``embedcache.heads``.
-        engine: ``"torch"`` or ``"sklearn"``; None for whichever has the head, torch first.
-        options: the head's own settings, such as ``{"hidden": [256]}``.
         SETTINGS
         early_stopping: hold out ``validation_fraction`` of the rows, stop when ``metric`` has not become better on
             them for ``patience`` epochs, and calibrate on them.
@@ -292,8 +292,8 @@ class HeadRegressor(RegressorMixin, _HeadEstimator):  # type: ignore[misc]
     """A head that fits on features, as scikit-learn has its regressors: one target, or several.
 
     Args:
-        head, engine, options, early_stopping, validation_fraction, random_state: as in ``HeadClassifier``.
         SETTINGS
+        early_stopping, validation_fraction, random_state: as in ``HeadClassifier``.
 
     Example::
 

@@ -174,10 +174,12 @@ def whole_process() -> None:
                 arguments = ["train", str(path), "-o", str(run), "--head", "linear", "--engine", engine]
                 subprocess.run([*command, *arguments], check=True, capture_output=True)
                 taken.append(time.perf_counter() - begun)
-            code = f"import embedcache.train.run, {'torch' if engine == 'torch' else 'sklearn.linear_model'}"
+            library = "sklearn.linear_model" if engine == "sklearn" else "embedcache.train.convex"  # no torch
+            code = f"import embedcache.train.run, {library}"
             imports = seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True))  # noqa: B023
             row(
-                f"a cache of {rows:,} x {WIDTH} to a trained, measured, saved linear head, {engine} engine",
+                f"a cache of {rows:,} x {WIDTH} to a trained, measured, saved linear head, "
+                f"{'scikit-learn' if engine == 'sklearn' else 'the convex solver'}",
                 f"{sorted(taken)[1]:.1f} s, of which imports {imports:.1f} s",
             )
 

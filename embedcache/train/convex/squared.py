@@ -2,6 +2,8 @@
 
 One eigendecomposition of the centred moments of each problem serves every penalty (Hastie, Tibshirani and Friedman
 2009, equation 3.47). The moments of a fold's training rows are those of all rows less those of the rows it holds out.
+Of features more than rows it is the rows' inner products that are decomposed: the same eigenvectors, but for those that
+no row has a part in.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import numpy.typing as npt
 from embedcache.train.convex.design import Design, Floats, Solution
 from embedcache.train.convex.workers import Workers
 
+_WIDE = 1024
+"""Features from which on the inner products of fewer rows are decomposed: nobody could wait for those of 50,000."""
+
 
 @dataclass(frozen=True, eq=False)
 class Squares:
@@ -23,16 +28,16 @@ class Squares:
     problem: int
     mass: float
     centre: Floats  # [D + R], of features and targets, about the design's mean
-    values: Floats  # [D]
-    vectors: Floats  # [D, D]
-    cross: Floats  # [D, R], moments of eigenvectors and targets
+    values: Floats  # [E], D of them or, of fewer rows, N
+    vectors: Floats  # [D, E]
+    cross: Floats  # [E, R], moments of eigenvectors and targets
     total: float  # the squared error of the mean
 
     def solve(self, l2: float) -> Solution:
         """Return the optimum; the solution of least norm where ``l2`` is 0 and there are several."""
-        width = len(self.values)
+        width = len(self.vectors)
         below = self.values + l2
-        small = below <= max(len(self.design.x), width) * np.finfo(np.float64).eps * max(self.values.max(), l2)
+        small = below <= max(len(self.design.x), width) * np.finfo(np.float64).eps * max(self.values.max(initial=0), l2)
         turned = np.where(small, 0.0, 1 / np.where(small, 1.0, below))[:, None] * self.cross
         gradient = self.values[:, None] * turned - self.cross + l2 * turned
         point = np.empty(self.design.shape)
@@ -49,6 +54,8 @@ def squares(design: Design, workers: Workers) -> list[Squares]:
     """Return each problem, its moments taken in one reading of the rows."""
     masses = np.ones((1, len(design.x))) if design.weight is None else design.weight
     width = design.x.shape[1]
+    if width > max(_WIDE, len(design.x)):
+        return [_wide(design, problem, mass) for problem, mass in enumerate(masses)]
     held = None
     if len(masses) > 1:
         # Few rows are held out: moments of those, to be subtracted, cost less than moments of those that are not.
@@ -84,3 +91,19 @@ def _squares(design: Design, problem: int, moments: Floats) -> Squares:
     cross = vectors.T @ (inner[:width, width:] / scale[:, None])
     total = float(np.trace(inner[width:, width:]))
     return Squares(design, problem, mass, centre, np.maximum(values, 0), vectors, cross, total)
+
+
+def _wide(design: Design, problem: int, masses: Floats) -> Squares:
+    rows = np.flatnonzero(masses)
+    own = masses[rows, None]
+    mass = float(own.sum())
+    x, y = design.x[rows].astype(np.float64) - design.shift, np.asarray(design.y[rows], np.float64)
+    centre = np.concatenate([(own * x).sum(axis=0), (own * y).sum(axis=0)]) / mass
+    x = (x - centre[: x.shape[1]]) / design.scale_of(problem) * np.sqrt(own)
+    y = (y - centre[x.shape[1] :]) * np.sqrt(own)
+    values, vectors = np.linalg.eigh(x @ x.T)
+    there = values > len(rows) * np.finfo(np.float64).eps * values.max(initial=0)
+    values, vectors = values[there], vectors[:, there]
+    roots = np.sqrt(values)
+    cross = roots[:, None] * (vectors.T @ y)
+    return Squares(design, problem, mass, centre, values, x.T @ (vectors / roots), cross, float(np.vdot(y, y)))
