@@ -120,13 +120,12 @@ def dataset_arrays(path: Path, dataset: Dataset, stored: int, *, again: bool = F
 
     Raises ``CorruptCacheError`` for anything that is not what was committed, or points outside of the ``stored`` rows.
     """
-    with opened(path, dataset.file) as stream:
+    with explained(f"cannot read {path}"), opened(path, dataset.file) as stream:
         known = (dataset.file.sha256, _identified(path, dataset.file, os.fstat(stream.fileno())))
         expected = dataset_columns(dataset)
         if again or known not in _KNOWN:
             _settle(known[1])
-            with explained(f"cannot read {path}"):
-                digest = sha256_file(path, stream)
+            digest = sha256_file(path, stream)
             if digest != dataset.file.sha256:
                 raise CorruptCacheError(f"{path} is not what was committed (its sha256 differs): {_ADVICE}")
             placed = place(path, expected, stream)

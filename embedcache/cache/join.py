@@ -16,6 +16,7 @@ from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, Labelled, packed
 from embedcache.errors import CacheError, IncompleteCacheError, InputError
+from embedcache.journal import explained
 
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
@@ -48,8 +49,9 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str) -> FeatureCache:
     """
     if not parts:
         raise InputError("there is nothing to merge: name at least one cache")
-    if Path(output_dir).exists() and any(Path(output_dir).resolve() == Path(part).resolve() for part in parts):
-        raise CacheError(f"{output_dir} is one of the parts: choose another output directory")
+    with explained(f"cannot read {output_dir}"):
+        if Path(output_dir).exists() and any(Path(output_dir).resolve() == Path(part).resolve() for part in parts):
+            raise CacheError(f"{output_dir} is one of the parts: choose another output directory")
     found = [manifests.read(Path(part)) for part in parts]
     for part, manifest in zip(parts, found, strict=True):
         if not manifest.complete:

@@ -14,7 +14,7 @@ import numpy as np
 
 from embedcache.errors import CacheError, CacheNotFoundError, CorruptCacheError, SpecMismatchError
 from embedcache.fingerprint import differences, hash_json, strict_json
-from embedcache.journal import commit, explain
+from embedcache.journal import commit, explain, explained
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
 from embedcache.spec import TASKS
 
@@ -154,7 +154,8 @@ def read(directory: Path) -> Manifest:
             raise CorruptCacheError(f"{path} has {status.st_size:,} bytes, which no manifest has: restore it")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        what = f"it has no {NAME}" if directory.is_dir() else "there is no such directory"
+        with explained(f"cannot read {directory}"):
+            what = f"it has no {NAME}" if directory.is_dir() else "there is no such directory"
         make = f"make one with embedcache extract INPUT -o {directory}"
         raise CacheNotFoundError(f"{directory} is no feature cache ({what}): {make}") from None
     except CacheError:

@@ -25,7 +25,7 @@ from embedcache.errors import (
     InputError,
 )
 from embedcache.fingerprint import canonical_json, sha256_bytes
-from embedcache.journal import LOCK, TEMPORARY, explain, lock, sync_directory
+from embedcache.journal import LOCK, TEMPORARY, explain, explained, lock, sync_directory
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
 
 _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
@@ -93,7 +93,10 @@ class CacheWriter:
         self._failed = False
 
     def __enter__(self) -> CacheWriter:
-        fresh = self._read() is None  # refuses another spec or a directory of something else before writing anything
+        with explained(f"cannot read {self.path}"):
+            fresh = (
+                self._read() is None
+            )  # refuses another spec or a directory of something else before writing anything
         try:
             made = [folder for folder in self.path.parents if not folder.exists()]
             for folder in (self.path, *(self.path / name for name in manifests.FOLDERS)):
@@ -106,9 +109,10 @@ class CacheWriter:
             raise CacheError(f"cannot make {self.path}: {explain(error)}") from None
         self._lock = lock(self.path)
         try:
-            found = self._read()
-            self._manifest = found or self._manifest
-            self._sweep()
+            with explained(f"cannot read {self.path}"):
+                found = self._read()
+                self._manifest = found or self._manifest
+                self._sweep()
             if found is None:
                 self._commit(self._manifest)
             self._keys = [stored_keys(self.path, self._manifest)]

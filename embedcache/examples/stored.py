@@ -56,7 +56,8 @@ class StoredFile:
         self.path = path
         self.name = str(path)
         try:
-            mode = path.stat().st_mode
+            status = path.stat()
+            mode = status.st_mode
         except FileNotFoundError:
             raise InputNotFoundError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:
@@ -65,7 +66,7 @@ class StoredFile:
             raise InputError(f"{path}: is a directory: expected a file")
         if not stat.S_ISREG(mode):
             raise InputError(f"{path}: is no regular file, and the input is read twice: save it to a file, or pass -")
-        if path.stat().st_size == 0:
+        if status.st_size == 0:
             raise InputError(f"{path}: the file is empty")
 
     @contextmanager
