@@ -12,6 +12,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import secrets
 import stat
 import time
@@ -29,7 +30,7 @@ except ImportError:  # not a POSIX system: caches can be read there, not written
 _PLAIN = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 """No link is followed, no pipe waited for."""
 LOCK = ".lock"
-TEMPORARY = r"\.[0-9a-f]+\.tmp"
+TEMPORARY = r"(\.[0-9a-f]+)+\.tmp"
 """What stands after ``.NAME`` in the name of a temporary: older versions had the number of the process."""
 
 Kind = type[EmbedcacheError]
@@ -50,7 +51,8 @@ def replacing(path: Path, kind: Kind = CacheError) -> Iterator[IO[bytes]]:
 
     Raises ``kind`` when the disk is full, read-only or broken; the temporary is then removed.
     """
-    temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(8)}.tmp")
+    stem = path.name.removeprefix(".").removesuffix(".tmp")[:60]
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp")
     with explained(f"cannot write {path}", kind):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
     raw = _Raw(descriptor, f"cannot write {path}", kind)
@@ -68,8 +70,7 @@ def replacing(path: Path, kind: Kind = CacheError) -> Iterator[IO[bytes]]:
         with explained(f"cannot write {path}", kind):
             os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        _unlink(temporary)
         raise
     with explained(f"cannot write {path}", kind):
         sync_directory(path.parent)
@@ -136,6 +137,24 @@ def recover(path: Path, kind: Kind = CacheError) -> tuple[bytes, bool]:
     return whole, len(whole) < len(data)
 
 
+def read(path: Path, kind: Kind = CacheError) -> bytes | None:
+    """Return the bytes of a file, None where there is none. Raises ``kind`` when it cannot be read."""
+    with explained(f"cannot read {path}", kind), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return path.read_bytes()
+    return None
+
+
+def make_output(path: Path, kind: Kind = CacheError, *, fresh: bool) -> None:
+    """Make an output folder and those above it. Raises ``kind``; a link that the user named is followed."""
+    with explained(f"cannot make {path}", kind):
+        made = [folder for folder in path.parents if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        # Until the directory above knows its name, a power cut can take a new directory with all that is in it.
+        for folder in (path, *made) if fresh else ():
+            with contextlib.suppress(PermissionError):  # one may write to a directory that one may not read
+                sync_directory(folder.parent)
+
+
 def make_folder(path: Path, kind: Kind = CacheError) -> None:
     """Make a folder inside of an output folder, if it is not there. Raises ``kind``, also where a link is."""
     with explained(f"cannot make {path}", kind):
@@ -173,14 +192,14 @@ def lock(path: Path, *, needed: bool = True) -> contextlib.ExitStack:
             try:
                 flags = os.O_RDWR | os.O_CREAT | _PLAIN
                 descriptor = os.open(path, os.O_RDONLY) if not attempt else os.open(file, flags, 0o644)
-                stack.callback(os.close, descriptor)
+                stack.callback(_close, descriptor)
                 _take(descriptor)
                 if attempt:
                     # The one who had the lock may have removed the file after it was opened here.
                     there = os.stat(file) if file.exists() else None
                     if there is None or not os.path.samestat(there, os.fstat(descriptor)):
                         continue
-                    stack.callback(os.unlink, file)
+                    stack.callback(_unlink, file)
                 elif not os.path.samestat(os.stat(path), os.fstat(descriptor)):
                     raise BlockingIOError(errno.EWOULDBLOCK, "the one who had the lock has removed the directory")
                 return stack.pop_all()
@@ -212,6 +231,24 @@ def _take(descriptor: int) -> None:
     except BlockingIOError:
         time.sleep(0.02)  # perhaps ``is_locked`` was just asking
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # nothing was written through it
+        os.close(descriptor)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def remove_temporaries(folder: Path, kind: Kind = CacheError) -> None:
+    """Remove what killed processes left in a folder that is locked. Raises ``kind`` when it cannot be read."""
+    with explained(f"cannot read {folder}", kind):
+        left = [name for name in os.listdir(folder) if re.fullmatch(rf"\..+{TEMPORARY}", name)]
+    for name in left:
+        _unlink(folder / name)
 
 
 def sync_directory(directory: Path) -> None:

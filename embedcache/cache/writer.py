@@ -25,7 +25,7 @@ from embedcache.errors import (
     InputError,
 )
 from embedcache.fingerprint import canonical_json, sha256_bytes
-from embedcache.journal import LOCK, TEMPORARY, explain, explained, lock, sync_directory
+from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
 
 _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
@@ -94,19 +94,11 @@ class CacheWriter:
 
     def __enter__(self) -> CacheWriter:
         with explained(f"cannot read {self.path}"):
-            fresh = (
-                self._read() is None
-            )  # refuses another spec or a directory of something else before writing anything
-        try:
-            made = [folder for folder in self.path.parents if not folder.exists()]
-            for folder in (self.path, *(self.path / name for name in manifests.FOLDERS)):
-                folder.mkdir(parents=True, exist_ok=True)
-            # Until the directory above knows its name, a power cut can take a new directory with all that is in it.
-            for folder in (self.path, *made) if fresh else ():
-                with contextlib.suppress(PermissionError):  # one may write to a directory that one may not read
-                    sync_directory(folder.parent)
-        except OSError as error:
-            raise CacheError(f"cannot make {self.path}: {explain(error)}") from None
+            # Refuses another spec or a directory of something else before writing anything.
+            fresh = self._read() is None
+        make_output(self.path, fresh=fresh)
+        for name in manifests.FOLDERS:
+            make_folder(self.path / name)
         self._lock = lock(self.path)
         try:
             with explained(f"cannot read {self.path}"):

@@ -21,9 +21,10 @@ from embedcache.compare.result import Comparison, assemble, seconds_text
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
 from embedcache.compare.store import Folder, Result
 from embedcache.compare.worker import INTERRUPTED
-from embedcache.errors import Interrupted, MissingExtraError, SpecError, TrainingError
+from embedcache.errors import InputError, Interrupted, MissingExtraError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
+from embedcache.journal import exists, explained
 from embedcache.spec import HeadSpec, Task
 from embedcache.train.metrics import metric_named
 
@@ -183,7 +184,7 @@ class _Work:
 
     def _extraction(self, shown: bool) -> Result:
         found = self.folder.get(self.key)
-        if found is not None and (self.cache / "manifest.json").exists():
+        if found is not None and exists(self.cache / "manifest.json", InputError):
             return found
         job = {
             "approach": "extraction", "cache": str(self.cache), "task": self.examples.task,
@@ -195,7 +196,8 @@ class _Work:
             write_rows(self.examples, rows)
             result = self._measure({**job, "rows": str(rows)})
             if not result["extracted"]:  # whole already, but nobody knows what it took
-                shutil.rmtree(self.cache)
+                with explained(f"cannot remove {self.cache}", InputError):
+                    shutil.rmtree(self.cache)
                 result = self._measure({**job, "rows": str(rows)})
         return self.folder.add({"key": self.key, "approach": "extraction", **result})
 

@@ -15,6 +15,7 @@ asks for is left alone, so a folder may hold several comparisons.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -26,7 +27,19 @@ import numpy.typing as npt
 
 from embedcache.errors import InputError
 from embedcache.fingerprint import canonical_json, strict_json
-from embedcache.journal import LOCK, append, commit, exists, explained, lock, make_folder, recover
+from embedcache.journal import (
+    LOCK,
+    append,
+    commit,
+    exists,
+    explained,
+    lock,
+    make_folder,
+    make_output,
+    read,
+    recover,
+    remove_temporaries,
+)
 
 Result = dict[str, Any]
 
@@ -44,12 +57,13 @@ class Folder:
 
     def __enter__(self) -> Folder:
         self._refuse_foreign()
-        with explained(f"cannot make {self.path}", InputError):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_output(self.path, InputError, fresh=not exists(self.path / "results.jsonl", InputError))
         for name in ("outputs", "caches"):
             make_folder(self.path / name, InputError)
         self._lock = lock(self.path)
         try:
+            for folder in (self.path, self.path / "outputs"):
+                remove_temporaries(folder, InputError)
             self._found = self._read()
         except BaseException:
             self.__exit__()
@@ -110,8 +124,9 @@ class Folder:
     def cache_path(self, key: str) -> Path:
         """Return where the features are. Raises ``InputError`` for a link: what is written would go elsewhere."""
         path = self.path / "caches" / f"{key[:16]}.cache"
-        if path.is_symlink():
-            raise InputError(f"{path} is a link, and nothing is written through it: remove it")
+        with explained(f"cannot read {path}", InputError):
+            if path.is_symlink():
+                raise InputError(f"{path} is a link, and nothing is written through it: remove it")
         return path
 
     def output_path(self, key: str) -> Path:
@@ -120,8 +135,9 @@ class Folder:
 
     def outputs(self, key: str) -> npt.NDArray[np.float32] | None:
         """Return what an approach said of the test rows, None where the file is gone or damaged."""
+        data = read(self.output_path(key), InputError)
         try:
-            found = np.load(self.output_path(key), allow_pickle=False)
+            found = np.load(io.BytesIO(data or b""), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         return found if found.ndim == 2 and found.dtype == np.float32 else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from embedcache.heads.bundle import (
 )
 from embedcache.heads.card import model_card
 from embedcache.heads.trained import TrainedHead
-from embedcache.journal import LOCK, TEMPORARY, commit, exists, explained, lock, sync_directory
+from embedcache.journal import LOCK, TEMPORARY, commit, exists, explained, lock, make_output, sync_directory
 
 HISTORY, CARD = "history.jsonl", "README.md"
 _BESIDE = (METRICS, HISTORY, CARD)
@@ -82,7 +82,8 @@ class RunFolder:
         facts: Mapping[str, Any],
     ) -> None:
         """Replace the head. ``facts`` are further lines of the model card. Raises ``BundleError``."""
-        self._settle()
+        former = _read(self.path)
+        self._settle(former)
         if head.state:
             from safetensors.numpy import save as dump
 
@@ -93,7 +94,7 @@ class RunFolder:
             data = dump_estimator(self.path / ESTIMATOR, head.estimator)
         digest = sha256_bytes(data)
         name, _, ending = (TENSORS if head.state else ESTIMATOR).partition(".")
-        used = _weights(_read(self.path) or {})
+        used = _weights(former or {})
         file = f"{name}.{ending}" if used != f"{name}.{ending}" else f"{name}-{digest[:16]}.{ending}"
         beside = {
             METRICS: to_json(metrics),
@@ -107,7 +108,7 @@ class RunFolder:
 
     def record(self, split: str, measured: Mapping[str, Any]) -> None:
         """Add what was measured on a split to the metrics and the model card. Raises ``BundleError``."""
-        self._settle()
+        self._settle(_read(self.path))
         head = load(self.path)
         file = self.path / METRICS
         with explained(f"cannot read {self.path}", BundleError):
@@ -124,24 +125,21 @@ class RunFolder:
 
     def _publish(self, config: Mapping[str, Any], beside: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
         new = {**files, **{_waiting(name, sha256_bytes(data)): data for name, data in beside.items()}}
-        written: list[Path] = []
         try:
             for name, data in new.items():
                 commit(self.path / name, data, BundleError)
-                written.append(self.path / name)
             commit(self.path / CONFIG, to_json(config).encode("utf-8"), BundleError)
         except BaseException:
-            if _read(self.path) != config:
-                for path in written:
-                    with contextlib.suppress(OSError):
-                        os.unlink(path)
+            with contextlib.suppress(OSError, BundleError):
+                if _read(self.path) == config:  # it was committed, whatever came after
+                    self._settle(config)
+                else:
+                    self._remove(new)
             raise
-        finally:
-            self._settle()
+        self._settle(config)
 
-    def _settle(self) -> None:
-        """Finish what was committed, and remove what was not: all as the config says that is there now."""
-        config = _read(self.path)
+    def _settle(self, config: Mapping[str, Any] | None) -> None:
+        """Finish what was committed, and remove what was not: all as the config says."""
         if config is None:  # damaged, or none yet: what its files are is not known
             return
         with explained(f"cannot write {self.path}", BundleError):
@@ -151,8 +149,12 @@ class RunFolder:
             sync_directory(self.path)
             for name in os.listdir(self.path):
                 if _TEMPORARY.fullmatch(name) or (WEIGHTS.fullmatch(name) and name != _weights(config)):
-                    with contextlib.suppress(OSError):
-                        os.unlink(self.path / name)
+                    self._remove([name])
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / name)
 
 
 def save(
@@ -194,7 +196,7 @@ def prepare(directory: Path) -> None:
             raise BundleError(f"{directory} holds something else than a head: choose a new or an empty directory")
         if CONFIG in there and not _is_ours(directory / CONFIG):
             raise BundleError(f"{directory} holds another model than a head: choose a new or an empty directory")
-        directory.mkdir(parents=True, exist_ok=True)
+        make_output(directory, BundleError, fresh=CONFIG not in there)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise BundleError(f"cannot write {directory}: permission denied: choose one that you may write to")
 
@@ -210,13 +212,16 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read(directory: Path) -> dict[str, Any] | None:
-    """Return a config as it was written, None where there is none."""
+    """Return a config as it was written, None where there is none. Raises ``BundleError`` when it cannot be read."""
     path = directory / CONFIG
     try:
-        if path.is_symlink() or not path.is_file():
-            return None
-        config = mapping(read_json(path, largest=LARGEST_CONFIG))
-    except (OSError, ValueError):
+        with explained(f"cannot read {path}", BundleError):
+            if path.is_symlink() or not path.is_file():
+                return None
+            config = mapping(read_json(path, largest=LARGEST_CONFIG))
+    except ValueError as error:
+        if isinstance(error, BundleError):
+            raise
         return None
     return config if config.get("format") == FORMAT and sealed(config) == config else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
+from embedcache.journal import explained
 
 _NEEDED = ("task", "metric", "data", "protocol", "leaderboard", "ran", "notes", "class_names", "failures")
 _KINDS = {"metric": dict, "data": dict, "protocol": dict, "ran": dict, "leaderboard": list, "notes": list}
@@ -17,12 +18,13 @@ _ROW = {"id", "rank", "label", "score", "interval", "head", "varied", "seconds",
 def read_summary(folder: Path) -> dict[str, Any]:
     """Read and check ``summary.json``. Raises ``SweepError`` saying what is missing and how to get it."""
     path = folder / "summary.json"
-    if not path.is_file():
-        if not folder.is_dir():
-            raise SweepError(f"{folder} is not there: make a sweep with embedcache sweep CACHE -o {folder}")
-        if (folder / "sweep.json").is_file():
-            raise SweepError(f"{folder} has no results yet: run the same sweep command again to go on")
-        raise SweepError(f"{folder} is no sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
+    with explained(f"cannot read {folder}", SweepError):
+        if not path.is_file():
+            if not folder.is_dir():
+                raise SweepError(f"{folder} is not there: make a sweep with embedcache sweep CACHE -o {folder}")
+            if (folder / "sweep.json").is_file():
+                raise SweepError(f"{folder} has no results yet: run the same sweep command again to go on")
+            raise SweepError(f"{folder} is no sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
     try:
         summary = read_json(path, largest=256 << 20, most=8_000_000)
     except (ValueError, OSError) as error:

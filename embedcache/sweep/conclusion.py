@@ -12,7 +12,7 @@ import numpy as np
 from embedcache.errors import SweepError, TrainingError
 from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
-from embedcache.journal import make_folder
+from embedcache.journal import exists, explained, make_folder
 from embedcache.sweep import statistics
 from embedcache.sweep.comparison import Candidate, Resampler, Scored, row_interval
 from embedcache.sweep.folds import subset
@@ -145,11 +145,12 @@ def test_all(problem: Problem, others: Sequence[Candidate], known: Mapping[str, 
 def read_tested(folder: SweepFolder) -> dict[str, Any]:
     """Return what was ever measured on the test split, by candidate."""
     file = folder.path / TESTED
-    if not file.exists():
-        return {}
     try:
-        return dict(read_json(file))
-    except (ValueError, TypeError):
+        with explained(f"cannot read {file}", SweepError):
+            return dict(read_json(file)) if exists(file, SweepError) else {}
+    except (ValueError, TypeError) as error:
+        if isinstance(error, SweepError):
+            raise
         return {}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from embedcache.errors import Interrupted, SweepError
 from embedcache.fingerprint import hash_json
 from embedcache.heads import build_head
+from embedcache.journal import exists
 from embedcache.spec import TrainSpec
 from embedcache.sweep import conclusion, summary
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, pick
@@ -352,7 +353,7 @@ class Run:
             before = SweepResult(self.folder.path).summary
         except SweepError:
             return False
-        whole = (self.folder.path / "best" / "config.json").exists()
+        whole = exists(self.folder.path / "best" / "config.json", SweepError)
         return bool(before.get("complete")) and before["ran"].get("state") == state and whole
 
     def _decision(self, rows: Sequence[dict[str, Any]], chosen: int, simple: int) -> dict[str, Any]:

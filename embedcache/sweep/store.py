@@ -26,7 +26,20 @@ import numpy.typing as npt
 
 from embedcache.errors import SweepError
 from embedcache.fingerprint import canonical_json, differences, hash_json, read_json, strict_json
-from embedcache.journal import LOCK, append, commit, exists, explained, lock, make_folder, recover
+from embedcache.journal import (
+    LOCK,
+    append,
+    commit,
+    exists,
+    explain,
+    explained,
+    lock,
+    make_folder,
+    make_output,
+    read,
+    recover,
+    remove_temporaries,
+)
 
 FORMAT, VERSION = "embedcache-sweep", 1
 Outputs = npt.NDArray[np.float32]
@@ -92,11 +105,12 @@ class SweepFolder:
 
     def __enter__(self) -> SweepFolder:
         refuse_foreign(self.path)
-        with explained(f"cannot make {self.path}", SweepError):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_output(self.path, SweepError, fresh=not exists(self.path / "sweep.json", SweepError))
         make_folder(self.path / "predictions", SweepError)
         self._lock = lock(self.path)
         try:
+            for folder in (self.path, self.path / "predictions"):
+                remove_temporaries(folder, SweepError)
             self._identify()
             self.results = self._read()
         except BaseException:
@@ -169,9 +183,11 @@ class SweepFolder:
         from safetensors.numpy import load
 
         try:
-            tensors = load(self._prediction_file(name).read_bytes())
+            tensors = load(read(self._prediction_file(name), SweepError) or b"")
             return {int(each.removeprefix("fold")): value for each, value in tensors.items()}
-        except (OSError, SafetensorError, ValueError):
+        except (SafetensorError, ValueError) as error:
+            if isinstance(error, SweepError):
+                raise
             return {}
 
     def done(self, name: str, folds: Mapping[int, int], outputs: int) -> set[int]:
@@ -224,8 +240,10 @@ def read_identity(path: Path | str) -> dict[str, Any]:
     try:
         body = read_json(file)
         name, version, identity = body["format"], body["version"], body["identity"]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SweepError(f"{path} is no sweep: it has no sweep.json") from None
+    except OSError as error:
+        raise SweepError(f"cannot read {file}: {explain(error)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise SweepError(f"{file} is damaged ({error}): restore it, or sweep into a new folder") from None
     if name != FORMAT or not isinstance(identity, dict):
@@ -241,9 +259,7 @@ def read_results(path: Path | str) -> list[Result]:
     Raises ``SweepError`` for a damaged line.
     """
     file = Path(path) / "results.jsonl"
-    if not file.exists():
-        return []
-    lines = file.read_bytes().split(b"\n")[:-1]
+    lines = (read(file, SweepError) or b"").split(b"\n")[:-1]
     return _unique(_parse(file, number, line) for number, line in enumerate(lines, 1))
 
 

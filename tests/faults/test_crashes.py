@@ -117,7 +117,7 @@ def no_sync_of_directories(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_sync_of_new_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "sync_directory", lambda directory: None)
+    monkeypatch.setattr(writer, "make_output", lambda path, fresh: path.mkdir(parents=True, exist_ok=True))
 
 
 def no_sync_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
