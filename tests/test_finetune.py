@@ -261,6 +261,7 @@ def test_training_the_head_with_the_backbone_in_every_step_is_training_it_on_the
         FeatureBasedModel(backbone, module), TEXTS, LABELS, TEXTS, LABELS, spec, class_names=NAMES, progress=False,
         new_head=True,
     )  # fmt: skip
+    assert [note for note in cached.notes if "improving" in note] == [*live.notes] != []
     for ours, theirs in zip(cached.history, live.history, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["validation_log_loss"] == pytest.approx(theirs["validation_log_loss"], rel=1e-4)

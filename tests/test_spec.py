@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 
+import embedcache as ec
 from embedcache import HeadClassifier, HeadRegressor, HeadSpec, TrainSpec
 from embedcache.cli import cli
 from embedcache.errors import SpecError
@@ -145,3 +146,23 @@ def test_whoever_names_epochs_gets_just_those() -> None:
         assert (named.epochs_of(1), named.min_steps) == (30, 0)
     assert replace(TrainSpec(), epochs=5).epochs_of(1) == 5
     assert TrainSpec(**asdict(TrainSpec())).epochs_of(6) == 50
+
+
+WRITTEN_OTHERWISE = {("compare", "approaches"), ("compare", "fractions"), ("compare", "seeds")}
+"""A list with commas, and how many seeds instead of which."""
+
+FUNCTIONS: list[tuple[str, Any]] = [
+    ("train", ec.train_on_cache), ("evaluate", ec.evaluate_on_cache), ("check", ec.check_equivalence),
+    ("sweep", ec.sweep), ("compare", ec.compare_training_approaches), ("extract", ec.extract),
+    ("extract", ec.FeatureExtractor),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "function"), FUNCTIONS, ids=lambda each: getattr(each, "__name__", each))
+def test_a_command_has_the_defaults_of_the_function_that_it_calls(command: str, function: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    shared = [option for name, option in options() if name == command and option.name in parameters]
+    assert shared
+    for option in shared:
+        if isinstance(option.default, (str, float, int)) and (command, option.name) not in WRITTEN_OTHERWISE:
+            assert option.default == parameters[str(option.name)].default, f"{command} --{option.name}"

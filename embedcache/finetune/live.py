@@ -24,6 +24,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import Task, TrainSpec
 from embedcache.train.batches import Batch, order
 from embedcache.train.data import Data, checked_data, class_weights, refuse_untrainable
+from embedcache.train.ending import STILL_IMPROVING, still_improving
 from embedcache.train.loop import Fitted, Scores, fit
 from embedcache.train.losses import Loss
 from embedcache.train.metrics import default_metric, measure, metric_named, scores
@@ -206,7 +207,8 @@ class FineTuned:
     """A live model after training, with its best weights and in eval mode.
 
     ``metrics`` has ``validation`` where there were rows for it, ``history`` a dict for each epoch; ``best_epoch``
-    counts from 1, 0 where nothing was measured. A regression's values are in real units.
+    counts from 1, 0 where nothing was measured; ``notes`` are one-line facts to print. A regression's values are in
+    real units.
     """
 
     model: FeatureBasedModel
@@ -220,6 +222,7 @@ class FineTuned:
     interrupted: bool
     losses: Sequence[float]
     target: tuple[Array, Array]
+    notes: Sequence[str] = ()
 
     def outputs(self, contents: Contents) -> npt.NDArray[np.float64]:
         """Return probabilities float64 [N, C] for texts; for regression, values."""
@@ -319,9 +322,11 @@ def fine_tune(
     metrics = {}
     if judge is not None and judged is not None:
         metrics["validation"] = measure(task, judged.y, judge.outputs(), class_names)
+    still = still_improving(fitted.history[0], fitted.best_epoch[0], spec, epochs)
     return FineTuned(
         model, task, tuple(class_names), metrics, fitted.history[0], fitted.best_epoch[0] + 1, fitted.steps,
         fitted.seconds, fitted.interrupted, [float(each) for each in fitted.losses], target,
+        (STILL_IMPROVING,) if still else (),
     )  # fmt: skip
 
 

@@ -27,8 +27,8 @@ from embedcache.sweep.result import SweepResult
 from embedcache.sweep.store import Outputs, Result, SweepFolder
 from embedcache.sweep.table import to_text
 from embedcache.sweep.training import Interruption, Job, Trained, batches, outputs_of, refuse_impossible, train_batch
+from embedcache.train.ending import STILL_IMPROVING
 from embedcache.train.metrics import METRICS, metrics_of, score
-from embedcache.train.run import STILL_IMPROVING
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from embedcache.spec import TrainSpec
-from embedcache.train.stack import schedule_factors
+
+STILL_IMPROVING = "the head was still improving when training ended: more epochs or a higher learning rate may help"
 
 LAST_FIFTH, STILL = 0.8, 0.05
 
@@ -21,6 +22,8 @@ def still_improving(history: Sequence[Mapping[str, Any]], best: int, spec: Train
     leaves its last fifth to the second half of the epochs. A loss that falls towards its end as ``exp(-k t)`` still
     improves for ``k`` below 2.7.
     """
+    from embedcache.train.stack import schedule_factors  # which needs torch
+
     if len(history) < epochs or epochs < 3:
         return False
     way = np.cumsum(schedule_factors(spec, 0, 16 * epochs, 16 * epochs).reshape(epochs, 16).sum(axis=1))

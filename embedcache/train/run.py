@@ -29,9 +29,6 @@ _MEASURED = 50_000
 """Most training rows that metrics are taken on: what they add past that is digits nobody reads."""
 
 
-STILL_IMPROVING = "the head was still improving when training ended: more epochs or a higher learning rate may help"
-
-
 def feature_set_of(x: Any, name: str = "features") -> FeatureSet:
     """Return the feature set that bare features amount to. Raises ``FeatureError`` for what are no features."""
     if hasattr(x, "offsets") or isinstance(x, tuple):
@@ -121,6 +118,7 @@ def train_head(
         trained, history, more = _convex(trained, data, spec)
         said += more
     else:
+        from embedcache.train.ending import STILL_IMPROVING
         from embedcache.train.minibatch import train_minibatch
 
         found = train_minibatch(
