@@ -261,12 +261,19 @@ def test_training_the_head_with_the_backbone_in_every_step_is_training_it_on_the
         FeatureBasedModel(backbone, module), TEXTS, LABELS, TEXTS, LABELS, spec, class_names=NAMES, progress=False,
         new_head=True,
     )  # fmt: skip
-    assert [note for note in cached.notes if "improving" in note] == [*live.notes] != []
+    assert [note for note in cached.notes if "improving" in note] == [*live.notes]
     for ours, theirs in zip(cached.history, live.history, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["validation_log_loss"] == pytest.approx(theirs["validation_log_loss"], rel=1e-4)
     np.testing.assert_allclose(module.output.weight.detach().numpy(), cached.head.state["output.weight"], atol=1e-4)
     np.testing.assert_allclose(live.outputs(TEXTS), cached.head.probabilities(x), atol=1e-4)
+
+
+def test_a_live_model_that_still_improves_says_so(folder: Path) -> None:
+    for epochs, notes in ((8, 1), (2, 0)):  # of two epochs nothing can be said
+        spec = TrainSpec(epochs=epochs, batch_size=5, learning_rate=1e-4)
+        done = fine_tune(model_of(folder), TEXTS, LABELS, spec=spec, class_names=NAMES, progress=False)
+        assert len(done.notes) == notes, [each["train_loss"] for each in done.history]
 
 
 def test_lp_ft_starts_where_the_trained_head_is(folder: Path) -> None:
