@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -106,9 +107,10 @@ def holds(path: Path, expected: str) -> bool:
 def write(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` whole or not at all, whoever else is preparing the same set."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "xb") as file:  # a new file, whatever link somebody planted
+            file.write(data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -235,6 +235,8 @@ def _take(descriptor: int) -> None:
 
 def _close(descriptor: int) -> None:
     with contextlib.suppress(OSError):  # nothing was written through it
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a worker process may still have a copy of it
+    with contextlib.suppress(OSError):
         os.close(descriptor)
 
 

@@ -208,6 +208,9 @@ def test_two_writers_of_a_run(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "unused"):
         pass
     assert not (tmp_path / "unused").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    trained("mlp").save_pretrained(tmp_path / "link")  # a link that the user names is his own
+    assert TrainedHead.from_pretrained(tmp_path / "run").spec.kind == "mlp"
 
 
 def test_a_reader_beside_a_writer_sees_one_head_or_the_other(tmp_path: Path) -> None:

@@ -571,6 +571,16 @@ def head_of(names: tuple[str, ...], task: Any = "classification") -> TrainedHead
     return TrainedHead(HeadSpec(), task, names, FeatureSet("mean", "pooled", 5, 1, "float32"))
 
 
+def test_a_run_that_another_process_writes_costs_one_line(cache: Path, run: Run, tmp_path: Path) -> None:
+    from embedcache.heads.folder import RunFolder
+
+    with RunFolder(tmp_path / "run"):
+        status, _, err = run("train", cache, "-o", tmp_path / "run")
+        assert status == 1
+        assert last(err) == f"error: another process is writing to {tmp_path / 'run'}: wait for it, or stop it"
+    assert run("train", cache, "-o", tmp_path / "run", "--epochs", 1)[0] == 0
+
+
 def test_class_names_of_any_kind_survive_in_every_format() -> None:
     names = ("label", "a,b\n", 'say "x"', "x;y", "\u202e", "\x1b[31m")
     prediction = Prediction("a,b\n", 0.5, dict.fromkeys(names, 0.1))

@@ -1,6 +1,6 @@
 """Every command that writes, run small: killed at any call, given an error by any call, met by a link at any name.
 
-``python tests/faults/commands.py kills=3,io_errors=3,links=1000 SEED`` prints one JSON object: for each kind of fault
+``python tests/faults/commands.py kills=3,links=1000 SEED`` prints one JSON object: for each kind of fault
 and each command how often it was tried, and what went wrong. In a process of its own, because it forks. From Python,
 ``FAULTS`` has one function ``run(count, seed) -> (tried, problems)`` each; call them ``with quiet_disk()``.
 """
@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny_models
 from fakes import CountingBackbone
+from power import Disk, Node, policies
 
 from embedcache import cli, compare
 from embedcache.cache import FeatureCache, files
@@ -363,6 +364,46 @@ def _die(number: int, name: str, at: int, go: Callable[[], Any], args: tuple[Any
     return go()
 
 
+def power_cuts(writing: Writing, count: int, seed: int) -> tuple[int, list[str]]:
+    """Cut the power at ``count`` calls of a command, and at its end, when all that it did must be safe."""
+    at = trial(writing)
+    pick = random.Random(seed)
+    survives = policies(1)
+    calls = [0]
+    left: list[tuple[str, Path]] = []
+
+    def count_calls(top: Node) -> None:
+        calls[0] += 1
+
+    def cut(top: Node) -> None:
+        calls[0] += 1
+        last = calls[0] == whole
+        if last or calls[0] in numbers:
+            how = "none" if last else pick.choice(("none", "all", "some0"))
+            path = at.folder / f"cut{calls[0]}"
+            shutil.rmtree(path, ignore_errors=True)
+            top.write_to(path, survives[how])
+            left.append((f"{writing.name}, power cut at call {calls[0]}, {how} of what was not synced is left", path))
+
+    path = at.start()
+    with Disk(path, count_calls).followed():
+        writing.work(path)
+    at.end(path)
+    whole, calls[0] = calls[0], 0
+    numbers = set(chosen(count, whole - 1, seed))
+    path = at.start()
+    with Disk(path, cut).followed():
+        writing.work(path)
+    at.end(path)
+    problems: list[str] = []
+    for when, path in left:
+        if path == left[-1][1] and writing.state(path) != at.after:
+            problems.append(f"{when}: it was done, and is gone")
+        problems += at.look(path, when)
+        at.end(path)
+    return len(left), problems
+
+
 def io_errors(writing: Writing, count: int, seed: int) -> tuple[int, list[str]]:
     """Let the n-th call of a command fail, for ``count`` n: one line that says where, and nothing lost or left."""
     at = trial(writing)
@@ -474,7 +515,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 KINDS: dict[str, Callable[[Writing, int, int], tuple[int, list[str]]]] = {
-    "kills": kills, "io_errors": io_errors, "links": links,
+    "kills": kills, "power_cuts": power_cuts, "io_errors": io_errors, "links": links,
 }  # fmt: skip
 FAULTS: dict[str, Callable[[int, int], tuple[int, list[str]]]] = {
     f"{kind}: {writing.name}": partial(function, writing) for kind, function in KINDS.items() for writing in WRITINGS

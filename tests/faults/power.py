@@ -63,12 +63,20 @@ class Node:
             node.write_to(path / name, survives)
 
 
+def kept(path: Path) -> Node:
+    """What is at a path, all of it safe."""
+    if not path.is_dir():
+        return Node(False, path.read_bytes(), path.read_bytes())
+    names = {each.name: kept(each) for each in path.iterdir()}
+    return Node(True, safe_names=names, names=dict(names))
+
+
 class Disk:
     """Follows what happens below ``root``, and calls ``cut`` before each call and at the end."""
 
     def __init__(self, root: Path, cut: Callable[[Node], None]) -> None:
         self.root, self.cut = root, cut
-        self.top = Node(True)
+        self.top = kept(root)
         self.opened: dict[int, Node] = {}
         self.real = {name: getattr(os, name) for name in CALLS}
 
@@ -114,7 +122,9 @@ class Disk:
         """Follow the calls of the block."""
         real = self.real
 
-        def open_(path: Any, flags: int, *args: Any) -> int:
+        def open_(path: Any, flags: int, *args: Any, **options: Any) -> int:
+            if options or (self.node(path) or self.node(Path(path).parent)) is None:
+                return int(real["open"](path, flags, *args, **options))
             self.cut_here()
             there = self.node(path)
             descriptor = int(real["open"](path, flags, *args))
@@ -144,20 +154,25 @@ class Disk:
             real["close"](descriptor)
 
         def replace(old: Any, new: Any) -> None:
+            if self.node(Path(old).parent) is None:
+                return real["replace"](old, new)
             self.cut_here()
             real["replace"](old, new)
             self.rename(Path(old), Path(new))
 
-        def unlink(path: Any) -> None:
+        def unlink(path: Any, **options: Any) -> None:
+            if options or self.node(Path(path).parent) is None:
+                return real["unlink"](path, **options)
             self.cut_here()
             real["unlink"](path)
             self.rename(Path(path), None)
 
         def mkdir(path: Any, *args: Any) -> None:
+            parent = self.node(Path(path).parent)
+            if parent is None:
+                return real["mkdir"](path, *args)
             self.cut_here()
             real["mkdir"](path, *args)
-            parent = self.node(Path(path).parent)
-            assert parent is not None
             parent.change(Path(path).name, Node(True))
 
         patched = {
