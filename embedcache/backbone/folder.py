@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 )
 HUB_SECONDS = 10.0
 """How long the hub may take to answer, before what is on this machine has to do."""
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors"]
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors", "adapter_model.*"]
 
 
 def resolve_model(model: str | None, revision: str | None = None) -> Path:
@@ -93,8 +93,18 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 def _model_folder(folder: Path, asked: str) -> Path:
     if not (folder / "config.json").is_file():
+        _refuse_lone_adapter(folder, asked)
         raise BackboneError(f"{asked} is not a model folder: it has no config.json")
     return folder
+
+
+def _refuse_lone_adapter(folder: Path, name: str) -> None:
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise BackboneError(
+            f"{name} is an adapter alone, without the weights of its base model ({base}): load both with peft, "
+            "merge them (merge_and_unload) and save the result with its tokenizer as a folder of its own"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,6 +120,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that hold a model's weights. Raises ``BackboneError`` when there are none."""
+    config = folder / "config.json"
+    if config.is_file() and (named := read_json(config).get("transformers_weights")):
+        raise BackboneError(
+            f"{folder.name}/config.json names its weights itself (transformers_weights: {str(named)[:80]!r}): "
+            "name that file model.safetensors and delete the entry"
+        )
     single = folder / "model.safetensors"
     if single.is_file():  # first, as transformers looks
         return [single]
@@ -132,6 +148,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder.name} has its weights only as pytorch_model.bin, a pickle, which can run code when read: "
             "convert it once with `model.save_pretrained(folder)`, which writes model.safetensors"
         )
+    _refuse_lone_adapter(folder, folder.name)
     raise BackboneError(f"{folder.name} has no weights: expected model.safetensors beside config.json")
 
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedcache.backbone.adapter import NO_ADAPTER, apply_adapter, has_adapter, refuse_without_peft
 from embedcache.backbone.device import threads
 from embedcache.backbone.folder import SentenceTransformerSettings
 from embedcache.errors import BackboneError, SpecError
@@ -28,12 +29,17 @@ def load_network(
 ) -> tuple[torch.nn.Module, bool]:
     """Load a model (of an encoder-decoder, the encoder). The second value says whether its pooler has weights.
 
-    Raises ``BackboneError`` when it cannot be loaded, or when its weight files do not fill it.
+    An adapter in the folder is put on the model. Raises ``BackboneError`` when it cannot be loaded, or when its weight
+    files do not fill it.
     """
     import torch
     import transformers
 
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    adapted = has_adapter(folder)
+    if adapted:
+        refuse_without_peft(name)
+        options["adapter_kwargs"] = dict(NO_ADAPTER)
     options["dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"] = getattr(torch, dtype)
     with _quiet(), _one_line(name, "as a text encoder"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -47,6 +53,9 @@ def load_network(
             f"{name}: {len(essential)} of the model's tensors are not in its weight files ({essential[0]}, ...): "
             "they would be random; the weights belong to another architecture or are incomplete"
         )
+    if adapted:
+        with _quiet(), _one_line(name, "with its adapter"):
+            apply_adapter(whole, folder, name)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     if getattr(network.config, "use_cache", None):  # a decoder would keep the keys and values of every layer
@@ -84,7 +93,7 @@ def load_tokenizer(folder: Path, name: str, trust: bool) -> Any:
 def _one_line(name: str, what: str) -> Iterator[None]:
     try:
         yield
-    except MemoryError:
+    except (MemoryError, BackboneError):
         raise
     except Exception as error:  # transformers raises whatever its many loaders raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

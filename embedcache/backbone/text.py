@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
+from embedcache.backbone import adapter
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
@@ -152,6 +153,7 @@ def load_backbone(
             "architecture": type(network).__name__,
             "config": config,
             "weights": {path.name: sha256_file(path) for path in weights},
+            **({"adapter": adapter.identity_of(folder)} if adapter.has_adapter(folder) else {}),
             **({"code": {path.name: sha256_file(path) for path in code}} if code else {}),
         },
         "preprocessing": preprocessing,
