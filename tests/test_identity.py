@@ -69,7 +69,7 @@ def add_adapter(folder: Path, seed: int = 0, target: str = "query", **config: An
 
 
 def test_an_adapter_that_cannot_be_applied_is_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_peft_available", lambda: False)
     add_adapter(bert)
     refused(bert, r"has an adapter \(adapter_model.safetensors\), which needs the package peft.*pip install peft")
     (bert / "adapter_config.json").unlink()
@@ -108,7 +108,7 @@ def test_an_adapter_that_is_applied_is_hashed(bert: Path, monkeypatch: pytest.Mo
                 lost.append(name)
         return SimpleNamespace(missing_keys=set(), unexpected_keys=set(lost), mismatched_keys=set())
 
-    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.import_utils.is_peft_available", lambda: True)
     monkeypatch.setattr("transformers.PreTrainedModel.load_adapter", apply)
     check_adapters(bert, base.identity, plain)
 

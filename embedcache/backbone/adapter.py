@@ -49,7 +49,7 @@ def identity_of(folder: Path) -> dict[str, Any]:
 
 def refuse_without_peft(name: str) -> None:
     """Raise ``BackboneError`` where transformers cannot apply an adapter."""
-    from transformers.utils import is_peft_available
+    from transformers.utils.import_utils import is_peft_available
 
     if not is_peft_available():
         raise BackboneError(
