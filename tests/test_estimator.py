@@ -427,3 +427,16 @@ def test_a_real_model_behind_a_pipeline(tmp_path: Path) -> None:
     assert pipeline.fit(list(tiny_models.TEXTS), labels).predict(["not bad"]).shape == (1,)
     assert made.transform(["not bad"]).shape == (1, 22)
     assert pickle.loads(pickle.dumps(pipeline)).predict(["not bad"]).shape == (1,)
+
+
+def test_a_linear_head_is_the_optimum_until_a_setting_of_minibatches_is_another() -> None:
+    solvers = {
+        "convex": ({}, {"l2": 3}, {"standardize": False}, {"solver": "convex", "epochs": 2}, {"early_stopping": True}),
+        "minibatch": ({"epochs": 2}, {"learning_rate": 0.1}, {"solver": "minibatch"}, {"engine": "sklearn"}),
+    }  # fmt: skip
+    for solver, each in solvers.items():
+        for asked in each:
+            assert HeadClassifier(**asked).fit(X, Y).head_.training["solver"] == solver, asked
+    assert HeadRegressor().fit(X, VALUES).head_.training["solver"] == "convex"
+    with pytest.raises(SpecError, match="l2 is a setting of the convex solver, and epochs one of minibatches"):
+        HeadClassifier(epochs=2, l2=3).fit(X, Y)

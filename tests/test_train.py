@@ -760,6 +760,9 @@ def test_a_head_that_still_improves_is_told_from_one_that_has_come_to_its_end(sc
             assert still_improving(history, epochs - 1, spec, epochs) == still
             assert not still_improving(history, 0, spec, epochs), "validation was best at the beginning"
             assert not still_improving(history[:-1], -1, spec, epochs), "stopped early"
+    swinging = [1.0 if epoch == 0 else 0.5 + 0.2 * (-1) ** epoch for epoch in range(30)]
+    assert not still_improving(told(swinging), -1, spec, 30)
+    assert not still_improving(told(swinging[:-1]), -1, spec, 29)
     assert not still_improving(told([0.5] * 30), -1, spec, 30)
     assert not still_improving(told([0.1, 0.2, 0.3]), -1, spec, 3), "it rises"
 

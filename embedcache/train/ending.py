@@ -29,5 +29,6 @@ def still_improving(history: Sequence[Mapping[str, Any]], best: int, spec: Train
     way = np.cumsum(schedule_factors(spec, 0, 16 * epochs, 16 * epochs).reshape(epochs, 16).sum(axis=1))
     most = LAST_FIFTH * way[-1]
     losses = np.array([each["train_loss"] for each in history])
-    fallen, lately = losses[0] - losses[-1], np.interp(most, way, losses) - losses[-1]
+    before = min(float(np.interp(most, way, losses)), *losses[way <= most])  # not what only swings up and down
+    fallen, lately = losses[0] - losses[-1], before - losses[-1]
     return bool(lately > STILL * fallen > 0) and (best < 0 or way[best] > most)
