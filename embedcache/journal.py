@@ -288,8 +288,8 @@ def explain(error: OSError) -> str:
         errno.EDQUOT: f"your disk quota is used up: free some space {again}",
         errno.EFBIG: "the file is larger than this file system or its limit allows (extract makes smaller files "
         "with --shard-rows)",
-        errno.EACCES: "permission denied: choose a directory that you may write to",
-        errno.EPERM: "permission denied: choose a directory that you may write to",
+        errno.EACCES: "permission denied: change its permissions, or choose another place",
+        errno.EPERM: "permission denied: change its permissions, or choose another place",
         errno.EROFS: "the file system is read-only: choose another directory",
         errno.ENOTDIR: "a part of the path is a file, not a directory: choose another one",
         errno.EIO: f"the disk reports an error: check it {again}",

@@ -208,6 +208,10 @@ def test_two_writers_of_a_run(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "unused"):
         pass
     assert not (tmp_path / "unused").exists()
+    with RunFolder(tmp_path / "removed") as folder:
+        (tmp_path / "removed").rmdir()  # by somebody, while it trained
+        head.save_pretrained(folder)
+    assert TrainedHead.from_pretrained(tmp_path / "removed").spec.kind == "linear"
     (tmp_path / "link").symlink_to(tmp_path / "run")
     trained("mlp").save_pretrained(tmp_path / "link")  # a link that the user names is his own
     assert TrainedHead.from_pretrained(tmp_path / "run").spec.kind == "mlp"

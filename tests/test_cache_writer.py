@@ -304,7 +304,7 @@ def test_new_directories_are_made_durable_in_those_above(tmp_path: Path, monkeyp
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(CacheError, match="permission denied: choose a directory that you may write to"):
+    with pytest.raises(CacheError, match="permission denied: change its permissions, or choose another place"):
         write(tmp_path / "locked" / "c", 3, 3, POOLED)
 
 

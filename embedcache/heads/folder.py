@@ -82,6 +82,8 @@ class RunFolder:
         facts: Mapping[str, Any],
     ) -> None:
         """Replace the head. ``facts`` are further lines of the model card. Raises ``BundleError``."""
+        # Hours of training are not lost because somebody tidied up meanwhile.
+        make_output(self.path, BundleError, fresh=not exists(self.path, BundleError))
         former = _read(self.path)
         self._settle(former)
         if head.state:
@@ -198,7 +200,9 @@ def prepare(directory: Path) -> None:
             raise BundleError(f"{directory} holds another model than a head: choose a new or an empty directory")
         make_output(directory, BundleError, fresh=CONFIG not in there)
         if not os.access(directory, os.W_OK | os.X_OK):
-            raise BundleError(f"cannot write {directory}: permission denied: choose one that you may write to")
+            raise BundleError(
+                f"cannot write {directory}: permission denied: change its permissions, or choose another place"
+            )
 
 
 def _is_ours(path: Path) -> bool:

@@ -85,7 +85,7 @@ class Tap:
                     self.ours.add(done)
                 return done
 
-            if name == "close":
+            if name == "close" or (name == "io.open" and isinstance(subject, int)):  # which closes it some day
                 self.ours.discard(subject)
             if name not in self.calls:
                 return go()
@@ -96,7 +96,7 @@ class Tap:
 
     def _inside(self, path: Any) -> bool:
         try:
-            return os.fspath(path).startswith(self.root)
+            return f"{os.fspath(path)}/".startswith(f"{self.root}/")
         except TypeError:
             return False
 
