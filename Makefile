@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test quick faults lint types bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,17 @@ demo: $(VENV)/installed ## set up, run the backbone once over real reviews, trai
 # Two workers, each with one thread (tests/conftest.py): the suite gains from a second core, small models do not.
 test: $(VENV)/installed-dev ## set up and run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# A file for each room, without those that run whole models, sweeps or thousands of faults.
+QUICK := archives test_batching test_bundle test_cache test_cache_join test_cache_manifest test_cache_writer \
+    test_calibration test_errors test_examples test_exports test_fingerprint test_heads test_layers test_metrics \
+    test_pooling test_shard test_sweep_grid test_wording faults/test_failing faults/test_shown
+
+quick: $(VENV)/installed-dev ## the tests for everyday work, in less than a minute
+	$(BIN)/python -m pytest -q -n 2 $(wildcard $(QUICK:%=tests/%) $(QUICK:%=tests/%.py)) $(PYTEST_ARGS)
+
+faults: $(VENV)/installed-dev ## kills, flipped bits, failing calls, hostile and fuzzed files by the thousand, in an hour
+	$(BIN)/python tests/faults/run.py $(FAULTS_ARGS)
 
 lint: $(VENV)/installed-dev ## ruff: rules and format
 	$(BIN)/ruff check .

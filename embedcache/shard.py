@@ -241,7 +241,8 @@ def place(path: Path, expected: Mapping[str, Column], file: IO[bytes] | None = N
             return _find(opened.id, os.fstat(file.fileno()).st_size if file else path.stat().st_size, expected)
     except _Foreign as reason:
         raise CorruptCacheError(f"{path}: {reason}: {_FOREIGN}") from None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # h5py has all of them for HDF5's own
+    # h5py has all of them for HDF5's own errors.
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, SystemError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno:
             raise CacheError(f"cannot read {path}: {explain(error)}") from error
         said = " ".join(str(error).split())

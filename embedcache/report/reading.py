@@ -8,11 +8,7 @@ from typing import Any
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
 from embedcache.journal import explained
-
-_NEEDED = ("task", "metric", "data", "protocol", "leaderboard", "ran", "notes", "class_names", "failures")
-_KINDS = {"metric": dict, "data": dict, "protocol": dict, "ran": dict, "leaderboard": list, "notes": list}
-_ROW = {"id", "rank", "label", "score", "interval", "head", "varied", "seconds", "parameters", "distinguishable",
-        "p_adjusted", "layers", "normalize"}  # fmt: skip
+from embedcache.sweep.result import damage_of
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -33,14 +29,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise SweepError(f"{path} is not the summary of a sweep: run the sweep command again")
     if summary.get("version") != 1:
         raise SweepError(f"{path} has version {summary.get('version')}, this embedcache reads 1: upgrade embedcache")
-    if missing := [name for name in _NEEDED if name not in summary]:
-        raise SweepError(f"{path} lacks {missing[0]}: run the same sweep command again")
-    for name, kind in _KINDS.items():
-        if not isinstance(summary[name], kind):
-            raise SweepError(f"{path}: {name} is not as a sweep writes it: run the same sweep command again")
-    if wrong := [row for row in summary["leaderboard"] if not isinstance(row, dict) or not row.keys() >= _ROW]:
-        place = summary["leaderboard"].index(wrong[0])
-        raise SweepError(f"{path}: row {place + 1} of the leaderboard is damaged: run the same sweep command again")
+    if problem := damage_of(summary):
+        raise SweepError(f"{path} is damaged ({problem}): run the same sweep command again")
     if not summary["leaderboard"]:
         raise SweepError(f"{folder} has no head that could be trained: see {folder}/results.jsonl for the reasons")
     return summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,29 @@ if TYPE_CHECKING:
     import pandas
 
     from embedcache.heads import TrainedHead
+
+
+NEEDED: Mapping[str, type] = {
+    "task": str, "metric": dict, "data": dict, "protocol": dict, "leaderboard": list, "ran": dict, "notes": list,
+    "class_names": list, "failures": list,
+}  # fmt: skip
+ROW = {"id", "rank", "label", "score", "interval", "head", "varied", "seconds", "parameters", "distinguishable",
+       "p_adjusted", "layers", "normalize"}  # fmt: skip
+
+
+def damage_of(summary: Any) -> str | None:
+    """Return what in a sweep's summary is not as a sweep writes it, None for nothing."""
+    if not isinstance(summary, dict):
+        return "it is no mapping"
+    for name, kind in NEEDED.items():
+        if name not in summary:
+            return f"it lacks {name}"
+        if not isinstance(summary[name], kind):
+            return f"{name} is not as a sweep writes it"
+    for place, row in enumerate(summary["leaderboard"]):
+        if not isinstance(row, dict) or not row.keys() >= ROW:
+            return f"row {place + 1} of the leaderboard is damaged"
+    return None
 
 
 class SweepResult:
@@ -49,6 +73,8 @@ class SweepResult:
             raise SweepError(f"{path} has no summary.json: it is no sweep, or none that has finished a head") from None
         except ValueError as error:
             raise SweepError(f"{path}/summary.json is damaged ({error}): run the same sweep again") from None
+        if problem := damage_of(self.summary):
+            raise SweepError(f"{path}/summary.json is damaged ({problem}): run the same sweep again")
 
     def __repr__(self) -> str:
         rows = self.leaderboard
