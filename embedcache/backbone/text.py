@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
-from embedcache.backbone import adapter
+from embedcache.backbone import adapter, contents
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
@@ -118,6 +118,7 @@ def load_backbone(
             FeatureSpec.parse(feature)
     folder = resolve_model(model, revision)
     name = model or DEFAULT_MODEL
+    before = contents.stamp(folder)
     weights = weight_files(folder)
     preprocessing: dict[str, Any] = {"kind": "text", "files": tokenizer_files(folder)}
     config = config_hash(folder)
@@ -163,6 +164,7 @@ def load_backbone(
         "execution": "compiled" if compiled else "eager",
         "shapes": shapes.to_json(),
     }
+    contents.refuse_changed(folder, before, name)  # else the hashes may be of other weights than those that run
     return TextBackbone(
         network.to(where), tokenizer, specs, shapes, identity,
         provenance=_provenance(name, revision or _commit(folder), where), pooler=pooler, name=name, compiled=compiled,
