@@ -7,6 +7,7 @@ and each command how often it was tried, and what went wrong. In a process of it
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import contextlib
 import errno
@@ -125,10 +126,17 @@ def command(*arguments: Any) -> None:
         cli.cli.main([str(each) for each in arguments], prog_name="embedcache", standalone_mode=False)
 
 
+def scratch() -> Path:
+    """A folder that goes with this process, but not with its killed children."""
+    folder = Path(tempfile.mkdtemp(prefix="embedcache-faults-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @cache
 def inputs() -> Path:
     """A folder with rows, a model, caches, runs and a sweep that commands read."""
-    folder = Path(tempfile.mkdtemp(prefix="embedcache-faults-"))
+    folder = scratch()
     rows = [{"text": f"text {at} {'good' if at % 2 else 'bad'}", "label": "gb"[at % 2]} for at in range(40)]
     for name, more in (("rows", ""), ("relabelled", " too")):
         made = [{"text": row["text"], "label": row["label"] + more} for row in rows]
@@ -277,7 +285,7 @@ class Trial:
 
     def __init__(self, writing: Writing) -> None:
         self.writing = writing
-        self.folder = Path(tempfile.mkdtemp(prefix="embedcache-faults-"))
+        self.folder = scratch()
         self.number = 0
         (self.folder / "before").mkdir()
         writing.before(self.folder / "before")
@@ -405,13 +413,12 @@ def power_cuts(writing: Writing, count: int, seed: int) -> tuple[int, list[str]]
 
 
 def io_errors(writing: Writing, count: int, seed: int) -> tuple[int, list[str]]:
-    """Let the n-th call of a command fail, for ``count`` n: one line that says where, and nothing lost or left."""
+    """Let calls of a command fail, ``count`` of all calls with all errors: one line that says where, nothing lost."""
     at = trial(writing)
     problems: list[str] = []
-    numbers = chosen(count, len(at.calls), seed)
-    pick = random.Random(seed)
-    for number in numbers:
-        code = pick.choice(ERRORS)
+    pairs = [divmod(pair - 1, len(ERRORS)) for pair in chosen(count, len(at.calls) * len(ERRORS), seed)]
+    for before, which in pairs:
+        number, code = before + 1, ERRORS[which]
         path = at.start()
         when = f"{writing.name} with {errno.errorcode[code]} at call {number}, {at.calls[number - 1][0]}"
         try:
@@ -426,7 +433,7 @@ def io_errors(writing: Writing, count: int, seed: int) -> tuple[int, list[str]]:
             problems += [f"{when}: {name} is left" for name in temporaries(path)]
         problems += at.look(path, when)
         at.end(path)
-    return len(numbers), problems
+    return len(pairs), problems
 
 
 def _fail(number: int, code: int, name: str, at: int, go: Callable[[], Any], args: tuple[Any, ...]) -> Any:
@@ -540,9 +547,6 @@ def main() -> None:
                 tried, problems = KINDS[kind](writing, int(count), int(sys.argv[2]))
                 report[f"{kind}: {writing.name}"] = {"tried": tried, "problems": problems}
     print(json.dumps(report))
-    shutil.rmtree(inputs())
-    for writing in WRITINGS:
-        shutil.rmtree(trial(writing).folder)
 
 
 if __name__ == "__main__":
