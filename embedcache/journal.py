@@ -286,8 +286,8 @@ def explain(error: OSError) -> str:
     advice = {
         errno.ENOSPC: f"the disk is full: free some space {again}",
         errno.EDQUOT: f"your disk quota is used up: free some space {again}",
-        errno.EFBIG: "the file is larger than this file system or its limit allows (extract makes smaller files "
-        "with --shard-rows)",
+        errno.EFBIG: "the file is larger than this file system or its limit allows (extract --shard-rows makes "
+        "smaller ones)",
         errno.EACCES: "permission denied: change its permissions, or choose another place",
         errno.EPERM: "permission denied: change its permissions, or choose another place",
         errno.EROFS: "the file system is read-only: choose another directory",

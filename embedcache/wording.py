@@ -32,6 +32,12 @@ def shown(text: object) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 row``, ``2,000 rows``, ``3 classes``."""
+    plural = noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def json_shown(text: str) -> str:
     """Return JSON that means the same, in which nothing moves the cursor either."""
     return text if text.isprintable() else "".join(each if each == "\n" else _in_json(each) for each in text)

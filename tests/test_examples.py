@@ -821,7 +821,7 @@ def refuse(message: str, inputs: Any, error: type[Exception] = InputError, **opt
         ("a.jsonl", b"\n \n", "blank lines only"),
         ("a.jsonl", b"[\n1,\n", "a.jsonl:1: invalid JSON: .*expected one JSON object a line"),
         ("a.xlsx", b"PK", "cannot tell the format from the name"),
-        ("a", b"text,label\na,1\n", "cannot tell the format.*--format"),
+        ("a", b"text,label\na,1\n", "cannot tell the format.*--input-format"),
         ("a.json", b"[]", "a JSON array must be rewritten"),
         ("a.parquet", b"PAR1 but not really", "cannot be read as Parquet"),
     ],

@@ -252,7 +252,7 @@ def test_one_seed_one_head() -> None:
 
 def test_an_attention_head_refuses_a_single_vector() -> None:
     for kind in ("attention", "attention-pooling"):
-        with pytest.raises(FeatureError, match=r"the feature set mean has one, .*--tokens.*mean@all"):
+        with pytest.raises(FeatureError, match=r"the feature set mean has one, .*extract --tokens.*mean@all"):
             build_head(HeadSpec(kind), POOLED, C)
 
 

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "bpe.codes",
 )
+_POINTER = b"version https://git-lfs.github.com/spec/"
 HUB_SECONDS = 10.0
 """How long the hub may take to answer, before what is on this machine has to do."""
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors", "adapter_model.*"]
@@ -95,7 +96,19 @@ def _model_folder(folder: Path, asked: str) -> Path:
     if not (folder / "config.json").is_file():
         _refuse_lone_adapter(folder, asked)
         raise BackboneError(f"{asked} is not a model folder: it has no config.json")
+    _refuse_pointers(folder, asked)
     return folder
+
+
+def _refuse_pointers(folder: Path, name: str) -> None:
+    """Raise ``BackboneError`` for a folder cloned without git-lfs: pointers stand for its large files."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors", ".txt") and file.is_file():
+            with open(file, "rb") as opened:
+                if opened.read(len(_POINTER)) == _POINTER:
+                    raise BackboneError(
+                        f"{name}: {file.name} is a git-lfs pointer, not the file itself: run git lfs pull in the folder"
+                    )
 
 
 def _refuse_lone_adapter(folder: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from embedcache.backbone.adapter import NO_ADAPTER, apply_adapter, has_adapter, 
 from embedcache.backbone.device import threads
 from embedcache.backbone.folder import SentenceTransformerSettings
 from embedcache.errors import BackboneError, SpecError
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +45,21 @@ def load_network(
     with _quiet(), _one_line(name, "as a text encoder"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         whole, report = transformers.AutoModel.from_pretrained(
-            folder, config=config, trust_remote_code=trust, output_loading_info=True, use_safetensors=True, **options
+            folder,
+            config=config,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            **options,  # transformers would say no more than that there are some
         )
         network: torch.nn.Module = whole.get_encoder() if getattr(config, "is_encoder_decoder", False) else whole
+    if wrong := report["mismatched_keys"]:
+        tensor, stored, expected = sorted(wrong)[0]
+        raise BackboneError(
+            f"{name}: {counted(len(wrong), 'tensor')} of the weight files do not have the sizes that config.json says "
+            f"({tensor} is {list(stored)}, expected {list(expected)}): the weights belong to another configuration"
+        )
     missing = _random_tensors(whole, network, [str(each) for each in report["missing_keys"]])
     if essential := [each for each in missing if not each.startswith("pooler.")]:
         raise BackboneError(
@@ -97,6 +110,8 @@ def _one_line(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers raises whatever its many loaders raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which runs only if you trust it (extract --trust-remote-code)"
         raise BackboneError(f"{name} cannot be loaded {what}: {reason[:300]}") from error
 
 
@@ -217,4 +232,6 @@ class Compiled:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "CxxCompiler" in f"{type(error).__name__} {error}":
                 reason = f"there is no working C++ compiler (install g++, or name one in CXX) [{reason[:120]}]"
-            raise BackboneError(f"the model cannot be compiled here: {reason[:300]}; or leave --compile out") from error
+            raise BackboneError(
+                f"the model cannot be compiled here: {reason[:300]}; or extract without compiling"
+            ) from error

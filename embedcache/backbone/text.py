@@ -423,7 +423,7 @@ class TextBackbone:
             if overflow := int((half.isinf() & vectors.isfinite()).sum()):
                 raise FeatureError(
                     f"{overflow} values of {spec.name} in one batch are beyond float16's largest, 65,504: "
-                    "store as float32 or bfloat16 (--store float32)"
+                    "store as float32 or bfloat16 (extract --store float32)"
                 )
             return half
         return vectors.bfloat16() if self._storage == "bfloat16" else vectors

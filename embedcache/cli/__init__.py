@@ -87,7 +87,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     except MemoryError:
         click.echo(
-            "error: out of memory: use a smaller --max-length, fewer feature sets or a machine with more memory",
+            "error: out of memory: use fewer feature sets, shorter rows (extract --max-length) or more memory",
             err=True,
         )
         return 1

@@ -10,7 +10,17 @@ from typing import IO, Any
 
 import click
 
-from embedcache.cli.options import device_option, head_options, json_option, print_json, say, table, training_options
+from embedcache.cli.options import (
+    device_option,
+    format_options,
+    head_options,
+    json_option,
+    print_json,
+    say,
+    several,
+    table,
+    training_options,
+)
 from embedcache.wording import cell, json_shown, page, shown
 
 
@@ -188,10 +198,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of FILE, else CSV.")
 @click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
 @click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number.")
-@click.option(
-    "--input-format", "input_format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
-    help="What the input is. Default: by its ending; standard input is one text a line.",
-)  # fmt: skip
+@several(*format_options)
 @click.option(
     "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
     help="Stop at rows that cannot be used, or set them aside in a quarantine file.",
@@ -206,7 +213,6 @@ def predict(
     texts: tuple[str, ...],
     output: str | None,
     form: str | None,
-    input_format: str | None,
     model: str | None,
     trust_remote_code: bool,
     device: str,
@@ -236,7 +242,7 @@ def predict(
 
         if options["on_bad_row"] == "skip" and options["quarantine"] is None:
             options["quarantine"] = f"{output or run}.quarantine.jsonl"
-        examples = load_examples(list(inputs), labels="none", format=input_format, **options)
+        examples = load_examples(list(inputs), labels="none", **options)
         for note in examples.notes:
             say(f"note: {shown(note)}", err=True)
         rows, total = predictor.stream_examples(examples), len(examples)

@@ -71,8 +71,20 @@ def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = 
     return several(*(made[name] for name in names or made))
 
 
+format_options = (
+    click.option(
+        "--input-format", "format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
+        help="What the input is. Default: by its ending; standard input is one text a line.",
+    ),
+    click.option(
+        "--quoting", type=click.Choice(["minimal", "none"]), default="minimal", show_default=True,
+        help="none: a quote in CSV and TSV is a character like any other.",
+    ),
+)  # fmt: skip
+
 input_options = several(
     click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given."),
+    *format_options,
     click.option("--label-column", metavar="NAME[,NAME]", help="Column that holds the label. Several targets: a,b."),
     click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number."),
     click.option("--split-column", metavar="NAME", help="Column that says train, validation or test."),

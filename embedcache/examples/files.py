@@ -59,6 +59,6 @@ def _format_of(path: Path) -> str:
         hint = "; a JSON array must be rewritten with one object a line" if suffix == [".json"] else ""
         raise InputError(
             f"{path}: cannot tell the format from the name: expected .csv, .tsv, .jsonl or .txt (each also .gz) or "
-            f".parquet, or name it with --format{hint}"
+            f".parquet, or name it with --input-format{hint}"
         )
     return format

@@ -63,7 +63,7 @@ def _cannot_read(name: str, takes: tuple[Kind, ...], feature: FeatureSet) -> str
     if feature.kind == "pooled":
         return (
             f"{name} attends over several vectors a row, and the feature set {feature.name} has one, so there is "
-            "nothing to attend to: extract tokens (--tokens) or several layers (--pooling mean@all), or use mlp"
+            "nothing to attend to: make such a set (extract --tokens, or extract --pooling mean@all), or use mlp"
         )
     expected = " or ".join(said[kind] for kind in takes)
     return (

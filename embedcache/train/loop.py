@@ -118,7 +118,8 @@ def fit(
             mean = np.atleast_1d((total / seen).double().cpu().numpy()) if total is not None else np.zeros(models)
             if not np.isfinite(mean).all() and len(mean) == 1:
                 raise TrainingError(
-                    f"the loss became {mean[0]} in epoch {epoch + 1}: use a lower learning rate, or --clip 1"
+                    f"the loss became {mean[0]} in epoch {epoch + 1}: "
+                    "use a lower learning rate, or clip gradients to the norm 1"
                 )
             scores = learner.evaluate()
             seconds = time.perf_counter() - start

@@ -191,7 +191,7 @@ def _convex(
     from embedcache.train.convex import solve
 
     if trained.spec.kind != "linear":
-        raise SpecError(f"the convex solver is for linear heads, not {trained.spec.kind}: use --solver minibatch")
+        raise SpecError(f"the convex solver is for linear heads, not {trained.spec.kind}: use the solver minibatch")
     x = _dense(data, "the convex solver", trained.feature)
     found = solve(
         x, data.y, task=trained.task, outputs=len(trained.class_names), l2=spec.l2, sample_weight=data.weight,
