@@ -15,6 +15,7 @@
     │   ├── CorruptCacheError (ValueError)   bytes differ from what was committed
     │   ├── IncompleteCacheError             an extraction was interrupted before its first dataset
     │   ├── CacheLockedError (BlockingIOError)  another process is writing
+    │   ├── NumericsMismatchError (ValueError)  rows that another kind of machine computed, with other last bits
     │   └── SpecMismatchError (ValueError)   the cache holds features made another way; carries a diff
     ├── BundleError (ValueError)             a run folder or head bundle is missing, hostile or damaged
     │   └── BackboneMismatchError            the head was trained on another backbone's features
@@ -129,6 +130,21 @@ class SpecMismatchError(CacheError, ValueError):
         super().__init__(
             f"{where} holds features made another way ({listed}). "
             "Choose another output directory, or drop the options that differ"
+        )
+
+
+class NumericsMismatchError(CacheError, ValueError):
+    """Rows that another kind of machine computed, whose last bits differ. ``difference`` says by how much."""
+
+    def __init__(self, where: str, difference: str, *, known: bool = True) -> None:
+        self.difference = difference
+        what = (
+            f"holds rows that another kind of machine or library computed ({difference}): extract where it was made"
+            if known
+            else f"says nothing of what its machine computes, or this backbone does not ({difference}): extract anew"
+        )
+        super().__init__(
+            f"{where} {what}, or pass --accept-numerics (accept_numerics=True) to keep both, which the cache records"
         )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, features_of, load_backbone
+from embedcache.backbone import Backbone, features_of, load_backbone, probe_of
 from embedcache.errors import BackboneError, BackboneMismatchError, InputError
 from embedcache.examples import Examples
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
+from embedcache.numerics import difference
 
 _OF_TEXT = ("max_length", "truncation_side", "prompt")
 WINDOW = 2048
@@ -39,6 +40,9 @@ class Prediction:
 class Predictor:
     """A trained head and the backbone that its features come from.
 
+    ``numerics`` says whether this machine computes the features that the head was trained on to the bit, or how far off
+    they are at most: the probe of the head's cache is run here, which takes a few forward passes.
+
     Example::
 
         predictor = Predictor.load("runs/best")
@@ -49,6 +53,7 @@ class Predictor:
         self.head = head
         self.backbone = backbone
         refuse_other_backbone(head, backbone)
+        self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
 
     @classmethod
     def load(

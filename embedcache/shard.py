@@ -178,6 +178,26 @@ def decoded(values: Array) -> npt.NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
+def encoded(values: Array, dtype: str) -> Array:
+    """Return float32 values that a storage type holds exactly, in that type."""
+    if dtype == "bfloat16":
+        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(STORED[dtype])
+    return values.astype(STORED[dtype])
+
+
+def rounded(values: Array, dtype: str) -> npt.NDArray[np.float32]:
+    """Return float32 values as a storage type holds them, in float32: to nearest, ties to even."""
+    if dtype == "float32":
+        return np.asarray(values, np.float32)
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    # Half of what is cut off, or a little less where the last bit kept is even: adding it carries as rounding does.
+    carried = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
+    return np.where(np.isfinite(values), carried.view(np.float32), values).astype(np.float32)
+
+
 def refuse_colliding(sets: Sequence[FeatureSet]) -> None:
     """Raise ``SpecError`` unless there is a set and all arrays have names of their own."""
     names = ["row_key", *(name for each in sets for name in each.columns(1))]

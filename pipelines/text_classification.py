@@ -45,7 +45,7 @@ def cached(folder: Path) -> None:
     x, y = cache.arrays("train")
     head = ec.train_head(
         x, y, head="linear", spec=ec.TrainSpec(epochs=EPOCHS, learning_rate=RATE), class_names=CLASSES,
-        feature=cache.feature(), extraction=cache.spec,
+        feature=cache.feature(), extraction=cache.spec, probe=cache.probe,
     )  # fmt: skip
     head.save(folder / "head")
     for prediction, text in zip(ec.Predictor.load(folder / "head")(QUESTIONS), QUESTIONS, strict=True):

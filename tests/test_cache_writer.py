@@ -26,6 +26,7 @@ from embedcache.errors import (
     SpecError,
     SpecMismatchError,
 )
+from embedcache.fingerprint import hash_json
 from embedcache.shard import FeatureSet
 
 POOLED = SETS[:1]
@@ -320,12 +321,13 @@ def test_an_unwritable_place_is_explained(
         write(tmp_path / "c", 3, 3, POOLED)
 
 
-def test_a_newer_minor_version_is_read_but_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "MINOR", 1)
+def test_a_newer_minor_version_is_read_but_not_written(tmp_path: Path) -> None:
     path = write(tmp_path / "c", 3, 3, POOLED)
-    monkeypatch.undo()
+    body = {**FeatureCache.open(path).manifest, "version": "1.9"}
+    body["manifest_hash"] = hash_json({name: value for name, value in body.items() if name != "manifest_hash"})
+    (path / manifest.NAME).write_bytes(manifest.encoded(body))
     assert FeatureCache.open(path).n_rows == 3
-    with pytest.raises(CacheError, match=r"was written in format 1\.1: upgrade embedcache to write to it"):
+    with pytest.raises(CacheError, match=r"was written in format 1\.9: upgrade embedcache to write to it"):
         write(path, 5, 3, POOLED)
 
 

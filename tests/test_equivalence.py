@@ -24,7 +24,7 @@ from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
 from embedcache.equivalence import EquivalenceResult, check, check_equivalence, examination
-from embedcache.equivalence.bits import Difference, difference, ordered_bits, rounded
+from embedcache.equivalence.bits import Difference, difference, ordered_bits
 from embedcache.equivalence.plain import plain_head
 from embedcache.equivalence.result import Comparison
 from embedcache.equivalence.tolerance import (
@@ -40,7 +40,7 @@ from embedcache.errors import BackboneError, InputError, NotEqualError, SpecErro
 from embedcache.examples import load_examples
 from embedcache.extract import extract
 from embedcache.heads.registry import build_head
-from embedcache.shard import STORED, FeatureSet
+from embedcache.shard import STORED, FeatureSet, rounded
 from embedcache.spec import HeadSpec
 from embedcache.train.data import Data
 

@@ -21,6 +21,7 @@ LAYERS = (
     ("errors",),
     ("journal",),
     ("spec", "fingerprint", "pooling", "batching", "shard"),
+    ("numerics",),
     ("examples", "backbone", "heads", "cache"),
     ("extract", "train"),
     ("estimator", "sweep", "predict", "finetune"),

@@ -123,7 +123,7 @@ def test_a_row_keeps_its_bits(
 def test_two_passes_at_once(folder_of: Callable[[str], Path], dtype: str) -> None:
     """Two threads of one process, each with another number of torch threads, and one that changes its own meanwhile."""
     backbone = planted(folder_of("minilm"), dtype)
-    contents = contents_of(texts(9))  # so few passes that each could have all threads
+    contents = contents_of(texts(3))  # so few passes that each could have all threads
     expected = features_of(backbone, contents, "cls")
     found: dict[int, np.ndarray] = {}
 

@@ -5,7 +5,8 @@ included. Nothing here is guessed from a model's name: widths, layers and the lo
 model, and everything that could change a feature is hashed into ``identity``.
 
 ``device`` says where it runs, ``folder`` finds and reads a model's folder, ``loading`` makes a network of it,
-``text`` turns texts into features, ``compute`` runs any backbone over rows at canonical shapes.
+``text`` turns texts into features, ``compute`` runs any backbone over rows at canonical shapes, ``numerics`` over a few
+built-in rows, to know what this machine computes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.backbone.compute import features_of, run_plan
-from embedcache.backbone.contents import contents_hash
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
+from embedcache.backbone.numerics import probe_of
 from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.shard import FeatureSet
@@ -33,10 +34,10 @@ __all__ = [
     "TextBackbone",
     "Tokens",
     "choose_device",
-    "contents_hash",
     "features_of",
     "load_backbone",
     "needs_spare_row",
+    "probe_of",
     "resolve_model",
     "run_plan",
     "side_by_side",
@@ -60,7 +61,11 @@ class Prepared(Protocol):
 
 
 class Backbone(Protocol):
-    """What extraction needs of a model. Features of ``fetch`` are in the order of ``batch.indices``."""
+    """What extraction needs of a model. Features of ``fetch`` are in the order of ``batch.indices``.
+
+    One that has ``probe_rows`` (contents), ``probe_versions`` (names -> versions of what prepares them) and prepared
+    rows with ``digests()`` (a hash a row) too gets a probe in its caches; see ``numerics``.
+    """
 
     @property
     def identity(self) -> Mapping[str, Any]:

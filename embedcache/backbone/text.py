@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
-from embedcache.backbone import adapter, contents
+from embedcache.backbone import adapter
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
@@ -24,6 +24,7 @@ from embedcache.backbone.folder import (
     weight_files,
 )
 from embedcache.backbone.loading import Compiled, is_decoder, length_limit, load_network, load_tokenizer
+from embedcache.backbone.numerics import TEXT_ROWS, tokenizer_versions
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError, SpecError
 from embedcache.fingerprint import sha256_bytes, sha256_file
@@ -118,7 +119,6 @@ def load_backbone(
             FeatureSpec.parse(feature)
     folder = resolve_model(model, revision)
     name = model or DEFAULT_MODEL
-    before = contents.stamp(folder)
     weights = weight_files(folder)
     preprocessing: dict[str, Any] = {"kind": "text", "files": tokenizer_files(folder)}
     config = config_hash(folder)
@@ -164,7 +164,6 @@ def load_backbone(
         "execution": "compiled" if compiled else "eager",
         "shapes": shapes.to_json(),
     }
-    contents.refuse_changed(folder, before, name)  # else the hashes may be of other weights than those that run
     return TextBackbone(
         network.to(where), tokenizer, specs, shapes, identity,
         provenance=_provenance(name, revision or _commit(folder), where), pooler=pooler, name=name, compiled=compiled,
@@ -228,6 +227,7 @@ class TextBackbone:
         self.tokenizer = tokenizer
         self.policy = policy
         self.name = name
+        self.probe_rows = TEXT_ROWS
         self.provenance = dict(provenance)
         self.specs = tuple(specs)
         self.device = next(network.parameters()).device
@@ -248,6 +248,11 @@ class TextBackbone:
         if compiled:
             self._run = Compiled(network, self._warm_up)
             self._run.ready()
+
+    @property
+    def probe_versions(self) -> dict[str, str]:
+        """Versions of what prepares texts."""
+        return tokenizer_versions()
 
     def _probe(self, pooler: bool) -> tuple[tuple[str, ...], tuple[FeatureSet, ...]]:
         """Run the model once on dummies, and read poolings, widths and layers off what comes out."""

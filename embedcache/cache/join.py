@@ -15,8 +15,9 @@ from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, Labelled, packed
-from embedcache.errors import CacheError, IncompleteCacheError, InputError
+from embedcache.errors import CacheError, IncompleteCacheError, InputError, NumericsMismatchError
 from embedcache.journal import explained
+from embedcache.numerics import difference
 
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
@@ -36,14 +37,16 @@ def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = 
     return FeatureCache.open(path)
 
 
-def merge(parts: Sequence[Path | str], output_dir: Path | str) -> FeatureCache:
+def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numerics: bool = False) -> FeatureCache:
     """Join caches of the same spec, one shard in memory at a time.
 
     Parts made with ``--part`` give back the dataset in its original order; other caches are put one after the other.
-    A row that several parts hold is kept once. An interrupted merge goes on where it stopped.
+    A row that several parts hold is kept once. An interrupted merge goes on where it stopped. ``accept_numerics``
+    joins parts whose machines computed other last bits, and records that.
 
     Raises:
         SpecMismatchError: parts made another way.
+        NumericsMismatchError: parts whose machines computed other bits, by their probes.
         InputError: parts that do not fit together, or do not make a whole.
         IncompleteCacheError: a part whose extraction is not finished.
     """
@@ -57,14 +60,26 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str) -> FeatureCache:
         if not manifest.complete:
             raise IncompleteCacheError(f"{part} is not finished: run the same extract command again, then merge")
         manifest.refuse_other_spec(str(part), found[0].spec, found[0].feature_sets)
+        if not accept_numerics:
+            _refuse_other_numerics(str(part), found[0], manifest)
     caches = [FeatureCache.open(part) for part in parts]
     columns = _joined(caches)
     with CacheWriter(output_dir, found[0].spec, found[0].feature_sets) as writer:
+        writer.admit_kinds((each for manifest in found for each in manifest.numerics), accept=accept_numerics)
         for each in _missing(found, [cache.stored_keys() for cache in caches], writer):
             keys, arrays = caches[each.part].shard(each.shard, each.rows)
             writer.append(keys, arrays, found[each.part].shards[each.shard].provenance)
         writer.commit_dataset(**columns)
     return FeatureCache.open(output_dir)
+
+
+def _refuse_other_numerics(where: str, first: Manifest, other: Manifest) -> None:
+    """Raise ``NumericsMismatchError`` where one part's rows have other bits than the first's, or only one says."""
+    if not other.shards or not first.shards or (first.probe is None and other.probe is None):
+        return
+    found = difference(first.probe, other.probe)
+    if not found.same_bits:
+        raise NumericsMismatchError(where, found.to_text(), known=found.status != "unknown")
 
 
 @dataclass(frozen=True)

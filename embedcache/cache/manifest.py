@@ -12,16 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import CacheError, CacheNotFoundError, CorruptCacheError, SpecMismatchError
+from embedcache.errors import (
+    CacheError,
+    CacheNotFoundError,
+    CorruptCacheError,
+    NumericsMismatchError,
+    SpecMismatchError,
+)
 from embedcache.fingerprint import differences, hash_json, strict_json
 from embedcache.journal import commit, explain, explained
+from embedcache.numerics import Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
 from embedcache.spec import TASKS
 
 NAME = "manifest.json"
 FOLDERS = ("features", "examples")
 FORMAT = "embedcache"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 TARGETS: dict[str, np.dtype[Any]] = {
     "classification": np.dtype("<i8"),
     "multilabel": np.dtype("u1"),
@@ -38,6 +45,14 @@ class Shard:
     file: ShardFile
     rows: int
     provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """One kind of machine that computed rows of a cache; ``accepted`` when they differ from the first and may."""
+
+    probe: Probe
+    accepted: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,9 @@ class Dataset:
 class Manifest:
     """Everything the manifest says.
 
-    ``generation`` counts the datasets there have been and numbers the next examples file. ``newer`` is set when a
-    newer minor version of the format wrote it: readable, but not to be written over.
+    ``generation`` counts the datasets there have been and numbers the next examples file. ``numerics`` are the kinds
+    of machine that computed the rows; there are none in format 1.0. ``newer`` is set when a newer minor version of the
+    format wrote it: readable, but not to be written over.
     """
 
     spec: Mapping[str, Any]
@@ -75,6 +91,7 @@ class Manifest:
     examples: Dataset | None = None
     complete: bool = False
     generation: int = 0
+    numerics: tuple[Numerics, ...] = ()
     newer: str | None = None
     spec_hash: str = field(default="")
 
@@ -91,7 +108,7 @@ class Manifest:
         """Return the manifest as it stands on disk, with its own hash."""
         body: dict[str, Any] = {
             "format": FORMAT,
-            "version": f"{MAJOR}.{MINOR}",
+            "version": f"{MAJOR}.{MINOR if self.numerics else 0}",
             "spec": dict(self.spec),
             "spec_hash": self.spec_hash,
             "feature_sets": [asdict(each) for each in self.feature_sets],
@@ -106,6 +123,8 @@ class Manifest:
             facts = {name: value for name, value in vars(self.examples).items() if name != "file"}
             lists = {name: list(facts[name]) for name in ("class_names", "split_names")}
             body["examples"] = {**asdict(self.examples.file), **facts, **lists}
+        if self.numerics:
+            body["numerics"] = [{"probe": each.probe.to_json(), "accepted": each.accepted} for each in self.numerics]
         return {**body, "manifest_hash": hash_json(body)}
 
     def files(self) -> list[tuple[str, ShardFile]]:
@@ -119,6 +138,30 @@ class Manifest:
         found = differences(self.spec, spec) or differences(mine, theirs, "feature_sets")
         if found:
             raise SpecMismatchError(where, found)
+
+    @property
+    def probe(self) -> Probe | None:
+        """What the machine that made the cache computes, None where that was not recorded."""
+        return self.numerics[0].probe if self.numerics else None
+
+    def with_numerics(self, where: str, probe: Probe | None, accepted: bool) -> Manifest:
+        """Return the manifest for rows that a machine with this probe adds.
+
+        Raises ``NumericsMismatchError`` where they are other bits than those there, and that is not ``accepted``.
+        """
+        if not self.shards:
+            return replace(self, numerics=() if probe is None else (Numerics(probe),))
+        if (probe is None and not self.numerics) or any(each.probe == probe for each in self.numerics):
+            return self
+        found = difference(self.probe, probe)
+        if not found.same_bits and not accepted:
+            raise NumericsMismatchError(where, found.to_text(), known=found.status != "unknown")
+        return self if probe is None else self.with_kind(Numerics(probe, not found.same_bits))
+
+    def with_kind(self, numerics: Numerics) -> Manifest:
+        """Return the manifest with one more kind of machine, once each."""
+        known = any(each.probe == numerics.probe for each in self.numerics)
+        return self if known else replace(self, numerics=(*self.numerics, numerics))
 
     def write(self, directory: Path) -> None:
         """Commit the manifest."""
@@ -203,10 +246,24 @@ def parse(data: bytes) -> Manifest:
         examples=_dataset(body["examples"]),
         complete=body["complete"],
         generation=body["generation"],
+        numerics=tuple(_numerics(each, sets) for each in _list(body["numerics"])) if "numerics" in body else (),
         newer=said if int(version[2]) > MINOR else None,
     )
     _require(manifest.spec_hash == body["spec_hash"], "spec_hash")
     return manifest
+
+
+def _numerics(body: Any, sets: Sequence[FeatureSet]) -> Numerics:
+    _require(isinstance(body["accepted"], bool), "accepted")
+    probe = Probe.from_json(body["probe"])
+    stored = {each.name: each.dtype for each in sets}
+    _require({name: each.dtype for name, each in probe.outcomes.items()} == stored, "the feature sets of a probe")
+    return Numerics(probe, body["accepted"])
+
+
+def _list(body: Any) -> list[Any]:
+    _require(isinstance(body, list), "a field that is no list")
+    return list(body)
 
 
 def _dataset(body: Any) -> Dataset | None:

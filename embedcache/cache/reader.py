@@ -28,6 +28,7 @@ from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError
 from embedcache.journal import exists, explained, is_locked
+from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, Placed
 from embedcache.spec import Task
 from embedcache.wording import shown
@@ -149,6 +150,23 @@ class FeatureCache:
     def manifest(self) -> Mapping[str, Any]:
         """The manifest as JSON values."""
         return self._manifest.to_json()
+
+    @property
+    def probe(self) -> Probe | None:
+        """What the machine that made the cache computes: see ``numerics``; None where that was not recorded."""
+        return self._manifest.probe
+
+    def numerics(self) -> list[dict[str, Any]]:
+        """Return the kinds of machine that computed rows: each one's probe by its hash, and how it differs."""
+        return [
+            {
+                "probe": each.probe.hash,
+                "prepared_by": dict(each.probe.versions),
+                "accepted": each.accepted,
+                **difference(self.probe, each.probe).to_json(),
+            }
+            for each in self._manifest.numerics
+        ]
 
     @cached_property
     def n_unique(self) -> int:
@@ -330,6 +348,7 @@ class FeatureCache:
             "spec": self.spec,
             "spec_hash": self.spec_hash,
             "provenance": self.provenance(),
+            "numerics": self.numerics(),
             "complete": self._manifest.complete,
         }
 

@@ -16,16 +16,18 @@ import numpy.typing as npt
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import check, nonsense, rises, stored_keys
 from embedcache.cache.index import Keys, RowIndex, Rows
-from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Shard
+from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Numerics, Shard
 from embedcache.errors import (
     CacheError,
     CacheNotFoundError,
     CorruptCacheError,
     FeatureError,
     InputError,
+    NumericsMismatchError,
 )
 from embedcache.fingerprint import canonical_json, sha256_bytes
 from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
+from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
 
 _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
@@ -139,6 +141,32 @@ class CacheWriter:
             self._keys = [np.concatenate(self._keys)] if self._keys else [np.zeros((0, 16), np.uint8)]
             self._index = RowIndex(self._keys[0])
         return self._index.lookup(keys)
+
+    def admit(self, probe: Probe | None, *, accept: bool = False) -> Difference | None:
+        """Say what the machine computes whose rows are appended from now on; None for a backbone without a probe.
+
+        Returns how that differs from what made the rows there, None where there are none. Other numerics are recorded
+        with the next shard.
+
+        Raises ``NumericsMismatchError`` when bits differ and that is not to be accepted; nothing is then changed.
+        """
+        there = bool(self._manifest.shards)
+        found = difference(self._manifest.probe, probe) if there else None
+        self._manifest = self._manifest.with_numerics(str(self.path), probe, accept)
+        return found
+
+    def admit_kinds(self, kinds: Iterable[Numerics], *, accept: bool = False) -> None:
+        """Do what ``admit`` does for rows of another cache, which may be of several kinds already."""
+        manifest = self._manifest
+        for each in kinds:
+            if not manifest.shards and not manifest.numerics:
+                manifest = replace(manifest, numerics=(each,))
+                continue
+            found = difference(manifest.probe, each.probe)
+            if not (found.same_bits or accept or each.accepted):
+                raise NumericsMismatchError(str(self.path), found.to_text(), known=found.status != "unknown")
+            manifest = manifest.with_kind(Numerics(each.probe, each.accepted or not found.same_bits))
+        self._manifest = manifest
 
     def append(self, keys: Keys, arrays: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Commit one shard of rows that are not in the cache yet.

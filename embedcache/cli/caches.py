@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import device_option, input_options, json_option, print_json, read_examples, say, table
+from embedcache.cli.options import (
+    accept_option,
+    device_option,
+    input_options,
+    json_option,
+    print_json,
+    read_examples,
+    say,
+    table,
+)
 from embedcache.wording import shown
 
 
@@ -40,6 +49,7 @@ from embedcache.wording import shown
 @click.option("--shard-rows", type=int, metavar="N", help="Rows in a shard. Default: 16,384, or 64 MB.")
 @click.option("--part", metavar="I/N", help="Extract the I-th of N parts, to be merged later.")
 @click.option("--keep-inputs", is_flag=True, help="Store the input rows in the cache too.")
+@accept_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; write nothing.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @input_options
@@ -58,8 +68,8 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     settings = {name: options.pop(name) for name in SETTINGS}
     if options.pop("tokens"):
         settings["poolings"] = [*(settings["poolings"] or ["auto"]), "tokens"]
-    threads, rows_per_shard, part, keep = (
-        options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs")
+    threads, rows_per_shard, part, keep, accept = (
+        options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs", "accept_numerics")
     )
     selected = parse_part(part)
     examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
@@ -73,7 +83,8 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
         say(f"note: {shown(hint)}", err=True)
     report = run(
-        examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads
+        examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads,
+        accept_numerics=accept,
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())
@@ -126,11 +137,33 @@ def describe_text(facts: dict[str, Any]) -> str:
         how = f"computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"
         lines += ["", shown(f"backbone: {backbone.get('architecture')}, {how}")]
     for ran in facts["provenance"]:
-        lines.append(
-            shown("ran on:   " + ", ".join(f"{key} {value}" for key, value in ran.items() if value is not None))
-        )
+        facts_of_run = (f"{key} {value}" for key, value in ran.items() if value is not None and key != "probe")
+        line = shown("ran on:   " + ", ".join(facts_of_run))
+        if line not in lines:
+            lines.append(line)
+    lines += [shown(f"numerics: {each}") for each in numerics_text(facts["numerics"])]
     lines.append(f"spec:     {facts['spec_hash'][:16]}")
     return "\n".join(lines)
+
+
+def numerics_text(kinds: list[dict[str, Any]]) -> list[str]:
+    """Say of each kind of machine that computed rows what its probe is, and how far it is from the first."""
+    if not kinds:
+        return ["no probe, so that nothing says whether another machine computes the same bits"]
+    lines = []
+    for at, each in enumerate(kinds):
+        line = f"probe {each['probe'][:16]}, rows prepared by {_versions(each['prepared_by'])}"
+        if at and each["same_bits"]:
+            line += "; the same bits as the first"
+        elif at:
+            size = "nothing comparable" if each["largest"] is None else f"up to {each['largest']:.2g}"
+            line += f"; {size} from the first ({each['feature']}), accepted"
+        lines.append(line)
+    return lines
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "nothing"
 
 
 @click.command(short_help="Hash everything again.")
@@ -165,11 +198,12 @@ def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
 @click.command(short_help="Join parts into one cache.")
 @click.argument("parts", nargs=-1, required=True, type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="CACHE", help="The cache to make.")
-def merge(parts: tuple[str, ...], output_dir: str) -> None:
+@accept_option
+def merge(parts: tuple[str, ...], output_dir: str, accept_numerics: bool) -> None:
     """Join PARTS, caches made with --part I/N, into one, without any forward pass."""
     from embedcache.cache import merge as merge_caches
 
-    merged = merge_caches(list(parts), output_dir)
+    merged = merge_caches(list(parts), output_dir, accept_numerics=accept_numerics)
     say(f"{merged.n_rows:,} rows of {len(parts)} parts merged into {output_dir}")
 
 

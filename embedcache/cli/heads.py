@@ -167,16 +167,19 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 
     from embedcache.cache import FeatureCache
     from embedcache.heads import TrainedHead
+    from embedcache.numerics import difference
     from embedcache.train import evaluate_on_cache
 
-    head = TrainedHead.from_pretrained(run)
-    measured = evaluate_on_cache(head, FeatureCache.open(cache), split)
+    head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
+    measured = evaluate_on_cache(head, opened, split)
+    numerics = difference(head.probe, opened.probe)
     if record:
         from embedcache.heads.folder import record as add
 
         add(Path(run), split, measured)
     if as_json:
-        return print_json({split: measured})
+        return print_json({split: measured, "numerics": numerics.to_json()})
+    _say_numerics(numerics)
     say(metrics_text({split: measured}))
     for name, (low, high) in measured.get("intervals", {}).items():
         say(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
@@ -186,6 +189,12 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
             say("\n" + table([[shown(row[0]), *row[1:]] for row in cells], list(rows[0])))
     if missing := measured.get("missing_classes"):
         say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
+
+
+def _say_numerics(numerics: Any) -> None:
+    """Say that features are computed with other bits than those the head was trained on, where that is known."""
+    if numerics.status not in ("same", "unknown"):
+        say(f"numerics, against what the head was trained on: {shown(numerics.to_text())}", err=True)
 
 
 @click.command()
@@ -207,6 +216,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 @click.option("--model", metavar="NAME|FOLDER", help="Where the head's backbone is now, if not where it was.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @device_option
+@json_option
 def predict(
     run: str,
     inputs: tuple[str, ...],
@@ -216,6 +226,7 @@ def predict(
     model: str | None,
     trust_remote_code: bool,
     device: str,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet), or - for standard input.
@@ -223,14 +234,18 @@ def predict(
     The backbone is the one the head was trained on, with the same settings; any other is refused. CSV has the columns
     id, label, confidence, and the probability of each class (of a regression, the value of each target). There, what a
     spreadsheet would run as a formula (it begins with =, +, -, @, a tab or a line break and is no number) has a ' put
-    in front, and what begins with ' and then one of those has one more; JSONL has everything as it is.
+    in front, and what begins with ' and then one of those has one more; JSONL has everything as it is, and --json is
+    one object with the predictions and with what this machine's probe says.
     """
     if bool(inputs) == bool(texts):
         raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')
     from embedcache.predict import Predictor
 
+    if as_json and (output is not None or form is not None):
+        raise click.UsageError("--json goes to stdout, all at once: leave out --output and --format, or --json")
     predictor = Predictor.load(run, model=model, device=device, trust_remote_code=trust_remote_code)
-    if texts and output is None and form is None:
+    _say_numerics(predictor.numerics)
+    if texts and output is None and form is None and not as_json:
         for text, prediction in zip(texts, predictor(texts), strict=True):
             say(_line(text, prediction))
         return
@@ -246,6 +261,9 @@ def predict(
         for note in examples.notes:
             say(f"note: {shown(note)}", err=True)
         rows, total = predictor.stream_examples(examples), len(examples)
+    if as_json:
+        said = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]
+        return print_json({"numerics": predictor.numerics.to_json(), "predictions": said})
     form = form or ("jsonl" if output and output.endswith((".jsonl", ".json")) else "csv")
     with _destination(output) as file:
         write = _csv(file, predictor.head) if form == "csv" else _jsonl(file, predictor.head)
@@ -308,15 +326,17 @@ def _progress(rows: Iterable[tuple[str, Any]], total: int) -> Iterable[tuple[str
     return said
 
 
-def _jsonl(file: IO[str], head: Any) -> Callable[[str, Any], None]:
-    regression = head.task == "regression"
+def _json_of(name: str, prediction: Any, head: Any) -> dict[str, Any]:
+    values = dict(prediction.probabilities)
+    if head.task == "regression":
+        return {"id": name, "values": values}
+    label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
+    return {"id": name, "label": label, "confidence": prediction.confidence, "probabilities": values}
 
+
+def _jsonl(file: IO[str], head: Any) -> Callable[[str, Any], None]:
     def write(name: str, prediction: Any) -> None:
-        values = dict(prediction.probabilities)
-        label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
-        said = {"label": label, "confidence": prediction.confidence, "probabilities": values}
-        line = json.dumps({"id": name} | ({"values": values} if regression else said), ensure_ascii=False)
-        file.write(json_shown(line) + "\n")
+        file.write(json_shown(json.dumps(_json_of(name, prediction, head), ensure_ascii=False)) + "\n")
 
     return write
 

@@ -111,6 +111,10 @@ input_options = several(
 )  # fmt: skip
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+accept_option = click.option(
+    "--accept-numerics", is_flag=True,
+    help="Join rows of machines whose last bits differ, by their probes. The cache records it.",
+)  # fmt: skip
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs."
 )

@@ -93,16 +93,3 @@ def _summed(differs: Array, apart: Array, ulps: Array) -> Difference:
     where = tuple(int(each) for each in at) or (0,)
     largest = float(apart.max())
     return Difference(differs.size, differs.size - count, largest, int(np.where(differs, ulps, 0).max()), where)
-
-
-def rounded(values: Array, dtype: str) -> npt.NDArray[np.float32]:
-    """Return float32 values as a storage type holds them, in float32: to nearest, ties to even."""
-    if dtype == "float32":
-        return np.asarray(values, np.float32)
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).astype(np.float32)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    # Half of what is cut off, or a little less where the last bit kept is even: adding it carries as rounding does.
-    carried = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
-    return np.where(np.isfinite(values), carried.view(np.float32), values).astype(np.float32)

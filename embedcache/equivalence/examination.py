@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from embedcache.backbone import Backbone, features_of, resolve_model
+from embedcache.backbone import Backbone, features_of, probe_of, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.equivalence import causes
-from embedcache.equivalence.bits import difference, rounded
+from embedcache.equivalence.bits import difference
 from embedcache.equivalence.features import gathered, recompute, stored
 from embedcache.equivalence.live import LiveBatches, backbone_state, live_parts
 from embedcache.equivalence.plain import PLAIN
@@ -37,7 +37,8 @@ from embedcache.equivalence.tolerance import (
 from embedcache.equivalence.training import Record, cached_batches, compare, differences_of, train
 from embedcache.errors import FeatureError, TrainingError
 from embedcache.fingerprint import differences
-from embedcache.shard import FeatureSet
+from embedcache.numerics import difference as numerics
+from embedcache.shard import FeatureSet, rounded
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
 from embedcache.train import train_head
 from embedcache.train.data import Data
@@ -88,7 +89,8 @@ class Examination:
         self.findings += causes.of_identity(recorded, here)
 
     def environment(self) -> None:
-        """Note in which way this machine is not the one that made the cache."""
+        """Note in which way this machine is not the one that made the cache; its probe says what it computes."""
+        self.numerics = numerics(self.cache.probe, probe_of(self.backbone) if self.cache.probe is not None else None)
         here = self.backbone.provenance
         for made in self.cache.provenance():
             for name in ENVIRONMENT:
@@ -411,7 +413,7 @@ class Examination:
             )
         return EquivalenceResult(
             tuple(self.comparisons), tuple(dict.fromkeys(self.findings)), tuple(self.notes), sampled, self.costs,
-            tuple(self.environment_differs), time.perf_counter() - begun,
+            tuple(self.environment_differs), time.perf_counter() - begun, self.numerics,
         )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from embedcache.backbone import Backbone, run_plan
 from embedcache.batching import plan
 from embedcache.cache import FeatureCache
-from embedcache.equivalence.bits import Difference, difference, rounded
-from embedcache.shard import FeatureSet, decoded
+from embedcache.equivalence.bits import Difference, difference
+from embedcache.shard import FeatureSet, decoded, rounded
 from embedcache.train.data import choose
 
 Array = npt.NDArray[Any]

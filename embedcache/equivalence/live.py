@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 
 from embedcache.backbone import Backbone, features_of
-from embedcache.equivalence.bits import rounded
 from embedcache.heads.trained import pad
-from embedcache.shard import FeatureSet
+from embedcache.shard import FeatureSet, rounded
 from embedcache.train.batches import Batch, order
 
 Rows = npt.NDArray[np.int64]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from embedcache.equivalence.bits import Difference
 from embedcache.errors import NotEqualError
+from embedcache.numerics import Difference as Numerics
 from embedcache.wording import shown
 
 Verdict = Literal["identical", "within tolerance", "different", "cost"]
@@ -76,7 +77,7 @@ class EquivalenceResult:
     ``equal`` is the verdict: every comparison agrees and nothing was found. ``findings`` name what is wrong, most
     telling first; ``notes`` are worth knowing and no fault; ``sampled`` says how much was compared; ``costs`` what
     rounding to the storage type costs; ``environment`` has the fields in which this machine differs from the one that
-    made the cache, as (field, there, here).
+    made the cache, as (field, there, here); ``numerics`` is how its probe differs from the cache's.
     """
 
     comparisons: Sequence[Comparison]
@@ -86,6 +87,7 @@ class EquivalenceResult:
     costs: Mapping[str, Any] = field(default_factory=dict)
     environment: Sequence[tuple[str, Any, Any]] = ()
     seconds: float = 0.0
+    numerics: Numerics = field(default_factory=lambda: Numerics("unknown"))
 
     @property
     def equal(self) -> bool:
@@ -120,6 +122,7 @@ class EquivalenceResult:
             "environment_differs": [
                 {"field": name, "cache": there, "here": here} for name, there, here in self.environment
             ],
+            "numerics": self.numerics.to_json(),
             "seconds": self.seconds,
         }
 
@@ -133,6 +136,7 @@ class EquivalenceResult:
         lines.insert(1, "  ".join("-" * width for width in widths))
         said = [f"sampled: {', '.join(f'{name} {value}' for name, value in self.sampled.items())}"]
         said += [f"storage costs: {name} {value}" for name, value in self.costs.items()]
+        said += [f"numerics: {self.numerics.to_text()}"]
         said += [f"note: {note}" for note in self.notes]
         said += [f"DIFFERENT: {finding}" for finding in self.findings]
         if not self.equal and not self.findings:

@@ -132,6 +132,7 @@ def extract(
     part: str | None = None,
     keep_inputs: bool = False,
     threads: int | None = None,
+    accept_numerics: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> FeatureCache:
@@ -147,6 +148,7 @@ def extract(
         part: ``"2/8"`` for the second of eight parts, to be joined by ``merge``.
         keep_inputs: store the rows' contents in the cache.
         threads: how many CPU threads the passes share, each pass having its own ``pass_threads``; changes no bit.
+        accept_numerics: add rows to a cache though this machine computes other last bits, by their probes.
         progress: where to report to; None draws a bar on a terminal.
         options: the settings of ``load_for`` (``max_length``, ``compute_dtype``, ...) and the columns and splits of
             ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
@@ -174,6 +176,7 @@ def extract(
         rows_per_shard=rows_per_shard,
         keep_inputs=keep_inputs,
         threads=threads,
+        accept_numerics=accept_numerics,
         progress=progress,
     )
     return FeatureCache.open(output_dir)

@@ -21,12 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared, run_plan
+from embedcache.backbone import Backbone, Prepared, probe_of, run_plan
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import plan
 from embedcache.cache import CacheWriter
 from embedcache.errors import FeatureError, Interrupted, SpecError
 from embedcache.examples import Examples
+from embedcache.numerics import Difference
 from embedcache.shard import STORED, FeatureSet
 from embedcache.wording import shown
 
@@ -41,7 +42,10 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What one extraction did. ``tokens`` are real positions, ``computed`` includes padding and dummy rows."""
+    """What one extraction did. ``tokens`` are real positions, ``computed`` includes padding and dummy rows.
+
+    ``numerics`` says how the new rows' machine differs from that of the rows that were there; None where either is not.
+    """
 
     rows: int
     unique: int
@@ -53,10 +57,11 @@ class ExtractionReport:
     computed: int
     shards: int
     seconds: float
+    numerics: Difference | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "numerics": None if self.numerics is None else self.numerics.to_json()}
 
     def to_text(self, where: Path | str) -> str:
         """Say it in a few lines."""
@@ -73,6 +78,8 @@ class ExtractionReport:
             )
         if self.truncated:
             lines.append(f"{self.truncated:,} rows were longer than the model reads and were cut")
+        if self.numerics is not None and self.numerics.status != "same":
+            lines.append(f"numerics of the new rows, against those that were there: {self.numerics.to_text()}")
         return "\n".join(lines)
 
 
@@ -259,12 +266,17 @@ def run(
     rows_per_shard: int | None = None,
     keep_inputs: bool = False,
     threads: int | None = None,
+    accept_numerics: bool = False,
     progress: Progress | None = None,
 ) -> ExtractionReport:
     """Bring a cache up to date with ``examples``: run the backbone over the rows it does not hold, and nothing else.
 
+    Where there are new rows, the backbone's probe is run first: rows are added only to rows of the same bits, or with
+    ``accept_numerics`` to others, which the cache then records.
+
     Raises:
         SpecMismatchError: the cache there holds features made another way.
+        NumericsMismatchError: the cache there holds rows that another kind of machine computed.
         CacheLockedError: another process writes to it.
         Interrupted: Ctrl-C; what was committed stays, and the same call goes on from there.
     """
@@ -276,6 +288,11 @@ def run(
     ):
         known = writer.lookup(examples.keys)
         todo = new_rows(examples, known)
+        provenance, numerics = dict(backbone.provenance), None
+        if len(todo):
+            probe = probe_of(backbone)
+            numerics = writer.admit(probe, accept=accept_numerics)
+            provenance |= {} if probe is None else {"probe": probe.hash}
         most = shard_rows(backbone.feature_sets, rows_per_shard)
         reused = int((known >= 0).sum())
         bar: Progress = progress if progress is not None else Bar()
@@ -286,7 +303,7 @@ def run(
 
         def commit(window: Window, arrays: Mapping[str, Any]) -> None:
             refuse_non_finite(window, arrays, backbone, examples)
-            writer.append(examples.keys[window.rows], arrays, backbone.provenance)
+            writer.append(examples.keys[window.rows], arrays, provenance)
 
         try:
             for window in source:
@@ -323,5 +340,6 @@ def run(
         unique=unique_count(examples),
         reused=reused,
         seconds=time.perf_counter() - start,
+        numerics=numerics,
         **counts,
     )

@@ -34,6 +34,7 @@ from embedcache.fingerprint import hash_json, read_json, sha256_bytes, strict_js
 from embedcache.heads.registry import build_head, head_class, kinds, refuse_unknown_options
 from embedcache.heads.trained import TrainedHead
 from embedcache.journal import explain, explained
+from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import TASKS, HeadSpec
 
@@ -87,6 +88,7 @@ def config_of(
         "revision": head.revision,
         "extraction": dict(head.extraction),
         "extraction_hash": hash_json(dict(head.extraction)),
+        **({} if head.probe is None else {"probe": head.probe.to_json()}),
         "calibration": dict(head.calibration),
         "training": dict(head.training),
         "facts": {str(name): str(value) for name, value in facts.items()},
@@ -216,6 +218,7 @@ def parse(config: Any) -> tuple[TrainedHead, dict[str, str]]:
     calibration = _calibration(mapping(config["calibration"]), config["task"], len(names))
     head = TrainedHead(
         spec, config["task"], names, feature, extraction=extraction, model=model, revision=revision,
+        probe=Probe.from_json(config["probe"]) if "probe" in config else None,
         calibration=calibration, training=mapping(config["training"]),
     )  # fmt: skip
     return head, file

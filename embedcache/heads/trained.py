@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError
+from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task
 
@@ -52,6 +53,7 @@ class TrainedHead:
         estimator: that estimator.
         extraction: the spec of the cache it was trained on, {} for features of unknown origin.
         model, revision: the name by which the backbone was asked for.
+        probe: what the machine computed that made those features, None where that is not known.
         calibration: ``{"temperature": T}`` or ``{"thresholds": [C numbers]}``, {} for none.
         training: how it was trained, for the record.
     """
@@ -65,6 +67,7 @@ class TrainedHead:
     extraction: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     revision: str | None = None
+    probe: Probe | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -261,7 +261,10 @@ def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], 
 
 def _origin(problem: Problem) -> dict[str, Any]:
     where = problem.cache.provenance()[-1] if problem.cache.provenance() else {}
-    return {"extraction": problem.cache.spec, "model": where.get("model"), "revision": where.get("revision")}
+    return {
+        "extraction": problem.cache.spec, "model": where.get("model"), "revision": where.get("revision"),
+        "probe": problem.cache.probe,
+    }  # fmt: skip
 
 
 def _one(problem: Problem, job: Job, x: Any, y: npt.NDArray[Any]) -> Trained:

@@ -75,7 +75,8 @@ def train_on_cache(
         rows_of(cache, train, chosen), targets[train],
         rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
         head, spec, task=cache.task or "classification", class_names=cache.class_names, feature=chosen,
-        extraction=cache.spec, model=where.get("model"), revision=where.get("revision"), device=device,
+        extraction=cache.spec, model=where.get("model"), revision=where.get("revision"), probe=cache.probe,
+        device=device,
         progress=progress, notes=notes,
     )  # fmt: skip
     facts = {"features": f"{chosen.name} of a cache with spec {cache.spec_hash[:16]}", **result.facts}

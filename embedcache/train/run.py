@@ -13,6 +13,7 @@ import numpy.typing as npt
 from embedcache.errors import FeatureError, SpecError
 from embedcache.heads import TrainedHead
 from embedcache.heads.trained import count
+from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train.calibration import fit_temperature, fit_thresholds
@@ -57,6 +58,7 @@ def train_head(
     extraction: Mapping[str, Any] | None = None,
     model: str | None = None,
     revision: str | None = None,
+    probe: Probe | None = None,
     device: str = "cpu",
     progress: bool = True,
     calibrate: bool = True,
@@ -76,7 +78,8 @@ def train_head(
         class_names: the C classes, or the names of the R targets.
         sample_weight: [N] weights of the training rows, None for equal.
         feature: what the features are; None to go by their shape.
-        extraction, model, revision: the spec of the cache and the backbone's name, recorded in the head.
+        extraction, model, revision, probe: the spec of the cache, the backbone's name and what its machine computed,
+            recorded in the head.
         device: where a torch head is trained.
         calibrate: fit a temperature or thresholds on the validation rows.
         intervals: bootstrap intervals in the validation metrics, which take seconds with many rows and labels.
@@ -105,7 +108,7 @@ def train_head(
     begun = time.perf_counter()
     trained = TrainedHead(
         head, task, tuple(class_names), feature, extraction=dict(extraction or {}), model=model, revision=revision,
-        training=spec.record(),
+        probe=None if probe is None else probe.only(feature.name), training=spec.record(),
     )  # fmt: skip
     history: Sequence[Mapping[str, Any]] = ()
     interrupted = False
@@ -263,6 +266,7 @@ def train_stack(
     extraction: Mapping[str, Any] | None = None,
     model: str | None = None,
     revision: str | None = None,
+    probe: Probe | None = None,
     device: str = "cpu",
     progress: bool = True,
     title: str = "train",
@@ -292,7 +296,7 @@ def train_stack(
     made = [
         TrainedHead(
             head, task, tuple(class_names), feature, state=state, extraction=dict(extraction or {}), model=model,
-            revision=revision, training=spec.record(),
+            revision=revision, probe=None if probe is None else probe.only(feature.name), training=spec.record(),
         )
         for head, spec, state in zip(heads, specs, found.states, strict=True)
     ]  # fmt: skip
