@@ -9,6 +9,8 @@
 ``gather``      rows out of many shards, mapped or copied
 ``torch_data``  the same as a torch ``Dataset``
 ``join``        relabel and merge
+``repair``      damaged files set aside, to be computed again
+``untrusted``   a stranger's cache, looked into by a limited child process
 ==============  ======================================================================
 """
 

@@ -15,6 +15,7 @@ from embedcache.cli.options import (
     read_examples,
     say,
     table,
+    untrusted_option,
 )
 from embedcache.wording import shown
 
@@ -100,6 +101,7 @@ SETTINGS = (
 @click.command(short_help="What is in a cache.")
 @click.argument("cache", type=click.Path())
 @json_option
+@untrusted_option
 def info(cache: str, as_json: bool) -> None:
     """Say what is in CACHE: rows, splits, classes, feature sets, the backbone and what ran it."""
     from embedcache.cache import FeatureCache
@@ -168,9 +170,20 @@ def _versions(versions: dict[str, str]) -> str:
 
 @click.command(short_help="Hash everything again.")
 @click.argument("cache", type=click.Path())
-def verify(cache: str) -> None:
+@click.option("--repair", is_flag=True, help="Set damaged files aside, so that extract computes just those again.")
+@click.option(
+    "--untrusted", is_flag=True, help="CACHE comes from a stranger: a child with little memory and time looks into it."
+)
+def verify(cache: str, repair: bool, untrusted: bool) -> None:
     """Hash every byte of CACHE again and compare it with what was committed."""
-    from embedcache.cache import verify as verify_cache
+    if repair:
+        if untrusted:
+            raise click.UsageError("--repair and --untrusted contradict each other: repair only what is your own")
+        return _repair(cache)
+    if untrusted:
+        from embedcache.cache.untrusted import examine as verify_cache
+    else:
+        from embedcache.cache import verify as verify_cache
 
     problems = verify_cache(cache)
     for problem in problems:
@@ -180,10 +193,25 @@ def verify(cache: str) -> None:
     say(f"{cache} is sound: every file is what was committed")
 
 
+def _repair(cache: str) -> None:
+    from embedcache.cache.repair import repair
+
+    done = repair(cache)
+    for problem in done.problems:
+        say(shown(problem))
+    if done.aside is None:
+        return say(f"{cache} is sound: every file is what was committed")
+    say(
+        f"set aside in {done.aside}, with the manifest; {done.rows:,} rows are left in {cache}: run the same extract "
+        f"command again, and what is missing is computed (rows: {done.lost:,})"
+    )
+
+
 @click.command(short_help="New labels or splits, no forward pass.")
 @click.argument("cache", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path())
 @input_options
+@untrusted_option
 def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
     """Give CACHE the labels and splits of INPUT, without any forward pass. Every row must be in the cache."""
     from embedcache.cache import relabel as relabel_cache
@@ -199,6 +227,7 @@ def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
 @click.argument("parts", nargs=-1, required=True, type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="CACHE", help="The cache to make.")
 @accept_option
+@untrusted_option
 def merge(parts: tuple[str, ...], output_dir: str, accept_numerics: bool) -> None:
     """Join PARTS, caches made with --part I/N, into one, without any forward pass."""
     from embedcache.cache import merge as merge_caches

@@ -15,6 +15,7 @@ from embedcache.cli.options import (
     read_examples,
     say,
     setting_option,
+    untrusted_option,
 )
 
 
@@ -40,6 +41,7 @@ from embedcache.cli.options import (
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @input_options
 @json_option
+@untrusted_option
 def check(
     cache: str,
     inputs: tuple[str, ...],

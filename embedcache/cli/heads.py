@@ -20,6 +20,7 @@ from embedcache.cli.options import (
     several,
     table,
     training_options,
+    untrusted_option,
 )
 from embedcache.wording import cell, json_shown, page, shown
 
@@ -33,6 +34,7 @@ from embedcache.wording import cell, json_shown, page, shown
 @click.option("--allow-unseen", is_flag=True, help="Train although a class of another split has no training row.")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where a torch head is trained. Default: cpu.")
 @json_option
+@untrusted_option
 def train(
     cache: str,
     output_dir: str,
@@ -158,6 +160,7 @@ def _number(value: Any) -> str:
 @click.option("--split", default="test", show_default=True, metavar="NAME", help="The split to measure on.")
 @click.option("--record", is_flag=True, help="Add what is measured to the metrics and the model card of RUN.")
 @json_option
+@untrusted_option
 def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> None:
     """Measure the head of RUN on a split of CACHE, with 95 % intervals.
 

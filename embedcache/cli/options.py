@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -118,6 +119,25 @@ accept_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs."
 )
+
+
+def untrusted_option(function: Function) -> Function:
+    """Add ``--untrusted`` to a command that reads CACHE or PARTS: a child process looks into them first."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any, untrusted: bool, **options: Any) -> Any:
+        if untrusted:
+            from embedcache.cache.untrusted import examine
+            from embedcache.errors import CorruptCacheError
+
+            for cache in options["parts"] if "parts" in options else (options["cache"],):
+                damage = [problem for problem in examine(cache) if not problem.endswith("so it is never read")]
+                if damage:
+                    raise CorruptCacheError(damage[0])
+        return function(*arguments, **options)
+
+    help_text = "CACHE comes from a stranger: a child process with little memory and time looks into it first."
+    return click.option("--untrusted", is_flag=True, help=help_text)(guarded)  # type: ignore[return-value]
 
 
 def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Any:

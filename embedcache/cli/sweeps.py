@@ -6,7 +6,12 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import json_option, print_json, say
+from embedcache.cli.options import (
+    json_option,
+    print_json,
+    say,
+    untrusted_option,
+)
 from embedcache.wording import shown
 
 
@@ -38,6 +43,7 @@ from embedcache.wording import shown
 @click.option("--rows", type=int, default=12, show_default=True, metavar="N", help="Rows of the table to print.")
 @click.option("--yes", is_flag=True, help="Run more than 10,000 configurations.")
 @json_option
+@untrusted_option
 def sweep(
     cache: str, output_dir: str, config: str | None, heads: tuple[str, ...], settings: tuple[str, ...],
     features: tuple[str, ...], seeds: str | None, rows: int, as_json: bool, **options: Any,
