@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +18,16 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
-from embedcache.backbone import features_of, load_backbone, resolve_model, weight_files
-from embedcache.errors import BackboneError
+from embedcache.backbone import behaviour, contents, features_of, load_backbone, resolve_model, text, weight_files
+from embedcache.errors import BackboneError, BackboneMismatchError
+from embedcache.estimator import FeatureExtractor
 from embedcache.fingerprint import differences
 
-TEXTS = [text.encode() for text in tiny_models.TEXTS]
+TEXTS = [each.encode() for each in tiny_models.TEXTS]
 
 
 @pytest.fixture(scope="session")
@@ -158,3 +166,197 @@ def test_weights_that_the_config_names_are_refused(bert: Path) -> None:
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     refused(bert, r"names its weights itself \(transformers_weights: 'other.safetensors'\)")
+
+
+# Models that are changed after they were loaded
+
+
+def nudge(folder: Path, by: float, times: bool = True) -> None:
+    """Save a model's weights again with one value changed: the same size and, with ``times``, the same mtime."""
+    status = (folder / "model.safetensors").stat()
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][5:] += by
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert (folder / "model.safetensors").stat().st_size == status.st_size
+    if times:
+        os.utime(folder / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def extractor(folder: Path, tmp_path: Path) -> FeatureExtractor:
+    return FeatureExtractor(str(folder), "mean", cache_dir=tmp_path / "cache", device="cpu")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weights_saved_again_give_their_own_features(bert: Path, tmp_path: Path, in_place: bool) -> None:
+    texts = list(tiny_models.TEXTS)
+    first = extractor(bert, tmp_path).fit(texts)
+    before = first.transform(texts)
+    assert before.tobytes() == features(bert).tobytes()
+    if in_place:  # the same inode, size and time: nothing but the change time tells
+        status = (bert / "model.safetensors").stat()
+        other = Path(shutil.copytree(bert, tmp_path / "other"))
+        nudge(other, 0.5)
+        with (bert / "model.safetensors").open("r+b") as file:
+            file.write((other / "model.safetensors").read_bytes())
+        os.utime(bert / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (bert / "model.safetensors").stat().st_ino == status.st_ino
+    else:
+        nudge(bert, 0.5)
+    with pytest.raises(BackboneMismatchError, match="fitted with another model") as caught:
+        first.transform(texts)
+    assert "\n" not in str(caught.value)
+    after = clone(first).fit(texts).transform(texts)
+    assert after.tobytes() == features(bert).tobytes()
+    assert after.tobytes() != before.tobytes()
+
+
+def test_a_pickled_pipeline_predicts_with_the_model_that_it_was_fitted_with(bert: Path, tmp_path: Path) -> None:
+    texts, labels = list(tiny_models.TEXTS), [at % 2 for at in range(len(tiny_models.TEXTS))]
+    pipeline = make_pipeline(extractor(bert, tmp_path), LogisticRegression()).fit(texts, labels)
+    expected = pipeline.predict_proba(texts)
+    data = pickle.dumps(pipeline)
+    read = "import pickle, sys; made = pickle.load(open(sys.argv[1], 'rb')); print(made.predict(['not bad']).shape)"
+    (tmp_path / "pipeline").write_bytes(data)
+
+    def fresh() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", read, str(tmp_path / "pipeline")], capture_output=True, text=True, check=False
+        )
+        return done.stdout + done.stderr
+
+    assert fresh().strip() == "(1,)"
+    nudge(bert, 0.5)
+    assert "BackboneMismatchError: FeatureExtractor was fitted with another model" in fresh()
+    with pytest.raises(BackboneMismatchError, match=r"backbone\.weights\.model\.safetensors: fitted with"):
+        pickle.loads(data).predict(texts)
+    assert not hasattr(clone(pipeline)[0], "identity_")
+    shutil.rmtree(bert)
+    tiny_models.build("bert", bert)
+    assert pickle.loads(data).predict_proba(texts).tobytes() == expected.tobytes()
+
+
+def test_shapes_of_another_device_are_those_of_the_fit(bert: Path, tmp_path: Path) -> None:
+    """Fitted where batches are larger (a GPU), a pipeline still predicts here, with the batches it was fitted with."""
+    made = extractor(bert, tmp_path).fit(["good"])
+    made.identity_ = {**made.identity_, "shapes": {**made.identity_["shapes"], "positions": 512, "spare": 1}}
+    assert made.transform(["good"]).shape == (1, 22)
+    made.set_params(max_length=7)
+    with pytest.raises(BackboneMismatchError, match=r"preprocessing\.max_length: fitted with 64, this is 7"):
+        made.transform(["good"])
+
+
+def test_files_are_read_again_only_where_they_may_have_changed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    whole = contents.sha256_file
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return str(whole(path))
+
+    monkeypatch.setattr(contents, "sha256_file", counted)
+    first = contents.contents_hash(bert)
+    assert contents.contents_hash(bert) == first
+    assert read.count("model.safetensors") == 2  # written just now: in doubt
+    monkeypatch.setattr(contents, "DOUBT", -1e9)
+    assert contents.contents_hash(bert) == first
+    assert read.count("model.safetensors") == 2
+    nudge(bert, 0.5)
+    assert contents.contents_hash(bert) != first
+    assert read.count("model.safetensors") == 3
+
+
+def test_a_folder_that_changes_while_it_is_loaded_is_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = text.load_network
+
+    def and_change(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        nudge(bert, 0.5)
+        return loaded
+
+    monkeypatch.setattr(text, "load_network", and_change)
+    refused(bert, "was written to while it was being loaded")
+
+
+# Models that are not what they seem
+
+TEXT = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
+REFORMER = {
+    "vocab_size": 67, "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 37,
+    "attn_layers": ["local", "lsh"], "axial_pos_embds": False, "max_position_embeddings": 256, "is_decoder": False,
+}  # fmt: skip
+FUNNEL = {
+    "vocab_size": 67, "block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 37, "hidden_size": 32
+}  # fmt: skip
+MOBILE = {**TEXT, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16}
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a tiny model of a named architecture, with a tokenizer of rows of up to 128 tokens."""
+    root = tmp_path_factory.mktemp("odd")
+
+    def folder(name: str, **options: Any) -> Path:
+        import transformers
+
+        torch.manual_seed(3)
+        config = getattr(transformers, f"{name}Config")(**options)
+        network = getattr(transformers, f"{name}Model")(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.3)
+        network.save_pretrained(root / name)
+        tiny_models.word_level(root / name, model_max_length=128)
+        return root / name
+
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FNet", {**TEXT, "use_tpu_fourier_optimizations": False}), ("ConvBert", {**TEXT, "embedding_size": 32}),
+        ("Funnel", FUNNEL), ("MobileBert", MOBILE), ("Yoso", TEXT), ("Nystromformer", TEXT),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_model_that_reads_padding_is_refused(odd: Callable[..., Path], name: str, options: dict[str, Any]) -> None:
+    folder = odd(name, **options)
+    refused(folder, f"{name}Model reads padding, or the other rows of a batch, although there is a mask")
+    if name not in ("FNet",):  # whose Fourier transform there is not in this type
+        refused(folder, "reads padding", compute_dtype="bfloat16")
+
+
+def test_a_model_that_is_random_is_refused(odd: Callable[..., Path]) -> None:
+    folder = odd("Reformer", **REFORMER)
+    refused(folder, "ReformerModel gives other features of the same text in each pass")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_real_model_behaves(minilm_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a wide margin: what is measured of it is at most a tenth of what is allowed."""
+    measured: list[float] = []
+    apart = behaviour._apart
+
+    def kept(one: torch.Tensor, other: torch.Tensor) -> float:
+        measured.append(apart(one, other))
+        return measured[-1]
+
+    monkeypatch.setattr(behaviour, "_apart", kept)
+    load_backbone(str(minilm_path), compute_dtype=dtype, device="cpu")
+    assert measured[0] == 0
+    assert measured[1] < behaviour.ROUNDING[dtype] / 10
+
+
+def test_rows_that_compete_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: a batch normalised together, as one with expert capacities is."""
+    outputs = text.TextBackbone._outputs
+
+    def together(self: Any, network: Any, input_ids: Any, attention_mask: Any) -> Any:
+        found = outputs(self, network, input_ids, attention_mask)
+        found.last_hidden_state = found.last_hidden_state - found.last_hidden_state.mean(dim=0, keepdim=True) / 50
+        return found
+
+    monkeypatch.setattr(text.TextBackbone, "_outputs", together)
+    refused(bert, "or the other rows of a batch")

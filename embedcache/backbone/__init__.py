@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.backbone.compute import features_of, run_plan
+from embedcache.backbone.contents import contents_hash
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
 from embedcache.backbone.numerics import probe_of
@@ -34,6 +35,7 @@ __all__ = [
     "TextBackbone",
     "Tokens",
     "choose_device",
+    "contents_hash",
     "features_of",
     "load_backbone",
     "needs_spare_row",

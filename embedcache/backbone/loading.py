@@ -42,7 +42,7 @@ def load_network(
         refuse_without_peft(name)
         options["adapter_kwargs"] = dict(NO_ADAPTER)
     options["dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"] = getattr(torch, dtype)
-    with _quiet(), _one_line(name, "as a text encoder"):
+    with quiet(), _one_line(name, "as a text encoder"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         whole, report = transformers.AutoModel.from_pretrained(
             folder,
@@ -67,7 +67,7 @@ def load_network(
             "they would be random; the weights belong to another architecture or are incomplete"
         )
     if adapted:
-        with _quiet(), _one_line(name, "with its adapter"):
+        with quiet(), _one_line(name, "with its adapter"):
             apply_adapter(whole, folder, name)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -92,7 +92,7 @@ def load_tokenizer(folder: Path, name: str, trust: bool) -> Any:
     """Load a tokenizer. Raises ``BackboneError`` when it cannot be loaded or has no vocabulary."""
     import transformers
 
-    with _quiet(), _one_line(name, "as a tokenizer"):
+    with quiet(), _one_line(name, "as a tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     # Without its vocabulary file, a tokenizer may come up knowing nothing but its special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -116,7 +116,7 @@ def _one_line(name: str, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Load without progress bars and reports: what matters in them is checked, and what is wrong is raised."""
     from transformers.utils import logging as chatter
 

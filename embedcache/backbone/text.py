@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
-from embedcache.backbone import adapter
+from embedcache.backbone import adapter, behaviour, contents
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
@@ -119,6 +120,7 @@ def load_backbone(
             FeatureSpec.parse(feature)
     folder = resolve_model(model, revision)
     name = model or DEFAULT_MODEL
+    before = contents.stamp(folder)
     weights = weight_files(folder)
     preprocessing: dict[str, Any] = {"kind": "text", "files": tokenizer_files(folder)}
     config = config_hash(folder)
@@ -164,6 +166,7 @@ def load_backbone(
         "execution": "compiled" if compiled else "eager",
         "shapes": shapes.to_json(),
     }
+    contents.refuse_changed(folder, before, name)  # else the hashes may be of other weights than those that run
     return TextBackbone(
         network.to(where), tokenizer, specs, shapes, identity,
         provenance=_provenance(name, revision or _commit(folder), where), pooler=pooler, name=name, compiled=compiled,
@@ -244,6 +247,10 @@ class TextBackbone:
         self._hidden = any(spec.layers != (-1,) for spec in specs)
         self._run: Any = network
         self.poolings, self.feature_sets = self._probe(pooler)
+        behaviour.refuse_misbehaviour(
+            partial(self._outputs, network), network, name, vocabulary=self._vocabulary or len(tokenizer),
+            reserved=tokenizer.all_special_ids, pad=self._pad, longest=policy.max_length,
+        )  # fmt: skip
         self.identity = {**identity, "features": {spec.name: _spec_json(spec) for spec in specs}}
         if compiled:
             self._run = Compiled(network, self._warm_up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import TextBackbone, contents_hash, load_backbone, resolve_model
 from embedcache.cache import FeatureCache
-from embedcache.errors import CacheLockedError, FeatureError, InputError
+from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError
 from embedcache.examples import load_examples
 from embedcache.extract import run
-from embedcache.fingerprint import hash_json
+from embedcache.fingerprint import canonical_json, differences, hash_json
 
 LOCK_PATIENCE = 600.0
 """Seconds that a transform waits for another process that extracts into the same cache."""
@@ -34,8 +35,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         cache_dir: where features are kept; None for ``embedcache`` in the user's cache directory.
         max_length, compute_dtype, device: as in ``load_backbone``.
 
-    The cache is a folder for each backbone and setting, so nothing stale can be returned, and several processes may
-    use it at once: one extracts while the others wait.
+    The cache is a folder for each content of a backbone and each setting, and several processes may use it at once: one
+    extracts while the others wait. Fitting keeps the backbone's identity, content hashes, in ``identity_``; a model
+    whose files were changed since, in this process or before a pickle was read, is refused until it is fitted again.
 
     Example::
 
@@ -66,15 +68,19 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         if feature.kind != "pooled":
             raise FeatureError(f"{feature.name} is not one vector a text: choose a pooling such as mean or cls")
         self.n_features_out_ = feature.dim
+        self.identity_ = dict(backbone.identity)
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:
-        """Return features, float32 [N, D], computing only the texts that were never seen. ``X`` holds N strings."""
-        check_is_fitted(self)
+        """Return features, float32 [N, D], computing only the texts that were never seen. ``X`` holds N strings.
+
+        Raises ``BackboneMismatchError`` when the model is not the one this was fitted with.
+        """
+        check_is_fitted(self, "identity_")
         texts = _texts(X)
         if not texts:
             raise InputError("there are no texts: expected at least one")
-        backbone = self._backbone()
+        backbone = self._fitted_backbone()
         path = self._folder(backbone)
         examples = load_examples([{"text": text} for text in texts], text_column="text", labels="none")
         deadline = time.monotonic() + LOCK_PATIENCE
@@ -101,8 +107,23 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         tags.requires_fit = True
         return tags
 
-    def _backbone(self) -> TextBackbone:
-        return _loaded(self.model, self.pooling, self.max_length, self.compute_dtype, self.device)
+    def _backbone(self, shapes: Any = None) -> TextBackbone:
+        policy = canonical_json(shapes) if shapes is not None else None
+        return _loaded(self.model, self.pooling, self.max_length, self.compute_dtype, self.device, policy)
+
+    def _fitted_backbone(self) -> TextBackbone:
+        backbone = self._backbone()
+        shapes = self.identity_.get("shapes")
+        if backbone.identity.get("shapes") != shapes:  # fitted on another kind of device
+            backbone = self._backbone(shapes)
+        if found := differences(self.identity_, backbone.identity):
+            shown = "; ".join(f"{field}: fitted with {old!r}, this is {new!r}" for field, old, new in found[:4])
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            raise BackboneMismatchError(
+                f"FeatureExtractor was fitted with another model than {backbone.provenance.get('model')} is now "
+                f"({shown}{more}): what was fitted on its features would be wrong; bring that model back, or fit again"
+            )
+        return backbone
 
     def _folder(self, backbone: TextBackbone) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -110,10 +131,28 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         return root / hash_json(backbone.identity)[:16]
 
 
+def _loaded(
+    model: str | None, pooling: str, max_length: int | None, dtype: str, device: str, policy: str | None
+) -> TextBackbone:
+    """Load a backbone once for each content of its folder: pipelines clone their steps at every fit."""
+    local = model is None or Path(model).expanduser().is_dir()
+    folder = resolve_model(model) if local else _from_hub(str(model))
+    return _of_contents(contents_hash(folder), model, pooling, max_length, dtype, device, policy)
+
+
+@lru_cache(maxsize=8)
+def _from_hub(name: str) -> Path:
+    return resolve_model(name)  # asks the hub, which one question a process is enough for
+
+
 @lru_cache(maxsize=2)
-def _loaded(model: str | None, pooling: str, max_length: int | None, dtype: str, device: str) -> TextBackbone:
-    # Pipelines clone their steps at every fit; the backbone is loaded once all the same.
-    return load_backbone(model, features=(pooling,), max_length=max_length, compute_dtype=dtype, device=device)
+def _of_contents(
+    contents: str, model: str | None, pooling: str, max_length: int | None, dtype: str, device: str, policy: str | None
+) -> TextBackbone:
+    return load_backbone(
+        model, features=(pooling,), max_length=max_length, compute_dtype=dtype, device=device,
+        policy=json.loads(policy) if policy is not None else None,
+    )  # fmt: skip
 
 
 def _texts(X: Any) -> list[str]:

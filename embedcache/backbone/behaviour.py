@@ -1,0 +1,99 @@
+"""Whether a model does what features rely on: the same each time, whatever a row is padded with or stands beside.
+
+Some architectures read padding although there is a mask (a Fourier transform or a convolution along the text, means
+over segments of it), some let the rows of a batch compete, and some draw random numbers in every pass. No config says
+so: it is measured when a model is loaded, with three passes of a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedcache.backbone.device import threads
+from embedcache.backbone.loading import quiet
+from embedcache.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TOKENS, PADDING = 5, 3
+"""A short row, and how far it is padded: what ``ShapePolicy`` does to it with its usual step."""
+ROUNDING = {"float32": 2e-4, "float16": 0.02, "bfloat16": 0.08}
+"""How far rounding may move a token's vector at another shape, relative to the vector's length. Of 20 tiny
+architectures none moved by more than 2e-6 in float32, and those that read padding moved by 9e-4 to 1.6."""
+ROUNDING_ELSEWHERE = 5e-3
+"""The same for float32 on accelerators, which may multiply in fewer bits."""
+
+
+def refuse_misbehaviour(
+    run: Callable[[Tensor, Tensor], Any],
+    network: torch.nn.Module,
+    name: str,
+    *,
+    vocabulary: int,
+    reserved: Sequence[int],
+    pad: int,
+    longest: int,
+) -> None:
+    """Run a short row twice alone, and once padded beside another row: the three must agree, or ``BackboneError``.
+
+    ``run`` takes token ids and mask, int64 [B, T], and gives the model's output. ``vocabulary`` tokens are known, of
+    which ``reserved`` have meanings of their own; ``longest`` is the longest row that is read.
+    """
+    import torch
+
+    kind, parameter = type(network).__name__, next(network.parameters())
+    tokens = min(max(TOKENS, _chunk(network.config) + 1), longest)
+    wide = min(tokens + PADDING, longest)
+    known = np.setdiff1d(np.arange(vocabulary), [*reserved, pad])
+    spread = np.linspace(0, max(len(known) - 1, 0), wide).astype(np.int64)
+    row = torch.from_numpy(known[spread] if known.size else spread).to(parameter.device)
+    beside = torch.stack([row, row.flip(0)])
+    beside[0, tokens:] = pad
+    mask = torch.ones_like(beside)
+    mask[0, tokens:] = 0
+
+    def vectors(ids: Tensor, mask: Tensor) -> Tensor:
+        hidden: Tensor = run(ids, mask).last_hidden_state
+        return hidden[0, :tokens].float()
+
+    on_cpu = parameter.device.type == "cpu"
+    try:
+        with torch.inference_mode(), quiet(), threads(1 if on_cpu else None):
+            once, again = (vectors(row[None, :tokens], mask[1:, :tokens]) for _ in range(2))
+            padded = vectors(beside, mask)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackboneError(f"{name}: {kind} cannot run on a row of {tokens} tokens: {reason[:200]}") from error
+    allowed = ROUNDING.get(str(parameter.dtype).removeprefix("torch."), ROUNDING["bfloat16"])
+    allowed = allowed if on_cpu else max(allowed, ROUNDING_ELSEWHERE)
+    if (apart := _apart(once, again)) > (0 if on_cpu else allowed):
+        raise BackboneError(
+            f"{name}: {kind} gives other features of the same text in each pass (by {apart:.1e} of their size): "
+            "it is random, so nothing of it can be cached; use another model"
+        )
+    if (apart := _apart(once, padded)) > allowed:
+        raise BackboneError(
+            f"{name}: {kind} reads padding, or the other rows of a batch, although there is a mask (features move by "
+            f"{apart:.1e} of their size): they would depend on how texts are batched; use another model"
+        )
+
+
+def _chunk(config: Any) -> int:
+    """Return how long a row may be before attention in chunks (Reformer's, which is random) begins; 0 without."""
+    lengths = [getattr(config, name, None) for name in ("lsh_attn_chunk_length", "local_attn_chunk_length")]
+    return max((length for length in lengths if isinstance(length, int)), default=0)
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Return how far two vectors [T, D] of a token are apart at most, relative to their length.
+
+    What is not finite is left for extraction to report, with its row.
+    """
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return 0.0
+    return float(((one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-12)).max())
