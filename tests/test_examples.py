@@ -6,6 +6,7 @@ import contextlib
 import csv
 import doctest
 import gzip
+import importlib
 import io
 import json
 import sys
@@ -442,10 +443,117 @@ def test_sets_of_classes() -> None:
         load_examples([{**flags[0], "b": 2}], label_column="a,b,c", task="multilabel")
 
 
-def test_vectors_of_zeros_and_ones_are_doubted() -> None:
-    assert said(
-        load_examples([{"text": "a", "labels": [0, 1, 1]}, {"text": "b", "labels": [1, 0, 0]}]), "look like vectors"
-    )
+def carried(cells: list[Any], folder: Path) -> dict[str, Any]:
+    """Return rows with these labels in everything that can carry them; CSV only what has no lists."""
+    datasets = pytest.importorskip("datasets")
+    pandas = pytest.importorskip("pandas")
+    rows = [{"text": f"text {row}", "label": label} for row, label in enumerate(cells)]
+    frame = pandas.DataFrame(rows)
+    dataset = datasets.Dataset.from_list(rows)
+    frame.to_parquet(folder / "pandas.parquet")
+    dataset.to_parquet(folder / "datasets.parquet")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = {"records": rows, "DataFrame": frame, "Dataset": dataset}
+    found |= {name: folder / name for name in ("pandas.parquet", "datasets.parquet", "rows.jsonl")}
+    if not any(isinstance(label, list) for label in cells):
+        frame.to_csv(folder / "pandas.csv", index=False)
+        found["pandas.csv"] = folder / "pandas.csv"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cells", "task", "names", "targets"),
+    [
+        (["b", "a", "b"], "classification", ("a", "b"), [1, 0, 1]),
+        ([10, 9, 9], "classification", ("9", "10"), [1, 0, 0]),
+        ([1.0, 0.0, 2.0], "classification", ("0", "1", "2"), [1, 0, 2]),
+        ([True, False, True], "classification", ("false", "true"), [1, 0, 1]),
+        (["1.0", "1.10", "1.1"], "classification", ("1.0", "1.1", "1.10"), [0, 2, 1]),
+        ([["b", "a"], ["a"], []], "multilabel", ("a", "b"), [[1, 1], [1, 0], [0, 0]]),
+        ([[3, 1], [1], [3]], "multilabel", ("1", "3"), [[1, 1], [1, 0], [0, 1]]),
+        ([[1], [0], [1]], "multilabel", ("0", "1"), [[0, 1], [1, 0], [0, 1]]),
+        ([[0, 1, 1], [1, 0, 0], [0, 0, 0]], "multilabel", ("0", "1", "2"), [[0, 1, 1], [1, 0, 0], [0, 0, 0]]),
+        ([[0, 1], [1, 0], [1, 0]], "multilabel", ("0", "1"), [[0, 1], [1, 0], [1, 0]]),
+        ([[1, 1], [0, 0], [1, 0]], "multilabel", ("0", "1"), [[1, 1], [0, 0], [1, 0]]),
+        ([[True, False, True]] * 3, "multilabel", ("0", "1", "2"), [[1, 0, 1]] * 3),
+        ([[1.0, 0.0, 0.0]] * 3, "multilabel", ("0", "1", "2"), [[1, 0, 0]] * 3),
+    ],
+)
+def test_labels_have_the_same_names_whatever_carries_them(
+    cells: list[Any], task: str, names: tuple[str, ...], targets: list[Any], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"task": "classification"} if "1.10" in cells else {}
+    for carrier, rows in carried(cells, tmp_path).items():
+        examples = load_examples(rows, **options)
+        assert examples.targets is not None
+        assert (examples.task, examples.class_names, examples.targets.tolist()) == (task, names, targets), carrier
+
+
+def test_class_names_of_a_dataset_are_those_of_its_parquet_file(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["World", "Business", "Arts"])
+    lists = datasets.Sequence(label)
+    for feature, cells, names, targets in (
+        (label, [2, 0, -1], label.names, [2, 0, -1]),
+        (lists, [[2, 0], [], None], label.names, [[1, 0, 1], [0, 0, 0], [255] * 3]),
+        (lists, [[0, 1, 1], [1, 0, 0], None], label.names, [[0, 1, 1], [1, 0, 0], [255] * 3]),
+        (datasets.Sequence(datasets.ClassLabel(names=["no", "yes"])), [[0, 1, 1], None], "012", [[0, 1, 1], [255] * 3]),
+        (datasets.Sequence(datasets.ClassLabel(names=["b", "a"])), [[0, 1], [0, 0]], "ba", [[0, 1], [0, 0]]),
+        (datasets.Sequence(datasets.ClassLabel(names=["b", "a"])), [[1, 0], [0, 1]], "ba", [[1, 1], [1, 1]]),
+    ):
+        texts = [f"text {row}" for row in range(len(cells))]
+        features = datasets.Features({"text": datasets.Value("string"), "label": feature})
+        dataset = datasets.Dataset.from_dict({"text": texts, "label": cells}, features=features)
+        dataset.to_parquet(tmp_path / "rows.parquet")
+        for rows in (dataset, tmp_path / "rows.parquet"):
+            examples = load_examples(rows, labels="optional")
+            assert examples.targets is not None
+            assert (examples.class_names, examples.targets.tolist()) == (tuple(names), targets)
+
+
+def test_class_names_in_a_parquet_file_may_be_anything(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+    table = arrow.table({"text": ["a", "b"], "label": [0, 7]})
+
+    def stored(metadata: str) -> Path:
+        parquet.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "rows.parquet")
+        return tmp_path / "rows.parquet"
+
+    def declared(names: Any) -> str:
+        return json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})
+
+    with pytest.raises(InputError, match=r"'label' has the class 7, expected 0 to 1, or -1"):
+        load_examples(stored(declared(["x", "y"])))
+    for metadata in ("{", "[]", "[" * 5_000, "{}", '{"info": {"features": 1}}', declared(3), declared(["x", "x"])):
+        with pytest.raises(InputError, match="what datasets wrote about its columns cannot be read"):
+            load_examples(stored(metadata))
+
+
+def test_lists_that_could_be_vectors_or_not_are_refused() -> None:
+    def rows(*cells: Any) -> list[dict[str, Any]]:
+        return [{"text": f"text {row}", "labels": label} for row, label in enumerate(cells)]
+
+    for cells, options, words in (
+        ([[0, 1, 1], []], {}, "nothing but 0 and 1 and are from 0 to 3 long: expected vectors"),
+        ([[0, 1, 1], [1, 0]], {}, "from 2 to 3 long"),
+        ([[0, 1, 1], [1, 0, 0]], {"class_names": ["a", "b"]}, "are 3 long, and 2 classes are known"),
+        ([[0.3, 0.7], [1.0, 0.0]], {}, "the label list 'labels' holds the fraction 0.3"),
+        (["[0, 1, 1]", "[1, 0, 0]"], {}, "holds lists written as text, such as"),
+        (["['a' 'b']", "[]"], {}, "holds lists written as text, such as"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_examples(rows(*cells), **options)
+    examples = load_examples(rows([0, 1], [1, 1]), class_names=["a", "b"])
+    assert (examples.class_names, said(examples, "are vectors of 0 and 1")) == (("a", "b"), True)
+    assert load_examples(rows("[a]", "[0, 1]")).class_names == ("[0, 1]", "[a]")
+    assert load_examples(rows("True", "False"), class_names=["True", "False"]).class_names == ("True", "False")
+    written = load_examples(rows("0|1|1", "1|0|0"), label_separator="|")
+    assert written.targets is not None
+    assert (written.class_names, written.targets.tolist()) == (("0", "1", "2"), [[0, 1, 1], [1, 0, 0]])
+    with pytest.raises(InputError, match="vectors"):
+        load_examples(rows("0|1|1", ""), label_separator="|")
+    assert load_examples(rows({"1", "0"}, {"0"})).class_names == ("0", "1")
 
 
 def test_numbers() -> None:

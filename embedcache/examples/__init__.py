@@ -11,7 +11,8 @@
 ``source``        what a source is: blocks of records, the same every time
 ``columns``       which column is what, said aloud when guessed
 ``content``       a cell -> the canonical bytes of a row; the only place that knows about text
-``labels``        label cells -> targets of one of the three tasks
+``labels``        label cells -> targets: classes and numbers
+``class_sets``    label cells that hold several classes
 ``splits``        split names, and the split by content hash
 ``ids``           the ids of rows, packed
 ``quarantine``    the file that bad rows are set aside in

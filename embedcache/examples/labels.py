@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from embedcache.errors import InputError, SpecError
+from embedcache.errors import InputError
 from embedcache.examples.content import Faults, is_missing, unicode_fault
 from embedcache.spec import Task
 
@@ -24,6 +24,10 @@ UNLABELLED = 255
 MAX_CLASSES = 100_000
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+_TRUTH = frozenset(["true", "false", "True", "False", "TRUE", "FALSE"])
+_ITEM = r"""(?:[+-]?\d+(?:\.\d*)?|'[^']*'|"[^"]*"|[Tt]rue|[Ff]alse)"""
+_WRITTEN_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*|\s+))*{_ITEM}?\s*\]")
 
 
 @dataclass(frozen=True)
@@ -65,29 +69,7 @@ class Labels(Protocol):
         ...
 
 
-def collector(
-    columns: Sequence[str], sample: Sequence[Any], task: Task | None, separator: str | None, required: bool
-) -> Labels:
-    """Choose the collector for label columns, going by the options and the first cells of the first column.
-
-    Raises ``SpecError`` for options that contradict each other.
-    """
-    if separator == "":
-        raise SpecError("label_separator is empty: expected a character that stands between labels, such as |")
-    if separator is not None and (task in ("classification", "regression") or len(columns) > 1):
-        what = f"task {task}" if task in ("classification", "regression") else f"{len(columns)} label columns"
-        raise SpecError(f"label_separator is for several labels in one cell and does not go with {what}")
-    if task == "regression" or len(columns) > 1:
-        if task == "classification":
-            raise SpecError(f"classification takes one label column, got {', '.join(columns)}")
-        return Numbers(columns, task, required)
-    is_list = any(isinstance(value, (list, tuple, np.ndarray)) for value in sample)
-    if task == "multilabel" or separator is not None or (task is None and is_list):
-        return ClassSets(columns[0], task, separator, required)
-    return Classes(columns[0], task, required)
-
-
-class _Codebook(dict[Any, int]):
+class Codebook(dict[Any, int]):
     """Class name -> number, in the order of first sight."""
 
     def __missing__(self, name: str) -> int:
@@ -102,7 +84,7 @@ class Classes:
         self._column = column
         self._task = task
         self._required = required
-        self._codes = _Codebook()
+        self._codes = Codebook()
         self._buffer = bytearray()
         self._whole_floats = False
         self._numbers: Numbers | None = None
@@ -114,7 +96,7 @@ class Classes:
         types = set(map(type, values))
         if types == {int}:
             return list(map(str, values)), {}
-        if types == {str} and all(name in self._codes or not _name_fault(self._column, name) for name in set(values)):
+        if types == {str} and all(name in self._codes or not name_fault(self._column, name) for name in set(values)):
             return values, {}
         names: list[str | None] = []
         faults: Faults = {}
@@ -136,7 +118,7 @@ class Classes:
         if self._numbers is not None:
             self._numbers.append(parsed)
             return
-        self._buffer += _codes(self._codes, parsed)
+        self._buffer += codes_of(self._codes, parsed)
         if len(self._codes) > MAX_CLASSES:
             if not self._are_fractions():
                 raise InputError(
@@ -165,11 +147,21 @@ class Classes:
             self._numbers = self._become_numbers()
         if self._numbers is not None:
             return self._numbers.finish(known)
-        names, order, notes = arrange(self._column, self._codes, known)
+        names, order, notes = arrange(self._column, one_name_each(self._codes, known), known)
+        self._refuse_lists()
         codes = np.append(order, -1)[np.frombuffer(self._buffer, np.int32)]
         if self._task is None:
             notes += self._doubts(names)
         return Targets("classification", names, codes, tuple(notes))
+
+    def _refuse_lists(self) -> None:
+        if self._task is None and self._codes and all(map(_WRITTEN_LIST.fullmatch, self._codes)):
+            first = next(iter(self._codes))[:40]
+            raise InputError(
+                f"the label column {self._column!r} holds lists written as text, such as {first!r}: "
+                "store them in JSONL or Parquet, or with a mark between the labels that --label-separator names; "
+                "pass --task classification if each such text is one class"
+            )
 
     def _doubts(self, names: Sequence[str]) -> list[str]:
         notes = [f"task: classification with {count(len(names), 'class')} (guessed from the labels)"]
@@ -187,93 +179,6 @@ class Classes:
                 "and the others are not: taken as classes"
             )
         return notes
-
-
-class ClassSets:
-    """Any number of classes a row, from lists or from cells with a separator.
-
-    Around a separator spaces are dropped; an empty cell is the empty set, as an empty list is.
-    """
-
-    def __init__(self, column: str, task: Task | None, separator: str | None, required: bool) -> None:
-        self._column = column
-        self._task = task
-        self._separator = separator
-        self._required = required
-        self._codes = _Codebook()
-        self._members = bytearray()
-        self._counts = bytearray()
-        self._widths: set[int] = set()
-        self._repeats = False
-
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
-        sets: list[list[str] | None] = []
-        faults: Faults = {}
-        for position, value in enumerate(columns[0]):
-            members: list[str] | None = None
-            try:
-                members = self._parse(value)
-            except ValueError as error:
-                faults[position] = str(error)
-            sets.append(members)
-        return sets, faults
-
-    def _parse(self, value: Any) -> list[str] | None:
-        if isinstance(value, str):
-            if self._separator is None:
-                raise InputError(
-                    f"the label column {self._column!r} holds text such as {value[:40]!r}, expected lists: "
-                    "for several labels in one cell name what stands between them with --label-separator"
-                )
-            parts = [part for piece in value.split(self._separator) if (part := piece.strip())]
-            for part in parts:
-                if part not in self._codes and (fault := _name_fault(self._column, part)):
-                    raise ValueError(fault)
-            return list(dict.fromkeys(parts))
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if isinstance(value, (list, tuple, set, frozenset)):
-            names = [class_name(self._column, item) for item in value]
-            if None in names:
-                raise ValueError(f"the label list {self._column!r} has a missing entry")
-            self._widths.add(len(names))
-            self._repeats = self._repeats or len(set(names)) < len(names)
-            return list(dict.fromkeys(name for name in names if name is not None))
-        if is_missing(value):
-            if self._required:
-                raise ValueError(f"the label {self._column!r} is missing (an empty list says that there is none)")
-            return None
-        raise ValueError(f"the label {self._column!r} is {value!r}, expected a list of labels")
-
-    def append(self, parsed: Any) -> None:
-        for members in parsed:
-            if members:
-                self._members += _codes(self._codes, members)
-        self._counts += np.array([-1 if members is None else len(members) for members in parsed], np.int32).tobytes()
-        if len(self._codes) > MAX_CLASSES:
-            raise InputError(
-                f"the label column {self._column!r} has more than {MAX_CLASSES:,} different labels: "
-                "name the right one with --label-column"
-            )
-
-    def finish(self, known: KnownClasses) -> Targets:
-        names, order, notes = arrange(self._column, self._codes, known)
-        counts = np.frombuffer(self._counts, np.int32)
-        values = np.zeros((len(counts), len(names)), np.uint8)
-        rows = np.repeat(np.arange(len(counts)), np.maximum(counts, 0))
-        values[rows, order[np.frombuffer(self._members, np.int32)]] = 1
-        values[counts < 0] = UNLABELLED
-        if self._task is None:
-            notes.append(f"task: multilabel with {count(len(names), 'class')} (guessed from the labels)")
-        empty = int((counts == 0).sum())
-        if empty:
-            notes.append(f"{count(empty, 'row')} with no label at all: taken as the empty set")
-        if self._repeats and len(self._widths) == 1 and set(names) <= {"0", "1"}:
-            notes.append(
-                f"the lists in {self._column!r} look like vectors of 0 and 1 but were read as lists of class names: "
-                "give one column per class instead"
-            )
-        return Targets("multilabel", names, values, tuple(notes))
 
 
 class Numbers:
@@ -365,7 +270,7 @@ class Numbers:
         return Targets("regression", self._columns, values, tuple(notes))
 
 
-def _codes(codebook: _Codebook, names: Sequence[str | None]) -> bytes:
+def codes_of(codebook: Codebook, names: Sequence[str | None]) -> bytes:
     if None in names:
         return np.array([-1 if name is None else codebook[name] for name in names], np.int32).tobytes()
     return np.fromiter(map(codebook.__getitem__, names), np.int32, len(names)).tobytes()
@@ -378,7 +283,7 @@ def class_name(column: str, value: Any) -> str | None:
     it cannot be a class name.
     """
     if isinstance(value, str):
-        fault = _name_fault(column, value)
+        fault = name_fault(column, value)
         if fault is not None and value.strip():
             raise ValueError(fault)
         return None if fault is not None else str(value)
@@ -396,7 +301,7 @@ def class_name(column: str, value: Any) -> str | None:
     raise ValueError(f"the label {column!r} is {shown} of type {type(value).__name__}, expected a string or an integer")
 
 
-def _name_fault(column: str, name: str) -> str | None:
+def name_fault(column: str, name: str) -> str | None:
     return unicode_fault(column, name) if name.strip() else "missing"
 
 
@@ -427,6 +332,21 @@ def arrange(
     names = (*fixed, *new)
     place = {name: number for number, name in enumerate(names)}
     return names, np.array([place[name] for name in seen], np.int64), notes
+
+
+def one_name_each(names: Iterable[str], known: KnownClasses) -> list[str]:
+    """Return class names as they are whatever carries them.
+
+    A table of text has ``1.0`` and ``True`` where JSON and Parquet have a number and a truth value, whose names are
+    ``1`` and ``true``. Other texts stay as they are, and so do names that are known as they are written.
+    """
+    seen = list(names)
+    taken = {*(known.names or ()), *known.declared}
+    if all(name in _TRUTH for name in seen):
+        return [name if name in taken else name.lower() for name in seen]
+    if all(_INTEGER.fullmatch(name) or (_NUMBER.fullmatch(name) and repr(float(name)) == name) for name in seen):
+        return [name if name in taken else name.removesuffix(".0") for name in seen]
+    return seen
 
 
 def some(names: Sequence[str], most: int = 10) -> str:

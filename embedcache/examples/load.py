@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from embedcache.errors import BadRowsError, InputError, SpecError
 from embedcache.examples import findings
+from embedcache.examples.class_sets import ClassSets
 from embedcache.examples.columns import LabelUse, Roles, choose_columns
 from embedcache.examples.content import CONTENTS, Content, Faults
 from embedcache.examples.dataset import Examples, Part, row_keys
 from embedcache.examples.ids import IdCollector, IdColumn
 from embedcache.examples.inputs import gather
-from embedcache.examples.labels import KnownClasses, Labels, Targets, collector, count
+from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets, count
 from embedcache.examples.quarantine import Quarantine
 from embedcache.examples.source import BadRow, Block, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split
@@ -139,11 +140,27 @@ def _check_options(
 def _label_collector(
     sources: Sequence[Source], roles: Roles, task: Task | None, separator: str | None, labels: LabelUse
 ) -> Labels | None:
-    if not roles.labels:
+    """Choose what collects the labels, going by the options and the first cells of the first label column.
+
+    Raises ``SpecError`` for options that contradict each other.
+    """
+    columns, required = roles.labels, labels == "required"
+    if not columns:
         return None
-    first = roles.labels[0]
-    sample = [value for source in sources if first in source.columns for value in source.sample[first]]
-    return collector(roles.labels, sample, task, separator, labels == "required")
+    if separator == "":
+        raise SpecError("label_separator is empty: expected a character that stands between labels, such as |")
+    if separator is not None and (task in ("classification", "regression") or len(columns) > 1):
+        what = f"task {task}" if task in ("classification", "regression") else f"{len(columns)} label columns"
+        raise SpecError(f"label_separator is for several labels in one cell and does not go with {what}")
+    if task == "regression" or len(columns) > 1:
+        if task == "classification":
+            raise SpecError(f"classification takes one label column, got {', '.join(columns)}")
+        return Numbers(columns, task, required)
+    sample = [value for source in sources if columns[0] in source.columns for value in source.sample[columns[0]]]
+    is_list = any(isinstance(value, (list, tuple, set, frozenset, np.ndarray)) for value in sample)
+    if task == "multilabel" or separator is not None or (task is None and is_list):
+        return ClassSets(columns[0], task, separator, required)
+    return Classes(columns[0], task, required)
 
 
 def _declared(sources: Sequence[Source], roles: Roles) -> tuple[str, ...]:

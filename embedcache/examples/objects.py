@@ -15,6 +15,7 @@ from embedcache.examples.source import (
     Kind,
     Source,
     kind_of,
+    named,
     row_of,
     unique_columns,
 )
@@ -164,19 +165,7 @@ class DatasetSource(_SlicedSource):
         if wanted not in self._views:
             self._views[wanted] = self._dataset.select_columns(list(wanted))
         cells = self._views[wanted][start:stop]
-        return [self._named(column, cells[column]) for column in wanted]
-
-    def _named(self, column: str, values: list[Any]) -> list[Any]:
-        names = self.class_names(column)
-        if names is None:
-            return values
-
-        def name(value: Any) -> Any:
-            if isinstance(value, list):
-                return [name(item) for item in value]
-            return None if value is None or value == -1 else names[value]
-
-        return [name(value) for value in values]
+        return [named(self.name, column, cells[column], self.class_names(column)) for column in wanted]
 
     def kind(self, column: str) -> Kind:
         dtype = getattr(self._dataset.features[column], "dtype", None)

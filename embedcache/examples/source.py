@@ -72,6 +72,28 @@ def unique_columns(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(columns)
 
 
+def named(source: str, column: str, values: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    """Return the cells of a ``ClassLabel`` column as names, also inside lists; -1 there means no label.
+
+    Raises ``InputError`` for a number that has no name.
+    """
+    if names is None:
+        return list(values)
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(item) for item in value]
+        if value is None or value == -1:
+            return None
+        if not isinstance(value, int) or not 0 <= value < len(names):
+            raise InputError(
+                f"{source}: the column {column!r} has the class {value!r}, expected 0 to {len(names) - 1}, or -1"
+            )
+        return names[value]
+
+    return [name(value) for value in values]
+
+
 def kind_of(values: Sequence[Any], numbers_in_text: bool) -> Kind:
     """Return what a column holds, going by some of its values."""
     present = [value for value in values if not is_missing(value)]
