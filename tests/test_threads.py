@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ import torch
 from tiny_models import WORDS, build
 
 from embedcache import FeatureCache, extract
-from embedcache.backbone import TextBackbone, features_of, load_backbone, threads
+from embedcache.backbone import TextBackbone, Workers, features_of, load_backbone, probe_of, processes, threads
+from embedcache.batching import plan
+from embedcache.errors import BackboneError
+from embedcache.examples import load_examples
+from embedcache.extract import run
+from embedcache.numerics import Outcome, Probe
 
 MODELS = ("minilm", "bert", "gpt2", "modernbert")
 Texts = list[dict[str, str]]
@@ -189,3 +195,54 @@ def test_pass_threads_are_part_of_the_identity(folder_of: Callable[[str], Path])
         assert two.side_by_side(9) == 4
         ratio = features_of(two, contents, "mean") / features_of(one, contents, "mean")
     np.testing.assert_allclose(ratio, 1.5 / 1.25, rtol=1e-4)
+
+
+def test_processes_compute_what_one_does(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More passes than one process keeps busy are run in others: the same bytes; their faults are one line."""
+    for name in ("compute", "processes"):
+        monkeypatch.setattr(f"embedcache.backbone.{name}.MOST_PASSES", 1)
+    monkeypatch.setattr(import_module("embedcache.extract.run"), "PROCESS_ROWS", 1)
+    features_asked = ["mean", "tokens", "cls@all"]
+    backbone = load_backbone(str(folder_of("bert")), features=features_asked, device="cpu", positions=32)
+    examples = load_examples(texts(43), labels="none")
+    run(examples, backbone, tmp_path / "one", threads=2, rows_per_shard=17)
+    passes: list[int] = []
+    together = Workers.run_plan
+
+    def counted(self: Workers, prepared: Any, batches: Any, done: Any) -> Any:
+        passes.append(len(batches))
+        return together(self, prepared, batches, done)
+
+    monkeypatch.setattr(Workers, "run_plan", counted)
+    run(examples, backbone, tmp_path / "two", threads=2, rows_per_shard=17, processes=True)
+    assert len(passes) == 3
+    files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")}
+    assert {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")} == files
+
+
+def test_a_process_that_would_compute_otherwise_says_so(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    backbone = load_backbone(str(folder_of("bert")), features=["mean"], device="cpu")
+    assert backbone.recipe is not None
+    probe = probe_of(backbone)
+    assert probe is not None
+    nudged = Probe(probe.inputs, probe.versions, {"mean": Outcome.of(np.ones(66, np.float32), "float32")})
+    count = torch.get_num_threads()
+    for recipe, recorded, reason in (
+        (backbone.recipe, probe, None),
+        (backbone.recipe, nudged, "computes otherwise than this one"),
+        ({**backbone.recipe, "max_length": 13, "policy": None}, probe, "have changed since they were loaded"),
+        ({**backbone.recipe, "model": "/nowhere"}, probe, "/nowhere"),
+    ):
+        monkeypatch.setattr(processes, "_reason", None)
+        processes._start(recipe, backbone.identity, recorded, count)
+        tokens = backbone.prepare([b"good"])
+        if reason is None:
+            processes._run(tokens, plan(tokens.lengths, backbone.policy))
+        else:
+            with pytest.raises(BackboneError, match=reason):
+                processes._run(tokens, plan(tokens.lengths, backbone.policy))

@@ -6,7 +6,7 @@ model, and everything that could change a feature is hashed into ``identity``.
 
 ``device`` says where it runs, ``folder`` finds and reads a model's folder, ``loading`` makes a network of it,
 ``text`` turns texts into features, ``compute`` runs any backbone over rows at canonical shapes, ``numerics`` over a few
-built-in rows, to know what this machine computes.
+built-in rows, to know what this machine computes, ``processes`` in other processes where there are many cores.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from embedcache.backbone.contents import contents_hash
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
 from embedcache.backbone.numerics import probe_of
+from embedcache.backbone.processes import Workers, workers
 from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.shard import FeatureSet
@@ -34,6 +35,7 @@ __all__ = [
     "SentenceTransformerSettings",
     "TextBackbone",
     "Tokens",
+    "Workers",
     "choose_device",
     "contents_hash",
     "features_of",
@@ -45,6 +47,7 @@ __all__ = [
     "side_by_side",
     "threads",
     "weight_files",
+    "workers",
 ]
 
 

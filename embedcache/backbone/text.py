@@ -167,10 +167,17 @@ def load_backbone(
         "shapes": shapes.to_json(),
     }
     contents.refuse_changed(folder, before, name)  # else the hashes may be of other weights than those that run
-    return TextBackbone(
+    made = TextBackbone(
         network.to(where), tokenizer, specs, shapes, identity,
         provenance=_provenance(name, revision or _commit(folder), where), pooler=pooler, name=name, compiled=compiled,
     )  # fmt: skip
+    made.recipe = {
+        "model": str(folder), "features": tuple(spec.name for spec in specs), "max_length": limit,
+        "truncation_side": truncation_side, "prompt": preprocessing["prompt"], "compute_dtype": compute_dtype,
+        "storage_dtype": storage_dtype, "attention": attention, "compiled": compiled, "device": where,
+        "policy": shapes.to_json(), "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    return made
 
 
 def _feature_specs(
@@ -231,6 +238,7 @@ class TextBackbone:
         self.policy = policy
         self.name = name
         self.probe_rows = TEXT_ROWS
+        self.recipe: dict[str, Any] | None = None  # how ``load_backbone`` makes the same one in another process
         self.provenance = dict(provenance)
         self.specs = tuple(specs)
         self.device = next(network.parameters()).device

@@ -85,7 +85,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         say(f"note: {shown(hint)}", err=True)
     report = run(
         examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads,
-        accept_numerics=accept,
+        accept_numerics=accept, processes=True,
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())

@@ -7,6 +7,8 @@ most three windows are in memory, however many rows there are.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import queue
 import sys
 import threading
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared, probe_of, run_plan
+from embedcache.backbone import Backbone, Prepared, probe_of, run_plan, workers
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import plan
 from embedcache.cache import CacheWriter
@@ -32,6 +34,8 @@ from embedcache.shard import STORED, FeatureSet
 from embedcache.wording import shown
 
 SHARD_ROWS = 16384
+PROCESS_ROWS = 8192
+"""New rows from which on more processes, each of which loads the model, are worth starting."""
 SHARD_BYTES = 64 << 20
 CONTENT_BYTES = 64 << 20
 RAGGED_BYTES = 256 << 20
@@ -267,12 +271,14 @@ def run(
     keep_inputs: bool = False,
     threads: int | None = None,
     accept_numerics: bool = False,
+    processes: bool = False,
     progress: Progress | None = None,
 ) -> ExtractionReport:
     """Bring a cache up to date with ``examples``: run the backbone over the rows it does not hold, and nothing else.
 
     Where there are new rows, the backbone's probe is run first: rows are added only to rows of the same bits, or with
-    ``accept_numerics`` to others, which the cache then records.
+    ``accept_numerics`` to others, which the cache then records. With ``processes``, more passes at a time than one
+    process keeps busy are run in others, where the new rows are many; the running program is then imported again.
 
     Raises:
         SpecMismatchError: the cache there holds features made another way.
@@ -288,11 +294,6 @@ def run(
     ):
         known = writer.lookup(examples.keys)
         todo = new_rows(examples, known)
-        provenance, numerics = dict(backbone.provenance), None
-        if len(todo):
-            probe = probe_of(backbone)
-            numerics = writer.admit(probe, accept=accept_numerics)
-            provenance |= {} if probe is None else {"probe": probe.hash}
         most = shard_rows(backbone.feature_sets, rows_per_shard)
         reused = int((known >= 0).sum())
         bar: Progress = progress if progress is not None else Bar()
@@ -300,18 +301,28 @@ def run(
         committing: Future[None] | None = None
         source = prefetch(windows(examples, todo, backbone, most))
         seen = tokens_seen = 0
+        provenance, numerics = dict(backbone.provenance), None
+        pool = contextlib.ExitStack()
 
         def commit(window: Window, arrays: Mapping[str, Any]) -> None:
             refuse_non_finite(window, arrays, backbone, examples)
             writer.append(examples.keys[window.rows], arrays, provenance)
 
         try:
+            run_batches: Any = functools.partial(run_plan, backbone)
+            if len(todo):
+                probe = probe_of(backbone)
+                numerics = writer.admit(probe, accept=accept_numerics)
+                provenance |= {} if probe is None else {"probe": probe.hash}
+                if processes and len(todo) >= PROCESS_ROWS:
+                    others = pool.enter_context(workers(backbone, backbone.side_by_side(len(todo))))
+                    run_batches = run_batches if others is None else others.run_plan
             for window in source:
                 batches = plan(window.prepared.lengths, backbone.policy)
                 seen += len(window)
                 tokens_seen += batches.real
                 bar.expect(round(tokens_seen / seen * len(todo)))
-                arrays = run_plan(backbone, window.prepared, batches, bar.advance)
+                arrays = run_batches(window.prepared, batches, bar.advance)
                 if committing is not None:
                     committing.result()
                 committing = committer.submit(commit, window, arrays)
@@ -332,6 +343,7 @@ def run(
                 "run the same command again to go on from there"
             ) from None
         finally:
+            pool.close()
             source.close()  # type: ignore[attr-defined]  # a generator: stops the reading thread
             committer.shutdown(wait=True)
             bar.close()

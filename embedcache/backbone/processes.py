@@ -1,0 +1,140 @@
+"""Passes in processes of their own, for machines with more cores than one Python process keeps busy.
+
+Each process loads the backbone itself, proves by its probe that it computes the same bits, and is then handed prepared
+rows. Which process computes a row changes nothing: every pass has the threads that the shape policy says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedcache.backbone.compute import empty, put, run_plan
+from embedcache.backbone.device import MOST_PASSES
+from embedcache.backbone.numerics import probe_of
+from embedcache.batching import Batch, Plan
+from embedcache.errors import BackboneError
+from embedcache.numerics import difference
+
+if TYPE_CHECKING:
+    from embedcache.backbone import Backbone
+
+_PASSES = 3
+"""Passes, for each that a process runs at a time, that it is handed at once."""
+
+
+class Workers:
+    """Processes that run one backbone's passes; made by ``workers``."""
+
+    def __init__(self, backbone: Backbone, processes: int, passes: int) -> None:
+        import torch.multiprocessing
+
+        self._backbone, self._passes = backbone, passes
+        self._ahead = processes + 1
+        recipe: Any = getattr(backbone, "recipe", None)
+        self._pool = ProcessPoolExecutor(
+            processes, torch.multiprocessing.get_context("spawn"), _start,
+            (recipe, dict(backbone.identity), probe_of(backbone), passes * backbone.policy.pass_threads),
+        )  # fmt: skip
+
+    def run_plan(self, prepared: Any, batches: Plan, done: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Do what ``compute.run_plan`` does, in the processes.
+
+        Raises ``BackboneError`` when a process dies, or does not compute what this one does.
+        """
+        lengths = np.asarray(prepared.lengths, np.int64)
+        arrays = empty(self._backbone.feature_sets, lengths)
+        size = _PASSES * self._passes
+        running: deque[tuple[Batch, Future[dict[str, Any]]]] = deque()
+
+        def collect() -> None:
+            whole, future = running.popleft()
+            put(arrays, lengths, whole, {
+                name: (value[0], np.diff(value[1])) if isinstance(value, tuple) else value
+                for name, value in future.result().items()
+            })  # fmt: skip
+            if done is not None:
+                done(len(whole.indices), int(lengths[whole.indices].sum()))
+
+        try:
+            for start in range(0, len(batches), size):
+                some = batches.batches[start : start + size]
+                rows = np.concatenate([batch.indices for batch in some])
+                running.append((Batch(0, 0, rows), self._pool.submit(_run, prepared.take(rows), _renumbered(some))))
+                if len(running) > self._ahead:
+                    collect()
+            while running:
+                collect()
+        except BrokenProcessPool:
+            raise BackboneError(
+                "a process that ran the backbone has died, perhaps for want of memory: "
+                f"try again with fewer threads, such as --threads {MOST_PASSES}"
+            ) from None
+        return arrays
+
+    def close(self) -> None:
+        """Stop the processes; what they have begun is waited for."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def workers(backbone: Backbone, passes: int) -> Iterator[Workers | None]:
+    """Start the processes that ``passes`` at a time need, of ``MOST_PASSES`` each; None where this process is enough.
+
+    The program that runs must be one that can be imported again (``if __name__ == "__main__"``).
+    """
+    processes = -(-passes // MOST_PASSES)
+    if processes < 2 or getattr(backbone, "recipe", None) is None:
+        yield None
+        return
+    made = Workers(backbone, processes, -(-passes // processes))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _renumbered(batches: tuple[Batch, ...]) -> Plan:
+    """Return the plan of just these batches, for rows that come in their order."""
+    ends = np.cumsum([len(batch.indices) for batch in batches])
+    made = tuple(
+        Batch(batch.length, batch.rows, np.arange(end - len(batch.indices), end))
+        for batch, end in zip(batches, ends.tolist(), strict=True)
+    )
+    return Plan(made, 0)
+
+
+_backbone: Any = None
+_reason: str | None = None
+
+
+def _start(recipe: dict[str, Any], identity: dict[str, Any], probe: Any, threads: int) -> None:
+    """Load the backbone in a new process; what is wrong is said when it is asked to work, for it to be heard."""
+    global _backbone, _reason
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    import torch
+
+    from embedcache.backbone.text import load_backbone
+
+    torch.set_num_threads(threads)
+    try:
+        _backbone = load_backbone(**recipe)
+        if dict(_backbone.identity) != identity:
+            _reason = f"the files of {recipe['model']} have changed since they were loaded: start again"
+        elif not (found := difference(probe, probe_of(_backbone))).same_bits and probe is not None:
+            _reason = f"a process of its own computes otherwise than this one ({found.to_text()}): pass --threads 1"
+    except BackboneError as error:
+        _reason = str(error)
+
+
+def _run(prepared: Any, batches: Plan) -> dict[str, Any]:
+    if _reason is not None:
+        raise BackboneError(_reason)
+    return run_plan(_backbone, prepared, batches)
