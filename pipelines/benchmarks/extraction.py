@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from benchmarks.table import SETTINGS, interleaved, row, seconds
 
-from embedcache.backbone import load_backbone, resolve_model, run_plan
+from embedcache.backbone import features_of, load_backbone, probe_of, resolve_model, run_plan
 from embedcache.batching import Plan, plan
 from embedcache.examples import load_examples
 from embedcache.extract import run
@@ -179,4 +179,33 @@ def writing() -> None:
     row("extraction with commits vs discarding features (bfloat16, shards of 1,024 rows)", said, "at most +3 %")
 
 
-SECTIONS = (extraction, padding, peak, writing)
+def passes() -> None:
+    """One thread a pass against passes of all threads: 10,000 snippets, one row; and the time of the probe."""
+    import torch
+
+    every, records = torch.get_num_threads(), snippets(10_000)
+    for dtype in DTYPES:
+        one, all_of_them = (load_backbone(compute_dtype=dtype, device="cpu", pass_threads=each) for each in (1, every))
+        works: dict[str, Callable[[], Any]] = {
+            "all": lambda: extract(all_of_them, records),  # noqa: B023
+            "one": lambda: extract(one, records),  # noqa: B023
+        }
+        times = interleaved(works, rounds=3)
+        row(
+            f"extraction of {len(records):,} snippets, {dtype}: one-thread passes side by side vs {every}-thread ones",
+            f"{times['all'] / times['one']:.2f}x",
+        )
+        name, row_alone = one.feature_sets[0].name, [b"An instant classic, I loved every minute."]
+        works = {
+            "all": lambda: features_of(all_of_them, row_alone, name),  # noqa: B023
+            "one": lambda: features_of(one, row_alone, name),  # noqa: B023
+            "probe": lambda: probe_of(one),  # noqa: B023
+        }
+        times = interleaved(works, rounds=15)
+        row(
+            f"one row, {dtype}: a pass of one thread / of {every} threads; the probe",
+            f"{1e3 * times['one']:.0f} / {1e3 * times['all']:.0f} ms; {1e3 * times['probe']:.0f} ms",
+        )
+
+
+SECTIONS = (extraction, padding, passes, peak, writing)
