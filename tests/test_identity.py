@@ -360,3 +360,78 @@ def test_rows_that_compete_are_refused(bert: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(text.TextBackbone, "_outputs", together)
     refused(bert, "or the other rows of a batch")
+
+
+# The folder's own sentence-transformers files
+
+MEAN = {"embedding_dimension": 22, "pooling_mode": "mean"}
+SAVED = {
+    "transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+}  # fmt: skip
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "mean": (MEAN, {}, {}, ""),
+    "as saved": (MEAN | {"include_prompt": True}, {"prompts": {"query": ""}, "truncate_dim": None}, SAVED, ""),
+    "cls": (MEAN | {"pooling_mode": ["cls"]}, {}, {}, ""),
+    "max": ({"word_embedding_dimension": 22, "pooling_mode_max_tokens": True}, {}, {}, ""),
+    "last": (MEAN | {"pooling_mode": "lasttoken"}, {}, {}, ""),
+    "none chosen": ({"word_embedding_dimension": 22, "pooling_mode_cls_token": False}, {}, {}, ""),
+    "two": (MEAN | {"pooling_mode": ["cls", "mean"]}, {}, {}, "cannot follow cls and mean"),
+    "square root": (MEAN | {"pooling_mode": "mean_sqrt_len_tokens"}, {}, {}, "cannot follow mean_sqrt_len_tokens"),
+    "weighted": (MEAN | {"pooling_mode": "weightedmean"}, {}, {}, "cannot follow weightedmean"),
+    "short rows": (MEAN, {}, {"max_seq_length": 7}, ""),
+    "longer than the tokenizer says": (MEAN, {}, {"max_seq_length": 60}, ""),
+    "lower case": (MEAN, {}, {"max_seq_length": 60, "do_lower_case": True}, ""),
+    "prompt": (MEAN, {"prompts": {"q": "it is "}, "default_prompt_name": "q"}, {}, ""),
+    "prompt that is not the default": (MEAN, {"prompts": {"query": "it is "}}, {}, ""),
+    "prompt left out": (
+        MEAN | {"include_prompt": False}, {"prompts": {"q": "it is "}, "default_prompt_name": "q"}, {},
+        "cannot leave the prompt out",
+    ),
+    "no such prompt": (MEAN, {"prompts": {"q": "it is "}, "default_prompt_name": "r"}, {}, "has no prompt of the name"),
+    "truncated": (MEAN, {"truncate_dim": 8}, {}, "cannot follow truncate_dim 8"),
+    "truncated to its width": (MEAN, {"truncate_dim": 22}, {}, ""),
+    "arguments": (MEAN, {}, {"tokenizer_args": {"padding_side": "left"}}, "cannot follow tokenizer_args"),
+    "our own arguments": (MEAN, {}, {"model_args": {"attn_implementation": "eager"}}, ""),
+    "task": (MEAN, {}, {"transformer_task": "fill-mask"}, "cannot follow transformer_task 'fill-mask'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_auto_is_what_encode_gives_or_refused(bert: Path, setting: str) -> None:
+    """Setting by setting, against the library itself; with a pooling that is named, every folder is read."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    pooling, general, transformer, said = SETTINGS[setting]
+    tiny_models.word_level(bert, model_max_length=11)
+    tiny_models.sentence_transformers_files(bert, pooling, normalize=True, **general)
+    (bert / "sentence_bert_config.json").write_text(json.dumps(transformer))
+    if said:
+        refused(bert, said, features=["auto"])
+        assert load_backbone(str(bert), features=["mean"], prompt="", device="cpu").feature_sets[0].name == "mean"
+        return
+    texts = [*tiny_models.TEXTS, "THE Film WAS good"]
+    backbone = load_backbone(str(bert), device="cpu")
+    found = features_of(backbone, [text.encode() for text in texts], backbone.feature_sets[0].name)
+    peer = sentence_transformers.SentenceTransformer(str(bert), device="cpu")
+    np.testing.assert_allclose(found, peer.encode(texts, show_progress_bar=False), atol=2e-5)
+
+
+def test_auto_follows_no_module_of_anybody_elses(bert: Path) -> None:
+    tiny_models.sentence_transformers_files(bert, MEAN, normalize=True)
+    modules = json.loads((bert / "modules.json").read_text())
+
+    def changed(at: int, **fields: str) -> None:
+        written = [{**each, **(fields if number == at else {})} for number, each in enumerate(modules)]
+        (bert / "modules.json").write_text(json.dumps(written))
+
+    changed(1, type="custom_code.Pooling")
+    refused(bert, r"cannot follow a module of its own \(custom_code.Pooling\)", features=["auto"])
+    changed(0, path="0_Transformer")
+    refused(bert, r"cannot follow a model in a folder below it \(0_Transformer\)", features=["auto"])
+    changed(2, type="sentence_transformers.models.Dense")
+    refused(bert, r"its sentence-transformers modules \(Transformer, Pooling, Dense\)", features=["auto"])
+    load_backbone(str(bert), features=["mean"], device="cpu")
+    changed(0)
+    (bert / "sentence_bert_config.json").unlink(missing_ok=True)
+    (bert / "sentence_xlm-roberta_config.json").write_text(json.dumps({"max_seq_length": 9}))
+    assert load_backbone(str(bert), device="cpu").policy.max_length == 9

@@ -149,7 +149,9 @@ def length_limit(
     """
     hard = _position_limit(network)
     if asked is None:
-        wished = [settings.max_length if settings else None, getattr(tokenizer, "model_max_length", None), hard]
+        # The folder's own limit takes the place of its tokenizer's, as in sentence-transformers.
+        said = settings.max_length if settings else None
+        wished = [said or getattr(tokenizer, "model_max_length", None), hard]
         return int(min((limit for limit in wished if limit is not None and 0 < limit < _LARGE), default=512))
     specials = tokenizer.num_special_tokens_to_add()
     if asked <= specials:

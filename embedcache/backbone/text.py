@@ -128,6 +128,13 @@ def load_backbone(
     settings = (
         SentenceTransformerSettings.read(folder) if "auto" in features or max_length is None or prompt is None else None
     )
+    if settings and settings.obstacle and "auto" in features:
+        raise BackboneError(settings.obstacle)
+    if settings and prompt is None and settings.prompt is None:
+        raise BackboneError(
+            f"{folder.name}/config_sentence_transformers.json has no prompt of the name that it gives as default: "
+            "say which prompt with --prompt, '' for none"
+        )
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     network, pooler = load_network(folder, name, compute_dtype, attention, trust_remote_code)
     specs = _feature_specs(features, settings, is_decoder(network))
@@ -143,7 +150,7 @@ def load_backbone(
     preprocessing |= {
         "max_length": limit,
         "truncation_side": truncation_side,
-        "prompt": prompt if prompt is not None else (settings.prompt if settings else ""),
+        "prompt": prompt if prompt is not None else (settings and settings.prompt) or "",
         "lower_case": lower_cases(folder),
     }
     if preprocessing["prompt"] and settings and not settings.include_prompt and "auto" in features:
