@@ -155,6 +155,13 @@ def make_output(path: Path, kind: Kind = CacheError, *, fresh: bool) -> None:
                 sync_directory(folder.parent)
 
 
+def refuse_link(path: Path, kind: Kind = CacheError) -> None:
+    """Raise ``kind`` for a link: what is written there would go elsewhere."""
+    with explained(f"cannot write {path}", kind):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "")
+
+
 def make_folder(path: Path, kind: Kind = CacheError) -> None:
     """Make a folder inside of an output folder, if it is not there. Raises ``kind``, also where a link is."""
     with explained(f"cannot make {path}", kind):

@@ -131,3 +131,12 @@ def test_an_empty_folder_and_one_of_a_killed_start_are_taken(tmp_path: Path) -> 
     with SweepFolder(tmp_path / "s", IDENTITY) as folder:
         assert folder.results == {}
     assert read_identity(tmp_path / "s") == IDENTITY
+
+
+def test_a_link_in_place_of_the_best_head_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with SweepFolder(tmp_path / "s", IDENTITY):
+        pass
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "s" / "best").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SweepError, match=r"best: a link or a special file stands there, .*: remove it"):
+        SweepFolder(tmp_path / "s", IDENTITY).__enter__()

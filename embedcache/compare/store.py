@@ -38,6 +38,7 @@ from embedcache.journal import (
     make_output,
     read,
     recover,
+    refuse_link,
     remove_temporaries,
 )
 
@@ -124,9 +125,7 @@ class Folder:
     def cache_path(self, key: str) -> Path:
         """Return where the features are. Raises ``InputError`` for a link: what is written would go elsewhere."""
         path = self.path / "caches" / f"{key[:16]}.cache"
-        with explained(f"cannot read {path}", InputError):
-            if path.is_symlink():
-                raise InputError(f"{path} is a link, and nothing is written through it: remove it")
+        refuse_link(path, InputError)
         return path
 
     def output_path(self, key: str) -> Path:

@@ -38,6 +38,7 @@ from embedcache.journal import (
     make_output,
     read,
     recover,
+    refuse_link,
     remove_temporaries,
 )
 
@@ -107,6 +108,7 @@ class SweepFolder:
         refuse_foreign(self.path)
         make_output(self.path, SweepError, fresh=not exists(self.path / "sweep.json", SweepError))
         make_folder(self.path / "predictions", SweepError)
+        refuse_link(self.path / "best", SweepError)  # now, not after hours
         self._lock = lock(self.path)
         try:
             for folder in (self.path, self.path / "predictions"):
