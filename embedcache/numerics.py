@@ -84,6 +84,11 @@ class Probe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hash", hash_json(self.to_json()))
 
+    @property
+    def bits(self) -> str:
+        """A hash of the prepared rows and of the features, whichever versions made them."""
+        return Probe(self.inputs, {}, self.outcomes).hash
+
     def only(self, name: str) -> Probe:
         """Return the probe of one feature set, which is all that a head needs."""
         return Probe(self.inputs, self.versions, {name: self.outcomes[name]} if name in self.outcomes else {})

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from embedcache.backbone import TextBackbone, contents_hash, load_backbone, resolve_model
+from embedcache.backbone import TextBackbone, contents_hash, load_backbone, probe_of, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError
 from embedcache.examples import load_examples
@@ -35,9 +35,10 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         cache_dir: where features are kept; None for ``embedcache`` in the user's cache directory.
         max_length, compute_dtype, device: as in ``load_backbone``.
 
-    The cache is a folder for each content of a backbone and each setting, and several processes may use it at once: one
-    extracts while the others wait. Fitting keeps the backbone's identity, content hashes, in ``identity_``; a model
-    whose files were changed since, in this process or before a pickle was read, is refused until it is fitted again.
+    The cache is a folder for each content of a backbone, each setting, and each kind of machine, by what its probe
+    gives; several processes may use it at once: one extracts while the others wait. Fitting keeps the backbone's
+    identity, content hashes, in ``identity_``; a model whose files were changed since, in this process or before a
+    pickle was read, is refused until it is fitted again.
 
     Example::
 
@@ -128,7 +129,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     def _folder(self, backbone: TextBackbone) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = Path(self.cache_dir) if self.cache_dir is not None else Path(home) / "embedcache" / "features"
-        return root / hash_json(backbone.identity)[:16]
+        return root / hash_json([backbone.identity, _bits_of(backbone)])[:16]
 
 
 def _loaded(
@@ -153,6 +154,12 @@ def _of_contents(
         model, features=(pooling,), max_length=max_length, compute_dtype=dtype, device=device,
         policy=json.loads(policy) if policy is not None else None,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _bits_of(backbone: TextBackbone) -> str | None:
+    probe = probe_of(backbone)
+    return None if probe is None else probe.bits
 
 
 def _texts(X: Any) -> list[str]:

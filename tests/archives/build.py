@@ -1,6 +1,7 @@
 """Build the archives of the current format: small caches, and beside each, as JSON, what must be read from it.
 
-They are built once for each released version of the format and then never again: ``python tests/archives/build.py v1``.
+They are built once for each released version of the format and then never again:
+``python tests/archives/build.py v1.1``. A minor version has archives of what it added only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from small_caches import SETS, arrays
 
 from embedcache.cache import CacheWriter, FeatureCache
 from embedcache.examples import Examples, load_examples
+from embedcache.numerics import Outcome, Probe
+from embedcache.shard import decoded
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.csv"
 SPEC = {
@@ -49,17 +52,34 @@ def inputs() -> dict[str, Examples]:
         "multilabel-part": load_examples(several, label_column="label", **columns).select(np.arange(5, 20, 2)),
         "regression": load_examples(rows, label_column="score", task="regression", **columns),
         "unlabelled": load_examples([{"text": row["text"]} for row in rows[:5]], text_column="text", labels="none"),
+        "probed": load_examples([{"text": row["text"]} for row in rows[:7]], text_column="text", labels="none"),
     }
 
 
+def probe(sets: Any, kind: int) -> Probe:
+    """What a machine of some kind gives for three rows."""
+    given = arrays(sets, [kind, 1, 2])
+    outcomes = {}
+    for each in sets:
+        values = given[each.name][0] if each.kind == "tokens" else given[each.name]
+        outcomes[each.name] = Outcome.of(decoded(values), each.dtype)
+    return Probe(tuple(hashlib.sha256(bytes([at])).hexdigest() for at in range(3)), {"tokenizers": "0.22.1"}, outcomes)
+
+
 def write(path: Path, examples: Examples, sets: Any, per_shard: int, keep_inputs: bool) -> None:
-    """Write a cache of ``examples``; the i-th different content has the features of row i in ``small_caches``."""
+    """Write a cache of ``examples``; the i-th different content has the features of row i in ``small_caches``.
+
+    The archive ``probed`` has the rows of two kinds of machine.
+    """
     _, first = np.unique(examples.keys.view("V16").ravel(), return_index=True)
     first.sort()
     with CacheWriter(path, SPEC, sets) as writer:
         for start in range(0, len(first), per_shard):
             mine = first[start : start + per_shard]
             ran = {"device": "none", "embedcache": "archive", "shard": start // per_shard}
+            if path.name == "probed":
+                writer.admit(made := probe(sets, start // per_shard), accept=True)
+                ran["probe"] = made.hash
             writer.append(examples.keys[mine], arrays(sets, range(start, start + len(mine))), ran)
         writer.finish(examples, keep_inputs=keep_inputs)
 
@@ -99,6 +119,8 @@ def read(cache: FeatureCache) -> dict[str, Any]:
             x = cache.features(None, name)
             facts |= {"shape": list(x.shape), "sha256": digest(x), "row 1": x[1].tolist()}
         said["features"][name] = facts
+    if cache.numerics():
+        said["numerics"] = cache.numerics()
     return said
 
 
@@ -107,12 +129,16 @@ LAYOUTS: dict[str, tuple[Any, int, bool]] = {
     "multilabel-part": (SETS[:1], 5, False),
     "regression": (SETS[2:3], 37, False),
     "unlabelled": (SETS[5:], 2, False),
+    "probed": (SETS[:3], 4, False),
 }
+VERSIONS = {"v1": ("classification", "multilabel-part", "regression", "unlabelled"), "v1.1": ("probed",)}
 
 
 def build(folder: Path) -> None:
-    """Write all archives and what is read from them."""
+    """Write all archives of a version and what is read from them."""
     for name, examples in inputs().items():
+        if name not in VERSIONS[folder.name]:
+            continue
         sets, per_shard, keep_inputs = LAYOUTS[name]
         write(folder / name, examples, sets, per_shard, keep_inputs)
         text = json.dumps(read(FeatureCache.open(folder / name)), indent=1, ensure_ascii=False)

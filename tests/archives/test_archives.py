@@ -21,7 +21,9 @@ VERSION_1 = [path for path in ARCHIVES if path.parent.name == "v1"]
 
 
 def test_they_are_there() -> None:
-    assert [path.name for path in VERSION_1] == ["classification", "multilabel-part", "regression", "unlabelled"]
+    assert {
+        path.name: tuple(sorted(each.name for each in path.iterdir() if each.is_dir())) for path in HERE.glob("v*")
+    } == (build.VERSIONS)
     assert sum(file.stat().st_size for file in (HERE / "v1").rglob("*") if file.is_file()) < 100_000
 
 
@@ -48,11 +50,11 @@ def test_a_wrong_expectation_would_be_seen() -> None:
     assert expected["class_names"] == ["negative", "neutral", "positive"]
 
 
-@pytest.mark.parametrize("path", VERSION_1, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ARCHIVES, ids=lambda path: path.name)
 def test_the_same_bytes_are_written_today(path: Path, tmp_path: Path) -> None:
     """As long as this is the format that is written, another byte is another format."""
-    build.write(tmp_path / "c", build.inputs()[path.name], *build.LAYOUTS[path.name])
-    assert small_caches.files(tmp_path / "c") == small_caches.files(path)
+    build.write(tmp_path / path.name, build.inputs()[path.name], *build.LAYOUTS[path.name])
+    assert small_caches.files(tmp_path / path.name) == small_caches.files(path)
 
 
 def test_old_caches_are_extended_and_relabelled(tmp_path: Path) -> None:
