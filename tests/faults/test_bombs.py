@@ -19,7 +19,7 @@ from embedcache.errors import BadRowsError, EmbedcacheError, InputError, SpecErr
 from embedcache.examples import load_examples
 from embedcache.examples.files import open_file
 from embedcache.fingerprint import read_json, strict_json
-from embedcache.heads import TrainedHead, bundle
+from embedcache.heads import TrainedHead, folder
 from embedcache.report import report
 from embedcache.sweep import SweepResult, sweep
 from embedcache.sweep.store import read_identity
@@ -27,7 +27,7 @@ from embedcache.sweep.store import read_identity
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "manifest": ("manifest.json", FeatureCache.open),
     "head": ("config.json", TrainedHead.from_pretrained),
-    "metrics": ("metrics.json", lambda folder: bundle.record(folder, "test", {})),
+    "metrics": ("metrics.json", lambda path: folder.record(path, "test", {})),
     "sweep": ("sweep.json", read_identity),
     "summary": ("summary.json", SweepResult),
     "report": ("summary.json", report),
@@ -40,7 +40,8 @@ def test_json_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
     name, read = READERS[reader]
     if name == "metrics.json":
         (tmp_path / "config.json").write_text("{}")
-        monkeypatch.setattr(bundle, "load", lambda folder: None)
+        monkeypatch.setattr(folder, "load", lambda path: None)
+        monkeypatch.setattr(folder, "_is_ours", lambda path: True)
     (tmp_path / name).write_bytes(bombs.JSON[bomb])
     parse = json.loads
     monkeypatch.setattr(json, "loads", lambda text, **options: parse(text, **options) if len(text) < 9 else 1 / 0)
