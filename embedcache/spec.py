@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from embedcache.errors import SpecError
+from embedcache.wording import shortened
 
 Task = Literal["classification", "multilabel", "regression"]
 TASKS: tuple[Task, ...] = ("classification", "multilabel", "regression")
 
 POOLINGS = ("cls", "mean", "max", "pooler", "last", "tokens")
 DTYPES = ("float32", "bfloat16", "float16")
+
+SPLITS = ("train", "validation", "test")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 _FEATURE = re.compile(
     r"(?P<l2>l2:)?(?P<pooling>[a-z]+)(?:@(?P<layers>all|-?\d+(?:\.\.-?\d+)?(?:\+-?\d+(?:\.\.-?\d+)?)*))?"
@@ -80,6 +89,33 @@ class FeatureSpec:
     def multi_layer(self) -> bool:
         """Whether the set is ``[n, L, D]``."""
         return self.layers is None or len(self.layers) > 1
+
+
+def split_name(written: str) -> str:
+    """Return the name of a split: ``val``, ``dev`` and ``valid`` are ``validation``; unknown names are kept."""
+    return _SPLITS.get(written.strip().lower(), written.strip())
+
+
+def find_name(written: object, there: Container[str], normal: Callable[[str], str]) -> str | None:
+    """Return which of the names that are ``there`` was written, None for none of them.
+
+    A name that is there stands for itself, however it looks; any other is tried as ``normal`` writes it:
+    ``split_name``, or ``feature_name``.
+    """
+    if not isinstance(written, str):
+        return None
+    if written in there:
+        return written
+    try:
+        found = normal(written)
+    except SpecError:
+        return None
+    return found if found in there else None
+
+
+def feature_name(written: str) -> str:
+    """Return the name of a feature set as a cache has it: ``mean@-2..-1`` is ``mean@-2+-1``. Raises ``SpecError``."""
+    return FeatureSpec.parse(written).name
 
 
 def _layer_range(part: str, text: str) -> Sequence[int]:
@@ -190,7 +226,10 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         if self.engine not in ("torch", "sklearn"):
-            raise SpecError(f"unknown engine {self.engine!r}: expected torch or sklearn")
+            raise SpecError(f"unknown engine {shortened(self.engine)}: expected torch or sklearn")
+        for name, setting in declared(HeadSpec).items():
+            if not setting.allowed(getattr(self, name)):
+                raise SpecError(f"the head's {name} is {shortened(getattr(self, name))}: expected {setting.expected}")
 
 
 _MINIBATCH: dict[str, Any] = {"solver": "minibatch"}
@@ -277,11 +316,29 @@ class TrainSpec:
         object.__setattr__(made, "_given", (*[*cls.__dataclass_fields__][: len(arguments)], *given))
         return made
 
+    @classmethod
+    def of(cls, settings: TrainSpec | Mapping[str, Any] | None) -> TrainSpec:
+        """Return settings that may also be written as a mapping, ``{"epochs": 2}``; None for the defaults.
+
+        Raises ``SpecError`` for what is none, naming the nearest.
+        """
+        if isinstance(settings, TrainSpec):
+            return settings
+        if settings is not None and not isinstance(settings, Mapping):
+            raise SpecError(f"spec is {shortened(settings)}: expected a TrainSpec, or settings such as {{'epochs': 2}}")
+        given = dict(settings or {})
+        for name in given:
+            if name not in declared(TrainSpec):
+                near = get_close_matches(str(name), declared(TrainSpec), 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise SpecError(f"there is no setting {name!r}{hint}: expected {', '.join(declared(TrainSpec))}")
+        return cls(**given)
+
     def __post_init__(self) -> None:
         for name, setting in declared(TrainSpec).items():
             value = getattr(self, name)
             if not setting.allowed(value):
-                raise SpecError(f"{name} is {value!r}: expected {setting.expected}")
+                raise SpecError(f"{name} is {shortened(value)}: expected {setting.expected}")
         given = self.__dict__.pop("_given", ())
         if "epochs" in given and "min_steps" not in given:
             object.__setattr__(self, "min_steps", 0)

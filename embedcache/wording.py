@@ -38,6 +38,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def shortened(value: object, most: int = 40) -> str:
+    """Return a value as Python writes it, on one line and not longer than a message can bear."""
+    try:
+        written = repr(value)
+    except Exception as error:  # somebody else's code
+        written = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    written = shown(" ".join(written[: 4 * most].split()))
+    return written if len(written) <= most else f"{written[: most - 3]}..."
+
+
 def json_shown(text: str) -> str:
     """Return JSON that means the same, in which nothing moves the cursor either."""
     return text if text.isprintable() else "".join(each if each == "\n" else _in_json(each) for each in text)

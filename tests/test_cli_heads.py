@@ -277,7 +277,7 @@ def test_stage_two_is_light(options: Any, absent: Any, cache: Path, tmp_path: Pa
 MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("--head", "mpl"), 2, r"there is no head 'mpl' (did you mean mlp?)"),
     (("--head", "attention", "--engine", "sklearn"), 2, "the head attention is torch's"),
-    (("--head", "knn", "--engine", "torch"), 2, "there is no head 'knn'"),
+    (("--head", "knn", "--engine", "torch"), 2, "the head knn is sklearn's"),
     (("--head", "mlp", "--head-option", "hiden=[3]"), 2, "did you mean hidden"),
     (("--head", "mlp", "--head-option", "hidden"), 2, "--head-option 'hidden': expected NAME=VALUE"),
     (("--head", "knn", "--head-option", "n_neighbors=-1"), 2, "n_neighbors is -1"),

@@ -30,7 +30,7 @@ from embedcache.errors import CacheError, CorruptCacheError, FeatureError, Incom
 from embedcache.journal import exists, explained, is_locked
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, Placed
-from embedcache.spec import Task
+from embedcache.spec import Task, feature_name, find_name, split_name
 from embedcache.wording import shown
 
 if TYPE_CHECKING:
@@ -177,9 +177,17 @@ class FeatureCache:
         """Return the dataset row numbers of a split, int64, in the order of the input; None for all rows."""
         if split is None:
             return np.arange(self.n_rows)
-        if split not in self.split_names:
-            raise InputError(f"{self.path} has no split {split!r}: it has {', '.join(self.split_names)}")
-        return np.flatnonzero(self._split == self.split_names.index(split))
+        return np.flatnonzero(self._split == self.split_names.index(self.split(split)))
+
+    def split(self, written: str) -> str:
+        """Return the name of a split that is here, however it is written: ``val`` for ``validation``.
+
+        Raises ``InputError`` for a split that is not here.
+        """
+        found = find_name(written, self.split_names, split_name)
+        if found is None:
+            raise InputError(f"{self.path} has no split {written!r}: it has {', '.join(self.split_names)}")
+        return found
 
     def split_codes(self) -> npt.NDArray[np.uint8]:
         """Return each row's split, u1 [N], an index into ``split_names``."""
@@ -251,12 +259,13 @@ class FeatureCache:
         return self.take(self._row[self._selected(split)], each.name)
 
     def feature(self, name: str | None = None) -> FeatureSet:
-        """Return a feature set by name; None for the first."""
+        """Return a feature set by name, in any form that ``extract`` takes; None for the first."""
         if name is None:
             return next(iter(self.feature_sets.values()))
-        if name not in self.feature_sets:
+        found = find_name(name, self.feature_sets, feature_name)
+        if found is None:
             raise FeatureError(f"{self.path} has no feature set {name!r}: it has {', '.join(self.feature_sets)}")
-        return self.feature_sets[name]
+        return self.feature_sets[found]
 
     def places(self, split: str | None = None) -> Rows:
         """Return where in the shards each row of a split is, int64 [N]; see ``take``."""

@@ -67,14 +67,14 @@ def check(
     """
     from embedcache.cache import FeatureCache
     from embedcache.equivalence import check_equivalence
-    from embedcache.spec import HeadSpec
+    from embedcache.heads import head_named
 
     split = options.pop("split")
     options["split"], split = (split, None) if split is not None and "/" in split else (None, split)
     opened = FeatureCache.open(cache)
     named = inputs or any(options[name] for name in ("train", "validation", "test"))
     examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options) if named else None
-    head = HeadSpec(kind, "torch", _settings(head_options)) if kind is not None else None
+    head = head_named(kind, None, _settings(head_options)) if kind is not None else None
     result = check_equivalence(
         opened, examples, model=model, revision=revision, head=head, feature=feature, reference=reference,
         steps=steps, rows=rows, split=split, everything=everything, seed=seed, device=device,

@@ -56,16 +56,16 @@ def train(
     """
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
-    from embedcache.heads import engine_of
+    from embedcache.heads import head_named
     from embedcache.heads.folder import RunFolder
-    from embedcache.spec import HeadSpec, TrainSpec
+    from embedcache.spec import TrainSpec
     from embedcache.train import train_on_cache
 
     given = {name: value for name, value in options.items() if value not in (None, "auto")}
     if given.get("class_weight", "balanced") != "balanced":
         given["class_weight"] = _json(given["class_weight"], "--class-weight")
-    spec = HeadSpec(kind, engine or engine_of(kind), dict(map(_setting, head_options)))  # type: ignore[arg-type]
-    _refuse_unused(spec.engine, kind, given, device)
+    spec = head_named(kind, engine, dict(map(_setting, head_options)))
+    _refuse_unused(spec.engine, spec.kind, given, device)
     opened = FeatureCache.open(cache)
     with RunFolder(output_dir) as folder:
         result = train_on_cache(
@@ -174,6 +174,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
     from embedcache.train import evaluate_on_cache
 
     head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
+    split = opened.split(split)
     measured = evaluate_on_cache(head, opened, split)
     numerics = difference(head.probe, opened.probe)
     if record:

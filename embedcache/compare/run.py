@@ -24,6 +24,7 @@ from embedcache.compare.worker import INTERRUPTED
 from embedcache.errors import InputError, Interrupted, MissingExtraError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
+from embedcache.heads import head_named
 from embedcache.journal import exists, explained
 from embedcache.spec import HeadSpec, Task
 from embedcache.train.metrics import metric_named
@@ -85,7 +86,7 @@ def compare_training_approaches(
     """
     wanted = chosen(approaches)
     shares = checked_fractions(fractions)
-    spec = HeadSpec(head) if isinstance(head, str) else head
+    spec = head_named(head)
     _check(spec, epochs, seeds)
     examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
     examples = checked_rows(examples, max_rows, seeds[0])

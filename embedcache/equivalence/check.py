@@ -14,6 +14,7 @@ from embedcache.equivalence.result import EquivalenceResult
 from embedcache.equivalence.rows import matched, sample
 from embedcache.errors import BackboneError, SpecError
 from embedcache.examples import Examples, load_examples
+from embedcache.heads.registry import head_named
 from embedcache.spec import HeadSpec
 from embedcache.train.cached import feature_for
 
@@ -161,7 +162,7 @@ def _head_for(cache: FeatureCache, head: HeadSpec | str | None) -> HeadSpec:
     if head is None:
         pooled = any(each.kind == "pooled" for each in cache.feature_sets.values())
         return HeadSpec("mlp" if pooled else "attention-pooling")
-    spec = HeadSpec(head) if isinstance(head, str) else head
+    spec = head_named(head)
     if spec.engine != "torch":
         raise SpecError(f"the head {spec.kind} is not trained in steps: check a torch head, such as linear or mlp")
     return spec

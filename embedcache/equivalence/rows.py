@@ -204,8 +204,7 @@ def sample(
     codes = cache.split_codes()
     if split is None:
         split = next((name for name in ("validation", "test") if name in cache.split_names), cache.split_names[0])
-    if split not in cache.split_names:
-        raise InputError(f"{cache.path} has no split {split!r}: it has {', '.join(cache.split_names)}")
+    split = cache.split(split)
     home = "train" if "train" in cache.split_names else cache.split_names[0]
     train = np.flatnonzero((codes == cache.split_names.index(home)) & labelled)
     evaluate = np.flatnonzero((codes == cache.split_names.index(split)) & labelled)

@@ -16,7 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
 from embedcache.errors import InputError, TrainingError
-from embedcache.heads import TrainedHead, engine_of
+from embedcache.heads import TrainedHead, head_named
 from embedcache.heads.trained import Array, Floats
 from embedcache.spec import HeadSpec, Task, TrainSpec, declared
 from embedcache.train import train_head
@@ -117,8 +117,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     def _fitted(
         self, X: Any, y: Any, sample_weight: Any, task: Task, names: list[str], **settings: Any
     ) -> _HeadEstimator:
-        engine = self.engine or engine_of(self.head)
-        spec = HeadSpec(self.head, engine, _plain(dict(self.options or {})))  # type: ignore[arg-type]
+        spec = head_named(self.head, self.engine, _plain(dict(self.options or {})))
         seed = _seed(self.random_state)
         values = {name: _plain(getattr(self, name)) for name in declared(TrainSpec) if hasattr(self, name)} | settings
         # What is at its default was not asked for: TrainSpec chooses the solver by what was.

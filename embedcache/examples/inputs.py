@@ -11,7 +11,7 @@ from embedcache.errors import InputError, SpecError
 from embedcache.examples.files import open_file
 from embedcache.examples.objects import is_table, open_object
 from embedcache.examples.source import Source
-from embedcache.examples.splits import normal_name
+from embedcache.spec import split_name
 
 
 def gather(inputs: Any, named: Mapping[str, Any], format: str | None, quoting: str) -> list[tuple[str | None, Source]]:
@@ -30,7 +30,7 @@ def gather(inputs: Any, named: Mapping[str, Any], format: str | None, quoting: s
                 raise InputError(
                     f"the input maps {name!r} to cells, expected rows: pass a list of dicts or a DataFrame"
                 )
-            given.append((normal_name(str(name)), value))
+            given.append((split_name(str(name)), value))
         if splits:
             raise SpecError(f"the input maps splits already: drop {', '.join(splits)}")
     elif inputs is not None:

@@ -12,31 +12,21 @@ from numpy.typing import NDArray
 
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.content import Faults, is_missing, unicode_fault
+from embedcache.spec import SPLITS, split_name
 
-STANDARD = ("train", "validation", "test")
-_ALIASES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _PART = re.compile(r"\d+(\.\d*)?|\.\d+")
 _SLICE = 1 << 16
 
 
-def normal_name(name: str) -> str:
-    """Return the name used for a split: ``val``, ``dev`` and ``valid`` are ``validation``; unknown names are kept."""
-    return _ALIASES.get(name.strip().lower(), name.strip())
-
-
 def is_standard(name: str) -> bool:
     """Whether ``name`` is one of the usual names of a split."""
-    return name.strip().lower() in _ALIASES
+    return split_name(name) in SPLITS
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
     """Return split names in the usual order: train, validation, test, then the others by code point."""
     present = set(names)
-    return tuple(name for name in STANDARD if name in present) + tuple(sorted(present - set(STANDARD)))
+    return tuple(name for name in SPLITS if name in present) + tuple(sorted(present - set(SPLITS)))
 
 
 def parse_split(text: str) -> tuple[tuple[str, ...], tuple[Fraction, ...]]:
@@ -53,7 +43,7 @@ def parse_split(text: str) -> tuple[tuple[str, ...], tuple[Fraction, ...]]:
         raise SpecError(
             f"the split {text!r} has a part of zero: expected positive parts; 80/20 is train and test alone"
         )
-    names = STANDARD if len(parts) == 3 else ("train", "test")
+    names = SPLITS if len(parts) == 3 else ("train", "test")
     return names, tuple(weight / sum(weights) for weight in weights)
 
 
@@ -100,7 +90,7 @@ class SplitColumn:
                 if reason is not None:
                     faults[position] = reason
                 else:
-                    name = known[value] = normal_name(value)
+                    name = known[value] = split_name(value)
             names.append(name)
         return names, faults
 

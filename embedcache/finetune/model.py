@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -12,9 +13,17 @@ from transformers.utils.generic import ModelOutput
 
 from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.errors import SpecError
-from embedcache.heads import build_head
+from embedcache.heads import build_head, head_named
 from embedcache.heads.layers import Dropout
 from embedcache.spec import HeadSpec
+
+
+def live_head(head: HeadSpec | str, options: Mapping[str, Any]) -> HeadSpec:
+    """Return a head that a live model can have. Raises ``SpecError`` for one of scikit-learn's, or none."""
+    spec = head_named(head, None, options)
+    if spec.engine != "torch":
+        raise SpecError(f"the head {spec.kind} of scikit-learn cannot be fine-tuned: name a torch head such as linear")
+    return spec
 
 
 class ParameterCount(NamedTuple):
@@ -109,7 +118,7 @@ class FeatureBasedModel(nn.Module):
         if num_classes < 1:
             raise SpecError(f"num_classes is {num_classes}: expected at least 1")
         backbone = load_backbone(name, features=(pooling,), device=device, max_length=max_length)
-        module = build_head(HeadSpec(head, "torch", head_options), backbone.feature_sets[0], num_classes, seed=seed)
+        module = build_head(live_head(head, head_options), backbone.feature_sets[0], num_classes, seed=seed)
         return cls(backbone, module, freeze_backbone=freeze_backbone)
 
     def train(self, mode: bool = True) -> FeatureBasedModel:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from embedcache.backbone import features_of
 from embedcache.errors import InputError
 from embedcache.finetune.live import FINE_TUNING, FineTuned, fine_tune
-from embedcache.finetune.model import FeatureBasedModel
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.finetune.model import FeatureBasedModel, live_head
+from embedcache.spec import TrainSpec
 from embedcache.train import TrainingResult, train_head
 
 Labels = npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class TextClassificationPipeline:
         )
         self.num_classes = num_classes
         self.result: TrainingResult | FineTuned | None = None
-        self._spec = HeadSpec(head, "torch", given)
+        self._spec = live_head(head, given)
         self._seed = seed
         self._data: tuple[Any, Labels, Any, Labels | None] | None = None
 

@@ -14,7 +14,24 @@
 Importing this loads neither torch nor scikit-learn.
 """
 
-from embedcache.heads.registry import STACKED_OPTIONS, build_head, engine_of, kinds, register_head, stack_key
+from embedcache.heads.registry import (
+    STACKED_OPTIONS,
+    build_head,
+    engine_of,
+    head_named,
+    kinds,
+    register_head,
+    stack_key,
+)
 from embedcache.heads.trained import TrainedHead
 
-__all__ = ["STACKED_OPTIONS", "TrainedHead", "build_head", "engine_of", "kinds", "register_head", "stack_key"]
+__all__ = [
+    "STACKED_OPTIONS",
+    "TrainedHead",
+    "build_head",
+    "engine_of",
+    "head_named",
+    "kinds",
+    "register_head",
+    "stack_key",
+]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from embedcache.errors import SpecError
 from embedcache.spec import HeadSpec
+from embedcache.wording import shortened
 
 if TYPE_CHECKING:
     from embedcache.heads.modules import Head
@@ -45,6 +46,27 @@ def engine_of(kind: str) -> Engine:
         if kind in kinds(engine):
             return engine
     raise _unknown(kind, (*kinds("torch"), *kinds("sklearn")))
+
+
+def head_named(head: HeadSpec | str, engine: str | None = None, options: Mapping[str, Any] | None = None) -> HeadSpec:
+    """Return the head that was written: ``"mlp"``, ``"logistic-regression"``, ``"sklearn:mlp"``, or a ``HeadSpec``.
+
+    Where no ``engine`` is named it is the one that has the kind, torch where both do. Raises ``SpecError`` for a head
+    that there is not, naming the nearest.
+    """
+    if isinstance(head, HeadSpec):
+        return head
+    if not isinstance(head, str):
+        raise SpecError(f"head is {shortened(head)}: expected the name of a head, such as linear, or a HeadSpec")
+    prefix, _, rest = head.partition(":")
+    kind, engine = (rest, engine or prefix) if rest and prefix in ("torch", "sklearn") else (head, engine)
+    found = engine_of(kind)
+    chosen = engine or found
+    if chosen not in ("torch", "sklearn"):
+        raise SpecError(f"the engine {chosen!r} has no head {kind!r}: expected torch or sklearn")
+    if kind not in kinds(chosen):  # type: ignore[arg-type]
+        raise SpecError(f"the head {kind} is {found}'s, and {chosen} has none of that name: leave the engine out")
+    return HeadSpec(kind, chosen, options or {})  # type: ignore[arg-type]
 
 
 def register_head(kind: str, head: type[Head]) -> None:

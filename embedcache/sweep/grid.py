@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import InputNotFoundError, SpecError, SweepError
-from embedcache.heads import engine_of, kinds
+from embedcache.errors import InputNotFoundError, SweepError
+from embedcache.heads import head_named
 from embedcache.shard import FeatureSet
-from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
+from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
 from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
 from embedcache.sweep.ranges import Choices, choices, number
 
@@ -221,9 +221,7 @@ def parse(
         value = [value]
     whole = {"heads": list(value)} if isinstance(value, (list, tuple)) else dict(value or {})
     _known(whole, TOP, "the sweep file")
-    chosen = list(features) or _listed(whole.get("features"))
-    for name in chosen:
-        _feature(name, feature_sets)
+    chosen = [_feature(name, feature_sets) for name in list(features) or _listed(whole.get("features"))]
     common = tuple(chosen) or tuple(feature_sets)
     everywhere = _seeds(list(seeds) or _listed(whole.get("seeds", 0)))
     entries = whole.get("heads")
@@ -235,8 +233,7 @@ def parse(
     for at, entry in enumerate(entries):
         where = f"heads[{at}]"
         if isinstance(entry, Configuration):
-            _feature(entry.feature, feature_sets)
-            given.append(entry)
+            given.append(replace(entry, feature=_feature(entry.feature, feature_sets)))
             continue
         fixed = bool(chosen) and not (isinstance(entry, Mapping) and "features" in entry)
         blocks.append(_block(where, _entry(where, entry), feature_sets, common, everywhere, fixed, bool(seeds)))
@@ -281,18 +278,10 @@ def _block(
     where: str, entry: Mapping[str, Any], sets: Mapping[str, FeatureSet], common: tuple[str, ...],
     everywhere: tuple[int, ...], fixed: bool, seeds_win: bool,
 ) -> Block:  # fmt: skip
-    kind = entry["head"]
-    prefix, _, rest = kind.partition(":")
-    engine = entry.get("engine")
-    if rest and prefix in ("torch", "sklearn"):
-        kind, engine = rest, engine or prefix
-    found = engine_of(kind)
-    engine = engine or found
-    if engine not in ("torch", "sklearn") or kind not in kinds(engine):
-        raise SpecError(f"{where}: the engine {engine!r} has no head {kind!r}: leave engine out, or say {found}")
+    head = head_named(entry["head"], entry.get("engine"))
+    kind, engine = head.kind, head.engine
     options = {**_mapping(where, entry.get("options", {}))}
     allowed = option_names(kind, engine)
-    head = HeadSpec(kind, engine)
     if engine == "torch" and entry.get("solver", "auto") == "auto":
         asked = any(name in entry and name not in allowed for name in MINIBATCH_SETTINGS)
         entry = {**entry, "solver": "minibatch" if asked else TrainSpec().solver_for(head)}
@@ -328,9 +317,7 @@ def _block(
     for name in options:
         if name not in allowed:
             _known({name: 0}, allowed, f"{where} ({kind})")
-    own = _listed(entry.get("features"))
-    for name in own:
-        _feature(name, sets)
+    own = [_feature(name, sets) for name in _listed(entry.get("features"))]
     features = _readable(where, kind, engine, tuple(own) or common, sets, bool(own) or fixed)
     seeds = everywhere if seeds_win or "seeds" not in entry else _seeds(_listed(entry["seeds"]))
     seeded = kind in SEEDED if engine == "sklearn" else "minibatch" in solvers
@@ -415,11 +402,13 @@ def _seeds(values: list[Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _feature(name: Any, sets: Mapping[str, FeatureSet]) -> None:
-    if name not in sets:
+def _feature(name: Any, sets: Mapping[str, FeatureSet]) -> str:
+    found = find_name(name, sets, feature_name)
+    if found is None:
         near = get_close_matches(str(name), sets, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise SweepError(f"there is no feature set {name!r}{hint}: the cache has {', '.join(sets)}")
+    return found
 
 
 def _known(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:

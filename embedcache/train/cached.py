@@ -12,7 +12,7 @@ import numpy.typing as npt
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
-from embedcache.heads.registry import head_class
+from embedcache.heads.registry import head_class, head_named
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train.data import checked_data, choose
@@ -33,7 +33,7 @@ HELD_OUT = 10
 def train_on_cache(
     cache: FeatureCache,
     head: HeadSpec | str = "linear",
-    spec: TrainSpec | None = None,
+    spec: TrainSpec | Mapping[str, Any] | None = None,
     *,
     feature: str | None = None,
     allow_unseen: bool = False,
@@ -49,7 +49,7 @@ def train_on_cache(
     Raises as ``train_head`` does, and ``TrainingError`` for a class in test that no training row has, unless
     ``allow_unseen``; ``FeatureError`` for a feature set that the cache does not have.
     """
-    head = HeadSpec(head) if isinstance(head, str) else head
+    head = head_named(head)
     chosen = feature_for(cache, head, feature)
     if "train" not in cache.split_names:
         raise InputError(f"{cache.path} has no train split: it has {', '.join(cache.split_names)}")

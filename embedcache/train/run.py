@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from embedcache.errors import FeatureError, SpecError
 from embedcache.heads import TrainedHead
+from embedcache.heads.registry import head_named
 from embedcache.heads.trained import count
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
@@ -49,7 +50,7 @@ def train_head(
     x_eval: Any = None,
     y_eval: Any = None,
     head: HeadSpec | str = "linear",
-    spec: TrainSpec | None = None,
+    spec: TrainSpec | Mapping[str, Any] | None = None,
     *,
     task: Task = "classification",
     class_names: Sequence[str],
@@ -73,7 +74,7 @@ def train_head(
         y: int64 [N] class indices (-1: no label), uint8 [N, C] labels (255: none), or float [N, R] (NaN: none).
         x_eval, y_eval: validation rows: early stopping of minibatches, calibration. None for none.
         head: a ``HeadSpec``, or a kind of head with its defaults.
-        spec: how to train; None for the defaults: a linear head's optimum, any other head by minibatches.
+        spec: how to train, also as a mapping; None for the defaults: a linear head's optimum, others by minibatches.
         task: ``classification``, ``multilabel`` or ``regression``.
         class_names: the C classes, or the names of the R targets.
         sample_weight: [N] weights of the training rows, None for equal.
@@ -90,8 +91,8 @@ def train_head(
         FeatureError: features that hold NaN or infinity, naming the row, or that the head cannot read.
         SpecError: an unknown head, option or metric, or settings that contradict each other.
     """
-    spec = spec or TrainSpec()
-    head = HeadSpec(head) if isinstance(head, str) else head
+    spec = TrainSpec.of(spec)
+    head = head_named(head)
     feature = feature or feature_set_of(x)
     data = checked_data(x, y, feature, task, weight=sample_weight, outputs=len(class_names))
     said = [*notes, *refuse_untrainable(data, task, class_names)]
