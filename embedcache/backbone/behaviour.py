@@ -28,6 +28,10 @@ architectures none moved by more than 2e-6 in float32, and those that read paddi
 ROUNDING_ELSEWHERE = 5e-3
 """The same for float32 on accelerators, which may multiply in fewer bits."""
 
+SEEN = 1e-4
+"""How far the first token's vector moves at least, relative to its length, when a model that reads both ways is given
+other words behind it; in one that reads from left to right it does not move at all."""
+
 
 def refuse_misbehaviour(
     run: Callable[[Tensor, Tensor], Any],
@@ -49,9 +53,7 @@ def refuse_misbehaviour(
     kind, parameter = type(network).__name__, next(network.parameters())
     tokens = min(max(TOKENS, _chunk(network.config) + 1), longest)
     wide = min(tokens + PADDING, longest)
-    known = np.setdiff1d(np.arange(vocabulary), [*reserved, pad])
-    spread = np.linspace(0, max(len(known) - 1, 0), wide).astype(np.int64)
-    row = torch.from_numpy(known[spread] if known.size else spread).to(parameter.device)
+    row = _row(vocabulary, [*reserved, pad], wide).to(parameter.device)
     beside = torch.stack([row, row.flip(0)])
     beside[0, tokens:] = pad
     mask = torch.ones_like(beside)
@@ -81,6 +83,35 @@ def refuse_misbehaviour(
             f"{name}: {kind} reads padding, or the other rows of a batch, although there is a mask (features move by "
             f"{apart:.1e} of their size): they would depend on how texts are batched; use another model"
         )
+
+
+def reads_from_left_to_right(network: torch.nn.Module, *, vocabulary: int, reserved: Sequence[int]) -> bool:
+    """Whether a model's first token sees no later one, so that only the last has seen the whole text.
+
+    Measured, because neither the class that a model was saved as nor its config's ``is_decoder`` tells. False for a
+    model that does not run.
+    """
+    import torch
+
+    parameter = next(network.parameters())
+    row = _row(vocabulary, reserved, 2 * TOKENS - 1).to(parameter.device)
+    # Other words, not the same ones in another order: attention that is nearly even would hardly tell.
+    ids = torch.stack([row[:TOKENS], torch.cat([row[:1], row[TOKENS:]])])
+    try:
+        with torch.inference_mode(), quiet():
+            first: Tensor = network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0].float()
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):
+        return False
+    return _apart(first[:1], first[1:]) < SEEN
+
+
+def _row(vocabulary: int, reserved: Sequence[int], tokens: int) -> Tensor:
+    """Return tokens from all over the vocabulary, int64 [T], none of them reserved where there are others."""
+    import torch
+
+    known = np.setdiff1d(np.arange(vocabulary), reserved)
+    known = known if known.size else np.arange(vocabulary)
+    return torch.from_numpy(known[np.linspace(0, len(known) - 1, tokens).astype(np.int64)])
 
 
 def _chunk(config: Any) -> int:

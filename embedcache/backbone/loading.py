@@ -53,7 +53,7 @@ def load_network(
             ignore_mismatched_sizes=True,
             **options,  # transformers would say no more than that there are some
         )
-        network: torch.nn.Module = whole.get_encoder() if getattr(config, "is_encoder_decoder", False) else whole
+        network: torch.nn.Module = whole.get_encoder() if _has_two_halves(whole) else whole
     if wrong := report["mismatched_keys"]:
         tensor, stored, expected = sorted(wrong)[0]
         raise BackboneError(
@@ -74,6 +74,12 @@ def load_network(
     if getattr(network.config, "use_cache", None):  # a decoder would keep the keys and values of every layer
         network.config.use_cache = False  # type: ignore[union-attr]
     return network.eval(), not missing
+
+
+def _has_two_halves(whole: Any) -> bool:
+    # A folder with an encoder alone (T5EncoderModel) says is_encoder_decoder false, and is made whole all the same.
+    halves = (getattr(whole, half, None) for half in ("encoder", "decoder"))
+    return bool(getattr(whole.config, "is_encoder_decoder", False)) or None not in halves
 
 
 def _random_tensors(whole: torch.nn.Module, network: torch.nn.Module, missing: list[str]) -> list[str]:
@@ -131,13 +137,6 @@ def quiet() -> Iterator[None]:
         chatter.set_verbosity(verbosity)
         if bars:
             chatter.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def is_decoder(network: torch.nn.Module) -> bool:
-    """Whether a model reads from left to right, so that only its last token has seen the whole text."""
-    config: Any = network.config
-    architectures = getattr(config, "architectures", None) or ()
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
 def length_limit(

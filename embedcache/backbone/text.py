@@ -24,7 +24,7 @@ from embedcache.backbone.folder import (
     tokenizer_files,
     weight_files,
 )
-from embedcache.backbone.loading import Compiled, is_decoder, length_limit, load_network, load_tokenizer
+from embedcache.backbone.loading import Compiled, length_limit, load_network, load_tokenizer
 from embedcache.backbone.numerics import TEXT_ROWS, tokenizer_versions
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError, SpecError
@@ -137,7 +137,11 @@ def load_backbone(
         )
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     network, pooler = load_network(folder, name, compute_dtype, attention, trust_remote_code)
-    specs = _feature_specs(features, settings, is_decoder(network))
+    network.to(where)
+    causal = settings is None and "auto" in features and behaviour.reads_from_left_to_right(
+        network, vocabulary=_vocabulary(network) or len(tokenizer), reserved=tokenizer.all_special_ids
+    )  # fmt: skip
+    specs = _feature_specs(features, settings, causal)
     limit = length_limit(network, tokenizer, settings, max_length)
     shapes = ShapePolicy.from_json(policy) if policy is not None else ShapePolicy(
         positions=positions or POSITIONS[where.split(":")[0]], max_length=limit, spare=int(needs_spare_row(where)),
@@ -175,7 +179,7 @@ def load_backbone(
     }
     contents.refuse_changed(folder, before, name)  # else the hashes may be of other weights than those that run
     made = TextBackbone(
-        network.to(where), tokenizer, specs, shapes, identity,
+        network, tokenizer, specs, shapes, identity,
         provenance=_provenance(name, revision or _commit(folder), where), pooler=pooler, name=name, compiled=compiled,
     )  # fmt: skip
     made.recipe = {
@@ -251,8 +255,7 @@ class TextBackbone:
         self.device = next(network.parameters()).device
         self._text = identity["preprocessing"]
         self._storage = identity["storage_dtype"]
-        embeddings: Any = network.get_input_embeddings()  # type: ignore[operator]
-        self._vocabulary: int | None = getattr(embeddings, "num_embeddings", None)
+        self._vocabulary = _vocabulary(network)
         pads = (tokenizer.pad_token_id, getattr(network.config, "pad_token_id", None))
         # RoBERTa counts positions by its own padding id. Elsewhere what stands behind a row is masked, whatever it is.
         self._pad = next(
@@ -473,6 +476,15 @@ class TextBackbone:
         mask = torch.ones_like(ids)
         mask[-1, 1:] = 0
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def _vocabulary(network: torch.nn.Module) -> int | None:
+    """Return how many tokens a model knows; None where its embeddings take any number (CANINE's hashes)."""
+    try:
+        embeddings: Any = network.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def _spec_json(spec: FeatureSpec) -> dict[str, Any]:

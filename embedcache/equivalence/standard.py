@@ -47,7 +47,7 @@ class StandardModel:
             transformers.utils.logging.set_verbosity(said)
             if bars:
                 transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        if model.config.is_encoder_decoder:
+        if model.config.is_encoder_decoder or (hasattr(model, "encoder") and hasattr(model, "decoder")):
             model = model.get_encoder()
         if getattr(model.config, "use_cache", None):
             model.config.use_cache = False
