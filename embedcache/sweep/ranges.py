@@ -67,6 +67,9 @@ def number(where: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise SweepError(f"{where} is {value!r}: expected a number") from None
+        if math.isfinite(found := float(value)):
+            return found
+        raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        said = repr(value)
+        raise SweepError(f"{where} is {said[:40]}{'...' if len(said) > 40 else ''}: expected a number") from None

@@ -48,6 +48,8 @@ YAML: Mapping[str, tuple[str, str]] = {
     "a billion drawn heads": ("random: 1000000000\nheads: [linear]", "expected 1 to 2,000,000"),
     "a billion seeds": ("seeds: 10000000000\nheads: [linear]", "seeds holds 10000000000"),
     "a range of seeds": ("seeds: {linear: [0, 1000000000], steps: 1000000000}\nheads: [linear]", "seeds holds"),
+    "a bound of 400 digits": (f"heads: [{{head: mlp, dropout: {{log: [0.1, {'9' * 400}]}}}}]", "expected a number"),
+    "an infinite bound": ("heads: [{head: mlp, dropout: {linear: [0.1, .inf]}}]", "expected a number"),
     "a billion steps": (
         "heads: [{head: linear, learning_rate: {log: [1, 2], steps: 1000000000}}]",
         "at most 1,000,000",
