@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from embedcache.cache import FeatureCache, merge, relabel
     from embedcache.compare import compare_training_approaches
     from embedcache.equivalence import check_equivalence
+    from embedcache.errors import EmbedcacheWarning
     from embedcache.estimator import FeatureExtractor, HeadClassifier, HeadRegressor
     from embedcache.examples import load_examples
     from embedcache.extract import extract
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "AttentionClassifier": "finetune",
+    "EmbedcacheWarning": "errors",
     "FeatureBasedModel": "finetune",
     "FeatureCache": "cache",
     "FeatureExtractor": "estimator",
@@ -73,6 +75,7 @@ _WHERE = {
 
 __all__ = [
     "AttentionClassifier",
+    "EmbedcacheWarning",
     "FeatureBasedModel",
     "FeatureCache",
     "FeatureExtractor",

@@ -1,4 +1,4 @@
-"""Every error embedcache raises on purpose, and nothing else.
+"""Every error embedcache raises on purpose, and its one category of warnings.
 
 ::
 
@@ -25,14 +25,21 @@
     ├── MissingExtraError (ImportError)      an optional package is not installed; names the command
     └── Interrupted (RuntimeError)           Ctrl-C: what was kept and how to go on
 
+    EmbedcacheWarning (UserWarning)          a note: what was guessed, dropped or looks wrong in the data
+
 Each is also a subclass of the builtin in brackets, so ``except ValueError`` keeps working for callers who
-have never heard of this module. The command line prints ``str(error)`` on one line and exits with
+have never heard of this module. A note is warned of once where it arises, and kept as ``notes`` on what the call
+returns; the command line prints it as ``note: ...``. The command line prints ``str(error)`` on one line and exits with
 ``error.exit_code`` (2 for usage, 1 for everything else).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from embedcache.wording import shown
@@ -179,3 +186,31 @@ class MissingExtraError(EmbedcacheError, ImportError):
 
 class Interrupted(EmbedcacheError, RuntimeError):
     """Ctrl-C: the message says what was kept and how to go on."""
+
+
+class EmbedcacheWarning(UserWarning):
+    """A note: what was guessed or dropped, or what looks wrong in the data."""
+
+
+_QUIET: ContextVar[bool] = ContextVar("embedcache_quiet", default=False)
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Warn of each note at the line, outside of this package, that called into it; nothing inside of ``quiet``."""
+    if _QUIET.get():
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "embedcache":
+        frame, level = frame.f_back, level + 1
+    for note in notes:
+        warnings.warn(shown(note), EmbedcacheWarning, stacklevel=level)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let a public function be called as a part of another, whose caller its notes would not help."""
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)

@@ -15,7 +15,7 @@ from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, Labelled, packed
-from embedcache.errors import CacheError, IncompleteCacheError, InputError, NumericsMismatchError
+from embedcache.errors import CacheError, IncompleteCacheError, InputError, NumericsMismatchError, warn
 from embedcache.journal import explained
 from embedcache.numerics import difference
 
@@ -27,14 +27,21 @@ def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = 
 
     ``keep_inputs`` stores the contents too; None keeps them where the cache does already.
 
+    Rows, splits or labels that the cache had and ``examples`` has not are an ``EmbedcacheWarning`` each, and in the
+    ``notes`` of what is returned.
+
     Raises ``InputError`` saying how many rows are not in the cache; nothing is then changed.
     """
     manifest = manifests.read(Path(path))
     if keep_inputs is None:
         keep_inputs = manifest.examples is not None and manifest.examples.has_inputs
     with CacheWriter(path, manifest.spec, manifest.feature_sets) as writer:
+        notes = writer.dropped(examples)
         writer.finish(examples, keep_inputs=keep_inputs)
-    return FeatureCache.open(path)
+    warn(notes)
+    opened = FeatureCache.open(path)
+    opened.notes = (*getattr(examples, "notes", ()), *notes)
+    return opened
 
 
 def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numerics: bool = False) -> FeatureCache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,7 +25,7 @@ from embedcache.cache.files import (
 )
 from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
-from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError
+from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.journal import exists, explained, is_locked
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, Placed
@@ -85,6 +84,8 @@ class FeatureCache:
 
     def __init__(self, path: Path, manifest: manifests.Manifest) -> None:
         self.path = path
+        # What extract or relabel had to say of the rows, which no file keeps.
+        self.notes: tuple[str, ...] = ()
         self._manifest = manifest
         self.spec: dict[str, Any] = dict(manifest.spec)
         self.spec_hash = manifest.spec_hash
@@ -105,7 +106,7 @@ class FeatureCache:
         Names, sizes and the manifest's own hash are always checked, and the sha256 of every file once per process;
         ``verify=False`` leaves a feature shard's sha256 for when its features are first read. While the cache is
         being extended, or after an extension was interrupted, this is the dataset as it was last completed, and a
-        ``UserWarning`` says so.
+        ``EmbedcacheWarning`` says so.
 
         Raises:
             CacheNotFoundError: there is no cache.
@@ -136,7 +137,7 @@ class FeatureCache:
                 f"{directory} is being extended, or was interrupted while it was: this is the dataset before that; "
                 "run the same extract command again to finish"
             )
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warn([message])
         return cache
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import check, nonsense, rises, stored_keys
+from embedcache.cache.files import check, dataset_arrays, nonsense, rises, stored_keys
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Numerics, Shard
 from embedcache.errors import (
@@ -29,6 +29,7 @@ from embedcache.fingerprint import canonical_json, sha256_bytes
 from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
+from embedcache.wording import counted
 
 _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
 
@@ -206,6 +207,35 @@ class CacheWriter:
         self._commit(self._manifest.with_shard(Shard(file, len(keys), dict(provenance))))
         self._keys.append(np.array(keys))
         self._index = None
+
+    def dropped(self, examples: Labelled) -> list[str]:
+        """Return a note for each thing of the current dataset that ``examples``, in its place, would not have."""
+        former = self._manifest.examples
+        if former is None:
+            return []
+        try:
+            columns = dataset_arrays(self.path / "examples" / former.file.name, former, self._manifest.rows)
+        except CorruptCacheError:
+            return []
+        gone = np.setdiff1d(columns["row"], self.lookup(examples.keys))
+        notes = []
+        if rows := int(np.isin(columns["row"], gone).sum()):
+            notes.append(
+                f"this input lacks {counted(rows, 'row')} of the {former.rows:,} in {self.path}, which leave its "
+                "dataset (their features stay): give old and new rows together to have both"
+            )
+        had = np.bincount(columns["split"], minlength=len(former.split_names)).tolist()
+        has = {examples.split_names[code] for code in np.unique(examples.split).tolist()}
+        lost = [
+            f"{name!r} ({counted(size, 'row')})"
+            for name, size in zip(former.split_names, had, strict=True)
+            if size and name not in has
+        ]
+        if lost:
+            notes.append(f"{self.path} loses {'the split' if len(lost) == 1 else 'the splits'} {', '.join(lost)}")
+        if former.task is not None and examples.task is None:
+            notes.append(f"{self.path} loses its labels: this input has none")
+        return notes
 
     def finish(self, examples: Labelled, *, keep_inputs: bool = False) -> None:
         """Commit a dataset whose rows are all in the cache, in place of the one before.

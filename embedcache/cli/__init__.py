@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from embedcache import __version__
 from embedcache.cli import caches, checks, comparison, heads, reports, sweeps
-from embedcache.errors import EmbedcacheError, Interrupted
+from embedcache.errors import EmbedcacheError, EmbedcacheWarning, Interrupted
 from embedcache.wording import shown
 
 
@@ -63,6 +65,30 @@ def _usage(error: click.ClickException) -> str:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake costs one line on stderr."""
+    with _notes():
+        return _run(arguments)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Print our own warnings as ``note: ...``, each once."""
+    told = set()
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, EmbedcacheWarning):
+                usual(message, category, *where, **more)
+            elif (note := str(message)) not in told:
+                told.add(note)
+                click.echo(f"note: {note}", err=True)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", EmbedcacheWarning)
+        yield
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         result: Any = cli.main(
             args=None if arguments is None else list(arguments), prog_name="embedcache", standalone_mode=False

@@ -64,6 +64,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         raise click.UsageError("say where the cache goes: -o CACHE")
     if not inputs and not any(options[name] for name in ("train", "validation", "test")):
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
+    from embedcache.errors import warn
     from embedcache.extract import compile_hint, forecast, load_for, parse_part, part_of, run
 
     settings = {name: options.pop(name) for name in SETTINGS}
@@ -82,7 +83,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         return print_json(said.to_json()) if as_json else say(said.to_text())
     assert output_dir is not None
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
-        say(f"note: {shown(hint)}", err=True)
+        warn([hint])
     report = run(
         examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads,
         accept_numerics=accept, processes=True,

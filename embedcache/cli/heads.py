@@ -71,8 +71,6 @@ def train(
         result = train_on_cache(
             opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
         )
-        for note in result.notes:
-            say(f"note: {shown(note)}", err=True)
         result.save(folder)
     if as_json:
         print_json(result.metrics)
@@ -262,8 +260,6 @@ def predict(
         if options["on_bad_row"] == "skip" and options["quarantine"] is None:
             options["quarantine"] = f"{output or run}.quarantine.jsonl"
         examples = load_examples(list(inputs), labels="none", **options)
-        for note in examples.notes:
-            say(f"note: {shown(note)}", err=True)
         rows, total = predictor.stream_examples(examples), len(examples)
     if as_json:
         said = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]

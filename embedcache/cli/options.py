@@ -141,7 +141,7 @@ def untrusted_option(function: Function) -> Function:
 
 
 def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Any:
-    """Read the input as the shared options say, and print what was noticed on stderr."""
+    """Read the input as the shared options say."""
     from embedcache.examples import load_examples
 
     no_labels = options.pop("no_labels")
@@ -149,10 +149,7 @@ def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, 
         options[name] = list(options[name]) or None
     if options["on_bad_row"] == "skip" and options["quarantine"] is None:
         options["quarantine"] = quarantine_default
-    examples = load_examples(list(inputs) or None, labels="none" if no_labels else "required", **options)
-    for note in examples.notes:
-        say(f"note: {shown(note)}", err=True)
-    return examples
+    return load_examples(list(inputs) or None, labels="none" if no_labels else "required", **options)
 
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:

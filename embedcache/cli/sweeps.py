@@ -6,13 +6,7 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import (
-    json_option,
-    print_json,
-    say,
-    untrusted_option,
-)
-from embedcache.wording import shown
+from embedcache.cli.options import json_option, print_json, say, untrusted_option
 
 
 @click.command()
@@ -68,8 +62,6 @@ def sweep(
         cache, grid, output_dir=output_dir, features=features, seeds=_numbers(seeds),
         command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
     )  # fmt: skip
-    for note in result.summary["notes"]:
-        say(f"note: {shown(note)}", err=True)
     if as_json:
         return print_json(result.summary)
     say(result.to_text(rows))

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from embedcache.compare.approaches import APPROACHES
 from embedcache.compare.memory import Peak
 from embedcache.compare.rows import labelled, read_rows, training_rows
-from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError
+from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
 from embedcache.spec import HeadSpec, Task, TrainSpec
 
@@ -46,7 +46,8 @@ def main() -> None:
     job = json.loads(file.read_text("utf-8"))
     end_with(int(job["parent"]))
     try:
-        result = perform(job)
+        with quiet():  # of the rows, the parent has said it
+            result = perform(job)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except EmbedcacheError as error:

@@ -35,7 +35,7 @@ from embedcache.equivalence.tolerance import (
     training_tolerances,
 )
 from embedcache.equivalence.training import Record, cached_batches, compare, differences_of, train
-from embedcache.errors import FeatureError, TrainingError
+from embedcache.errors import FeatureError, TrainingError, quiet
 from embedcache.fingerprint import differences
 from embedcache.numerics import difference as numerics
 from embedcache.shard import FeatureSet, rounded
@@ -248,10 +248,11 @@ class Examination:
         solved = []
         for features, y in ((self.x, self.y), (x, self.raw.targets[self.rows.train])):
             try:
-                done = train_head(
-                    features, y, task=self.task, class_names=self.cache.class_names, feature=self.feature,
-                    progress=False, intervals=False,
-                )  # fmt: skip
+                with quiet():
+                    done = train_head(
+                        features, y, task=self.task, class_names=self.cache.class_names, feature=self.feature,
+                        progress=False, intervals=False,
+                    )  # fmt: skip
             except (TrainingError, FeatureError) as error:
                 self.notes.append(f"the optimum is not compared: {error}")
                 return

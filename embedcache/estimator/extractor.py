@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from embedcache.backbone import TextBackbone, contents_hash, load_backbone, probe_of, resolve_model
 from embedcache.cache import FeatureCache
-from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError
+from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet
 from embedcache.examples import load_examples
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, differences, hash_json
@@ -83,14 +83,16 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
             raise InputError("there are no texts: expected at least one")
         backbone = self._fitted_backbone()
         path = self._folder(backbone)
-        examples = load_examples([{"text": text} for text in texts], text_column="text", labels="none")
+        with quiet():  # that texts repeat is what they are kept for
+            examples = load_examples([{"text": text} for text in texts], text_column="text", labels="none")
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             places = _places(path, examples.keys)
             if places is not None:
                 return np.array(places[0].take(places[1]))
             try:
-                run(examples, backbone, path)
+                with quiet():
+                    run(examples, backbone, path)
             except CacheLockedError:
                 if time.monotonic() > deadline:
                     raise

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from embedcache.errors import BadRowsError, InputError, SpecError
+from embedcache.errors import BadRowsError, InputError, SpecError, warn
 from embedcache.examples import findings
 from embedcache.examples.class_sets import ClassSets
 from embedcache.examples.columns import LabelUse, Roles, choose_columns
@@ -69,7 +69,8 @@ def load_examples(
 
     Bad rows raise ``BadRowsError`` once the whole input was read, or with ``on_bad_row="skip"`` go to the JSONL file
     ``quarantine`` as ``{"file", "line", "reason", "raw"}``. Raises ``InputError`` for anything else about the input,
-    ``SpecError`` for options that make no sense.
+    ``SpecError`` for options that make no sense. What was guessed or looks wrong (contents in two splits, contradicting
+    labels, ...) is an ``EmbedcacheWarning`` each, and in ``notes``.
 
     >>> examples = load_examples([{"text": "fine", "label": "good"}, {"text": "poor", "label": "bad"}])
     >>> examples.class_names, examples.targets.tolist(), list(examples.contents())
@@ -105,7 +106,9 @@ def load_examples(
             reading.read(source)
     fixed = None if class_names is None else tuple(class_names)
     known = KnownClasses(fixed, extend_classes, _declared(sources, roles))
-    return reading.finish(kind, known, [name for name, _ in given], split, split_seed)
+    examples = reading.finish(kind, known, [name for name, _ in given], split, split_seed)
+    warn(examples.notes)
+    return examples
 
 
 def _check_options(

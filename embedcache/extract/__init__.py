@@ -14,7 +14,7 @@ import numpy as np
 
 from embedcache.backbone import Backbone, load_backbone
 from embedcache.cache import FeatureCache, read_spec
-from embedcache.errors import SpecError
+from embedcache.errors import SpecError, warn
 from embedcache.examples import Examples, load_examples
 from embedcache.extract.forecast import Forecast, compile_hint, forecast
 from embedcache.extract.run import Bar, ExtractionReport, Progress, new_rows, run
@@ -153,6 +153,9 @@ def extract(
         options: the settings of ``load_for`` (``max_length``, ``compute_dtype``, ...) and the columns and splits of
             ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
 
+    What was guessed, looks wrong in the data, or leaves the cache that was there is an ``EmbedcacheWarning`` each, and
+    in the ``notes`` of the cache.
+
     Raises:
         InputError, BackboneError, CacheError, Interrupted: each says what to do.
 
@@ -169,7 +172,10 @@ def extract(
     selected = parse_part(part)
     if selected is not None:
         examples = part_of(examples, *selected)
-    run(
+    hint = compile_hint(examples, backbone, output_dir)
+    hints = () if hint is None else (hint,)
+    warn(hints)
+    report = run(
         examples,
         backbone,
         output_dir,
@@ -179,7 +185,9 @@ def extract(
         accept_numerics=accept_numerics,
         progress=progress,
     )
-    return FeatureCache.open(output_dir)
+    cache = FeatureCache.open(output_dir)
+    cache.notes = (*examples.notes, *hints, *report.notes)
+    return cache
 
 
 _SETTINGS = (

@@ -27,7 +27,7 @@ from embedcache.backbone import Backbone, Prepared, probe_of, run_plan, workers
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import plan
 from embedcache.cache import CacheWriter
-from embedcache.errors import FeatureError, Interrupted, SpecError
+from embedcache.errors import FeatureError, Interrupted, SpecError, warn
 from embedcache.examples import Examples
 from embedcache.numerics import Difference
 from embedcache.shard import STORED, FeatureSet
@@ -49,6 +49,7 @@ class ExtractionReport:
     """What one extraction did. ``tokens`` are real positions, ``computed`` includes padding and dummy rows.
 
     ``numerics`` says how the new rows' machine differs from that of the rows that were there; None where either is not.
+    ``notes`` say what of the cache's former dataset the new one does not have.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class ExtractionReport:
     shards: int
     seconds: float
     numerics: Difference | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -334,6 +336,7 @@ def run(
                 counts["shards"] += 1
             if committing is not None:
                 committing.result()
+            notes = writer.dropped(examples)
             writer.finish(examples, keep_inputs=keep_inputs)
         except KeyboardInterrupt:
             committer.shutdown(wait=True)
@@ -347,11 +350,13 @@ def run(
             source.close()  # type: ignore[attr-defined]  # a generator: stops the reading thread
             committer.shutdown(wait=True)
             bar.close()
+    warn(notes)
     return ExtractionReport(
         rows=len(examples.keys),
         unique=unique_count(examples),
         reused=reused,
         seconds=time.perf_counter() - start,
         numerics=numerics,
+        notes=tuple(notes),
         **counts,
     )

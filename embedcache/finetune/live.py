@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embedcache.backbone import Tokens
 from embedcache.batching import Batch as Shape
-from embedcache.errors import InputError, SpecError
+from embedcache.errors import InputError, SpecError, warn
 from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
 from embedcache.shard import FeatureSet
@@ -323,10 +323,12 @@ def fine_tune(
     if judge is not None and judged is not None:
         metrics["validation"] = measure(task, judged.y, judge.outputs(), class_names)
     still = still_improving(fitted.history[0], fitted.best_epoch[0], spec, epochs)
+    notes = (STILL_IMPROVING,) if still else ()
+    warn(notes)
     return FineTuned(
         model, task, tuple(class_names), metrics, fitted.history[0], fitted.best_epoch[0] + 1, fitted.steps,
         fitted.seconds, fitted.interrupted, [float(each) for each in fitted.losses], target,
-        (STILL_IMPROVING,) if still else (),
+        notes,
     )  # fmt: skip
 
 

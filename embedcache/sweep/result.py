@@ -86,6 +86,11 @@ class SweepResult:
         """The rows of the leaderboard, best first."""
         return list(self.summary["leaderboard"])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What one should know of the result, a line each."""
+        return tuple(map(str, self.summary["notes"]))
+
     @cached_property
     def best(self) -> TrainedHead:
         """The chosen head, trained on train and validation. Raises ``BundleError`` when the sweep kept none."""

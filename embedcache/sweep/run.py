@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from embedcache.errors import Interrupted, SweepError
+from embedcache.errors import Interrupted, SweepError, warn
 from embedcache.fingerprint import hash_json
 from embedcache.heads import build_head
 from embedcache.journal import exists
@@ -110,7 +110,9 @@ def sweep(
         jobs = [Job(each, fold, at) for each in configurations for at, fold in enumerate(divided)]
         run.train(jobs)
         run.conclude()
-    return SweepResult(path, temporary=output_dir is None)
+    result = SweepResult(path, temporary=output_dir is None)
+    warn(result.notes)
+    return result
 
 
 def _is_file(text: str) -> bool:

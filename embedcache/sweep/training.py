@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import EmbedcacheError, FeatureError, TrainingError
+from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.sklearn_kinds import checked_kind
@@ -273,11 +273,12 @@ def _one(problem: Problem, job: Job, x: Any, y: npt.NDArray[Any]) -> Trained:
 
     begun = time.perf_counter()
     try:
-        result = train_head(
-            x, y, None, None, job.configuration.head, job.configuration.train, task=problem.task,
-            class_names=problem.class_names, feature=problem.cache.feature(job.configuration.feature), progress=False,
-            calibrate=False, **_origin(problem),
-        )  # fmt: skip
+        with quiet():
+            result = train_head(
+                x, y, None, None, job.configuration.head, job.configuration.train, task=problem.task,
+                class_names=problem.class_names, feature=problem.cache.feature(job.configuration.feature),
+                progress=False, calibrate=False, **_origin(problem),
+            )  # fmt: skip
     except EmbedcacheError as error:
         return Trained(job, None, time.perf_counter() - begun, error=str(error))
     return Trained(job, result.head, time.perf_counter() - begun, history=result.history)
@@ -323,10 +324,11 @@ def _fit_elsewhere(
     task, names, feature, origin = about
     begun = time.perf_counter()
     try:
-        head = train_head(
-            x[rows], y[rows], None, None, made.head, made.train, task=task, class_names=names, feature=feature,
-            progress=False, calibrate=False, **origin,
-        ).head  # fmt: skip
+        with quiet():
+            head = train_head(
+                x[rows], y[rows], None, None, made.head, made.train, task=task, class_names=names, feature=feature,
+                progress=False, calibrate=False, **origin,
+            ).head  # fmt: skip
     except EmbedcacheError as error:
         return at, None, time.perf_counter() - begun, str(error)
     return at, head, time.perf_counter() - begun, None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import FeatureError, SpecError
+from embedcache.errors import FeatureError, SpecError, warn
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_named
 from embedcache.heads.trained import count
@@ -85,6 +85,8 @@ def train_head(
         calibrate: fit a temperature or thresholds on the validation rows.
         intervals: bootstrap intervals in the validation metrics, which take seconds with many rows and labels.
         batches: another source of training batches (``batches.Batches``) than ``x`` itself.
+        notes: what the caller has to say already. They and training's own are the result's ``notes``, and an
+            ``EmbedcacheWarning`` each.
 
     Raises:
         TrainingError: one class only, fewer rows than classes, a loss that became NaN.
@@ -151,6 +153,7 @@ def train_head(
         if rows is not None:
             metrics[name] = measured(trained, head_of(rows, _MEASURED), intervals=intervals and name == "validation")
     facts = {"training rows": f"{len(data):,}", "validation rows": f"{len(judged) if judged else 0:,}"}
+    warn(said)
     return TrainingResult(trained, metrics, history, tuple(said), seconds, interrupted, facts)
 
 

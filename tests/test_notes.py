@@ -1,0 +1,167 @@
+"""What is to be known reaches whoever runs it: a warning where Python was called, a line of the command, ``notes``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_caches
+import tiny_models
+from fakes import CountingBackbone
+
+from embedcache import (
+    EmbedcacheWarning,
+    FeatureCache,
+    HeadClassifier,
+    HeadSpec,
+    extract,
+    load_examples,
+    relabel,
+    sweep,
+    train_head,
+    train_on_cache,
+)
+from embedcache.cli import run as run_cli
+
+ROWS = [
+    {"text": f"row {row}", "label": "ab"[row % 2], "split": ("train", "validation", "test")[row % 3]}
+    for row in range(12)
+]
+WITHOUT_SPLIT = [{"text": row["text"], "label": row["label"]} for row in ROWS]
+LEAK = [*ROWS, {"text": "row 0", "label": "b", "split": "test"}]
+
+
+def cache_of(folder: Path, rows: Any = ROWS, **options: Any) -> FeatureCache:
+    return extract(rows, output_dir=folder, backbone=CountingBackbone(), **options)
+
+
+def quietly(folder: Path, *rows: Any) -> FeatureCache:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EmbedcacheWarning)
+        return cache_of(folder, *rows)
+
+
+def guessed(_: Path) -> Any:
+    return load_examples(ROWS)
+
+
+def leaking(folder: Path) -> Any:
+    return cache_of(folder, LEAK)
+
+
+def fewer(folder: Path) -> Any:
+    quietly(folder)
+    return cache_of(folder, ROWS[:9])
+
+
+def unsplit(folder: Path) -> Any:
+    quietly(folder)
+    return cache_of(folder, WITHOUT_SPLIT)
+
+
+def unlabelled(folder: Path) -> Any:
+    quietly(folder)
+    return cache_of(folder, ROWS, labels="none", text_column="text", split_column="split")
+
+
+def relabelled(folder: Path) -> Any:
+    quietly(folder)
+    return relabel(folder, load_examples(ROWS[:9]))
+
+
+def no_neighbours(folder: Path) -> Any:
+    return train_on_cache(quietly(folder), HeadSpec("knn", "sklearn"))
+
+
+def lost_class(_: Path) -> Any:
+    x = np.random.default_rng(7).normal(size=(13, 5)).astype(np.float32)
+    return train_head(x, np.arange(13) % 2, class_names=("a", "b", "c"))
+
+
+def estimator(_: Path) -> Any:
+    x = np.random.default_rng(7).normal(size=(7, 5))
+    return HeadClassifier("knn", engine="sklearn").fit(x, np.arange(7) % 2)
+
+
+def swept(folder: Path) -> Any:
+    return sweep(quietly(folder, WITHOUT_SPLIT), ["majority"], folds=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("door", "note"),
+    [
+        (guessed, "label column: 'label' (guessed)"),
+        (leaking, "1 different content occurs in both train and test"),
+        (leaking, "with different labels"),
+        (fewer, "this input lacks 3 rows of the 12 in CACHE, which leave its dataset"),
+        (relabelled, "this input lacks 3 rows of the 12 in CACHE, which leave its dataset"),
+        (unsplit, "CACHE loses the splits 'validation' (4 rows), 'test' (4 rows)"),
+        (unlabelled, "CACHE loses its labels"),
+        (no_neighbours, "knn asks for 10 neighbours and has 4 rows"),
+        (lost_class, "no training row has the class 'c'"),
+        (estimator, "knn asks for 10 neighbours and has 7 rows"),
+        (swept, "no labelled test split"),
+    ],
+)
+def test_python_is_warned_where_it_called_and_can_read_it_again(
+    tmp_path: Path, door: Callable[[Path], Any], note: str
+) -> None:
+    note = note.replace("CACHE", str(tmp_path / "c"))
+    with pytest.warns(EmbedcacheWarning) as caught:
+        result = door(tmp_path / "c")
+    said = [str(each.message) for each in caught]
+    assert [each for each in said if note in each], said
+    assert len(said) == len(set(said)), "said twice"
+    assert {each.filename for each in caught} == {__file__}
+    assert set(said) <= set(getattr(result, "notes_", None) or result.notes)
+
+
+def test_a_first_extract_and_one_that_adds_rows_drop_nothing(tmp_path: Path) -> None:
+    more = [*ROWS, {"text": "row 12", "label": "a", "split": "test"}]
+    for rows in (ROWS, more, more):
+        cache = cache_of(tmp_path / "c", rows)
+        assert not [note for note in cache.notes if "lose" in note or "leave" in note]
+
+
+def test_a_cache_that_is_being_extended_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = small_caches.write(tmp_path / "c")
+    del writer
+    with small_caches.CacheWriter(tmp_path / "c", small_caches.SPEC, small_caches.SETS) as again:
+        again.append(small_caches.keys([99]), small_caches.arrays(small_caches.SETS, [99]), {})
+    with pytest.warns(EmbedcacheWarning, match="is being extended") as caught:
+        FeatureCache.open(tmp_path / "c")
+    assert caught[0].filename == __file__
+    assert run_cli(["info", str(tmp_path / "c")]) == 0
+    assert capsys.readouterr().err.startswith("note: ")
+
+
+def test_the_command_line_prints_each_once(tmp_path: Path) -> None:
+    """In a process of its own, as Python's warnings have their own way of being printed once."""
+    folder = tiny_models.build("bert", tmp_path / "model")
+    lines = ["text,label,split", *(",".join(row.values()) for row in LEAK)]
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    (tmp_path / "few.csv").write_text("\n".join(lines[:-3]))
+
+    def run(*arguments: str, status: int = 0) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "embedcache", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == status, done.stderr
+        said = done.stderr.splitlines()
+        assert all(line.startswith("note: ") for line in said), said
+        assert len(said) == len(set(said)), said
+        return said
+
+    first = run("extract", "all.csv", "-o", "c", "--model", str(folder))
+    assert [line for line in first if "occurs in both train and test" in line]
+    second = run("extract", "few.csv", "-o", "c", "--model", str(folder))
+    assert [line for line in second if line.startswith("note: this input lacks 2 rows of the 13 in c")]
+    trained = run("train", "c", "-o", "r", "--head", "knn", "--engine", "sklearn")
+    assert [line for line in trained if "knn asks for 10 neighbours" in line]
+    run("sweep", "c", "-o", "s", "--head", "majority", "--head", "knn", "--folds", "2")
