@@ -21,6 +21,7 @@
     │   └── BackboneMismatchError            the head was trained on another backbone's features
     ├── TrainingError (ValueError)           a head cannot be trained on this data
     ├── SweepError (ValueError)              a sweep that cannot be run or resumed
+    │   └── SweepSpecError                   a head, setting or number of a sweep that cannot be, whatever the rows
     ├── NotEqualError (AssertionError)       the equivalence check found a difference
     ├── MissingExtraError (ImportError)      an optional package is not installed; names the command
     └── Interrupted (RuntimeError)           Ctrl-C: what was kept and how to go on
@@ -169,6 +170,12 @@ class TrainingError(EmbedcacheError, ValueError):
 
 class SweepError(EmbedcacheError, ValueError):
     """A sweep that cannot be run or resumed."""
+
+
+class SweepSpecError(SweepError):
+    """A head, setting or number of a sweep that cannot be, whatever the rows are."""
+
+    exit_code = 2
 
 
 class NotEqualError(EmbedcacheError, AssertionError):

@@ -6,17 +6,22 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import click
+import numpy as np
 import pytest
+import small_caches
 from tiny_models import build
 
 import embedcache
+from embedcache import HeadSpec, sweep, train_head
 from embedcache.backbone import load_backbone
 from embedcache.cli import cli, run
-from embedcache.errors import BackboneError
+from embedcache.errors import BackboneError, FeatureError, InputError, Interrupted
 
 PACKAGE = Path(embedcache.__file__).parent
 READERS = frozenset({"extract", "relabel", "check", "compare", "predict"})
@@ -39,7 +44,7 @@ SAID_BY = {
 # Flags about labels and splits, which predict does not read, and those that only a command which has them can run into.
 ONLY_WHERE_THERE = {
     "--label-column", "--label-separator", "--task", "--split", "--split-column", "--pooling", "--pass-threads",
-    "--compile",
+    "--compile", "--accept-numerics",
 }  # fmt: skip
 
 _FLAG = re.compile(
@@ -173,3 +178,62 @@ def test_a_model_that_cannot_be_loaded_says_what_helps(
     change(folder)
     with pytest.raises(BackboneError, match=message):
         load_backbone(str(folder))
+
+
+HEADS = [
+    "linear", "mlp", *(HeadSpec(kind, "sklearn") for kind in ("knn", "lda", "logistic-regression", "ridge")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head if isinstance(head, str) else head.kind)
+@pytest.mark.parametrize(("size", "dtype"), [(1e38, "f4"), (1e200, "f8"), (1e-40, "f4"), (1e-300, "f8")])
+def test_features_out_of_all_proportion_cost_one_line_and_no_warning(
+    head: HeadSpec | str, size: float, dtype: str
+) -> None:
+    """numpy's warnings are errors here: one that comes before ours takes its place."""
+    x = (np.random.default_rng(7).normal(size=(41, 5)) * size).astype(dtype)
+    expects = pytest.raises(FeatureError, match=r"row \d+ holds a value beyond 1e\+30") if size > 1 else nullcontext()
+    with expects:
+        train_head(x, np.arange(41) % 2, head=head, class_names=("a", "b"), progress=False)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_targets_out_of_all_proportion_cost_one_line_and_no_warning(head: str) -> None:
+    x = np.random.default_rng(7).normal(size=(41, 5)).astype(np.float32)
+    with pytest.raises(InputError, match=r"row 3 has a target beyond 1e\+100"):
+        train_head(x, np.arange(41) * 4e99, head=head, task="regression", class_names=("t",), progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--set learning_rate=fast", "--set l2=[]", "--set seed=1", "--set lerning_rate=1", "--set batch_size=1.5",
+        "--set standardize=maybe", "--set solver=magic", "--set nothing", "--random 0", "--draws 3",
+        "--shots 2 --folds 2", "--set dropout=2",
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_of_a_sweep_is_a_matter_of_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    cache = small_caches.write(tmp_path / "c")
+    head = "mlp" if "dropout" in wrong else "linear"
+    assert run(["sweep", str(cache), "-o", str(tmp_path / "s"), "--head", head, *wrong.split()]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupted_conclusion_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = small_caches.write(tmp_path / "c", sets=small_caches.SETS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("embedcache.sweep.run").Run, "conclude", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(Interrupted, match=r"all 2 fits are kept in .*run the same command"):
+            sweep(cache, ["majority"], folds=2, output_dir=tmp_path / "s", progress=False)
+    assert sweep(cache, ["majority"], folds=2, output_dir=tmp_path / "s", progress=False).summary["complete"]
+
+
+def test_an_interrupted_command_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedcache.cache.merge", Mock(side_effect=KeyboardInterrupt))
+    assert run(["merge", str(small_caches.write(tmp_path / "c")), "-o", str(tmp_path / "d")]) == 1
+    said = "interrupted: what was finished is kept; run the same command again to go on"
+    assert capsys.readouterr().err.strip() == said

@@ -20,6 +20,7 @@ from embedcache import (
     FeatureCache,
     HeadClassifier,
     HeadSpec,
+    TrainSpec,
     extract,
     load_examples,
     relabel,
@@ -165,3 +166,28 @@ def test_the_command_line_prints_each_once(tmp_path: Path) -> None:
     trained = run("train", "c", "-o", "r", "--head", "knn", "--engine", "sklearn")
     assert [line for line in trained if "knn asks for 10 neighbours" in line]
     run("sweep", "c", "-o", "s", "--head", "majority", "--head", "knn", "--folds", "2")
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("80/10/10", None),
+        ("0.8/.2", None),
+        ("80/10/1", "taken as proportions, train 87.9 %, validation 11 %, test 1.1 %"),
+        ("3/1", "train 75 %, test 25 %"),
+    ],
+)
+def test_a_split_that_does_not_add_up_is_remarked(split: str, said: str | None) -> None:
+    notes = [note for note in load_examples(WITHOUT_SPLIT, split=split).notes if "does not add up to 100" in note]
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
+
+
+@pytest.mark.parametrize("spec", [TrainSpec(), TrainSpec(standardize=False)])
+def test_features_that_vary_and_are_taken_for_constants_are_counted(spec: TrainSpec) -> None:
+    x = np.random.default_rng(7).normal(size=(23, 5)) * [1e6, 1e6, 1e-6, 0, 1e6] + [0, 0, 0, 11, 0]
+    notes = train_head(x, np.arange(23) % 2, spec=spec, class_names=("a", "b")).notes
+    assert [note for note in notes if "taken for constant: 1 feature of 5" in note] == [
+        note for note in notes if spec.standardize and "constant" in note
+    ]
+    assert bool([note for note in notes if "constant" in note]) == spec.standardize

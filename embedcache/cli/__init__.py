@@ -100,7 +100,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         click.echo(f"error: {shown(_usage(error))}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        click.echo("interrupted: what was finished is kept; run the same command again to go on", err=True)
         return 1
     except Interrupted as error:
         click.echo(f"\n{error}", err=True)

@@ -21,7 +21,7 @@ from embedcache.examples.inputs import gather
 from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets, count
 from embedcache.examples.quarantine import Quarantine
 from embedcache.examples.source import BadRow, Block, Source
-from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split
+from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES
 from embedcache.spec import TASKS, Task
 
@@ -290,6 +290,8 @@ class _Pass:
         def show(wanted: Sequence[int]) -> list[str]:
             return [self._content.show(content) for content in examples.contents(wanted)]
 
+        if split is not None:
+            notes += shares_note(split)
         notes += findings.duplicates(groups)
         notes += findings.leaks(groups, splits, split_names, show)
         notes += findings.contradictions(groups, examples.task, examples.targets, examples.class_names, show)

@@ -47,6 +47,15 @@ def parse_split(text: str) -> tuple[tuple[str, ...], tuple[Fraction, ...]]:
     return names, tuple(weight / sum(weights) for weight in weights)
 
 
+def shares_note(text: str) -> list[str]:
+    """Say what the parts of a split are taken for, unless they add up to 100 or to 1."""
+    if sum(Fraction(part.strip()) for part in text.split("/")) in (1, 100):
+        return []
+    names, shares = parse_split(text)
+    parts = ", ".join(f"{name} {float(100 * share):.3g} %" for name, share in zip(names, shares, strict=True))
+    return [f"the split {text} does not add up to 100: taken as proportions, {parts}"]
+
+
 def assign_splits(keys: NDArray[np.uint8], shares: Sequence[Fraction], seed: int = 0) -> NDArray[np.uint8]:
     """Return the split of every row, decided by its content and ``seed`` alone.
 

@@ -276,20 +276,30 @@ def _shape(feature: FeatureSet) -> str:
     return ", ".join(str(length) for length in ("N", *feature.row_shape))
 
 
+LARGEST = 1e30
+"""The largest feature: what training makes of it is still a number in float32."""
+
+
 def refuse_non_finite(values: Array, name: str, offsets: Array | None = None) -> None:
-    """Raise ``FeatureError`` naming the first row that holds NaN or infinity; works block by block."""
+    """Raise ``FeatureError`` naming the first row that holds NaN, infinity or what may become that when it is squared.
+
+    Works block by block.
+    """
     block = max(1, (16 << 20) // max(1, values[:1].nbytes))
     for start in range(0, len(values), block):
         part = values[start : start + block]
-        with np.errstate(invalid="ignore", over="ignore"):
-            total = np.sum(part, dtype=np.float64)  # one pass without a temporary; NaN and infinity survive a sum
-        if np.isfinite(total):
+        # Passes without a temporary; a NaN survives them, and is in no order with a number.
+        if not part.size or (part.min() >= -LARGEST and part.max() <= LARGEST):
             continue
-        wrong = np.flatnonzero(~np.isfinite(part).reshape(len(part), -1).all(axis=1))
-        if len(wrong):
-            row = start + int(wrong[0])
-            row = row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1
-            raise FeatureError(f"{name}: row {row} holds NaN or infinity, which no head can use: extract it again")
+        flat = part.reshape(len(part), -1)
+        wrong = np.flatnonzero(~(np.abs(flat) <= LARGEST).all(axis=1))
+        row = start + int(wrong[0])
+        row = row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1
+        if np.isfinite(flat[wrong[0]]).all():
+            raise FeatureError(
+                f"{name}: row {row} holds a value beyond {LARGEST:g}, which no head can use: scale the features"
+            )
+        raise FeatureError(f"{name}: row {row} holds NaN or infinity, which no head can use: extract it again")
 
 
 def passes(rows: Any) -> Iterator[tuple[npt.NDArray[np.int64], Any, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import SweepError
+from embedcache.errors import SweepError, SweepSpecError
 from embedcache.spec import Task
 
 Rows = npt.NDArray[np.int64]
@@ -216,7 +216,7 @@ def shots(of: Strata, per_class: int, draws: int, *, seed: int = 0) -> list[Fold
     Raises ``SweepError`` when a class has fewer rows than that, naming it, or nothing is left to score.
     """
     if per_class < 1 or draws < 1:
-        raise SweepError(f"--shots {per_class} --draws {draws}: expected at least 1 of each")
+        raise SweepSpecError(f"--shots {per_class} --draws {draws}: expected at least 1 of each")
     stratum = _group_strata(of)
     counts = np.bincount(stratum, minlength=len(of.names))
     for at in np.flatnonzero(counts):

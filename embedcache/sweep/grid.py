@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import InputNotFoundError, SweepError
+from embedcache.errors import InputNotFoundError, SweepError, SweepSpecError
 from embedcache.heads import head_named
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
@@ -88,7 +88,7 @@ class Block:
         try:
             train = TrainSpec(seed=values[-1], **settings)
         except TypeError as error:
-            raise SweepError(f"the head {self.kind}: {error}") from None
+            raise SweepSpecError(f"the head {self.kind}: {error}") from None
         return Configuration(values[0], HeadSpec(self.kind, self.engine, options), train)  # type: ignore[arg-type]
 
 
@@ -109,17 +109,17 @@ class Grid:
 
         A draw chooses a head's entry first, all alike, then each setting: from its range where it was given as one.
 
-        Raises ``SweepError`` when there is none, or too many to hold.
+        Raises ``SweepSpecError`` when there is none, or too many to hold.
         """
         if not len(self):
-            raise SweepError("the grid has no configurations: name at least one head")
+            raise SweepSpecError("the grid has no configurations: name at least one head")
         if random is None:
             if len(self) > MOST:
-                raise SweepError(f"{len(self):,} configurations are too many: draw some with --random 50")
+                raise SweepSpecError(f"{len(self):,} configurations are too many: draw some with --random 50")
             every = [each for block in self.blocks for each in block]
             return list(dict.fromkeys([*self.given, *every]))
         if not 1 <= random <= MOST:
-            raise SweepError(f"--random {random}: expected 1 to {MOST:,}")
+            raise SweepSpecError(f"--random {random}: expected 1 to {MOST:,}")
         generator = np.random.default_rng(seed)
         found: dict[str, list[Configuration]] = {each.candidate: [each] for each in self.given}
         for _ in range(50 * random):
@@ -214,7 +214,8 @@ def parse(
     and ``TrainSpec``, ``Configuration``), or None for the default. ``features`` and ``seeds`` come before the file's.
 
     Raises:
-        SweepError: names that are none (with the nearest), values that contradict each other, nothing to do.
+        SweepSpecError: names that are none (with the nearest), values that contradict each other, nothing to do.
+        SweepError: a feature set that the cache does not have, or that the head cannot read.
         SpecError: a head or a setting that cannot be.
     """
     if isinstance(value, (str, HeadSpec, Configuration)):
@@ -241,7 +242,7 @@ def parse(
     _protocol(protocol)
     grid = Grid(tuple(blocks), tuple(given), protocol)
     if not len(grid):
-        raise SweepError("the grid has no configurations: name at least one head")
+        raise SweepSpecError("the grid has no configurations: name at least one head")
     return grid
 
 
@@ -250,7 +251,7 @@ def _protocol(protocol: Mapping[str, Any]) -> None:
         expected = str if name == "metric" else (bool if name in ("learning_curve", "test_all") else int)
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
             kind = {str: "a name", bool: "true or false", int: "a whole number"}[expected]
-            raise SweepError(f"{name} is {value!r}: expected {kind}")
+            raise SweepSpecError(f"{name} is {value!r}: expected {kind}")
 
 
 def _entry(where: str, entry: Any) -> dict[str, Any]:
@@ -264,13 +265,13 @@ def _entry(where: str, entry: Any) -> dict[str, Any]:
         read = fields_read(head, train.solver, train.optimizer)
         return {**_entry(where, head), "seeds": [train.seed], **{name: getattr(train, name) for name in read}}
     if not isinstance(entry, Mapping):
-        raise SweepError(f"{where} is {entry!r}: expected the name of a head, or settings with head: NAME")
+        raise SweepSpecError(f"{where} is {entry!r}: expected the name of a head, or settings with head: NAME")
     found = dict(entry)
     for other in ("kind", "name"):  # what people write instead
         if other in found and "head" not in found:
             found["head"] = found.pop(other)
     if not isinstance(found.get("head"), str):
-        raise SweepError(f"{where} names no head: expected head: NAME, such as head: linear")
+        raise SweepSpecError(f"{where} names no head: expected head: NAME, such as head: linear")
     return found
 
 
@@ -296,14 +297,14 @@ def _block(
             options[name] = value
         elif name in TRAIN_FIELDS or name == "seed":
             if name == "seed":
-                raise SweepError(f"{where}: seeds are repetitions, not settings: write seeds: [{value}]")
+                raise SweepSpecError(f"{where}: seeds are repetitions, not settings: write seeds: [{value}]")
             settings[name] = value
         else:
             # Of linear, either solver's: which of them it is hangs on what else is written.
             both = read.union(MINIBATCH_SETTINGS) if engine == "torch" else read
             _known({name: value}, (*_ENTRY, *allowed, *sorted(both)), f"{where} ({kind})")
     if "convex" in solvers and (engine != "torch" or kind != "linear"):
-        raise SweepError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
+        raise SweepSpecError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
     for name in settings:
         if name not in read:
             who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {' or '.join(solvers)}"
@@ -313,7 +314,7 @@ def _block(
                 if name == "l2" and engine == "torch"
                 else hint
             )
-            raise SweepError(f"{where}: {who} does not read {name}{hint}: it reads {', '.join(sorted(read))}")
+            raise SweepSpecError(f"{where}: {who} does not read {name}{hint}: it reads {', '.join(sorted(read))}")
     for name in options:
         if name not in allowed:
             _known({name: 0}, allowed, f"{where} ({kind})")
@@ -369,13 +370,13 @@ def _typed(where: str, name: str, value: Any) -> Choices:
     if isinstance(default, bool):
         wrong = [each for each in found.values if not isinstance(each, bool)]
         if wrong:
-            raise SweepError(f"{where} is {wrong[0]!r}: expected true or false")
+            raise SweepSpecError(f"{where} is {wrong[0]!r}: expected true or false")
     elif isinstance(default, float):
         return Choices(tuple(number(where, each) for each in found.values), found.span)
     elif isinstance(default, int):
         values = [number(where, each) for each in found.values]
         if any(each != int(each) for each in values):
-            raise SweepError(f"{where} is {value!r}: expected whole numbers")
+            raise SweepSpecError(f"{where} is {value!r}: expected whole numbers")
         # A range of whole numbers is drawn from its steps.
         return Choices(tuple(dict.fromkeys(int(each) for each in values)))
     return found
@@ -383,7 +384,7 @@ def _typed(where: str, name: str, value: Any) -> Choices:
 
 def _mapping(where: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise SweepError(f"{where}: options is {value!r}: expected names and values")
+        raise SweepSpecError(f"{where}: options is {value!r}: expected names and values")
     return value
 
 
@@ -396,9 +397,9 @@ def _listed(value: Any) -> list[Any]:
 def _seeds(values: list[Any]) -> tuple[int, ...]:
     for each in values:
         if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**32:
-            raise SweepError(f"seeds holds {each!r}: expected whole numbers from 0")
+            raise SweepSpecError(f"seeds holds {each!r}: expected whole numbers from 0")
     if not values:
-        raise SweepError("seeds is empty: expected at least one")
+        raise SweepSpecError("seeds is empty: expected at least one")
     return tuple(dict.fromkeys(values))
 
 
@@ -416,7 +417,7 @@ def _known(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None
         if name not in allowed:
             near = get_close_matches(str(name), allowed, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise SweepError(f"{where} does not know {name!r}{hint}: expected {', '.join(allowed)}")
+            raise SweepSpecError(f"{where} does not know {name!r}{hint}: expected {', '.join(allowed)}")
 
 
 def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.errors import SweepError
+from embedcache.errors import SweepSpecError
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Choices:
 def choices(where: str, value: Any) -> Choices:
     """Read a setting: a list is a choice of values, ``{log: [low, high], steps: n}`` and ``{linear: ...}`` are ranges.
 
-    Raises ``SweepError`` for a range that is none.
+    Raises ``SweepSpecError`` for a range that is none.
     """
     if isinstance(value, (list, tuple)):
         if not value:
-            raise SweepError(f"{where} is an empty list: give it a value or leave it out")
+            raise SweepSpecError(f"{where} is an empty list: give it a value or leave it out")
         return Choices(tuple(tuple(each) if isinstance(each, list) else each for each in value))
     if isinstance(value, Mapping) and ("log" in value or "linear" in value):
         return _range(where, value)
@@ -50,14 +50,14 @@ def _range(where: str, value: Mapping[str, Any]) -> Choices:
     logarithmic = "log" in value
     ends, steps = value["log" if logarithmic else "linear"], value.get("steps", 5)
     if set(value) - {"log", "linear", "steps"} or len({"log", "linear"} & set(value)) != 1:
-        raise SweepError(expected)
+        raise SweepSpecError(expected)
     if not isinstance(ends, (list, tuple)) or len(ends) != 2 or isinstance(steps, bool) or not isinstance(steps, int):
-        raise SweepError(expected)
+        raise SweepSpecError(expected)
     low, high = (number(where, end) for end in ends)
     if not low < high or steps < 2 or (logarithmic and low <= 0):
-        raise SweepError(f"{expected}: low must be below high, above 0 for log, and steps at least 2")
+        raise SweepSpecError(f"{expected}: low must be below high, above 0 for log, and steps at least 2")
     if steps > 1_000_000:
-        raise SweepError(f"{where}: {steps:,} steps: expected at most 1,000,000")
+        raise SweepSpecError(f"{where}: {steps:,} steps: expected at most 1,000,000")
     made = np.geomspace(low, high, steps) if logarithmic else np.linspace(low, high, steps)
     return Choices(tuple(float(f"{each:.6g}") for each in made), (low, high, logarithmic))
 
@@ -72,4 +72,4 @@ def number(where: str, value: Any) -> float:
         raise ValueError
     except (TypeError, ValueError, OverflowError):
         said = repr(value)
-        raise SweepError(f"{where} is {said[:40]}{'...' if len(said) > 40 else ''}: expected a number") from None
+        raise SweepSpecError(f"{where} is {said[:40]}{'...' if len(said) > 40 else ''}: expected a number") from None

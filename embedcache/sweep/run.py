@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from embedcache.errors import Interrupted, SweepError, warn
+from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
 from embedcache.fingerprint import hash_json
 from embedcache.heads import build_head
 from embedcache.journal import exists
@@ -109,7 +109,13 @@ def sweep(
         run = Run(problem, folder, progress, command, choose, options)
         jobs = [Job(each, fold, at) for each in configurations for at, fold in enumerate(divided)]
         run.train(jobs)
-        run.conclude()
+        try:
+            run.conclude()
+        except (Interruption, KeyboardInterrupt):
+            raise Interrupted(
+                f"interrupted: all {len(jobs):,} fits are kept in {path}, and the conclusion is missing: "
+                "run the same command to draw it"
+            ) from None
     result = SweepResult(path, temporary=output_dir is None)
     warn(result.notes)
     return result
@@ -120,12 +126,12 @@ def _is_file(text: str) -> bool:
 
 
 def protocol(options: dict[str, Any]) -> Protocol:
-    """Return the protocol that options ask for. Raises ``SweepError`` for options that contradict each other."""
+    """Return the protocol that options ask for. Raises ``SweepSpecError`` for options that contradict each other."""
     named = {name: options[name] for name in ("folds", "repeats", "shots", "draws", "seed") if name in options}
     if "shots" in named and ("folds" in named or "repeats" in named):
-        raise SweepError("--shots and --folds contradict each other: few-shot draws are scored on all other rows")
+        raise SweepSpecError("--shots and --folds contradict each other: few-shot draws are scored on all other rows")
     if "draws" in named and "shots" not in named:
-        raise SweepError("--draws needs --shots: how many rows of each class a draw has")
+        raise SweepSpecError("--draws needs --shots: how many rows of each class a draw has")
     return Protocol(**named)
 
 

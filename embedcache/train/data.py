@@ -13,6 +13,7 @@ from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.heads.trained import checked_features, count, refuse_non_finite
 from embedcache.shard import FeatureSet
 from embedcache.spec import Task, TrainSpec
+from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -33,6 +34,12 @@ class Data:
     def on_disk(self) -> bool:
         """Whether the features are read as they are needed."""
         return hasattr(self.x, "read")
+
+
+LARGEST_TARGET = 1e100
+"""The largest target: sums of its squares are still numbers."""
+_SMALLEST = 1e-37
+"""The smallest deviation that has an inverse in float32."""
 
 
 def checked_data(
@@ -75,8 +82,12 @@ def checked_data(
     else:
         y = y.astype(np.float64)
         y = y[:, None] if y.ndim == 1 else y
-        if np.isinf(y).any():
-            raise InputError(f"{where}: row {int(np.flatnonzero(np.isinf(y).any(axis=1))[0])} has an infinite target")
+        if (huge := (np.abs(y) > LARGEST_TARGET).any(axis=1)).any():
+            row = int(np.flatnonzero(huge)[0])
+            what = (
+                "an infinite target" if np.isinf(y[row]).any() else f"a target beyond {LARGEST_TARGET:g}: scale it down"
+            )
+            raise InputError(f"{where}: row {row} has {what}")
         kept = ~np.isnan(y).any(axis=1)
         if np.isnan(y[~kept]).any() and not np.isnan(y[~kept]).all():
             bad = int(np.flatnonzero(np.isnan(y).any(axis=1) & ~np.isnan(y).all(axis=1))[0])
@@ -172,11 +183,33 @@ def rounding(mean: Floats, deviation: Floats, dtype: npt.DTypeLike = np.float32)
     a weight of millions: another machine's rounding, or a step of fine-tuning, would turn predictions over.
     """
     size = np.sort(np.hypot(mean, deviation))
-    return float(np.finfo(dtype).eps * size[int(0.9 * (len(size) - 1))] * np.sqrt(len(size)))
+    return max(float(np.finfo(dtype).eps * size[int(0.9 * (len(size) - 1))] * np.sqrt(len(size))), _SMALLEST)
 
 
 def exact_moments(x: Any, feature: FeatureSet, weight: Array | None = None) -> tuple[Floats, Floats]:
     """Return what ``moments`` does before it is rounded, float64 [D]: one pass in blocks, whatever the size."""
+    mean, deviation = _mean_and_deviation(x, feature, weight)
+    constant = _constant(mean, deviation)
+    return mean, np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, deviation))
+
+
+def constants_note(x: Any, feature: FeatureSet) -> str | None:
+    """Return a line about features that do vary, and yet are taken for constants; None where there are none."""
+    mean, deviation = _mean_and_deviation(x, feature, None)
+    number = int((_constant(mean, deviation) & (deviation > 0)).sum())
+    if not number:
+        return None
+    return (
+        f"taken for constant: {counted(number, 'feature')} of {feature.dim:,} in {feature.name}, as beside the others "
+        "they vary by no more than rounding; if that is a signal, scale them first"
+    )
+
+
+def _constant(mean: Floats, deviation: Floats) -> npt.NDArray[np.bool_]:
+    return np.asarray(deviation <= np.maximum(1e-6 * np.abs(mean), rounding(mean, deviation)))
+
+
+def _mean_and_deviation(x: Any, feature: FeatureSet, weight: Array | None) -> tuple[Floats, Floats]:
     dim = feature.dim
     total, squares, rows, seen = np.zeros(dim), np.zeros(dim), 0.0, 0
     weights = None if weight is None else _vector_weights(x, feature, weight)
@@ -202,10 +235,7 @@ def exact_moments(x: Any, feature: FeatureSet, weight: Array | None = None) -> t
         raise FeatureError("there are no features to standardise")
     mean = total / rows
     deviation = np.sqrt(np.maximum(squares / rows - mean**2, 0.0))
-    mean = mean + shift[0]
-    constant = deviation <= np.maximum(1e-6 * np.abs(mean), rounding(mean, deviation))
-    scale = np.where(constant, 1.0, 1.0 / np.where(constant, 1.0, deviation))
-    return mean, scale
+    return mean + shift[0], deviation
 
 
 def _vector_weights(x: Any, feature: FeatureSet, weight: Array) -> Floats:

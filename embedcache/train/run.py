@@ -18,7 +18,7 @@ from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train.calibration import fit_temperature, fit_thresholds
-from embedcache.train.data import Data, checked_data, choose, class_weights, refuse_untrainable
+from embedcache.train.data import Data, checked_data, choose, class_weights, constants_note, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.result import TrainingResult
 
@@ -100,6 +100,8 @@ def train_head(
     said = [*notes, *refuse_untrainable(data, task, class_names)]
     if len(data) < len(y):
         said.append(f"{len(y) - len(data):,} of {len(y):,} training rows have no label and are left out")
+    if spec.standardize and not data.on_disk and (note := constants_note(data.x, feature)) is not None:
+        said.append(note)
     judged = None
     if x_eval is not None and y_eval is not None:
         judged = checked_data(x_eval, y_eval, feature, task, where="validation", outputs=len(class_names))
