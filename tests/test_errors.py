@@ -79,7 +79,7 @@ def test_each_is_ours_and_has_an_exit_code(each: type[EmbedcacheError]) -> None:
 
 
 def test_usage_exits_with_2_and_everything_else_with_1() -> None:
-    assert [name for name, each in ERRORS.items() if each.exit_code == 2] == ["SpecError"]
+    assert [name for name, each in ERRORS.items() if each.exit_code == 2] == ["SpecError", "SweepSpecError"]
 
 
 def test_builtins_catch_them() -> None:

@@ -149,23 +149,32 @@ def test_the_command_line_prints_each_once(tmp_path: Path) -> None:
     (tmp_path / "all.csv").write_text("\n".join(lines))
     (tmp_path / "few.csv").write_text("\n".join(lines[:-3]))
 
-    def run(*arguments: str, status: int = 0) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "embedcache", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
-        )
-        assert done.returncode == status, done.stderr
-        said = done.stderr.splitlines()
-        assert all(line.startswith("note: ") for line in said), said
-        assert len(said) == len(set(said)), said
-        return said
-
-    first = run("extract", "all.csv", "-o", "c", "--model", str(folder))
-    assert [line for line in first if "occurs in both train and test" in line]
-    second = run("extract", "few.csv", "-o", "c", "--model", str(folder))
-    assert [line for line in second if line.startswith("note: this input lacks 2 rows of the 13 in c")]
-    trained = run("train", "c", "-o", "r", "--head", "knn", "--engine", "sklearn")
-    assert [line for line in trained if "knn asks for 10 neighbours" in line]
-    run("sweep", "c", "-o", "s", "--head", "majority", "--head", "knn", "--folds", "2")
+    commands = (
+        f"extract all.csv -o c --model {folder}", f"extract few.csv -o c --model {folder}",
+        "train c -o r --head knn --engine sklearn", "sweep c -o s --head majority --head knn --folds 2",
+    )  # fmt: skip
+    code = "\n".join(
+        [
+            "import sys",
+            "from embedcache.cli import run",
+            *(f"print({command!r}, file=sys.stderr); assert run({command.split()!r}) == 0" for command in commands),
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    said: dict[str, list[str]] = {}
+    for line in done.stderr.splitlines():
+        said.setdefault(line, []) if line in commands else said[list(said)[-1]].append(line)
+    for lines in said.values():
+        assert all(line.startswith("note: ") for line in lines), lines
+        assert len(lines) == len(set(lines)), lines
+    expected = (
+        "occurs in both train and test",
+        "note: this input lacks 2 rows of the 13 in c",
+        "knn asks for 10 neighbours",
+    )
+    for lines, note in zip(said.values(), expected, strict=False):
+        assert [line for line in lines if note in line], lines
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def test_the_commands_run(folder: Path, minilm_path: Path) -> None:
 
 
 def test_the_python_blocks_run(folder: Path, minilm_path: Path) -> None:
-    code = "\n".join(blocks("python"))
+    quiet = "import warnings, embedcache; warnings.simplefilter('ignore', embedcache.EmbedcacheWarning)"
+    code = "\n".join([quiet, *blocks("python")])
     said = run([sys.executable, "-W", "error::UserWarning", "-c", code], folder)
     assert "trainable 1,155" in said
 

@@ -75,7 +75,7 @@ class Workers:
         except BrokenProcessPool:
             raise BackboneError(
                 "a process that ran the backbone has died, perhaps for want of memory: "
-                f"try again with fewer threads, such as --threads {MOST_PASSES}"
+                f"try again with fewer threads, such as extract --threads {MOST_PASSES}"
             ) from None
         return arrays
 
@@ -129,7 +129,7 @@ def _start(recipe: dict[str, Any], identity: dict[str, Any], probe: Any, threads
         if dict(_backbone.identity) != identity:
             _reason = f"the files of {recipe['model']} have changed since they were loaded: start again"
         elif not (found := difference(probe, probe_of(_backbone))).same_bits and probe is not None:
-            _reason = f"a process of its own computes otherwise than this one ({found.to_text()}): pass --threads 1"
+            _reason = f"a process of its own computes otherwise than this one ({found.to_text()}): extract --threads 1"
     except BackboneError as error:
         _reason = str(error)
 

@@ -133,7 +133,7 @@ def load_backbone(
     if settings and prompt is None and settings.prompt is None:
         raise BackboneError(
             f"{folder.name}/config_sentence_transformers.json has no prompt of the name that it gives as default: "
-            "say which prompt with --prompt, '' for none"
+            "say which prompt with extract --prompt, '' for none"
         )
     tokenizer = load_tokenizer(folder, name, trust_remote_code)
     network, pooler = load_network(folder, name, compute_dtype, attention, trust_remote_code)
