@@ -49,6 +49,7 @@ YAML: Mapping[str, tuple[str, str]] = {
     "a billion seeds": ("seeds: 10000000000\nheads: [linear]", "seeds holds 10000000000"),
     "a range of seeds": ("seeds: {linear: [0, 1000000000], steps: 1000000000}\nheads: [linear]", "seeds holds"),
     "a bound of 400 digits": (f"heads: [{{head: mlp, dropout: {{log: [0.1, {'9' * 400}]}}}}]", "expected a number"),
+    "a solver that is a number": (f"heads: [{{head: linear, solver: {'9' * 400}, l2: 1}}]", "linear|solver"),
     "an infinite bound": ("heads: [{head: mlp, dropout: {linear: [0.1, .inf]}}]", "expected a number"),
     "a billion steps": (
         "heads: [{head: linear, learning_rate: {log: [1, 2], steps: 1000000000}}]",
