@@ -307,7 +307,8 @@ def _block(
         raise SweepSpecError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
     for name in settings:
         if name not in read:
-            who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {' or '.join(map(str, solvers))[:40]}"
+            solved = " or ".join(map(str, solvers))[:40]
+            who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {solved}"
             hint = " (momentum goes with optimizer: sgd)" if name == "momentum" else ""
             hint = (
                 " (l2 goes with the head linear and no setting of minibatches)"
