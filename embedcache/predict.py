@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, features_of, load_backbone, probe_of
 from embedcache.errors import BackboneError, BackboneMismatchError, InputError
 from embedcache.examples import Examples
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
+from embedcache.wording import shortened
 
 _OF_TEXT = ("max_length", "truncation_side", "prompt")
 WINDOW = 2048
@@ -49,6 +51,7 @@ class Predictor:
         predictor(["Excellent movie!"])[0].label
     """
 
+    @checks_arguments()
     def __init__(self, head: TrainedHead, backbone: Backbone) -> None:
         self.head = head
         self.backbone = backbone
@@ -56,6 +59,7 @@ class Predictor:
         self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
 
     @classmethod
+    @checks_arguments()
     def load(
         cls, run: Path | str, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
     ) -> Predictor:
@@ -70,8 +74,9 @@ class Predictor:
 
     def __call__(self, texts: Iterable[str]) -> list[Prediction]:
         """Predict texts, in order. Raises ``InputError`` for one that is empty or no text."""
-        if isinstance(texts, str):
-            raise InputError("got one string: expected a list of texts")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            given = "one string" if isinstance(texts, str) else shortened(texts)
+            raise InputError(f"got {given}: expected a list of texts")
         return list(self.stream(texts))
 
     def stream(self, texts: Iterable[str]) -> Iterator[Prediction]:

@@ -312,6 +312,11 @@ class TrainSpec:
 
     def __new__(cls, *arguments: Any, **given: Any) -> TrainSpec:
         """Remember which settings are given: whoever names one of minibatches wants them, also at its default."""
+        for name in given:
+            if name not in declared(TrainSpec):
+                near = get_close_matches(str(name), declared(TrainSpec), 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise SpecError(f"there is no setting {name!r}{hint}: expected {', '.join(declared(TrainSpec))}")
         made = super().__new__(cls)
         object.__setattr__(made, "_given", (*[*cls.__dataclass_fields__][: len(arguments)], *given))
         return made
@@ -326,13 +331,7 @@ class TrainSpec:
             return settings
         if settings is not None and not isinstance(settings, Mapping):
             raise SpecError(f"spec is {shortened(settings)}: expected a TrainSpec, or settings such as {{'epochs': 2}}")
-        given = dict(settings or {})
-        for name in given:
-            if name not in declared(TrainSpec):
-                near = get_close_matches(str(name), declared(TrainSpec), 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise SpecError(f"there is no setting {name!r}{hint}: expected {', '.join(declared(TrainSpec))}")
-        return cls(**given)
+        return cls(**dict(settings or {}))
 
     def __post_init__(self) -> None:
         for name, setting in declared(TrainSpec).items():

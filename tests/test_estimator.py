@@ -253,7 +253,7 @@ def test_a_fitted_head_pickles_and_can_be_saved_as_a_bundle(tmp_path: Path) -> N
         (HeadClassifier("mpl"), SpecError, r"no head 'mpl' \(did you mean mlp\?\)"),
         (HeadClassifier("mlp", options={"hiden": [3]}), SpecError, "did you mean hidden"),
         (HeadClassifier("mlp", solver="convex"), SpecError, "convex solver is for linear heads"),
-        (HeadClassifier("mlp", engine="jax"), SpecError, "unknown engine 'jax'"),
+        (HeadClassifier("mlp", engine="jax"), SpecError, "the engine 'jax' has no head"),
         (HeadClassifier(epochs=0), SpecError, "epochs is 0"),
         (HeadClassifier(learning_rate=-1.0), SpecError, "learning_rate is -1"),
         (HeadClassifier("mlp", metric="acuracy"), SpecError, "acuracy"),

@@ -955,7 +955,7 @@ def test_refusals(tmp_path: Path) -> None:
     refuse("choose one", {"train": rows}, SpecError, split="80/20")
     refuse("drop test", {"train": rows}, SpecError, test=rows)
     refuse("both inputs and train", rows, SpecError, train=rows)
-    refuse("task is 'guess': expected one of classification", rows, SpecError, task="guess")
+    refuse("task is 'guess': expected classification, multilabel, regression or None", rows, SpecError, task="guess")
     refuse("on_bad_row is skip but", rows, SpecError, on_bad_row="skip")
     refuse("class_names holds a name twice", rows, SpecError, class_names=["x", "x"])
     refuse("split_seed is -1", rows, SpecError, split="80/20", split_seed=-1)

@@ -19,7 +19,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = (
     ("wording",),
     ("errors",),
-    ("journal",),
+    ("journal", "arguments"),
     ("spec", "fingerprint", "pooling", "batching", "shard"),
     ("numerics",),
     ("examples", "backbone", "heads", "cache"),

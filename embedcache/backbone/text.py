@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache import pooling
+from embedcache.arguments import checks_arguments
 from embedcache.backbone import adapter, behaviour, contents
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
@@ -63,6 +64,7 @@ class Tokens:
         return [sha256_bytes(ids[start:stop].tobytes()) for start, stop in pairwise(self.offsets.tolist())]
 
 
+@checks_arguments()
 def load_backbone(
     model: str | None = None,
     *,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
@@ -22,6 +23,7 @@ from embedcache.numerics import difference
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
 
+@checks_arguments()
 def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = None) -> FeatureCache:
     """Give a cache another dataset of rows it already holds: labels, splits, ids, order. No forward pass.
 
@@ -44,6 +46,7 @@ def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = 
     return opened
 
 
+@checks_arguments()
 def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numerics: bool = False) -> FeatureCache:
     """Join caches of the same spec, one shard in memory at a time.
 

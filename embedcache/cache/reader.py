@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import (
     check_all,
@@ -100,6 +101,7 @@ class FeatureCache:
         self._row, self._split = np.asarray(self._columns["row"]), np.asarray(self._columns["split"])
 
     @classmethod
+    @checks_arguments()
     def open(cls, path: Path | str, *, verify: bool = True) -> FeatureCache:
         """Open a cache.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache import __version__, errors
+from embedcache.arguments import checks_arguments
 from embedcache.compare.approaches import Approach, chosen
 from embedcache.compare.result import Comparison, assemble, seconds_text
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
@@ -35,6 +36,7 @@ METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro
 Runner = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
+@checks_arguments(load_examples)
 def compare_training_approaches(
     inputs: Any = None,
     output_dir: Path | str | None = None,

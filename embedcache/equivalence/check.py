@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, features_of, load_backbone
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.examination import Examination
@@ -25,6 +26,7 @@ TRAIN_ROWS = 320
 EVALUATION_ROWS = 256
 
 
+@checks_arguments(load_examples)
 def check_equivalence(
     cache: FeatureCache | Path | str,
     inputs: Any = None,
@@ -84,6 +86,8 @@ def check_equivalence(
     for name, number in (("steps", steps), ("rows", rows)):
         if number is not None and number < 1:
             raise SpecError(f"{name} is {number}: expected at least 1")
+    if not 0 <= seed < 2**32:
+        raise SpecError(f"seed is {seed}: expected a whole number in [0, 2**32)")
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     spec = _head_for(opened, head)
     chosen = feature_for(opened, spec, feature)

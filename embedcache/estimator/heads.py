@@ -15,11 +15,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
-from embedcache.errors import InputError, TrainingError
+from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.heads import TrainedHead, head_named
 from embedcache.heads.trained import Array, Floats
 from embedcache.spec import HeadSpec, Task, TrainSpec, declared
 from embedcache.train import train_head
+from embedcache.wording import shortened
 
 _DTYPES = (np.float64, np.float32)
 _DEFAULTS = TrainSpec()
@@ -117,7 +118,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     def _fitted(
         self, X: Any, y: Any, sample_weight: Any, task: Task, names: list[str], **settings: Any
     ) -> _HeadEstimator:
-        spec = head_named(self.head, self.engine, _plain(dict(self.options or {})))
+        spec = head_named(self.head, self.engine, _plain(self.options or {}))
         seed = _seed(self.random_state)
         values = {name: _plain(getattr(self, name)) for name in declared(TrainSpec) if hasattr(self, name)} | settings
         # What is at its default was not asked for: TrainSpec chooses the solver by what was.
@@ -338,7 +339,11 @@ def _weighted(X: Array, y: Array, sample_weight: Any) -> tuple[Array, Array, npt
 def _seed(random_state: Any) -> int:
     if isinstance(random_state, (int, np.integer)) and not isinstance(random_state, bool):
         return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
+    try:
+        return int(check_random_state(random_state).randint(2**31 - 1))
+    except ValueError:
+        expected = "a whole number from 0 to 4,294,967,295, or a RandomState"
+        raise SpecError(f"random_state is {shortened(random_state)}: expected {expected}") from None
 
 
 def _plain(value: Any) -> Any:

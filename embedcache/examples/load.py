@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import BadRowsError, InputError, SpecError, warn
 from embedcache.examples import findings
 from embedcache.examples.class_sets import ClassSets
@@ -28,6 +29,7 @@ from embedcache.spec import TASKS, Task
 _SHOWN_BAD_ROWS = 10
 
 
+@checks_arguments()
 def load_examples(
     inputs: Any = None,
     *,

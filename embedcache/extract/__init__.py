@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, load_backbone
 from embedcache.cache import FeatureCache, read_spec
 from embedcache.errors import SpecError, warn
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 
+@checks_arguments()
 def load_for(
     output_dir: Path | str | None,
     *,
@@ -121,6 +123,7 @@ def part_of(examples: Examples, part: int, parts: int) -> Examples:
     return examples.select(np.flatnonzero(np.isin(keys, keys[mine])))
 
 
+@checks_arguments(load_examples, load_for)
 def extract(
     inputs: Any = None,
     *,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, SpecError
 from embedcache.heads.attention import SelfAttention
 from embedcache.heads.modules import MLP, Linear, ResidualMLP
@@ -21,6 +22,7 @@ class LinearClassifier(Linear):
         head = LinearClassifier(384, num_classes=3)
     """
 
+    @checks_arguments()
     def __init__(self, input_dim: int, num_classes: int, *, seed: int = 0) -> None:
         super().__init__(_features(input_dim), _classes(num_classes))
         self.initialize(seed)
@@ -29,6 +31,7 @@ class LinearClassifier(Linear):
 class MLPClassifier(MLP):
     """One hidden layer with dropout: features [B, D] -> logits [B, C]; ``MLP`` has more of them."""
 
+    @checks_arguments()
     def __init__(
         self, input_dim: int, hidden_dim: int, num_classes: int, dropout: float = 0.1, *, seed: int = 0
     ) -> None:
@@ -39,6 +42,7 @@ class MLPClassifier(MLP):
 class ResidualClassifier(ResidualMLP):
     """Pre-norm residual blocks of width ``hidden_dim``: features [B, D] -> logits [B, C]."""
 
+    @checks_arguments()
     def __init__(
         self,
         input_dim: int,
@@ -62,6 +66,7 @@ class AttentionClassifier(SelfAttention):
     divide the width of the attention, at most 256; None takes the most of 8, 4, 2 and 1 that do.
     """
 
+    @checks_arguments()
     def __init__(
         self, input_dim: int, num_classes: int, num_heads: int | None = None, dropout: float = 0.1, *, seed: int = 0
     ) -> None:

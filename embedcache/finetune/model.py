@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from embedcache.arguments import checks_arguments
 from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.errors import SpecError
 from embedcache.heads import build_head, head_named
@@ -83,6 +84,7 @@ class FeatureBasedModel(nn.Module):
         self.train()
 
     @classmethod
+    @checks_arguments()
     def from_pretrained(
         cls,
         name: str | None,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.arguments import checks_arguments
 from embedcache.backbone import features_of
 from embedcache.errors import InputError
 from embedcache.finetune.live import FINE_TUNING, FineTuned, fine_tune
@@ -39,6 +40,7 @@ class TextClassificationPipeline:
         classes, probabilities = pipeline.predict(["very fine"])
     """
 
+    @checks_arguments(FeatureBasedModel.from_pretrained)
     def __init__(
         self,
         model_name: str | None = None,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import SpecError
 from embedcache.spec import HeadSpec
 from embedcache.wording import shortened
@@ -69,6 +70,7 @@ def head_named(head: HeadSpec | str, engine: str | None = None, options: Mapping
     return HeadSpec(kind, chosen, options or {})  # type: ignore[arg-type]
 
 
+@checks_arguments()
 def register_head(kind: str, head: type[Head]) -> None:
     """Add a torch head of your own under a new name; see CONTRIBUTING for an example.
 

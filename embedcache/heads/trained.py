@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, InputError
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
@@ -225,6 +226,7 @@ class TrainedHead:
         save(self, directory, metrics=metrics or {}, history=history, facts=facts or {})
 
     @classmethod
+    @checks_arguments()
     def from_pretrained(cls, directory: Path | str) -> TrainedHead:
         """Read a head bundle, trusting nothing in it. Raises ``BundleError``."""
         from embedcache.heads.bundle import load

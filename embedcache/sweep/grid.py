@@ -37,6 +37,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
 from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
 from embedcache.sweep.ranges import Choices, choices, number
+from embedcache.wording import shortened
 
 ASK_ABOVE = 10_000
 """More configurations than this are not run without a yes."""
@@ -181,6 +182,8 @@ def read_file(path: Path | str) -> dict[str, Any]:
             text = opened.read(_LARGEST + 1)
     except FileNotFoundError:
         raise InputNotFoundError(f"{path} does not exist: expected a sweep file such as sweep.yaml") from None
+    except OSError as error:
+        raise SweepError(f"{path} cannot be read: {error.strerror or error}: expected a sweep file") from None
     if len(text) > _LARGEST:
         raise SweepError(f"{path} is too large: expected a sweep file of at most 1 MB")
     try:
@@ -220,6 +223,8 @@ def parse(
     """
     if isinstance(value, (str, HeadSpec, Configuration)):
         value = [value]
+    if value is not None and not isinstance(value, (list, tuple, Mapping)):
+        raise SweepSpecError(f"the grid is {shortened(value)}: expected names of heads, a list of them, or a mapping")
     whole = {"heads": list(value)} if isinstance(value, (list, tuple)) else dict(value or {})
     _known(whole, TOP, "the sweep file")
     chosen = [_feature(name, feature_sets) for name in list(features) or _listed(whole.get("features"))]

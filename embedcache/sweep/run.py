@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
 from embedcache.fingerprint import hash_json
 from embedcache.heads import build_head
@@ -39,6 +40,7 @@ _FLOPS = 3e10
 """What a modest core does in a second, for an estimate of days, not of seconds."""
 
 
+@checks_arguments()
 def sweep(
     cache: FeatureCache | Path | str,
     grid: Any = None,

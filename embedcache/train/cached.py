@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
@@ -30,8 +32,9 @@ HELD_OUT = 10
 """Without a validation split, one content in so many is held out for early stopping and calibration."""
 
 
+@checks_arguments()
 def train_on_cache(
-    cache: FeatureCache,
+    cache: FeatureCache | Path | str,
     head: HeadSpec | str = "linear",
     spec: TrainSpec | Mapping[str, Any] | None = None,
     *,
@@ -40,7 +43,7 @@ def train_on_cache(
     device: str = "cpu",
     progress: bool = True,
 ) -> TrainingResult:
-    """Train one head on the train split of a cache, judged by its validation split.
+    """Train one head on the train split of a cache, open or where it is, judged by its validation split.
 
     Without a validation split, a tenth of the training contents is held out, chosen by content, so that duplicates
     stay together. The test split is not looked at, but for its classes. ``feature`` names the feature set; None takes
@@ -49,7 +52,7 @@ def train_on_cache(
     Raises as ``train_head`` does, and ``TrainingError`` for a class in test that no training row has, unless
     ``allow_unseen``; ``FeatureError`` for a feature set that the cache does not have.
     """
-    head = head_named(head)
+    cache, head = _opened(cache), head_named(head)
     chosen = feature_for(cache, head, feature)
     if "train" not in cache.split_names:
         raise InputError(f"{cache.path} has no train split: it has {', '.join(cache.split_names)}")
@@ -81,6 +84,12 @@ def train_on_cache(
     )  # fmt: skip
     facts = {"features": f"{chosen.name} of a cache with spec {cache.spec_hash[:16]}", **result.facts}
     return replace(result, facts=facts)
+
+
+def _opened(cache: FeatureCache | Path | str) -> FeatureCache:
+    from embedcache.cache import FeatureCache
+
+    return cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
 
 
 def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> FeatureSet:
@@ -145,8 +154,9 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
             )
 
 
+@checks_arguments()
 def evaluate_on_cache(
-    head: TrainedHead, cache: FeatureCache, split: str = "test", *, intervals: bool = True
+    head: TrainedHead, cache: FeatureCache | Path | str, split: str = "test", *, intervals: bool = True
 ) -> dict[str, Any]:
     """Return the metrics of a head on a split of a cache, with bootstrap intervals of the most looked-at ones.
 
@@ -154,6 +164,7 @@ def evaluate_on_cache(
         BackboneMismatchError: the cache was made by another backbone or other settings than the head was trained on.
         InputError: no such split, no labels, or a class that the head does not know.
     """
+    cache = _opened(cache)
     refuse_other_cache(head, cache)
     rows = cache.rows(split)
     if not len(rows):

@@ -13,7 +13,7 @@ from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.heads.trained import checked_features, count, refuse_non_finite
 from embedcache.shard import FeatureSet
 from embedcache.spec import Task, TrainSpec
-from embedcache.wording import counted
+from embedcache.wording import counted, shortened
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -54,6 +54,8 @@ def checked_data(
     on_disk = hasattr(x, "read")
     rows = x if on_disk else checked_features(x, feature, where=where)
     y = np.asarray(y)
+    if y.ndim == 0:
+        raise InputError(f"{where}: the targets are {shortened(y.item())}: expected one for each row")
     n = len(rows) if on_disk else count(rows)
     if len(y) != n:
         raise InputError(f"{where}: {n} rows of features and {len(y)} of targets")
@@ -95,7 +97,10 @@ def checked_data(
     if outputs is not None and y.ndim == 2 and y.shape[1] != outputs:
         raise InputError(f"{where}: targets are {y.shape[1]} wide, and there are {outputs} names for them")
     if weight is not None:
-        weight = np.asarray(weight, np.float32)
+        try:
+            weight = np.asarray(weight, np.float32)
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: sample weights are {shortened(weight)}: expected {n} numbers") from None
         if weight.shape != (n,) or not np.isfinite(weight).all() or (weight < 0).any():
             raise InputError(f"{where}: sample weights must be {n} finite numbers of 0 or more")
         if n and not weight.any():

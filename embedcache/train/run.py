@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, SpecError, warn
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_named
@@ -44,6 +45,7 @@ def feature_set_of(x: Any, name: str = "features") -> FeatureSet:
     raise FeatureError(f"features have the shape {list(shape)}: expected [N, D], or [N, L, D]")
 
 
+@checks_arguments()
 def train_head(
     x: Any,
     y: Any,

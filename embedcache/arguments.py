@@ -1,0 +1,140 @@
+"""Arguments of public functions, held to their annotations: a wrong one is one line of ours, said before any work."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from embedcache.errors import SpecError
+from embedcache.wording import shortened
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a text"),
+    int: ((Integral,), "a whole number"),
+    float: ((Real,), "a number"),
+    Path: ((os.PathLike,), "a path"),
+    Mapping: ((Mapping,), "a mapping"),
+    dict: ((Mapping,), "a mapping"),
+    type: ((type,), "a class"),
+}
+
+
+def checks_arguments(*takers: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Have a function refuse an argument that it does not have, and one that is not of the kind its annotation says.
+
+    Annotations of the function's own classes and of plain kinds are checked; what only type checkers can see is not.
+    ``takers`` are the functions that its ``**options`` go to.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        kinds: dict[str, Any] = {}
+
+        @wraps(function)
+        def call(*arguments: P.args, **named: P.kwargs) -> R:
+            if not kinds:  # at the first call: importing a module must cost nothing
+                kinds.update({each.name: _kind(each.annotation, function) for each in signature.parameters.values()})
+            try:
+                bound = signature.bind(*arguments, **named)
+            except TypeError as error:
+                raise SpecError(f"{function.__qualname__} {error}{_near(named, signature, ())}") from None
+            options = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
+            given = bound.arguments.get(options, {}) if options is not None and takers else {}
+            known = {name for taker in takers for name in inspect.signature(taker).parameters}
+            if wrong := next((name for name in given if name not in known), None):
+                hint = _near({wrong: None}, signature, known)
+                raise SpecError(f"{function.__qualname__} got an unexpected keyword argument {wrong!r}{hint}")
+            for name, value in bound.arguments.items():
+                if signature.parameters[name].kind not in _MANY and not _is(value, kinds[name]):
+                    expected = _words(kinds[name])
+                    raise SpecError(f"{function.__qualname__}: {name} is {shortened(value)}: expected {expected}")
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate
+
+
+_MANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def _near(named: Mapping[str, Any], signature: inspect.Signature, more: Collection[str]) -> str:
+    known = [*signature.parameters, *more]
+    wrong = next((name for name in named if name not in known), None)
+    near = get_close_matches(wrong, known, 1) if wrong is not None else []
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
+    """Return what an annotation means, ``Any`` where only a type checker knows."""
+    if not isinstance(annotation, str):
+        return Any if annotation is inspect.Parameter.empty else annotation
+    try:
+        return eval(annotation, getattr(function, "__globals__", {}))  # our own source, not a stranger's
+    except (NameError, TypeError):
+        return Any
+
+
+def _is(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if kind is None or kind is types.NoneType:
+        return value is None
+    if origin in (Union, types.UnionType):
+        return any(_is(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if kind is bool:
+        return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    if (origin or kind) in _PLAIN:
+        return isinstance(value, _PLAIN[origin or kind][0]) and not isinstance(value, bool)
+    if (origin or kind) in (Sequence, list):
+        # An array is as good as a list; what can be walked only once is not.
+        several = isinstance(value, Sequence) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
+        return several and not isinstance(value, (str, bytes)) and all(_is(each, inner[0]) for each in value)
+    if (origin or kind) is Iterable:
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    if not isinstance(kind, type) or origin is not None:
+        return True
+    # Not hasattr: a property may compute for long.
+    return _members(kind) <= set(dir(value)) if getattr(kind, "_is_protocol", False) else isinstance(value, kind)
+
+
+def _members(protocol: type) -> set[str]:
+    """Return the names that whatever follows a protocol has."""
+    bases = [each for each in protocol.__mro__ if each.__module__ != "typing" and each is not object]
+    names = {name for each in bases for name in (*vars(each), *vars(each).get("__annotations__", {}))}
+    return {name for name in names if not name.startswith("_")}
+
+
+def _words(kind: Any) -> str:
+    words = list(dict.fromkeys(_alternatives(kind)))
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _alternatives(kind: Any) -> list[str]:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return [word for each in inner for word in _alternatives(each)]
+    if origin is Literal:
+        return [str(each) for each in inner]
+    if kind is None or kind is types.NoneType:
+        return ["None"]
+    if kind is bool:
+        return ["True", "False"]
+    if (origin or kind) in _PLAIN:
+        return [_PLAIN[origin or kind][1]]
+    if (origin or kind) in (Sequence, list, Iterable):
+        return ["a list" if not inner or inner[0] is Any else f"a list of {_words(inner[0]).removeprefix('a ')}s"]
+    return [f"a {kind.__name__}" if isinstance(kind, type) else str(kind)]
