@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedcache.backbone.adapter import NO_ADAPTER, apply_adapter, has_adapter, refuse_without_peft
 from embedcache.backbone.device import threads
+from embedcache.backbone.experts import experts_option
 from embedcache.backbone.folder import SentenceTransformerSettings
 from embedcache.errors import BackboneError, SpecError
 from embedcache.wording import counted
@@ -36,7 +37,9 @@ def load_network(
     import torch
     import transformers
 
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    options = experts_option()
+    if attention is not None:
+        options["attn_implementation"] = attention
     adapted = has_adapter(folder)
     if adapted:
         refuse_without_peft(name)
@@ -54,6 +57,8 @@ def load_network(
             **options,  # transformers would say no more than that there are some
         )
         network: torch.nn.Module = whole.get_encoder() if _has_two_halves(whole) else whole
+    if not hasattr(network, "config"):
+        raise BackboneError(f"{name}: {type(whole).__name__} is of no use here: its encoder does not stand by itself")
     if wrong := report["mismatched_keys"]:
         tensor, stored, expected = sorted(wrong)[0]
         raise BackboneError(
@@ -78,8 +83,11 @@ def load_network(
 
 def _has_two_halves(whole: Any) -> bool:
     # A folder with an encoder alone (T5EncoderModel) says is_encoder_decoder false, and is made whole all the same.
-    halves = (getattr(whole, half, None) for half in ("encoder", "decoder"))
-    return bool(getattr(whole.config, "is_encoder_decoder", False)) or None not in halves
+    # Funnel's halves, which are no models of their own, are two parts of one encoder.
+    halves = [getattr(whole, half, None) for half in ("encoder", "decoder")]
+    return bool(getattr(whole.config, "is_encoder_decoder", False)) or all(
+        hasattr(half, "get_input_embeddings") for half in halves
+    )
 
 
 def _random_tensors(whole: torch.nn.Module, network: torch.nn.Module, missing: list[str]) -> list[str]:

@@ -288,7 +288,7 @@ class TextBackbone:
         try:
             with torch.inference_mode():
                 output = self._outputs(self.network, **self._dummies(2, min(4, self.policy.max_length)))
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackboneError(
                 f"{self.name}: {type(self.network).__name__} cannot run on token ids and a mask "

@@ -1,0 +1,250 @@
+"""Every text architecture of the installed transformers, made tiny: it works, or is refused in one line.
+
+The names are those of transformers' own mappings, so that a new version's architectures are tried too. Of each, a
+configuration is made small by what its settings are called; where that does not do, ``SETTINGS`` has what it takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.batching import plan
+from embedcache.errors import EmbedcacheError
+
+TEXTS = tuple(text.encode() for text in tiny_models.TEXTS[:7])
+LARGEST = 4_000_000
+"""Parameters of what still counts as tiny."""
+READ_PADDING = ("canine", "convbert", "cpmant", "fnet", "funnel", "mobilebert", "nystromformer", "yoso")
+GATHER_TOKENS = ("dbrx", "jetmoe", "switch_transformers")
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(READ_PADDING, "reads padding, or the other rows of a batch"),
+    **dict.fromkeys(GATHER_TOKENS, "adds up otherwise when other texts stand beside one in a batch"),
+    **dict.fromkeys(("bros", "lxmert"), "cannot run on token ids and a mask"),
+    "reformer": "gives other features of the same text in each pass",
+    "flava": "gives no hidden states",
+    "fsmt": "its encoder does not stand by itself",
+}
+"""Architectures that cannot be extracted -> what is said."""
+MAMBA = {"mamba_chunk_size": 16, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA,
+    "codegen": {"rotary_dim": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 4},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "hidden_size": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm4v_moe_text": {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_section": [2, 0, 0]}},
+    "glm4v_text": SECTIONS,
+    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "glm_image_text": SECTIONS,
+    "glm_ocr_text": SECTIONS,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": MAMBA,
+    **{kind: {"head_dim": 8} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
+    "led": {"attention_window": [16, 16]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "longformer": {"attention_window": [16, 16]},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    "neomme": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 4},
+    "nystromformer": {"segment_means_seq_len": 64},
+    "nemotron_h": {"n_groups": 1},
+    "pegasus_x": {"block_size": 16},
+    "qwen2_5_vl_text": SECTIONS,
+    "qwen2_vl_text": SECTIONS,
+    "reformer": {
+        "lsh_attn_chunk_length": 16,
+        "local_attn_chunk_length": 16,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh"],
+        "max_position_embeddings": 256,
+    },
+    "xmod": {"default_language": "en_XX"},
+}
+"""Settings of architectures that are not made small, or not valid, by their names."""
+NOT_TINY: dict[str, str] = {
+    "zamba": "layers that share weights with others far away",
+    "zamba2": "layers that share weights with others far away",
+    "blt": "sizes that must fit one another",
+    "cohere_compass_text": "no rotary settings by default",
+    "hunyuan_vl_text": "no rotary sections by default",
+    "longcat_flash": "sizes that must fit one another",
+    "mimo_v2_flash": "sizes that must fit one another",
+    "layoutlmv2": "needs detectron2",
+    **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), "writes sound"),
+    "musicflamingo": "reads sound",
+    "musicgen": "writes sound",
+    "musicgen_melody": "writes sound",
+}
+"""Architectures that nobody has made tiny yet -> why not."""
+
+
+def text_architectures() -> list[str]:
+    """Return the model types with a head for text and token ids as their main input, without pictures or sound."""
+    from transformers.models.auto import modeling_auto
+
+    def types(*heads: str) -> set[str]:
+        return {name for head in heads for name in getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {})}
+
+    text = types(
+        "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING", "PRETRAINING", "SEQUENCE_CLASSIFICATION",
+        "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION",
+    )  # fmt: skip
+    known = set(modeling_auto.MODEL_MAPPING_NAMES)
+    text |= {name for name in known if name.endswith(("_text", "_text_model"))}
+    return sorted(text & known - types("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"))
+
+
+def small(config: Any) -> dict[str, Any]:
+    """Return a config's settings, in so far as they must be other ones in a tiny model."""
+    parts = getattr(type(config), "sub_configs", None) or {}
+    said = config.to_dict()
+    made: dict[str, Any] = {}
+    for key, value in said.items():
+        if key in parts:
+            if getattr(config, key, None) is not None:
+                made[key] = small(getattr(config, key))
+        elif isinstance(value, int) and not isinstance(value, bool) and (size := _size(key.lower(), value)) != value:
+            made[key] = size
+    if "qk_rope_head_dim" in said:  # follows from the others
+        made.pop("head_dim", None)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = said.get(key)
+        if isinstance(rope, dict) and rope.get("mrope_section"):
+            half = int(made.get("head_dim", 8) * rope.get("partial_rotary_factor", 1.0)) // 2
+            made[key] = {**rope, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
+    return made
+
+
+def _size(key: str, value: int) -> int:
+    ends = key.endswith
+    if ends(("_id", "token_index")):
+        return min(value, 5)
+    if "vocab" in key and "size" in key:
+        return value if key == "type_vocab_size" else min(value, 128)
+    if "experts_per_tok" in key or key in ("top_k", "topk", "moe_topk", "moe_k", "num_selected_experts"):
+        return min(value, 2)
+    if "shared_expert" in key and "size" not in key:
+        return min(value, 1)
+    if "expert" in key and key.startswith(("num", "n_", "moe_num")) and "group" not in key:
+        return 4
+    if key in ("n_group", "topk_group"):
+        return 1
+    if ends("head_dim") or key in ("d_kv", "attention_head_size", "d_head"):
+        return 8
+    if "lora_rank" in key:
+        return 16
+    if "heads" in key or key == "n_head":
+        return 4
+    if "layers" in key or key in ("n_layer", "depth", "num_blocks"):
+        return min(value, 2)
+    if key in ("n_positions", "n_ctx", "seq_length") or ends(("position_embeddings", "seq_len", "_positions")):
+        return 80
+    if key in ("d_model", "n_embd", "dim", "lru_width", "word_embed_proj_dim", "dim_model") or ends(
+        ("hidden_size", "embed_dim", "emb_dim", "embedding_size")
+    ):
+        return min(value, 32)
+    if "intermediate" in key or "ffn" in key or key in ("d_ff", "d_inner", "n_inner", "hidden_dim", "dim_ff"):
+        return min(value, 48)
+    return min(value, 48) if key == "feed_forward_size" else value
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer that all of them have."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_models.word_level(folder)
+    return folder
+
+
+def features(backbone: TextBackbone, contents: Sequence[bytes]) -> np.ndarray:
+    """[n, D] the only feature set of ``contents``, in their order."""
+    prepared = backbone.prepare(contents)
+    rows: list[Any] = [None] * len(contents)
+    for batch in plan(prepared.lengths, backbone.policy):
+        (values,) = backbone.fetch(backbone.forward(prepared, batch)).values()
+        for index, row in zip(batch.indices.tolist(), values, strict=True):
+            rows[index] = row
+    return np.stack(rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of a hundred authors
+@pytest.mark.parametrize("kind", text_architectures())
+def test_an_architecture_works_or_is_refused_in_one_line(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config_class = transformers.CONFIG_MAPPING[kind]
+    try:
+        model_class = transformers.MODEL_MAPPING[config_class]
+    except ValueError:
+        pytest.skip("transformers names a model that it does not have")
+    if isinstance(model_class, tuple):  # Funnel's, and which of them depends on the folder
+        model_class = model_class[0]
+    if getattr(model_class, "main_input_name", "") != "input_ids":
+        pytest.skip("its main input is not text")
+    if kind in NOT_TINY:
+        pytest.skip(f"not made tiny: {NOT_TINY[kind]}")
+    config = config_class(**(small(config_class()) | SETTINGS.get(kind, {})))
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+    assert size < LARGEST, "the configuration is not tiny: give it settings"
+    network = model_class(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point():
+                parameter.normal_(0.0, 0.3)
+    network.save_pretrained(tmp_path)
+    for path in tokenizer.iterdir():
+        shutil.copy(path, tmp_path)
+
+    said = ""
+    try:
+        backbone = load_backbone(str(tmp_path), features=["mean"], device="cpu", positions=256)
+    except EmbedcacheError as error:
+        said = str(error)
+    assert REFUSED.get(kind, "") in said
+    assert "\n" not in said
+    if said:
+        assert kind in REFUSED, said
+        return
+    together = features(backbone, TEXTS)
+    assert np.isfinite(together).all()
+    assert together.shape == (len(TEXTS), backbone.feature_sets[0].dim)
+    alone = np.concatenate([features(backbone, [text]) for text in TEXTS])
+    assert (together == alone).all(), f"bits depend on the batch: {(together != alone).sum()} of {together.size}"
+
+    encoder: Any = network.get_encoder() if getattr(config, "is_encoder_decoder", False) else network
+    encoder.config.use_cache = False
+    tokens = torch.from_numpy(backbone.prepare(TEXTS[:1]).ids)[None]
+    with torch.no_grad():
+        plain = encoder.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(together[0], plain, rtol=1e-3, atol=1e-4 * np.abs(together).max())
+
+
+def test_the_tables_are_of_architectures_that_there_are() -> None:
+    assert not set(REFUSED) & set(NOT_TINY)
+    from transformers import __version__
+
+    if __version__.startswith("5.23"):
+        assert {*REFUSED, *NOT_TINY, *SETTINGS} <= set(text_architectures())
