@@ -43,7 +43,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 
 class EmbedcacheError(Exception):
@@ -80,9 +80,8 @@ class BadRowsError(InputError):
         self.total = total
         listed = "; ".join(f"{where}: {reason}" for where, reason in self.rows)
         more = f" (first {len(self.rows)} of {total})" if total > len(self.rows) else ""
-        noun = "row" if total == 1 else "rows"
         super().__init__(
-            f"{total} bad {noun}{more}: {listed}. "
+            f"{counted(total, 'bad row')}{more}: {listed}. "
             "Correct them, or pass --on-bad-row skip to set them aside in a quarantine file"
         )
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from embedcache.wording import counted
+
 KEY_BYTES = 16
 _BLOCK = 1 << 20
 MOST_VALUES = 2_000_000
@@ -99,7 +101,7 @@ def refuse_bombs(data: bytes, most: int) -> None:
     """
     opened = data.count(b"[") + data.count(b"{")
     if opened + data.count(b",") > most:
-        raise ValueError(f"it has more than {most:,} values")
+        raise ValueError(f"it has more than {counted(most, 'value')}")
     if opened <= _DEEPEST or len(_flattened(data)) <= _DEEPEST:
         return
     # Brackets in strings need not close: without the strings there may be no depth at all.

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from embedcache.errors import CacheError, CorruptCacheError, SpecError
 from embedcache.journal import commit, explain, explained
+from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
 Kind = Literal["pooled", "layers", "tokens"]
@@ -72,7 +73,7 @@ class FeatureSet:
             if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 2**31:
                 raise SpecError(f"feature set {self.name}: dim {self.dim!r}, layers {self.layers!r}: expected numbers")
         if self.layers != 1 and self.kind != "layers":
-            raise SpecError(f"feature set {self.name}: {self.layers} layers, but its kind is {self.kind}")
+            raise SpecError(f"feature set {self.name}: {counted(self.layers, 'layer')}, but its kind is {self.kind}")
 
     @property
     def row_shape(self) -> tuple[int, ...]:

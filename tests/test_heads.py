@@ -545,4 +545,6 @@ def test_non_finite_features_name_the_row_and_the_set(bad: float) -> None:
     values[11] = bad
     with pytest.raises(FeatureError, match="tokens: row 2 holds"):
         refuse_non_finite(values, "tokens", np.array([0, 3, 7, 13, 23]))
-    refuse_non_finite(np.full((3, 5), 1e308), "mean")  # large is not infinite
+    refuse_non_finite(np.full((3, 5), 1e30), "mean")  # large is not infinite
+    with pytest.raises(FeatureError, match=r"row 0 holds a value beyond 1e\+30"):
+        refuse_non_finite(np.full((3, 5), 1e308), "mean")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import re
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import embedcache
 from embedcache.errors import BadRowsError, CorruptCacheError, SpecMismatchError
-from embedcache.wording import cell, json_shown, page, shown
+from embedcache.wording import cell, counted, json_shown, page, shown
 
 HOSTILE = "a\nerror: \x1b[2J\x9b31m\rb\u202e\u2028\ud800"
 
@@ -68,3 +71,24 @@ def test_shown_json_means_the_same(text: str) -> None:
         safe = json_shown(json.dumps({"a": text}, ensure_ascii=False, indent=indent))
         assert json.loads(safe) == {"a": text}
         assert page(safe) == safe
+
+
+# What there is often one of. Where a verb follows, or another "of", the sentence is of several by what it says.
+_COUNTED = re.compile(r"\{\} (heads|fits|epochs|shards|draws|parts)\b(?! (are|were|have|do|that|in|of \{))")
+
+
+def test_whatever_is_counted_is_singular_where_there_is_one() -> None:
+    found = []
+    for file in sorted(Path(embedcache.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(str(each.value) if isinstance(each, ast.Constant) else "{}" for each in node.values)
+                found += [f"{file.name}:{node.lineno}: {text}"] if _COUNTED.search(text) else []
+    assert not found, "\n".join(found)
+
+
+def test_counted() -> None:
+    assert [counted(each, "row") for each in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+    assert [counted(2, noun) for noun in ("class", "forward pass", "batch", "bad row")] == [
+        "2 classes", "2 forward passes", "2 batches", "2 bad rows",
+    ]  # fmt: skip

@@ -15,6 +15,7 @@ from embedcache.backbone.device import MOST_PASSES, threads
 from embedcache.batching import Batch, Plan, plan
 from embedcache.errors import FeatureError
 from embedcache.shard import STORED, FeatureSet, decoded
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.backbone import Backbone, Prepared
@@ -68,7 +69,7 @@ def put(arrays: Mapping[str, Any], lengths: npt.NDArray[np.int64], batch: Batch,
             continue
         values, given = value
         if not np.array_equal(given, counts):
-            raise FeatureError(f"{name}: the backbone gave {given.sum()} vectors for {counts.sum()} tokens")
+            raise FeatureError(f"{name}: the backbone gave {given.sum()} vectors for {counted(counts.sum(), 'token')}")
         into, offsets = arrays[name]
         for row, part in zip(batch.indices, np.split(values, np.cumsum(counts)[:-1]), strict=True):
             into[offsets[row] : offsets[row + 1]] = part

@@ -164,7 +164,7 @@ def length_limit(
     if asked <= specials:
         raise SpecError(
             f"max_length is {asked}: expected at least {specials + 1}, "
-            f"as the tokenizer adds {specials} tokens to each text"
+            f"as the tokenizer adds {counted(specials, 'token')} to each text"
         )
     if hard is not None and asked > hard:
         raise BackboneError(f"max_length {asked} is more than this model reads: expected at most {hard}")

@@ -31,7 +31,7 @@ from embedcache.journal import exists, explained, is_locked
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, Placed
 from embedcache.spec import Task, feature_name, find_name, split_name
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
@@ -120,7 +120,7 @@ class FeatureCache:
             manifest = manifests.read(directory)
             if manifest.examples is None:
                 raise IncompleteCacheError(
-                    f"{directory} holds {manifest.rows:,} rows of an extraction that was not finished: "
+                    f"{directory} holds {counted(manifest.rows, 'row')} of an extraction that was not finished: "
                     "run the same extract command again to go on"
                 )
             try:

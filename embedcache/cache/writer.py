@@ -409,7 +409,7 @@ def refuse_misfits(dataset: Dataset, contents: Mapping[str, npt.NDArray[Any]], s
     if target is not None and target.ndim != (1 if dataset.task == "classification" else 2):
         raise InputError(f"targets of shape {target.shape} do not fit the task {dataset.task}")
     if target is not None and target.ndim == 2 and target.shape[1] != len(dataset.class_names):
-        raise InputError(f"there are {target.shape[1]} targets and {len(dataset.class_names)} names")
+        raise InputError(f"there are {counted(target.shape[1], 'target')} and {len(dataset.class_names)} names")
     for what, names in (("classes", dataset.class_names), ("splits", dataset.split_names)):
         if len(set(names)) != len(names):
             raise InputError(f"two {what} have the same name: {', '.join(names)}")

@@ -17,7 +17,7 @@ from embedcache.cli.options import (
     table,
     untrusted_option,
 )
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 
 @click.command(short_help="Run the backbone once over INPUT, into CACHE.")
@@ -116,8 +116,8 @@ def info(cache: str, as_json: bool) -> None:
 def describe_text(facts: dict[str, Any]) -> str:
     """Lay out what ``FeatureCache.describe`` says."""
     lines = [
-        f"{facts['rows']:,} rows ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB "
-        f"in {facts['shards']} shard{'s' * (facts['shards'] != 1)}"
+        f"{counted(facts['rows'], 'row')} ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB "
+        f"in {counted(facts['shards'], 'shard')}"
     ]
     lines += [f"task: {facts['task'] or 'no labels'}"]
     splits = facts["splits"]
@@ -221,7 +221,7 @@ def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
     examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options)
     opened = relabel_cache(cache, examples)
-    say(f"{opened.n_rows:,} rows relabelled in {cache}; no forward pass")
+    say(f"{counted(opened.n_rows, 'row')} relabelled in {cache}; no forward pass")
 
 
 @click.command(short_help="Join parts into one cache.")
@@ -234,7 +234,7 @@ def merge(parts: tuple[str, ...], output_dir: str, accept_numerics: bool) -> Non
     from embedcache.cache import merge as merge_caches
 
     merged = merge_caches(list(parts), output_dir, accept_numerics=accept_numerics)
-    say(f"{merged.n_rows:,} rows of {len(parts)} parts merged into {output_dir}")
+    say(f"{counted(merged.n_rows, 'row')} of {counted(len(parts), 'part')} merged into {output_dir}")
 
 
 @click.command(short_help="Versions and devices, for bug reports.")

@@ -22,7 +22,7 @@ from embedcache.cli.options import (
     training_options,
     untrusted_option,
 )
-from embedcache.wording import cell, json_shown, page, shown
+from embedcache.wording import cell, counted, json_shown, page, shown
 
 
 @click.command()
@@ -79,7 +79,9 @@ def train(
         predicts = "preprocessing" in result.head.extraction
         say(f"saved in {output_dir}" + (f': try  embedcache predict {output_dir} --text "..."' * predicts))
     if result.interrupted:
-        raise Interrupted(f"stopped after {len(result.history)} epochs: the best head so far is saved in {output_dir}")
+        raise Interrupted(
+            f"stopped after {counted(len(result.history), 'epoch')}: the best head so far is saved in {output_dir}"
+        )
 
 
 def _refuse_unused(engine: Any, kind: str, given: Mapping[str, Any], device: str | None) -> None:

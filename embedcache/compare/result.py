@@ -16,7 +16,7 @@ from embedcache.compare.approaches import APPROACHES
 from embedcache.errors import MissingExtraError
 from embedcache.spec import Task
 from embedcache.train.metrics import resampled_scores, score
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -104,13 +104,13 @@ class Comparison:
         said = []
         for each in self.break_even:
             against = APPROACHES[each["against"]].title
-            where = f"{each['train_rows']:,} training rows: " if len(self.facts["fractions"]) > 1 else ""
+            where = f"{counted(each['train_rows'], 'training row')}: " if len(self.facts["fractions"]) > 1 else ""
             if each["heads"] is None:
                 even = "the cache never pays for itself"
             else:
                 even = f"the extraction has paid for itself with head number {each['heads']}"
             said.append(
-                f"{where}against {against}, {even}; {self.facts['epochs']} epochs, extraction included, are "
+                f"{where}against {against}, {even}; {counted(self.facts['epochs'], 'epoch')}, extraction included, are "
                 f"{ratio_text(each['first'])} as fast, each further head {ratio_text(each['further'])}"
             )
         return said
@@ -122,8 +122,8 @@ class Comparison:
         on_gpu = any(each["memory"]["device"] is not None for each in self.rows)
         what = "memory on the GPU" if on_gpu else "resident memory, less that of Python and its libraries"
         said = [
-            f"{facts['rows']:,} rows ({facts['unique']:,} different texts): {splits}; {facts['task']}, "
-            f"{facts['outputs']} outputs; {facts['model']}; head {facts['head']}; {facts['device']}, "
+            f"{counted(facts['rows'], 'row')} ({counted(facts['unique'], 'different text')}): {splits}; "
+            f"{facts['task']}, {facts['outputs']} outputs; {facts['model']}; head {facts['head']}; {facts['device']}, "
             f"{facts['threads']} threads; seeds {', '.join(map(str, facts['seeds']))}.",
             f"Extraction of all rows took {seconds_text(self.extraction['seconds'])}; a row of the table is charged "
             "for its training and validation texts. Loading the model and judging the test rows are charged to nobody.",

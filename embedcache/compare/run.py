@@ -29,6 +29,7 @@ from embedcache.heads import head_named
 from embedcache.journal import exists, explained
 from embedcache.spec import HeadSpec, Task
 from embedcache.train.metrics import metric_named
+from embedcache.wording import counted
 
 METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What approaches are judged by when nobody says."""
@@ -176,7 +177,7 @@ class _Work:
             assert said is not None  # written before its line, and looked for when the line was
             outputs[fraction, approach.name, seed] = said
             say(
-                f"[{number}/{total}] {approach.title}, {done['train_rows']:,} rows, seed {seed}: "
+                f"[{number}/{total}] {approach.title}, {counted(done['train_rows'], 'row')}, seed {seed}: "
                 f"{seconds_text(done['seconds'])}, validation {self.metric} {done['validation']:.3f}"
             )
         assert self.examples.targets is not None

@@ -43,6 +43,7 @@ from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
 from embedcache.train import train_head
 from embedcache.train.data import Data
 from embedcache.train.metrics import default_metric, score
+from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
 
@@ -295,7 +296,7 @@ class Examination:
                 at = int(np.flatnonzero(counts[0] != counts[1])[0])
                 self.findings.append(
                     f"standard reference, features {each.name}: row {self.ids[int(rows[at])]} has "
-                    f"{counts[1][at]} tokens, and {counts[0][at]} in the cache"
+                    f"{counted(counts[1][at], 'token')}, and {counts[0][at]} in the cache"
                 )
                 return False
             owner = np.repeat(rows, counts[0])
@@ -403,8 +404,9 @@ class Examination:
         share = "all" if everything else f"{len(self.rows.features):,} of {len(self.cache):,}"
         sampled = {
             "features": f"{share} rows",
-            "training": f"{self.steps} minibatch steps of {self.spec.batch_size} on {len(self.rows.train):,} rows",
-            "predictions": f"{len(self.rows.evaluate):,} rows of {self.rows.split}",
+            "training": f"{counted(self.steps, 'minibatch step')} of {self.spec.batch_size} "
+            f"on {counted(len(self.rows.train), 'row')}",
+            "predictions": f"{counted(len(self.rows.evaluate), 'row')} of {self.rows.split}",
             "head": f"{self.head.kind} on {self.feature.name}",
         }
         if not everything:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from embedcache.cache import FeatureCache
 from embedcache.errors import InputError
 from embedcache.examples import Examples
+from embedcache.wording import counted
 
 Rows = npt.NDArray[np.int64]
 _SHOWN = 5
@@ -77,7 +78,7 @@ def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
         moved = np.flatnonzero(at != np.arange(len(mine)))
         ids = cache.ids()
         findings.append(
-            f"order of rows: {_count(len(moved), 'row')} of the input stand at another place in the cache "
+            f"order of rows: {counted(len(moved), 'row')} of the input stand at another place in the cache "
             f"(rows {_some([f'{ids[row]} of the cache is row {at[row]} of the input' for row in moved[:_SHOWN]])}"
             f"{_more(len(moved))}), so batches differ: were rows swapped or sorted?"
         )
@@ -100,13 +101,13 @@ def _refuse_other_rows(cache: FeatureCache, examples: Examples, mine: Any, their
         shown = [f"{examples.ids[row]} {_show(content)}" for row, content in
                  zip(extra[:_SHOWN].tolist(), examples.contents(extra[:_SHOWN]), strict=True)]  # fmt: skip
         said.append(
-            f"{_count(len(extra), 'row')} of the input not in {cache.path} (row {_some(shown)}{_more(len(extra))})"
+            f"{counted(len(extra), 'row')} of the input not in {cache.path} (row {_some(shown)}{_more(len(extra))})"
         )
     if len(lacking):
         ids = cache.ids()
         shown = [ids[row] for row in lacking[:_SHOWN].tolist()]
         said.append(
-            f"{_count(len(lacking), 'row')} of {cache.path} not in the input (row {_some(shown)}{_more(len(lacking))})"
+            f"{counted(len(lacking), 'row')} of {cache.path} not in the input (row {_some(shown)}{_more(len(lacking))})"
         )
     raise InputError(
         f"the input does not match the cache: {' and '.join(said)}: was a text changed since the extraction? "
@@ -144,7 +145,7 @@ def _splits(cache: FeatureCache, examples: Examples, at: Rows, notes: list[str])
     if len(wrong):
         ids = cache.ids()
         shown = [f"{ids[row]}: {theirs[row]} in the input, {ours[row]} in the cache" for row in wrong[:_SHOWN]]
-        yield f"splits: {_count(len(wrong), 'row')} in another split (row {_some(shown)}{_more(len(wrong))})"
+        yield f"splits: {counted(len(wrong), 'row')} in another split (row {_some(shown)}{_more(len(wrong))})"
 
 
 def _targets(cache: FeatureCache, examples: Examples, at: Rows, notes: list[str]) -> tuple[npt.NDArray[Any], list[str]]:
@@ -174,7 +175,7 @@ def _targets(cache: FeatureCache, examples: Examples, at: Rows, notes: list[str]
         for row in wrong[:_SHOWN]
     ]
     return theirs, [
-        f"labels: {_count(len(wrong), 'row')} of {len(ours):,} with another label (row {_some(shown)}"
+        f"labels: {counted(len(wrong), 'row')} of {len(ours):,} with another label (row {_some(shown)}"
         f"{_more(len(wrong))}): were they shuffled or corrected? embedcache relabel gives the cache the input's"
     ]
 
@@ -243,10 +244,6 @@ def _labelled(cache: FeatureCache, targets: npt.NDArray[Any]) -> npt.NDArray[np.
 def _show(content: bytes) -> str:
     text = content.decode("utf-8", "replace")
     return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _some(shown: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureEr
 from embedcache.examples import load_examples
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, differences, hash_json
+from embedcache.wording import counted
 
 LOCK_PATIENCE = 600.0
 """Seconds that a transform waits for another process that extracts into the same cache."""
@@ -168,7 +169,7 @@ def _texts(X: Any) -> list[str]:
     if isinstance(X, str):
         raise InputError("X is one string: expected a list of strings")
     if getattr(X, "ndim", 1) > 1 and X.shape[1] != 1:
-        raise InputError(f"X has {X.shape[1]} columns: expected one, of texts")
+        raise InputError(f"X has {counted(X.shape[1], 'column')}: expected one, of texts")
     values = X.iloc[:, 0] if getattr(X, "ndim", 1) == 2 and hasattr(X, "iloc") and X.shape[1] == 1 else X
     values = values.ravel() if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1 else values
     texts: Sequence[Any] = list(values)

@@ -19,11 +19,11 @@ from embedcache.examples.labels import (
     arrange,
     class_name,
     codes_of,
-    count,
     name_fault,
     one_name_each,
 )
 from embedcache.spec import Task
+from embedcache.wording import counted
 
 _BIT = {"0": 0, "1": 1, "false": 0, "true": 1}
 
@@ -119,10 +119,10 @@ class ClassSets:
             values[rows, order[members]] = 1
             values[counts < 0] = UNLABELLED
         if self._task is None:
-            notes.append(f"task: multilabel with {count(len(names), 'class')} (guessed from the labels)")
+            notes.append(f"task: multilabel with {counted(len(names), 'class')} (guessed from the labels)")
         empty = int((values == 0).all(axis=1).sum())
         if empty:
-            notes.append(f"{count(empty, 'row')} with no label at all: taken as the empty set")
+            notes.append(f"{counted(empty, 'row')} with no label at all: taken as the empty set")
         return Targets("multilabel", names, values, tuple(notes))
 
     def _bit(self, name: str, known: KnownClasses) -> int | None:

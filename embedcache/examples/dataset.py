@@ -14,10 +14,10 @@ from embedcache.errors import InputError
 from embedcache.examples import findings
 from embedcache.examples.content import CONTENTS
 from embedcache.examples.ids import IdColumn
-from embedcache.examples.labels import count
 from embedcache.examples.source import Source
 from embedcache.fingerprint import KEY_BYTES
 from embedcache.spec import Task
+from embedcache.wording import counted
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Examples:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.split_sizes().items())
-        return f"Examples({len(self):,} rows: {sizes}; task {self.task}, {count(len(self.class_names), 'class')})"
+        rows, classes = counted(len(self), "row"), counted(len(self.class_names), "class")
+        return f"Examples({rows}: {sizes}; task {self.task}, {classes})"
 
     def split_sizes(self) -> dict[str, int]:
         """Return how many rows each split has."""
@@ -154,7 +155,7 @@ class Examples:
             if done < len(mine):
                 raise InputError(
                     f"{part.source.name} changed while it was being used: "
-                    f"it had {part.rows} rows and now has {row - part.first}; start again"
+                    f"it had {counted(part.rows, 'row')} and now has {row - part.first}; start again"
                 )
 
 

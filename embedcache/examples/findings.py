@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedcache.examples.labels import UNLABELLED, count, some
+from embedcache.examples.labels import UNLABELLED, some
 from embedcache.spec import Task
+from embedcache.wording import counted
 
 Show = Callable[[Sequence[int]], list[str]]
 """Rows (increasing) -> a short printable form of each."""
@@ -66,7 +67,7 @@ def duplicates(groups: Groups) -> list[str]:
     repeated = len(groups.order) - groups.number
     if not repeated:
         return []
-    return [f"{count(repeated, 'row')} of {len(groups.order):,} repeat another: {groups.number:,} different contents"]
+    return [f"{counted(repeated, 'row')} of {len(groups.order):,} repeat another: {groups.number:,} different contents"]
 
 
 def leaks(groups: Groups, split: NDArray[np.uint8], names: Sequence[str], show: Show) -> list[str]:
@@ -80,7 +81,7 @@ def leaks(groups: Groups, split: NDArray[np.uint8], names: Sequence[str], show: 
         if len(both):
             verb = "occurs" if len(both) == 1 else "occur"
             examples = ", ".join(show(both[:SHOWN].tolist()))
-            contents = count(len(both), "different content")
+            contents = counted(len(both), "different content")
             notes.append(f"{contents} {verb} in both {names[one]} and {names[other]}, for example {examples}")
     return notes
 
@@ -107,7 +108,7 @@ def contradictions(
         several = dict.fromkeys(_label(task, targets[member], class_names) for member in members.tolist())
         examples.append(f"{text} ({' and '.join(list(several)[:SHOWN])})")
     verb = "occurs" if len(first) == 1 else "occur"
-    return [f"{count(len(first), 'content')} {verb} with different labels, for example {', '.join(examples)}"]
+    return [f"{counted(len(first), 'content')} {verb} with different labels, for example {', '.join(examples)}"]
 
 
 def _label(task: Task | None, target: Any, class_names: Sequence[str]) -> str:
@@ -144,7 +145,7 @@ def absent(
                 rows = targets[there].any(axis=0)
             lacking = [class_names[place] for place in np.flatnonzero(rows == 0).tolist()]
             if lacking:
-                notes.append(f"{name} has no row of {count(len(lacking), 'class')}: {some(lacking)}")
+                notes.append(f"{name} has no row of {counted(len(lacking), 'class')}: {some(lacking)}")
     if targets is not None and known.any() and not known.all():
-        notes.append(f"{count(int((~known).sum()), 'row')} without label")
+        notes.append(f"{counted(int((~known).sum()), 'row')} without label")
     return notes

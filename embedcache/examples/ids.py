@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.examples.content import Faults, is_missing, unicode_fault
-from embedcache.examples.labels import count
+from embedcache.wording import counted
 
 
 class IdColumn(Sequence[str]):
@@ -91,5 +91,5 @@ class IdCollector:
         lengths = np.frombuffer(self._lengths, np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         repeated = len(lengths) - len(np.unique(np.frombuffer(self._digests, np.uint64)))
-        notes = [f"{count(repeated, 'id')} in {self._column!r} given to a row before"] if repeated else []
+        notes = [f"{counted(repeated, 'id')} in {self._column!r} given to a row before"] if repeated else []
         return IdColumn(len(lengths), np.frombuffer(self._data, np.uint8), offsets), notes

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from embedcache.errors import InputError
 from embedcache.examples.content import Faults, is_missing, unicode_fault
 from embedcache.spec import Task
+from embedcache.wording import counted
 
 UNLABELLED = 255
 """What every entry of a multi-label row without label holds; classification has -1, regression NaN."""
@@ -122,7 +123,7 @@ class Classes:
         if len(self._codes) > MAX_CLASSES:
             if not self._are_fractions():
                 raise InputError(
-                    f"the label column {self._column!r} has more than {MAX_CLASSES:,} different values: "
+                    f"the label column {self._column!r} has more than {counted(MAX_CLASSES, 'different value')}: "
                     "name the right one with --label-column, or pass --task regression if it holds quantities"
                 )
             self._numbers = self._become_numbers()
@@ -164,7 +165,7 @@ class Classes:
             )
 
     def _doubts(self, names: Sequence[str]) -> list[str]:
-        notes = [f"task: classification with {count(len(names), 'class')} (guessed from the labels)"]
+        notes = [f"task: classification with {counted(len(names), 'class')} (guessed from the labels)"]
         numeric = sum(1 for name in self._codes if _NUMBER.fullmatch(name))
         if self._whole_floats:
             notes.append(f"the labels in {self._column!r} are whole numbers in floating point: taken as classes")
@@ -320,11 +321,11 @@ def arrange(
     notes = []
     if new and known.names is not None and not known.extend:
         raise InputError(
-            f"{count(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; "
+            f"{counted(len(new), 'label')} in {column!r} not among the known classes: {some(new)}; "
             f"known are {some(fixed)}"
         )
     if new and known.names is not None:
-        notes.append(f"{count(len(new), 'new class')} added: {some(new)}")
+        notes.append(f"{counted(len(new), 'new class')} added: {some(new)}")
     if keep:
         new = [name for name in seen if name not in set(fixed)]
     elif all(_INTEGER.fullmatch(name) for name in (new if fixed else seen)):
@@ -353,9 +354,3 @@ def some(names: Sequence[str], most: int = 10) -> str:
     """Return up to ``most`` quoted names and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
-
-
-def count(number: int, noun: str) -> str:
-    """Return ``1 row``, ``2 rows``, ``3 classes``."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"

@@ -19,12 +19,13 @@ from embedcache.examples.content import CONTENTS, Content, Faults
 from embedcache.examples.dataset import Examples, Part, row_keys
 from embedcache.examples.ids import IdCollector, IdColumn
 from embedcache.examples.inputs import gather
-from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets, count
+from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets
 from embedcache.examples.quarantine import Quarantine
 from embedcache.examples.source import BadRow, Block, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES
 from embedcache.spec import TASKS, Task
+from embedcache.wording import counted
 
 _SHOWN_BAD_ROWS = 10
 
@@ -257,7 +258,7 @@ class _Pass:
         if self._n_bad and self._quarantine is None:
             raise BadRowsError(self._bad, self._n_bad)
         if self._quarantine is not None and self._n_bad:
-            notes.append(f"{count(self._n_bad, 'bad row')} set aside in {self._quarantine.path}")
+            notes.append(f"{counted(self._n_bad, 'bad row')} set aside in {self._quarantine.path}")
         rows = self._rows
         if not rows:
             where, reason = self._bad[0] if self._bad else ("?", "no rows")

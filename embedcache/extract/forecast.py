@@ -15,6 +15,7 @@ from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
 from embedcache.extract.run import new_rows, row_bytes_of, shard_rows, unique_count
+from embedcache.wording import counted
 
 SAMPLE = 20_000
 CALIBRATION = 4
@@ -58,7 +59,7 @@ class Forecast:
         if not self.to_extract:
             return "\n".join([*lines, "nothing to compute"])
         if self.sampled < self.to_extract:
-            lines.append(f"sampled     {self.sampled:,} rows, scaled up below")
+            lines.append(f"sampled     {counted(self.sampled, 'row')}, scaled up below")
         most = max(each["rows"] for each in self.histogram)
         lines.append("tokens a row")
         for each in self.histogram:
@@ -69,7 +70,9 @@ class Forecast:
         shown = ", ".join(f"{each['rows']}x{each['length']} ({each['batches']:,})" for each in self.shapes[:6])
         more = f" and {len(self.shapes) - 6} more" if len(self.shapes) > 6 else ""
         lines.append(f"shapes      rows x tokens (batches): {shown}{more}")
-        lines.append(f"padding     {self.computed:,} positions for {self.tokens:,} tokens: {self.overhead:.3f}")
+        lines.append(
+            f"padding     {counted(self.computed, 'position')} for {counted(self.tokens, 'token')}: {self.overhead:.3f}"
+        )
         lines += [f"on disk     {name}: {_size(size)}" for name, size in self.bytes.items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:

@@ -31,7 +31,7 @@ from embedcache.errors import FeatureError, Interrupted, SpecError, warn
 from embedcache.examples import Examples
 from embedcache.numerics import Difference
 from embedcache.shard import STORED, FeatureSet
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 SHARD_ROWS = 16384
 PROCESS_ROWS = 8192
@@ -72,26 +72,21 @@ class ExtractionReport:
     def to_text(self, where: Path | str) -> str:
         """Say it in a few lines."""
         lines = [
-            f"{self.rows:,} rows ({self.unique:,} unique) in {shown(where)}: "
+            f"{counted(self.rows, 'row')} ({self.unique:,} unique) in {shown(where)}: "
             f"{self.extracted:,} extracted, {self.reused:,} already there"
         ]
         if self.extracted:
             rate = f"{self.extracted / self.seconds:,.0f} rows/s, {self.tokens / self.seconds:,.0f} tokens/s"
             padding = f"{self.computed / max(self.tokens, 1):.3f} positions computed for each real one"
             lines.append(
-                f"{self.seconds:.1f} s, {rate}; {_count(self.batches, 'forward pass')}, {padding}; "
-                f"{_count(self.shards, 'new shard')}"
+                f"{self.seconds:.1f} s, {rate}; {counted(self.batches, 'forward pass')}, {padding}; "
+                f"{counted(self.shards, 'new shard')}"
             )
         if self.truncated:
             lines.append(f"{self.truncated:,} rows were longer than the model reads and were cut")
         if self.numerics is not None and self.numerics.status != "same":
             lines.append(f"numerics of the new rows, against those that were there: {self.numerics.to_text()}")
         return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun if number == 1 else noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {plural}"
 
 
 @dataclass(frozen=True)

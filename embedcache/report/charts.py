@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from embedcache.wording import counted
+
 Pair = tuple[float, float]
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
@@ -331,7 +333,7 @@ def reliability(bins: Sequence[tuple[float, float, float | None, float | None, i
     for low, high, confidence, accuracy, rows in bins:
         if confidence is None or accuracy is None or not rows:
             continue
-        said = f"{low:.2f} to {high:.2f}: confidence {confidence:.3f}, right {accuracy:.3f}, {rows:,} rows"
+        said = f"{low:.2f} to {high:.2f}: confidence {confidence:.3f}, right {accuracy:.3f}, {counted(rows, 'row')}"
         tall = (HEIGHT - BOTTOM - TOP) * 0.25 * rows / most
         parts.append(
             f'<rect class="count" x="{x(low) + 0.5}" width="{max(x(high) - x(low) - 1, 1):.1f}" '

@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embedcache.report.sections import facts, p_value, show
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 
 def to_markdown(summary: Mapping[str, Any], most: int = 30) -> str:
     """Return the findings as Markdown: leaderboard, test, classes, mistakes, what was run."""
     rows, metric = summary["leaderboard"], summary["metric"]["name"]
     percent = f"{100 * (1 - summary['protocol']['alpha']):g} %"
-    lines = [f"# {len(rows)} {'head' if len(rows) == 1 else 'heads'} on {plain(summary['data']['name'])}", ""]
+    lines = [f"# {counted(len(rows), 'head')} on {plain(summary['data']['name'])}", ""]
     if not summary["complete"]:
         lines += ["**Not finished: this is a part.**", ""]
     test = summary.get("test")
     if test is not None:
         ends = f" ({percent} interval {show(test['interval'])})" if test["interval"] else ""
-        said = f"**{plain(test['label'])}**: {metric} {show(test['score'])}{ends} on {test['rows']:,} rows of"
+        said = f"**{plain(test['label'])}**: {metric} {show(test['score'])}{ends} on {counted(test['rows'], 'row')} of"
         lines += [f"{said} {plain(test['split'])}.", ""]
     for name in ("chosen", "recommended"):
         if summary.get(name):

@@ -9,6 +9,7 @@ from typing import Any
 
 from embedcache.report import charts
 from embedcache.report.charts import Point
+from embedcache.wording import counted
 
 Row = Mapping[str, Any]
 MOST_CLASSES = 80
@@ -200,7 +201,7 @@ def _series(curve: Row) -> list[Point]:
     return [
         Point(
             float(point["rows"]), point["score"], tuple(point["interval"]) if point.get("interval") else None,
-            f"{curve['label']}, {point['rows']:,} rows: {point['score']:.4f}",
+            f"{curve['label']}, {counted(point['rows'], 'row')}: {point['score']:.4f}",
         )
         for point in curve["points"] if point["score"] is not None
     ]  # fmt: skip

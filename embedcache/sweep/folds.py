@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from embedcache.errors import SweepError, SweepSpecError
 from embedcache.spec import Task
+from embedcache.wording import counted
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -99,7 +100,7 @@ def k_folds(
         if short:
             worst = min(short, key=lambda at: counts[at])
             raise SweepError(
-                f"{folds} folds, but the class {of.names[worst]!r} has {counts[worst]} different "
+                f"{counted(folds, 'fold')}, but the class {of.names[worst]!r} has {counts[worst]} different "
                 f"{'row' if counts[worst] == 1 else 'rows'} in train and validation: "
                 f"ask for --folds {max(2, int(counts[worst]))} at most, or --folds 1 for the validation split"
                 if counts[worst] > 1

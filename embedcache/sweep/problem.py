@@ -16,6 +16,7 @@ from embedcache.spec import Task
 from embedcache.sweep import folds
 from embedcache.sweep.folds import Fold, Strata
 from embedcache.train.metrics import labelled_rows, metric_named
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -52,7 +53,11 @@ class Protocol:
             raise SweepError(f"folds is {self.folds}, repeats {self.repeats}: expected at least 1 of each")
         times = self.folds * self.repeats if self.shots is None else self.draws
         if times > MOST_DIVISIONS:
-            what = f"{self.folds} folds, {self.repeats} times," if self.shots is None else f"{self.draws} draws"
+            what = (
+                f"{counted(self.folds, 'fold')}, {self.repeats} times,"
+                if self.shots is None
+                else counted(self.draws, "draw")
+            )
             raise SweepError(f"{what} are too many: expected at most {MOST_DIVISIONS:,} divisions of the rows")
         if self.folds == 1 and self.repeats > 1 and self.shots is None:
             raise SweepError("repeats needs folds: the cache's own validation split cannot be drawn again")
@@ -77,8 +82,8 @@ class Protocol:
         """Say it to people."""
         if self.shots is not None:
             return (
-                f"{self.draws} draws of {self.shots} rows a class from train and validation, each scored on all rows "
-                "that were not drawn"
+                f"{counted(self.draws, 'draw')} of {counted(self.shots, 'row')} a class from train and "
+                "validation, each scored on all rows that were not drawn"
             )
         if self.folds == 1:
             return "trained on the train split, scored on the validation split"

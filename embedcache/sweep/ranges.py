@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.errors import SweepSpecError
+from embedcache.wording import counted
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _range(where: str, value: Mapping[str, Any]) -> Choices:
     if not low < high or steps < 2 or (logarithmic and low <= 0):
         raise SweepSpecError(f"{expected}: low must be below high, above 0 for log, and steps at least 2")
     if steps > 1_000_000:
-        raise SweepSpecError(f"{where}: {steps:,} steps: expected at most 1,000,000")
+        raise SweepSpecError(f"{where}: {counted(steps, 'step')}: expected at most 1,000,000")
     made = np.geomspace(low, high, steps) if logarithmic else np.linspace(low, high, steps)
     return Choices(tuple(float(f"{each:.6g}") for each in made), (low, high, logarithmic))
 

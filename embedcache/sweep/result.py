@@ -16,6 +16,7 @@ from embedcache.fingerprint import read_json
 from embedcache.journal import commit
 from embedcache.sweep.store import Result, read_results
 from embedcache.sweep.table import to_text
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -79,7 +80,7 @@ class SweepResult:
     def __repr__(self) -> str:
         rows = self.leaderboard
         best = f"; best {rows[0]['label']}: {rows[0]['score']:.4f}" if rows else ""
-        return f"SweepResult({str(self.path)!r}: {len(rows)} heads{best})"
+        return f"SweepResult({str(self.path)!r}: {counted(len(rows), 'head')}{best})"
 
     @property
     def leaderboard(self) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from embedcache.sweep.table import to_text
 from embedcache.sweep.training import Interruption, Job, Trained, batches, outputs_of, refuse_impossible, train_batch
 from embedcache.train.ending import STILL_IMPROVING
 from embedcache.train.metrics import METRICS, metrics_of, score
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -145,7 +146,8 @@ def refuse_too_many(problem: Problem, grid: Grid, random: int | None, yes: bool)
     fits = count * len(problem.folds)
     seconds = fits * float(np.mean([cost(problem, each) for each in grid.sample()]))
     raise SweepError(
-        f"{count:,} configurations on {len(problem.folds)} folds are {fits:,} heads, {duration(seconds)}: "
+        f"{counted(count, 'configuration')} on {counted(len(problem.folds), 'fold')}: "
+        f"{counted(fits, 'head')}, {duration(seconds)}: "
         "draw some with --random 50, name fewer values, or pass --yes to train them all"
     )
 
@@ -204,7 +206,7 @@ class Run:
         for at, batch in enumerate(work):
             rate = (time.perf_counter() - begun) / max(1, done)
             left = f", {duration(rate * (len(missing) - done))} left" if done else ""
-            title = f"{done}/{len(missing)} heads{left}; {batch.title}"
+            title = f"{done}/{counted(len(missing), 'head')}{left}; {batch.title}"
             waiting: list[Trained] = []
             try:
                 for trained in train_batch(self.problem, batch, progress=self.show, title=title):
@@ -318,7 +320,7 @@ class Run:
         rows, failures = leaderboard(self.problem, self.folder, list(found.values()))
         if not rows:
             first = failures[0]["error"] if failures else "there is none"
-            raise SweepError(f"none of {len(failures)} heads could be trained; the first: {first}")
+            raise SweepError(f"none of {counted(len(failures), 'head')} could be trained; the first: {first}")
         simple = pick(rows, self.problem.greater_is_better)
         chosen = simple if self.choose == "simplest" else 0
         named = [found[rows[at]["id"]] for at in dict.fromkeys((chosen, simple))]
@@ -418,7 +420,8 @@ def _notes(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[str]:
     looked = sum(row["looked_at_test"] for row in rows)
     if looked > 1:
         notes.append(
-            f"the test split has been looked at with {looked} heads: the best of their scores there is flattered"
+            f"the test split has been looked at with {counted(looked, 'head')}: "
+            "the best of their scores there is flattered"
         )
     if problem.protocol.shots is None and problem.protocol.folds == 1:
         notes.append("one split only: its rows decide everything, and the spread over training sets is not seen")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedcache.wording import shown
+from embedcache.wording import counted, shown
 
 _RIGHT = (1, 3, 5, 6, 7)  # columns of numbers
 
@@ -28,7 +28,7 @@ def to_text(summary: Mapping[str, Any], most: int = 12) -> str:
     group = sum(not row["distinguishable"] for row in rows)
     lines += [
         "",
-        f"{len(rows)} heads; {summary['protocol']['text']}",
+        f"{counted(len(rows), 'head')}; {summary['protocol']['text']}",
         f"= {group} of them cannot be told from the winner (p >= {alpha:g} after Holm's correction)",
     ]
     if simple is not None:
@@ -38,7 +38,8 @@ def to_text(summary: Mapping[str, Any], most: int = 12) -> str:
     if test is not None:
         interval = _interval(test["interval"])
         lines.append(
-            f"* {test['label']}: {name} {test['score']:.4f} {interval} on {test['rows']:,} rows of {test['split']}"
+            f"* {test['label']}: {name} {test['score']:.4f} {interval} "
+            f"on {counted(test['rows'], 'row')} of {test['split']}"
         )
     return "\n".join(map(shown, lines))
 

@@ -22,6 +22,7 @@ from embedcache.train.metrics import default_metric, measure
 from embedcache.train.readers import CachedRows, fits_in_memory
 from embedcache.train.result import TrainingResult
 from embedcache.train.run import train_head
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -147,7 +148,7 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
         there = np.bincount(mine[mine >= 0], minlength=len(cache.class_names))
         unseen = np.flatnonzero((counts == 0) & (there > 0))
         if len(unseen) and split != "train":
-            names = ", ".join(f"{cache.class_names[at]!r} ({there[at]} rows)" for at in unseen[:5].tolist())
+            names = ", ".join(f"{cache.class_names[at]!r} ({counted(there[at], 'row')})" for at in unseen[:5].tolist())
             raise TrainingError(
                 f"{split} has classes that no training row has: {names}; no head can learn them: "
                 "give them training rows, leave them out, or pass --allow-unseen"

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError, TrainingError
+from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ def fit_temperature(logits: Array, y: Array) -> float:
         raise SpecError(f"y {y.shape} does not fit logits {z.shape}: expected one class for each row")
     z, y = z[y != -1], y[y != -1].astype(np.int64)
     if len(y) and (y.min() < 0 or y.max() >= z.shape[1]):
-        raise SpecError(f"classes go from {y.min()} to {y.max()}, logits have {z.shape[1]} columns")
+        raise SpecError(f"classes go from {y.min()} to {y.max()}, logits have {counted(z.shape[1], 'column')}")
     if not np.isfinite(z).all():
         raise TrainingError("logits are not finite: nothing can be calibrated on them")
     if len(y) < FEWEST_ROWS or z.shape[1] < 2:

@@ -58,7 +58,7 @@ def checked_data(
         raise InputError(f"{where}: the targets are {shortened(y.item())}: expected one for each row")
     n = len(rows) if on_disk else count(rows)
     if len(y) != n:
-        raise InputError(f"{where}: {n} rows of features and {len(y)} of targets")
+        raise InputError(f"{where}: {counted(n, 'row')} of features and {len(y)} of targets")
     if task == "classification":
         if y.ndim != 1 or y.dtype.kind not in "iu":
             raise InputError(f"{where}: classification targets are int64 [N], got {y.dtype} {y.shape}")

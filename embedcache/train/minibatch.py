@@ -26,6 +26,7 @@ from embedcache.train.losses import Loss
 from embedcache.train.metrics import default_metric, metric_named, scores
 from embedcache.train.stack import MAY_DIFFER, HeadStack
 from embedcache.train.start import start_at, start_biases
+from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
 
@@ -178,7 +179,7 @@ def metric_of(spec: TrainSpec, task: Task) -> tuple[str, bool]:
 def refuse_unstackable(heads: Sequence[HeadSpec], specs: Sequence[TrainSpec]) -> None:
     """Raise ``SpecError`` unless heads and settings can be trained as one stack."""
     if len(heads) != len(specs) or not heads:
-        raise SpecError(f"{len(heads)} heads and {len(specs)} settings: expected one setting for each head")
+        raise SpecError(f"{counted(len(heads), 'head')} and {len(specs)} settings: expected one setting for each head")
     if len({stack_key(head) for head in heads}) > 1 or heads[0].engine != "torch":
         raise SpecError("a stack holds torch heads of one kind and shape, which may differ in dropout only")
     for name in TrainSpec.__dataclass_fields__:

@@ -22,6 +22,7 @@ from embedcache.train.calibration import fit_temperature, fit_thresholds
 from embedcache.train.data import Data, checked_data, choose, class_weights, constants_note, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.result import TrainingResult
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.train.minibatch import Masks
@@ -141,12 +142,12 @@ def train_head(
         elif found.fitted.best_epoch[0] >= 0 and len(history) < epochs:
             said.append(f"stopped early after epoch {len(history)}; best was epoch {found.fitted.best_epoch[0] + 1}")
         if epochs > spec.epochs:
-            said.append(f"{epochs} epochs instead of {spec.epochs}, for at least {spec.least_steps} steps")
+            said.append(f"{counted(epochs, 'epoch')} instead of {spec.epochs}, for at least {spec.least_steps} steps")
         if found.fitted.improving[0]:
             said.append(STILL_IMPROVING)
     if trained.parameters > 20 * len(data) * max(1, feature.dim // 100):
         said.append(
-            f"the head has {trained.parameters:,} parameters for {len(data):,} training rows: "
+            f"the head has {trained.parameters:,} parameters for {counted(len(data), 'training row')}: "
             "a linear or a narrower head may do better"
         )
     if judged is not None and calibrate:
@@ -292,7 +293,7 @@ def train_stack(
     feature = feature or feature_set_of(x)
     data = checked_data(x, y, feature, task, weight=sample_weight, outputs=len(class_names))
     if masks is not None and len(data) != masks.train.shape[1]:
-        raise SpecError(f"the masks are for {masks.train.shape[1]} rows, and {len(data)} are labelled")
+        raise SpecError(f"the masks are for {counted(masks.train.shape[1], 'row')}, and {len(data)} are labelled")
     refuse_untrainable(data, task, class_names)
     judged: Data | None = data if masks is not None and masks.evaluate.any() else None
     if masks is None and x_eval is not None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from embedcache.errors import SpecError
 from embedcache.spec import TASKS, Task
+from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -51,7 +52,7 @@ class Judged:
         self.outputs = outputs
         self.thresholds = np.full(outputs.shape[1], 0.5) if thresholds is None else np.asarray(thresholds, np.float64)
         if self.thresholds.shape != outputs.shape[1:]:
-            raise SpecError(f"{len(self.thresholds)} thresholds for {outputs.shape[1]} classes")
+            raise SpecError(f"{len(self.thresholds)} thresholds for {counted(outputs.shape[1], 'class')}")
         self._ranked: dict[int, Ranked] = {}
         self._areas: dict[int, tuple[float, float]] = {}
 
