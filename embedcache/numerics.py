@@ -142,6 +142,11 @@ class Difference:
             "relative": relative, "feature": self.where or None, "versions": [list(each) for each in self.versions],
         }  # fmt: skip
 
+    def notes(self, other: str) -> list[str]:
+        """Return what is to be told of it, against ``other``: nothing where it is the same, or not known."""
+        told = self.status not in ("same", "unknown")
+        return [f"numerics, against {other}: {self.to_text()}"] if told else []
+
     def to_text(self) -> str:
         """Say it in one line."""
         changed = ", ".join(f"{name} {new} instead of {old}" for name, old, new in self.versions)

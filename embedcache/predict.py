@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, features_of, load_backbone, probe_of
-from embedcache.errors import BackboneError, BackboneMismatchError, InputError
+from embedcache.errors import BackboneError, BackboneMismatchError, InputError, warn
 from embedcache.examples import Examples
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
@@ -57,6 +57,7 @@ class Predictor:
         self.backbone = backbone
         refuse_other_backbone(head, backbone)
         self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
+        warn(self.numerics.notes("what the head was trained on"))
 
     @classmethod
     @checks_arguments()

@@ -183,7 +183,6 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
         add(Path(run), split, measured)
     if as_json:
         return print_json({split: measured, "numerics": numerics.to_json()})
-    _say_numerics(numerics)
     say(metrics_text({split: measured}))
     for name, (low, high) in measured.get("intervals", {}).items():
         say(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
@@ -193,12 +192,6 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
             say("\n" + table([[shown(row[0]), *row[1:]] for row in cells], list(rows[0])))
     if missing := measured.get("missing_classes"):
         say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
-
-
-def _say_numerics(numerics: Any) -> None:
-    """Say that features are computed with other bits than those the head was trained on, where that is known."""
-    if numerics.status not in ("same", "unknown"):
-        say(f"numerics, against what the head was trained on: {shown(numerics.to_text())}", err=True)
 
 
 @click.command()
@@ -248,7 +241,6 @@ def predict(
     if as_json and (output is not None or form is not None):
         raise click.UsageError("--json goes to stdout, all at once: leave out --output and --format, or --json")
     predictor = Predictor.load(run, model=model, device=device, trust_remote_code=trust_remote_code)
-    _say_numerics(predictor.numerics)
     if texts and output is None and form is None and not as_json:
         for text, prediction in zip(texts, predictor(texts), strict=True):
             say(_line(text, prediction))

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError
+from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError, warn
 from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_class, head_named
+from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train.data import checked_data, choose
@@ -167,6 +168,7 @@ def evaluate_on_cache(
     """
     cache = _opened(cache)
     refuse_other_cache(head, cache)
+    warn(difference(head.probe, cache.probe).notes("what the head was trained on"))
     rows = cache.rows(split)
     if not len(rows):
         raise InputError(f"the split {split} of {cache.path} is empty")
