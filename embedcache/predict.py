@@ -62,7 +62,7 @@ class Predictor:
     @classmethod
     @checks_arguments()
     def load(
-        cls, run: Path | str, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
+        cls, run: Path | str, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False
     ) -> Predictor:
         """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
 
@@ -131,7 +131,7 @@ def _content(number: int, text: object) -> bytes:
 
 
 def backbone_of(
-    head: TrainedHead, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False
+    head: TrainedHead, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False
 ) -> Backbone:
     """Load the backbone a head was trained on, with the settings it was trained with."""
     spec = head.extraction

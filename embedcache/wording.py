@@ -48,8 +48,12 @@ def shortened(value: object, most: int = 40) -> str:
     return written if len(written) <= most else f"{written[: most - 3]}..."
 
 
-def json_shown(text: str) -> str:
-    """Return JSON that means the same, in which nothing moves the cursor either."""
+def json_shown(text: str, encoding: str | None = "utf-8") -> str:
+    """Return JSON that means the same, in which nothing moves the cursor either, and which an ``encoding`` can hold."""
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = "".join(each if each.isascii() else json.dumps(each)[1:-1] for each in text)
     return text if text.isprintable() else "".join(each if each == "\n" else _in_json(each) for each in text)
 
 

@@ -20,7 +20,13 @@ import numpy.typing as npt
 from embedcache.backbone.compute import features_of, run_plan
 from embedcache.backbone.contents import contents_hash
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
-from embedcache.backbone.folder import DEFAULT_MODEL, SentenceTransformerSettings, resolve_model, weight_files
+from embedcache.backbone.folder import (
+    DEFAULT_MODEL,
+    SentenceTransformerSettings,
+    model_name,
+    resolve_model,
+    weight_files,
+)
 from embedcache.backbone.numerics import probe_of
 from embedcache.backbone.processes import Workers, workers
 from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
@@ -40,6 +46,7 @@ __all__ = [
     "contents_hash",
     "features_of",
     "load_backbone",
+    "model_name",
     "needs_spare_row",
     "probe_of",
     "resolve_model",

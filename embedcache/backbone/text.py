@@ -21,6 +21,7 @@ from embedcache.backbone.folder import (
     SentenceTransformerSettings,
     config_hash,
     lower_cases,
+    model_name,
     resolve_model,
     tokenizer_files,
     weight_files,
@@ -66,7 +67,7 @@ class Tokens:
 
 @checks_arguments()
 def load_backbone(
-    model: str | None = None,
+    model: Path | str | None = None,
     *,
     features: Sequence[str] = ("auto",),
     max_length: int | None = None,
@@ -120,6 +121,7 @@ def load_backbone(
     for feature in features:  # a misspelt pooling is said before anything is loaded
         if feature != "auto":
             FeatureSpec.parse(feature)
+    model = model_name(model)
     folder = resolve_model(model, revision)
     name = model or DEFAULT_MODEL
     before = contents.stamp(folder)

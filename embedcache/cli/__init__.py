@@ -6,6 +6,7 @@ reason, 2 usage.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -65,6 +66,9 @@ def _usage(error: click.ClickException) -> str:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake costs one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may hold what a terminal that is not UTF-8 cannot show
+            stream.reconfigure(errors="backslashreplace")
     with _notes():
         return _run(arguments)
 

@@ -69,7 +69,7 @@ def train(
     opened = FeatureCache.open(cache)
     with RunFolder(output_dir) as folder:
         result = train_on_cache(
-            opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=_device(device)
+            opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=device or "cpu"
         )
         result.save(folder)
     if as_json:
@@ -108,14 +108,6 @@ def _refuse_unused(engine: Any, kind: str, given: Mapping[str, Any], device: str
     wrong = next((name for name in unused if name in given), "device" if device and engine == "sklearn" else None)
     if wrong is not None:
         raise SpecError(f"--{wrong.replace('_', '-')} means nothing to {what}: {instead}")
-
-
-def _device(asked: str | None) -> str:
-    if asked in (None, "cpu"):
-        return "cpu"
-    from embedcache.backbone import choose_device
-
-    return choose_device(str(asked))
 
 
 def _setting(option: str) -> tuple[str, Any]:
@@ -282,7 +274,7 @@ class _Terminal:
     """A terminal, which would obey what a file keeps as it is."""
 
     def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
+        self._stream, self.encoding = stream, getattr(stream, "encoding", None)
 
     def write(self, text: str) -> int:
         return self._stream.write(page(text))
@@ -291,14 +283,11 @@ class _Terminal:
 @contextmanager
 def _destination(output: str | None) -> Iterator[IO[str]]:
     """Open stdout, or a file that only takes its place when it is whole."""
-    import io
-
     if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a class name may hold what a terminal cannot show
-            sys.stdout.reconfigure(errors="backslashreplace")
         yield _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout  # type: ignore[misc]
         sys.stdout.flush()
         return
+    import io
     from pathlib import Path
 
     from embedcache.errors import InputError
@@ -330,7 +319,8 @@ def _json_of(name: str, prediction: Any, head: Any) -> dict[str, Any]:
 
 def _jsonl(file: IO[str], head: Any) -> Callable[[str, Any], None]:
     def write(name: str, prediction: Any) -> None:
-        file.write(json_shown(json.dumps(_json_of(name, prediction, head), ensure_ascii=False)) + "\n")
+        said = json.dumps(_json_of(name, prediction, head), ensure_ascii=False)
+        file.write(json_shown(said, getattr(file, "encoding", None)) + "\n")
 
     return write
 

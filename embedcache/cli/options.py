@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -157,12 +158,18 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
 
     Line breaks stay: names that stand in a text of several lines are ``shown`` where it is made.
     """
-    click.echo(page(text), err=err, nl=nl)
+    # Named, as click would take another encoding than ASCII where that is what the stream has.
+    click.echo(page(text), file=sys.stderr if err else sys.stdout, nl=nl)
 
 
 def print_json(value: Any) -> None:
     """Print a JSON value, indented."""
-    click.echo(json_shown(json.dumps(value, indent=2, ensure_ascii=False)))
+    say_json(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say_json(text: str, *, nl: bool = True) -> None:
+    """Print JSON, in escapes where stdout could not hold it."""
+    click.echo(json_shown(text, getattr(sys.stdout, "encoding", None)), file=sys.stdout, nl=nl)
 
 
 def table(rows: list[list[str]], header: list[str] | None = None) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import say
-from embedcache.wording import json_shown
+from embedcache.cli.options import say, say_json
 
 
 @click.command()
@@ -30,7 +29,7 @@ def report(sweep: str, output: str | None, form: Any) -> None:
     form = form or (endings.get(Path(output).suffix.lower(), "html") if output is not None else "html")
     if output is None and form != "html":
         text = write(sweep, form=form)
-        return click.echo(json_shown(text), nl=False) if form == "json" else say(text, nl=False)
+        return say_json(text, nl=False) if form == "json" else say(text, nl=False)
     where = output if output is not None else str(Path(sweep) / "report.html")
     write(sweep, where, form)
     say(f"written to {where}")

@@ -42,7 +42,7 @@ def compare_training_approaches(
     inputs: Any = None,
     output_dir: Path | str | None = None,
     *,
-    model: str | None = None,
+    model: Path | str | None = None,
     head: HeadSpec | str = "linear",
     pooling: str = "auto",
     approaches: Sequence[str] = ("cached", "frozen", "full", "lp-ft"),
@@ -135,16 +135,16 @@ class _Work:
         head: HeadSpec,
         metric: str,
         epochs: int,
-        model: str | None,
+        model: Path | str | None,
         pooling: str,
         device: str,
     ) -> None:
-        from embedcache.backbone import choose_device, resolve_model, weight_files
+        from embedcache.backbone import choose_device, model_name, resolve_model, weight_files
 
         self.folder, self.examples, self.approaches = folder, examples, approaches
         self.fractions, self.seeds, self.head, self.metric, self.epochs = fractions, seeds, head, metric, epochs
-        self.model, self.pooling, self.device = model, pooling, choose_device(device)
-        weights = weight_files(resolve_model(model))
+        self.model, self.pooling, self.device = model_name(model), pooling, choose_device(device)
+        weights = weight_files(resolve_model(self.model))
         self.machine = machine(self.device)
         self.identity = {
             "version": __version__,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, features_of, load_backbone
+from embedcache.backbone import Backbone, features_of, load_backbone, model_name
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.examination import Examination
 from embedcache.equivalence.result import EquivalenceResult
@@ -31,7 +31,7 @@ def check_equivalence(
     cache: FeatureCache | Path | str,
     inputs: Any = None,
     *,
-    model: str | None = None,
+    model: Path | str | None = None,
     revision: str | None = None,
     backbone: Backbone | None = None,
     head: HeadSpec | str | None = None,
@@ -89,6 +89,7 @@ def check_equivalence(
     if not 0 <= seed < 2**32:
         raise SpecError(f"seed is {seed}: expected a whole number in [0, 2**32)")
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
+    model = model_name(model)
     spec = _head_for(opened, head)
     chosen = feature_for(opened, spec, feature)
     examples = inputs if isinstance(inputs, Examples) or inputs is None else load_examples(inputs, **reading)

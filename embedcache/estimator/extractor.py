@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from embedcache.backbone import TextBackbone, contents_hash, load_backbone, probe_of, resolve_model
+from embedcache.backbone import TextBackbone, contents_hash, load_backbone, model_name, probe_of, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet
 from embedcache.examples import load_examples
@@ -48,7 +48,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def __init__(
         self,
-        model: str | None = None,
+        model: Path | str | None = None,
         pooling: str = "auto",
         *,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -113,7 +113,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _backbone(self, shapes: Any = None) -> TextBackbone:
         policy = canonical_json(shapes) if shapes is not None else None
-        return _loaded(self.model, self.pooling, self.max_length, self.compute_dtype, self.device, policy)
+        return _loaded(model_name(self.model), self.pooling, self.max_length, self.compute_dtype, self.device, policy)
 
     def _fitted_backbone(self) -> TextBackbone:
         backbone = self._backbone()

@@ -127,10 +127,19 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         x_eval = y_eval = None
         if self.early_stopping:
             rows = np.arange(len(X))
-            mine, held = train_test_split(
-                rows, test_size=self.validation_fraction, random_state=seed,
-                stratify=y if task == "classification" else None,
-            )  # fmt: skip
+            stratify = y if task == "classification" else None
+            if stratify is not None and (alone := np.flatnonzero(np.bincount(y) == 1)).size:
+                raise TrainingError(
+                    f"early_stopping holds out rows of each class, and {names[alone[0]]!r} has a single one: "
+                    "give it more rows, leave it out, or early_stopping"
+                )
+            try:
+                mine, held = train_test_split(
+                    rows, test_size=self.validation_fraction, random_state=seed, stratify=stratify
+                )
+            except ValueError as error:
+                fraction = f"validation_fraction {self.validation_fraction!r}"
+                raise TrainingError(f"early_stopping cannot hold out rows by {fraction}: {error}") from None
             x_eval, y_eval, X, y = X[held], y[held], X[mine], y[mine]
             sample_weight = None if sample_weight is None else sample_weight[mine]
         result = train_head(

@@ -44,7 +44,7 @@ __all__ = [
 def load_for(
     output_dir: Path | str | None,
     *,
-    model: str | None = None,
+    model: Path | str | None = None,
     revision: str | None = None,
     poolings: Sequence[str] = (),
     max_length: int | None = None,
@@ -128,7 +128,7 @@ def extract(
     inputs: Any = None,
     *,
     output_dir: Path | str,
-    model: str | None = None,
+    model: Path | str | None = None,
     pooling: str | Sequence[str] = (),
     backbone: Backbone | None = None,
     rows_per_shard: int | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -87,7 +88,7 @@ class FeatureBasedModel(nn.Module):
     @checks_arguments()
     def from_pretrained(
         cls,
-        name: str | None,
+        name: Path | str | None,
         num_classes: int,
         head: str = "linear",
         freeze_backbone: bool = True,

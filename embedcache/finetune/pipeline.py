@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class TextClassificationPipeline:
     @checks_arguments(FeatureBasedModel.from_pretrained)
     def __init__(
         self,
-        model_name: str | None = None,
+        model_name: Path | str | None = None,
         num_classes: int = 3,
         *,
         head: str = "linear",

@@ -112,6 +112,21 @@ def checked_data(
     return Data(rows, y, weight)
 
 
+def checked_names(names: Sequence[Any]) -> tuple[str, ...]:
+    """Return class names as text, whole numbers as their digits. Raises ``SpecError`` for others, and for one twice."""
+    if isinstance(names, str):
+        raise SpecError(f"class_names is {names!r}: expected a list of names")
+    found = []
+    for name in names:
+        if not isinstance(name, (str, int, np.integer)) or isinstance(name, bool):
+            raise SpecError(f"class_names holds {name!r} of type {type(name).__name__}: expected texts")
+        found.append(str(name))
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise SpecError(f"class_names holds {twice!r} twice: expected each class once")
+    return tuple(found)
+
+
 def choose(x: Any, rows: npt.NDArray[np.int64]) -> Any:
     """Return some rows of features, as the same sort of thing."""
     if isinstance(x, tuple):

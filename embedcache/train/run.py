@@ -19,7 +19,15 @@ from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, Task, TrainSpec
 from embedcache.train.calibration import fit_temperature, fit_thresholds
-from embedcache.train.data import Data, checked_data, choose, class_weights, constants_note, refuse_untrainable
+from embedcache.train.data import (
+    Data,
+    checked_data,
+    checked_names,
+    choose,
+    class_weights,
+    constants_note,
+    refuse_untrainable,
+)
 from embedcache.train.metrics import measure
 from embedcache.train.result import TrainingResult
 from embedcache.wording import counted
@@ -56,7 +64,7 @@ def train_head(
     spec: TrainSpec | Mapping[str, Any] | None = None,
     *,
     task: Task = "classification",
-    class_names: Sequence[str],
+    class_names: Sequence[str] | Sequence[int],
     sample_weight: Any = None,
     feature: FeatureSet | None = None,
     extraction: Mapping[str, Any] | None = None,
@@ -79,12 +87,12 @@ def train_head(
         head: a ``HeadSpec``, or a kind of head with its defaults.
         spec: how to train, also as a mapping; None for the defaults: a linear head's optimum, others by minibatches.
         task: ``classification``, ``multilabel`` or ``regression``.
-        class_names: the C classes, or the names of the R targets.
+        class_names: the C classes (whole numbers become their digits), or the names of the R targets.
         sample_weight: [N] weights of the training rows, None for equal.
         feature: what the features are; None to go by their shape.
         extraction, model, revision, probe: the spec of the cache, the backbone's name and what its machine computed,
             recorded in the head.
-        device: where a torch head is trained.
+        device: where a torch head is trained: ``cpu``, ``cuda``, ``mps``, or ``auto`` for the first there is.
         calibrate: fit a temperature or thresholds on the validation rows.
         intervals: bootstrap intervals in the validation metrics, which take seconds with many rows and labels.
         batches: another source of training batches (``batches.Batches``) than ``x`` itself.
@@ -96,8 +104,12 @@ def train_head(
         FeatureError: features that hold NaN or infinity, naming the row, or that the head cannot read.
         SpecError: an unknown head, option or metric, or settings that contradict each other.
     """
-    spec = TrainSpec.of(spec)
-    head = head_named(head)
+    spec, head = TrainSpec.of(spec), head_named(head)
+    class_names = checked_names(class_names)
+    if device != "cpu":
+        from embedcache.backbone import choose_device
+
+        device = choose_device(device)
     feature = feature or feature_set_of(x)
     data = checked_data(x, y, feature, task, weight=sample_weight, outputs=len(class_names))
     said = [*notes, *refuse_untrainable(data, task, class_names)]
@@ -291,6 +303,7 @@ def train_stack(
     from embedcache.train.minibatch import train_minibatch
 
     feature = feature or feature_set_of(x)
+    class_names = checked_names(class_names)
     data = checked_data(x, y, feature, task, weight=sample_weight, outputs=len(class_names))
     if masks is not None and len(data) != masks.train.shape[1]:
         raise SpecError(f"the masks are for {counted(masks.train.shape[1], 'row')}, and {len(data)} are labelled")

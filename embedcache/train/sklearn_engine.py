@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import FeatureError, SpecError, TrainingError
+from embedcache.errors import EmbedcacheError, FeatureError, SpecError, TrainingError
 from embedcache.heads.sklearn_kinds import (
     Kind,
     Setting,
@@ -218,15 +218,34 @@ def _class_weights(y: Array, task: Task, classes: int, given: str | Array, rows:
     return weights
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Raise ``TrainingError`` for what scikit-learn cannot fit."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, EmbedcacheError):
+            raise
+        said = " ".join(str(error).split())
+        if "least populated class" in said:  # heads that hold rows out for their own early stopping
+            said = (
+                "a class has a single row, and early_stopping holds some of each class out: "
+                "add rows of it, or leave early_stopping out"
+            )
+        raise TrainingError(said) from None
+
+
 def _fit(estimator: Any, x: Array, y: Array, rows: Floats | None) -> Any:
     """Fit an estimator, its last step with the weights of rows if there are any."""
     if rows is None:
-        return estimator.fit(x, y)
+        with _in_one_line():
+            return estimator.fit(x, y)
     name = "sample_weight"
     if hasattr(estimator, "steps"):
         name = f"{estimator.steps[-1][0]}__{name}"
     try:
-        return estimator.fit(x, y, **{name: rows})
+        with _in_one_line():
+            return estimator.fit(x, y, **{name: rows})
     except TypeError as error:
         if "sample_weight" not in str(error):
             raise
