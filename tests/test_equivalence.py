@@ -670,8 +670,8 @@ def test_what_cannot_be_checked_is_said_in_one_line(
     fails(command(tmp_path / "c", csv, *QUICK), "say where it is now with --model")
     assert command(tmp_path / "c", csv, *QUICK, "--model", model).code == 0
     fails(command(tmp_path / "c", *QUICK), "keeps no inputs: name the INPUT")
-    with pytest.raises(InputError, match="no split 'dev': it has train, validation"):
-        check_equivalence(cache, ROWS, split="dev", **FAST)
+    with pytest.raises(InputError, match="no split 'tset': it has train, validation"):
+        check_equivalence(cache, ROWS, split="tset", **FAST)
     with pytest.raises(SpecError, match="steps is 0"):
         check_equivalence(cache, ROWS, **{**FAST, "steps": 0})
     with pytest.raises(SpecError, match="not trained in steps"):

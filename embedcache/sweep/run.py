@@ -146,7 +146,7 @@ def refuse_too_many(problem: Problem, grid: Grid, random: int | None, yes: bool)
     fits = count * len(problem.folds)
     seconds = fits * float(np.mean([cost(problem, each) for each in grid.sample()]))
     raise SweepError(
-        f"{counted(count, 'configuration')} on {counted(len(problem.folds), 'fold')}: "
+        f"{counted(count, 'configuration')} on {counted(len(problem.folds), 'fold')} are "
         f"{counted(fits, 'head')}, {duration(seconds)}: "
         "draw some with --random 50, name fewer values, or pass --yes to train them all"
     )
