@@ -376,7 +376,7 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("mlp", lambda config: "text", "not the config of an embedcache head"),
     ("mlp", put("version", "2.0"), "has format 2.0, and this version reads 1.x: upgrade"),
     ("mlp", put("head", "kind", "mpl"), "has no head 'mpl' on torch: it has linear, mlp"),
-    ("mlp", put("head", "kind", ["mlp"]), "has no head"),
+    ("mlp", put("head", "kind", ["mlp"]), "expected the name of a head"),
     ("mlp", put("head", "kind", ...), "lacks 'kind'"),
     ("mlp", put("head", "engine", "jax"), "unknown engine 'jax'"),
     ("mlp", put("head", "engine", ["torch"]), "unknown engine"),
