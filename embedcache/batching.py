@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ Lengths = npt.NDArray[np.int64]
 
 VECTOR = 16
 """Positions that a batch is a multiple of, where there is room: whole vectors at any width divisible by 8."""
+
+MOST_THREADS = 1024
+"""More threads in one pass are no machine's."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ class ShapePolicy:
     def __post_init__(self) -> None:
         for name in ("positions", "step", "max_length", "threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SpecError(f"{name} is {value}: expected at least 1")
-        if self.spare < 0:
+            if name == "threads" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"{name} is {value!r}: expected a whole number of at least 1")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise SpecError(f"threads is {self.threads}: expected at most {MOST_THREADS:,}")
+        if not isinstance(self.spare, int) or self.spare < 0:
             raise SpecError(f"spare is {self.spare}: expected 0 or more")
 
     def canonical(self, lengths: npt.ArrayLike) -> Lengths:
@@ -89,6 +97,8 @@ class ShapePolicy:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ShapePolicy:
         """Read what ``to_json`` gave, or a cache of format 1.0."""
+        if unknown := sorted(set(fields) - {each.name for each in dataclass_fields(cls)}):
+            raise SpecError(f"a shape policy has no field {unknown[0]!r}: a newer version may have made it")
         return cls(**{"threads": None, **fields})
 
 

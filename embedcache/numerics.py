@@ -116,8 +116,9 @@ class Difference:
 
     ``status`` is ``same``; ``versions``: the same bits, made by other versions of what prepares rows; ``features``:
     other bits from the same prepared rows; ``inputs``: the rows are prepared otherwise; ``unknown``: one of the two
-    is not there. ``largest`` is the largest difference of two values, ``relative`` that of the values' own size
-    (their root mean square), ``where`` the feature set it is in. ``versions`` holds ``(name, old, new)``.
+    is not there. ``largest`` is the largest difference of two of the values kept, ``relative`` that in units of the
+    values' own size (their root mean square), ``where`` the feature set it is in. ``versions`` holds
+    ``(name, old, new)``.
     """
 
     status: Status
@@ -157,6 +158,9 @@ class Difference:
         if self.status == "versions":
             return f"the same bits, with {changed}"
         what = "rows are prepared otherwise" if self.status == "inputs" else "other bits"
+        if self.where and not self.largest:
+            what = f"{what}, in values of {self.where} that the record does not keep"
+            return what + f"; {changed}" * bool(changed)
         size = f"values differ by up to {self.largest:.2g} ({self.relative:.1e} of their size) in {self.where}"
         return f"{what}: {size if self.where else 'there are no features in common'}" + (f"; {changed}" * bool(changed))
 

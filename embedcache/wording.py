@@ -34,7 +34,8 @@ def shown(text: object) -> str:
 
 def counted(number: int, noun: str) -> str:
     """Return ``1 row``, ``2,000 rows``, ``3 classes``."""
-    plural = noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+    hissing = noun.endswith(("s", "sh", "ch", "x")) and not noun.endswith("epoch")
+    plural = noun + ("es" if hissing else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 
 

@@ -365,7 +365,7 @@ def test_labels_that_nothing_can_be_learnt_from(run: Run, tmp_path: Path) -> Non
     given = {"train": rows(), "validation": rows(100)[97:], "test": [*rows(110)[100:], {"text": "x", "label": "new"}]}
     cached(tmp_path / "unseen", given)
     status, _, err = run("train", tmp_path / "unseen", "-o", tmp_path / "run")
-    assert (status, "test has classes that no training row has: 'new' (1 rows)" in last(err)) == (1, True)
+    assert (status, "test has classes that no training row has: 'new' (1 row)" in last(err)) == (1, True)
     status, _, err = run("train", tmp_path / "unseen", "-o", tmp_path / "run", "--allow-unseen", "--epochs", 1)
     assert status == 0, err
     assert "note: no training row has the class 'new'" in err

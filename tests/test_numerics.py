@@ -209,7 +209,47 @@ def test_a_cache_without_a_probe_is_extended_only_where_that_is_accepted(folder:
     assert "no probe" in CliRunner().invoke(main, ["info", str(where)]).output
     with pytest.raises(NumericsMismatchError, match="says nothing of what its machine computes"):
         ec.extract(ROWS, output_dir=where, backbone=backbone)
-    assert ec.extract(ROWS, output_dir=where, backbone=backbone, accept_numerics=True).probe == probe(folder)
+    mixed = ec.extract(ROWS, output_dir=where, backbone=backbone, accept_numerics=True)
+    assert [(each["probe"], each["accepted"]) for each in mixed.numerics()] == [
+        (None, False),
+        (probe(folder).hash, True),
+    ]
+    assert (mixed.probe, mixed.numerics_of(probe(folder)).status) == (None, "unknown")
+    assert "rows without a probe" in CliRunner().invoke(main, ["info", str(where)]).output
+    clean = ec.extract(ROWS, output_dir=tmp_path / "clean", backbone=backbone)
+    for parts in ([clean.path, where], [where, clean.path]):
+        with pytest.raises(NumericsMismatchError):
+            ec.merge(parts, tmp_path / "merged")
+    bare = ec.extract(ROWS[:3], output_dir=tmp_path / "bare", backbone=silent)
+    with pytest.raises(NumericsMismatchError):
+        ec.merge([bare.path], clean.path)
+
+
+def test_rows_of_several_kinds_are_never_called_the_same(folder: Path, tmp_path: Path) -> None:
+    ec.extract(ROWS[:5], output_dir=tmp_path / "c", backbone=load(folder))
+    cache = ec.extract(ROWS, output_dir=tmp_path / "c", backbone=nudge(load(folder)), accept_numerics=True)
+    assert cache.numerics_of(probe(folder)).status == "features"
+    assert cache.common_probe is None
+    clean = ec.extract(ROWS, output_dir=tmp_path / "clean", backbone=load(folder))
+    with pytest.raises(NumericsMismatchError):  # what was accepted there was not accepted here
+        ec.merge([clean.path, cache.path], tmp_path / "merged")
+
+
+def test_rows_that_a_tokenizer_does_not_take_are_left_out(folder: Path) -> None:
+    backbone = load(folder)
+    prepare = backbone.prepare
+
+    def particular(contents: Any) -> Any:
+        if any(len(content) < 20 for content in contents):
+            raise Exception("WordLevel error: Missing [UNK]")
+        return prepare(contents)
+
+    backbone.prepare = particular  # type: ignore[method-assign]
+    found = probe_of(backbone)
+    assert found is not None
+    assert len(found.inputs) == 2
+    backbone.probe_rows = backbone.probe_rows[:1]
+    assert probe_of(backbone) is None
 
 
 def test_a_backbone_of_ones_own_needs_none(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ TEXT_ROWS = tuple(
 
 def probe_of(backbone: Any) -> Probe | None:
     """Run a backbone over its own ``probe_rows``, at canonical shapes; None where it has none. A few passes."""
-    rows = getattr(backbone, "probe_rows", ())
+    rows = [row for row in getattr(backbone, "probe_rows", ()) if _takes(backbone, row)]
     if not rows:
         return None
     prepared = backbone.prepare(rows)
@@ -35,6 +35,15 @@ def probe_of(backbone: Any) -> Probe | None:
         values = arrays[each.name]
         outcomes[each.name] = Outcome.of(decoded(values[0] if isinstance(values, tuple) else values), each.dtype)
     return Probe(tuple(prepared.digests()), backbone.probe_versions, outcomes)
+
+
+def _takes(backbone: Any, row: bytes) -> bool:
+    """Whether a tokenizer makes tokens of a row that its model knows; one for proteins, say, may not."""
+    try:
+        backbone.prepare([row])
+    except Exception:  # whatever a tokenizer raises; the user's own rows will say what is wrong, if anything is
+        return False
+    return True
 
 
 def tokenizer_versions() -> dict[str, str]:

@@ -7,7 +7,11 @@ rows. Which process computes a row changes nothing: every pass has the threads t
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -80,8 +84,15 @@ class Workers:
         return arrays
 
     def close(self) -> None:
-        """Stop the processes; what they have begun is waited for."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the processes, whatever they are at: they hold nothing that is not computed again."""
+        running = list((getattr(self._pool, "_processes", None) or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(1)
+            if process.is_alive():
+                process.kill()
 
 
 @contextlib.contextmanager
@@ -119,6 +130,8 @@ def _start(recipe: dict[str, Any], identity: dict[str, Any], probe: Any, threads
     """Load the backbone in a new process; what is wrong is said when it is asked to work, for it to be heard."""
     global _backbone, _reason
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    if (parent := multiprocessing.parent_process()) is not None:  # one that was killed can tell nobody to stop
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     import torch
 
     from embedcache.backbone.text import load_backbone
@@ -130,8 +143,13 @@ def _start(recipe: dict[str, Any], identity: dict[str, Any], probe: Any, threads
             _reason = f"the files of {recipe['model']} have changed since they were loaded: start again"
         elif not (found := difference(probe, probe_of(_backbone))).same_bits and probe is not None:
             _reason = f"a process of its own computes otherwise than this one ({found.to_text()}): extract --threads 1"
-    except BackboneError as error:
+    except Exception as error:  # what is raised here would only be told as a broken pool
         _reason = str(error)
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _run(prepared: Any, batches: Plan) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, Labelled, packed
-from embedcache.errors import CacheError, IncompleteCacheError, InputError, NumericsMismatchError, warn
+from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
 from embedcache.journal import explained
-from embedcache.numerics import difference
 
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
@@ -70,26 +69,18 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
         if not manifest.complete:
             raise IncompleteCacheError(f"{part} is not finished: run the same extract command again, then merge")
         manifest.refuse_other_spec(str(part), found[0].spec, found[0].feature_sets)
-        if not accept_numerics:
-            _refuse_other_numerics(str(part), found[0], manifest)
+    together = Manifest(found[0].spec, found[0].feature_sets)  # refused before anything is made
+    for part, manifest in zip(parts, found, strict=True):
+        together = replace(together.with_kinds(str(part), manifest.kinds, accept_numerics), shards=found[0].shards)
     caches = [FeatureCache.open(part) for part in parts]
     columns = _joined(caches)
     with CacheWriter(output_dir, found[0].spec, found[0].feature_sets) as writer:
-        writer.admit_kinds((each for manifest in found for each in manifest.numerics), accept=accept_numerics)
+        writer.admit_kinds(together.kinds, accept=accept_numerics)
         for each in _missing(found, [cache.stored_keys() for cache in caches], writer):
             keys, arrays = caches[each.part].shard(each.shard, each.rows)
             writer.append(keys, arrays, found[each.part].shards[each.shard].provenance)
         writer.commit_dataset(**columns)
     return FeatureCache.open(output_dir)
-
-
-def _refuse_other_numerics(where: str, first: Manifest, other: Manifest) -> None:
-    """Raise ``NumericsMismatchError`` where one part's rows have other bits than the first's, or only one says."""
-    if not other.shards or not first.shards or (first.probe is None and other.probe is None):
-        return
-    found = difference(first.probe, other.probe)
-    if not found.same_bits:
-        raise NumericsMismatchError(where, found.to_text(), known=found.status != "unknown")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Numerics:
-    """One kind of machine that computed rows of a cache; ``accepted`` when they differ from the first and may."""
+    """One kind of machine that computed rows of a cache; ``accepted`` when they differ from the first and may.
 
-    probe: Probe
+    ``probe`` is None for rows of which it was not recorded.
+    """
+
+    probe: Probe | None
     accepted: bool = False
 
 
@@ -124,7 +127,10 @@ class Manifest:
             lists = {name: list(facts[name]) for name in ("class_names", "split_names")}
             body["examples"] = {**asdict(self.examples.file), **facts, **lists}
         if self.numerics:
-            body["numerics"] = [{"probe": each.probe.to_json(), "accepted": each.accepted} for each in self.numerics]
+            body["numerics"] = [
+                {"probe": None if each.probe is None else each.probe.to_json(), "accepted": each.accepted}
+                for each in self.numerics
+            ]
         return {**body, "manifest_hash": hash_json(body)}
 
     def files(self) -> list[tuple[str, ShardFile]]:
@@ -144,24 +150,31 @@ class Manifest:
         """What the machine that made the cache computes, None where that was not recorded."""
         return self.numerics[0].probe if self.numerics else None
 
-    def with_numerics(self, where: str, probe: Probe | None, accepted: bool) -> Manifest:
-        """Return the manifest for rows that a machine with this probe adds.
+    @property
+    def kinds(self) -> tuple[Numerics, ...]:
+        """Every kind of machine that computed rows; one without a probe where that was not recorded."""
+        return self.numerics or ((Numerics(None),) if self.shards else ())
+
+    @property
+    def common_probe(self) -> Probe | None:
+        """The probe of all rows, None where some have other bits, or none."""
+        alike = all(difference(self.probe, each.probe).same_bits for each in self.kinds)
+        return self.probe if alike else None
+
+    def with_kinds(self, where: str, kinds: Iterable[Numerics], accepted: bool) -> Manifest:
+        """Return the manifest for rows that machines of these kinds add.
 
         Raises ``NumericsMismatchError`` where they are other bits than those there, and that is not ``accepted``.
         """
-        if not self.shards:
-            return replace(self, numerics=() if probe is None else (Numerics(probe),))
-        if (probe is None and not self.numerics) or any(each.probe == probe for each in self.numerics):
-            return self
-        found = difference(self.probe, probe)
-        if not found.same_bits and not accepted:
-            raise NumericsMismatchError(where, found.to_text(), known=found.status != "unknown")
-        return self if probe is None else self.with_kind(Numerics(probe, not found.same_bits))
-
-    def with_kind(self, numerics: Numerics) -> Manifest:
-        """Return the manifest with one more kind of machine, once each."""
-        known = any(each.probe == numerics.probe for each in self.numerics)
-        return self if known else replace(self, numerics=(*self.numerics, numerics))
+        made = list(self.kinds) if self.shards else []
+        for each in kinds:
+            if any(known.probe == each.probe for known in made):
+                continue
+            found = difference(made[0].probe, each.probe) if made else None
+            if found is not None and not found.same_bits and not accepted:
+                raise NumericsMismatchError(where, found.to_text(), known=found.status != "unknown")
+            made.append(Numerics(each.probe, found is not None and not found.same_bits))
+        return replace(self, numerics=tuple(made) if any(each.probe is not None for each in made) else ())
 
     def write(self, directory: Path) -> None:
         """Commit the manifest."""
@@ -255,6 +268,8 @@ def parse(data: bytes) -> Manifest:
 
 def _numerics(body: Any, sets: Sequence[FeatureSet]) -> Numerics:
     _require(isinstance(body["accepted"], bool), "accepted")
+    if body["probe"] is None:
+        return Numerics(None, body["accepted"])
     probe = Probe.from_json(body["probe"])
     stored = {each.name: each.dtype for each in sets}
     _require({name: each.dtype for name, each in probe.outcomes.items()} == stored, "the feature sets of a probe")

@@ -28,7 +28,7 @@ from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.journal import exists, explained, is_locked
-from embedcache.numerics import Probe, difference
+from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FeatureSet, Placed
 from embedcache.spec import Task, feature_name, find_name, split_name
 from embedcache.wording import counted, shown
@@ -159,17 +159,27 @@ class FeatureCache:
         """What the machine that made the cache computes: see ``numerics``; None where that was not recorded."""
         return self._manifest.probe
 
+    @property
+    def common_probe(self) -> Probe | None:
+        """What the machines of all rows compute, None where some have other bits, or no probe."""
+        return self._manifest.common_probe
+
     def numerics(self) -> list[dict[str, Any]]:
         """Return the kinds of machine that computed rows: each one's probe by its hash, and how it differs."""
         return [
             {
-                "probe": each.probe.hash,
-                "prepared_by": dict(each.probe.versions),
+                "probe": None if each.probe is None else each.probe.hash,
+                "prepared_by": {} if each.probe is None else dict(each.probe.versions),
                 "accepted": each.accepted,
                 **difference(self.probe, each.probe).to_json(),
             }
             for each in self._manifest.numerics
         ]
+
+    def numerics_of(self, probe: Probe | None) -> Difference:
+        """Return how a machine with this probe differs from those that computed the rows: from the one farthest off."""
+        found = [difference(each.probe, probe) for each in self._manifest.kinds]
+        return max(found, key=lambda each: (not each.same_bits, each.largest), default=difference(None, probe))
 
     @cached_property
     def n_unique(self) -> int:

@@ -23,7 +23,6 @@ from embedcache.errors import (
     CorruptCacheError,
     FeatureError,
     InputError,
-    NumericsMismatchError,
 )
 from embedcache.fingerprint import canonical_json, sha256_bytes
 from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
@@ -153,21 +152,12 @@ class CacheWriter:
         """
         there = bool(self._manifest.shards)
         found = difference(self._manifest.probe, probe) if there else None
-        self._manifest = self._manifest.with_numerics(str(self.path), probe, accept)
+        self._manifest = self._manifest.with_kinds(str(self.path), [Numerics(probe)], accept)
         return found
 
     def admit_kinds(self, kinds: Iterable[Numerics], *, accept: bool = False) -> None:
         """Do what ``admit`` does for rows of another cache, which may be of several kinds already."""
-        manifest = self._manifest
-        for each in kinds:
-            if not manifest.shards and not manifest.numerics:
-                manifest = replace(manifest, numerics=(each,))
-                continue
-            found = difference(manifest.probe, each.probe)
-            if not (found.same_bits or accept or each.accepted):
-                raise NumericsMismatchError(str(self.path), found.to_text(), known=found.status != "unknown")
-            manifest = manifest.with_kind(Numerics(each.probe, each.accepted or not found.same_bits))
-        self._manifest = manifest
+        self._manifest = self._manifest.with_kinds(str(self.path), kinds, accept)
 
     def append(self, keys: Keys, arrays: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Commit one shard of rows that are not in the cache yet.

@@ -155,6 +155,10 @@ def numerics_text(kinds: list[dict[str, Any]]) -> list[str]:
         return ["no probe, so that nothing says whether another machine computes the same bits"]
     lines = []
     for at, each in enumerate(kinds):
+        if each["probe"] is None:
+            accepted = ", accepted" * each["accepted"]
+            lines.append(f"rows without a probe: nothing says what their machine computes{accepted}")
+            continue
         line = f"probe {each['probe'][:16]}, rows prepared by {_versions(each['prepared_by'])}"
         if at and each["same_bits"]:
             line += "; the same bits as the first"

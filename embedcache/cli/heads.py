@@ -168,7 +168,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
     head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
     split = opened.split(split)
     measured = evaluate_on_cache(head, opened, split)
-    numerics = difference(head.probe, opened.probe)
+    numerics = difference(head.probe, opened.common_probe)
     if record:
         from embedcache.heads.folder import record as add
 

@@ -37,7 +37,6 @@ from embedcache.equivalence.tolerance import (
 from embedcache.equivalence.training import Record, cached_batches, compare, differences_of, train
 from embedcache.errors import FeatureError, TrainingError, quiet
 from embedcache.fingerprint import differences
-from embedcache.numerics import difference as numerics
 from embedcache.shard import FeatureSet, rounded
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
 from embedcache.train import train_head
@@ -91,7 +90,7 @@ class Examination:
 
     def environment(self) -> None:
         """Note in which way this machine is not the one that made the cache; its probe says what it computes."""
-        self.numerics = numerics(self.cache.probe, probe_of(self.backbone) if self.cache.probe is not None else None)
+        self.numerics = self.cache.numerics_of(probe_of(self.backbone))
         here = self.backbone.provenance
         for made in self.cache.provenance():
             for name in ENVIRONMENT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,7 +76,15 @@ def register_head(kind: str, head: type[Head]) -> None:
     """Add a torch head of your own under a new name; see CONTRIBUTING for an example.
 
     A bundle of it can be loaded wherever the same registration has been made.
+
+    Raises ``SpecError`` for a name that is taken or is none, and for a class that is no torch module.
     """
+    from torch.nn import Module
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", kind):
+        raise SpecError(f"a head cannot be called {kind!r}: expected letters, digits, - and _, such as gated")
+    if not (isinstance(head, type) and issubclass(head, Module)):
+        raise SpecError(f"{shortened(head)} is no head: expected a class made as CONTRIBUTING.md shows")
     if kind in TORCH and TORCH[kind] is not head:
         raise SpecError(f"there is a head {kind!r} already: choose another name")
     TORCH[kind] = head

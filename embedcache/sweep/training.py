@@ -263,7 +263,7 @@ def _origin(problem: Problem) -> dict[str, Any]:
     where = problem.cache.provenance()[-1] if problem.cache.provenance() else {}
     return {
         "extraction": problem.cache.spec, "model": where.get("model"), "revision": where.get("revision"),
-        "probe": problem.cache.probe,
+        "probe": problem.cache.common_probe,
     }  # fmt: skip
 
 

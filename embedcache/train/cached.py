@@ -80,7 +80,7 @@ def train_on_cache(
         rows_of(cache, train, chosen), targets[train],
         rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
         head, spec, task=cache.task or "classification", class_names=cache.class_names, feature=chosen,
-        extraction=cache.spec, model=where.get("model"), revision=where.get("revision"), probe=cache.probe,
+        extraction=cache.spec, model=where.get("model"), revision=where.get("revision"), probe=cache.common_probe,
         device=device,
         progress=progress, notes=notes,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def evaluate_on_cache(
     """
     cache = _opened(cache)
     refuse_other_cache(head, cache)
-    warn(difference(head.probe, cache.probe).notes("what the head was trained on"))
+    warn(difference(head.probe, cache.common_probe).notes("what the head was trained on"))
     rows = cache.rows(split)
     if not len(rows):
         raise InputError(f"the split {split} of {cache.path} is empty")
