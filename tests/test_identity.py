@@ -30,23 +30,6 @@ from embedcache.fingerprint import differences
 TEXTS = [each.encode() for each in tiny_models.TEXTS]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the folder of a tiny model, built once. Tests that change a folder copy it."""
-    root = tmp_path_factory.mktemp("tiny")
-
-    def folder(kind: str) -> Path:
-        return root / kind if (root / kind).is_dir() else tiny_models.build(kind, root / kind)
-
-    return folder
-
-
-@pytest.fixture
-def bert(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of the tiny BERT that a test may change."""
-    return Path(shutil.copytree(tiny("bert"), tmp_path / "bert"))
-
-
 def features(folder: Path) -> np.ndarray:
     return np.asarray(features_of(load_backbone(str(folder), features=["mean"], device="cpu"), TEXTS, "mean"))
 

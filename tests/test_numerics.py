@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -15,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fakes import CountingBackbone
-from tiny_models import TEXTS, build
+from tiny_models import TEXTS
 
 import embedcache as ec
 import embedcache.backbone.numerics as backbone_numerics
@@ -29,9 +30,9 @@ ROWS = [{"text": text, "label": "ab"[at % 2]} for at, text in enumerate(TEXTS)]
 FEATURES = ("mean", "tokens", "cls@all")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("bert", tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="session")
+def folder(tiny: Callable[[str], Path]) -> Path:
+    return tiny("bert")
 
 
 def load(folder: Path, **settings: Any) -> TextBackbone:
@@ -353,3 +354,20 @@ def test_a_head_knows_and_predict_evaluate_and_check_say(
     assert json_of("evaluate", str(run), str(cache.path), "--split", "test")["status"] == "features"
     with pytest.warns(ec.EmbedcacheWarning, match="against what the head was trained on: other bits"):
         ec.evaluate_on_cache(head, FeatureCache.open(cache.path))
+
+
+def test_a_fitted_extractor_says_when_a_machine_computes_otherwise(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedcache.estimator import extractor
+
+    fitted = ec.FeatureExtractor(str(folder), "mean", cache_dir=tmp_path, device="cpu").fit(TEXTS)
+    fitted.transform(TEXTS[:2])
+    again = pickle.loads(pickle.dumps(fitted))
+    extractor._probe_of.cache_clear()
+    nudged = probe_of(nudge(load_backbone(str(folder), features=["mean"], device="cpu")))
+    monkeypatch.setattr(extractor, "probe_of", lambda _: nudged)
+    with pytest.warns(ec.EmbedcacheWarning, match="fitted on: other bits: values differ by up to"):
+        again.transform(TEXTS[:2])
+    assert len(list(tmp_path.iterdir())) == 2  # a folder for each kind of machine
+    extractor._probe_of.cache_clear()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import WORDS, build
+from tiny_models import WORDS
 
 from embedcache import FeatureCache, extract
 from embedcache.backbone import TextBackbone, Workers, features_of, load_backbone, probe_of, processes, threads
@@ -41,16 +41,9 @@ def planted(folder: Path, dtype: str, **settings: Any) -> TextBackbone:
     return backbone
 
 
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory, minilm_path: Path) -> Callable[[str], Path]:
-    made = {"minilm": minilm_path}
-
-    def find(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = build(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return find
+@pytest.fixture(scope="session")
+def folder_of(tiny: Callable[[str], Path], minilm_path: Path) -> Callable[[str], Path]:
+    return lambda kind: minilm_path if kind == "minilm" else tiny(kind)
 
 
 def texts(count: int) -> Texts:

@@ -17,10 +17,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from embedcache.backbone import TextBackbone, contents_hash, load_backbone, model_name, probe_of, resolve_model
 from embedcache.cache import FeatureCache
-from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet
+from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet, warn
 from embedcache.examples import load_examples
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, differences, hash_json
+from embedcache.numerics import Probe, difference
 from embedcache.wording import counted
 
 LOCK_PATIENCE = 600.0
@@ -39,7 +40,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     The cache is a folder for each content of a backbone, each setting, and each kind of machine, by what its probe
     gives; several processes may use it at once: one extracts while the others wait. Fitting keeps the backbone's
     identity, content hashes, in ``identity_``; a model whose files were changed since, in this process or before a
-    pickle was read, is refused until it is fitted again.
+    pickle was read, is refused until it is fitted again. ``probe_`` is what the machine computed then: where another
+    one gives other bits, an ``EmbedcacheWarning`` says how far off they are.
 
     Example::
 
@@ -71,6 +73,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
             raise FeatureError(f"{feature.name} is not one vector a text: choose a pooling such as mean or cls")
         self.n_features_out_ = feature.dim
         self.identity_ = dict(backbone.identity)
+        self.probe_ = _probe_of(backbone)
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:
@@ -83,6 +86,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         if not texts:
             raise InputError("there are no texts: expected at least one")
         backbone = self._fitted_backbone()
+        warn(difference(self.probe_, _probe_of(backbone)).notes("what FeatureExtractor was fitted on"))
         path = self._folder(backbone)
         with quiet():  # that texts repeat is what they are kept for
             examples = load_examples([{"text": text} for text in texts], text_column="text", labels="none")
@@ -132,7 +136,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     def _folder(self, backbone: TextBackbone) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = Path(self.cache_dir) if self.cache_dir is not None else Path(home) / "embedcache" / "features"
-        return root / hash_json([backbone.identity, _bits_of(backbone)])[:16]
+        probe = _probe_of(backbone)
+        return root / hash_json([backbone.identity, None if probe is None else probe.bits])[:16]
 
 
 def _loaded(
@@ -160,9 +165,8 @@ def _of_contents(
 
 
 @lru_cache(maxsize=2)
-def _bits_of(backbone: TextBackbone) -> str | None:
-    probe = probe_of(backbone)
-    return None if probe is None else probe.bits
+def _probe_of(backbone: TextBackbone) -> Probe | None:
+    return probe_of(backbone)
 
 
 def _texts(X: Any) -> list[str]:

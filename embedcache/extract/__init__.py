@@ -136,6 +136,7 @@ def extract(
     keep_inputs: bool = False,
     threads: int | None = None,
     accept_numerics: bool = False,
+    processes: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> FeatureCache:
@@ -152,6 +153,8 @@ def extract(
         keep_inputs: store the rows' contents in the cache.
         threads: how many CPU threads the passes share, each pass having its own ``pass_threads``; changes no bit.
         accept_numerics: add rows to a cache though this machine computes other last bits, by their probes.
+        processes: run passes in processes of their own where one does not keep all cores busy (more than 8 passes at a
+            time, 8,192 new rows); the program is imported again in each, so it needs ``if __name__ == "__main__"``.
         progress: where to report to; None draws a bar on a terminal.
         options: the settings of ``load_for`` (``max_length``, ``compute_dtype``, ...) and the columns and splits of
             ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
@@ -186,6 +189,7 @@ def extract(
         keep_inputs=keep_inputs,
         threads=threads,
         accept_numerics=accept_numerics,
+        processes=processes,
         progress=progress,
     )
     cache = FeatureCache.open(output_dir)
