@@ -175,6 +175,8 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
         add(Path(run), split, measured)
     if as_json:
         return print_json({split: measured, "numerics": numerics.to_json()})
+    if numerics.status == "same":  # any other is a note already
+        say("numerics: the same bits as what the head was trained on", err=True)
     say(metrics_text({split: measured}))
     for name, (low, high) in measured.get("intervals", {}).items():
         say(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
