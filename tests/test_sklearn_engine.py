@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import skops.io
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier, DummyRegressor
@@ -92,6 +92,9 @@ def test_a_matrix_says_what_the_pipeline_says(kind: str, task: str, standardize:
         np.testing.assert_allclose(fitted.outputs(x), theirs.predict_proba(x), atol=1e-9)
 
 
+# scikit-learn says of its own fit, beside ours, that a class has a single row.
+@pytest.mark.filterwarnings("ignore:Only one sample available")
+@example(seed=2596, rows=23, dim=4, classes=5, extra=0, constant=False, kind="lda")
 @given(
     seed=st.integers(0, 2**16),
     rows=st.integers(23, 61),
@@ -128,6 +131,12 @@ def test_folding_holds_for_any_features(
     assert (p[:, missing] == 0).all()
     np.testing.assert_allclose(p.sum(axis=1), 1)
     assert (theirs.classes_[expected.argmax(1)] if classes > 2 else theirs.predict(x)).tolist() == p.argmax(1).tolist()
+
+
+def test_a_class_of_one_row_is_a_note_in_our_words() -> None:
+    x = np.random.default_rng(3).normal(size=(23, 4)).astype(np.float32)
+    fitted = fit_sklearn(head("lda"), x, np.minimum(np.arange(23), 2), task="classification", classes=3)
+    assert any("a class has a single training row" in note for note in fitted.notes)
 
 
 def test_a_planted_fault_in_folding_would_be_seen() -> None:

@@ -136,6 +136,8 @@ def _heard(notes: list[str]) -> Iterator[None]:
         if warning.category.__name__ == "ConvergenceWarning":
             first = text.splitlines()[0].split(". ")[0].rstrip(".")
             text = f"the solver did not converge ({first}): raise max_iter, or standardize the features"
+        elif text.startswith("Only one sample available"):
+            text = "a class has a single training row, from which its spread cannot be estimated: it is taken for 0"
         notes.append(" ".join(text.split()))
 
 
