@@ -120,6 +120,17 @@ def _flattened(data: bytes) -> bytes:
     return nested
 
 
+def require(holds: object, what: str) -> None:
+    """Raise ``ValueError`` for a field of a file that is not what its format allows."""
+    if not holds:
+        raise ValueError(f"{what} is not what this format allows")
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a JSON value is a whole number from ``least`` to where floats no longer hold each of them."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
+
+
 def sha256_bytes(data: bytes | memoryview) -> str:
     """Return the sha256 of ``data`` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.fingerprint import hash_json, sha256_bytes
+from embedcache.fingerprint import hash_json, is_count, require, sha256_bytes
 from embedcache.shard import STORED, decoded, encoded, rounded
 
 MOST_VALUES = 8192
@@ -57,13 +57,13 @@ class Outcome:
     def from_json(cls, body: Any) -> Outcome:
         """Read what ``to_json`` gave, trusting nothing in it. Raises ``ValueError`` and its kin."""
         dtype, size, step, data, digest = (body[name] for name in ("dtype", "size", "step", "values", "sha256"))
-        _require(dtype in STORED and _count(size) and _count(step) and step > 0, "an outcome of a probe")
-        _require(isinstance(data, str) and isinstance(digest, str) and _HASH.fullmatch(digest), "an outcome's values")
+        require(dtype in STORED and is_count(size) and is_count(step, 1), "an outcome of a probe")
+        require(isinstance(data, str) and isinstance(digest, str) and _HASH.fullmatch(digest), "an outcome's values")
         try:
             raw = base64.b64decode(data.encode("ascii"), validate=True)
         except binascii.Error:
             raise ValueError("the values of a probe are not base64") from None
-        _require(len(raw) == -(-size // step) * STORED[dtype].itemsize, "the number of a probe's values")
+        require(len(raw) == -(-size // step) * STORED[dtype].itemsize, "the number of a probe's values")
         values = decoded(np.frombuffer(raw, STORED[dtype]))
         return cls(dtype, size, step, values, digest)
 
@@ -103,9 +103,9 @@ class Probe:
         """Read what ``to_json`` gave, trusting nothing in it. Raises ``ValueError`` and its kin."""
         inputs, versions, outcomes = (body[name] for name in ("inputs", "versions", "outcomes"))
         hashes = isinstance(inputs, list) and all(isinstance(each, str) and _HASH.fullmatch(each) for each in inputs)
-        _require(hashes, "the inputs of a probe")
-        _require(isinstance(versions, dict) and isinstance(outcomes, dict), "the versions or outcomes of a probe")
-        _require(all(isinstance(each, str) for each in versions.values()), "the versions of a probe")
+        require(hashes, "the inputs of a probe")
+        require(isinstance(versions, dict) and isinstance(outcomes, dict), "the versions or outcomes of a probe")
+        require(all(isinstance(each, str) for each in versions.values()), "the versions of a probe")
         read = {str(name): Outcome.from_json(each) for name, each in outcomes.items()}
         return cls(tuple(inputs), dict(versions), read)
 
@@ -200,12 +200,3 @@ def difference(recorded: Probe | None, here: Probe | None) -> Difference:
     if not same:
         return Difference("features", largest, relative, where, versions)
     return Difference("versions" if versions else "same", versions=versions)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _require(holds: object, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{what}: not what this format allows")

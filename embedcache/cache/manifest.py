@@ -19,7 +19,7 @@ from embedcache.errors import (
     NumericsMismatchError,
     SpecMismatchError,
 )
-from embedcache.fingerprint import differences, hash_json, strict_json
+from embedcache.fingerprint import differences, hash_json, is_count, require, strict_json
 from embedcache.journal import commit, explain, explained
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
@@ -249,9 +249,9 @@ def parse(data: bytes) -> Manifest:
     sets = tuple(FeatureSet(**_only(each, "name", "kind", "dim", "layers", "dtype")) for each in body["feature_sets"])
     shards = tuple(Shard(_file(each), each["rows"], _mapping(each["provenance"])) for each in body["shards"])
     # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on disk.
-    _require(all(_count(each.rows, 1) and each.rows * 16 <= each.file.bytes for each in shards), "the rows of a shard")
-    _require(len({each.file.name for each in shards}) == len(shards), "a shard named twice")
-    _require(isinstance(body["complete"], bool) and _count(body["generation"], 0), "complete or generation")
+    require(all(is_count(each.rows, 1) and each.rows * 16 <= each.file.bytes for each in shards), "the rows of a shard")
+    require(len({each.file.name for each in shards}) == len(shards), "a shard named twice")
+    require(isinstance(body["complete"], bool) and is_count(body["generation"], 0), "complete or generation")
     manifest = Manifest(
         spec=_mapping(body["spec"]),
         feature_sets=sets,
@@ -262,22 +262,22 @@ def parse(data: bytes) -> Manifest:
         numerics=tuple(_numerics(each, sets) for each in _list(body["numerics"])) if "numerics" in body else (),
         newer=said if int(version[2]) > MINOR else None,
     )
-    _require(manifest.spec_hash == body["spec_hash"], "spec_hash")
+    require(manifest.spec_hash == body["spec_hash"], "spec_hash")
     return manifest
 
 
 def _numerics(body: Any, sets: Sequence[FeatureSet]) -> Numerics:
-    _require(isinstance(body["accepted"], bool), "accepted")
+    require(isinstance(body["accepted"], bool), "accepted")
     if body["probe"] is None:
         return Numerics(None, body["accepted"])
     probe = Probe.from_json(body["probe"])
     stored = {each.name: each.dtype for each in sets}
-    _require({name: each.dtype for name, each in probe.outcomes.items()} == stored, "the feature sets of a probe")
+    require({name: each.dtype for name, each in probe.outcomes.items()} == stored, "the feature sets of a probe")
     return Numerics(probe, body["accepted"])
 
 
 def _list(body: Any) -> list[Any]:
-    _require(isinstance(body, list), "a field that is no list")
+    require(isinstance(body, list), "a field that is no list")
     return list(body)
 
 
@@ -291,47 +291,38 @@ def _dataset(body: Any) -> Dataset | None:
         split_names=_names(body["split_names"]),
         **{name: body[name] for name in names},
     )
-    _require(_count(found.rows, 0) and found.rows * 9 <= found.file.bytes, "the rows of the dataset")
+    require(is_count(found.rows, 0) and found.rows * 9 <= found.file.bytes, "the rows of the dataset")
     columns = len(found.class_names) if found.task in ("multilabel", "regression") else 0
-    _require(_count(found.targets, 0) and found.targets == columns, "targets")
-    _require(found.whole_rows is None or _count(found.whole_rows, found.rows), "whole_rows")
+    require(is_count(found.targets, 0) and found.targets == columns, "targets")
+    require(found.whole_rows is None or is_count(found.whole_rows, found.rows), "whole_rows")
     hashed = isinstance(found.whole_hash, str) and re.fullmatch(r"[0-9a-f]{64}", found.whole_hash)
-    _require(found.whole_hash is None or (found.whole_rows is not None and hashed), "whole_hash")
-    _require(found.task is None or found.task in TASKS, f"task {found.task!r}")
-    _require(isinstance(found.has_ids, bool) and isinstance(found.has_inputs, bool), "has_ids or has_inputs")
+    require(found.whole_hash is None or (found.whole_rows is not None and hashed), "whole_hash")
+    require(found.task is None or found.task in TASKS, f"task {found.task!r}")
+    require(isinstance(found.has_ids, bool) and isinstance(found.has_inputs, bool), "has_ids or has_inputs")
     return found
 
 
 def _file(body: Any) -> ShardFile:
     file = ShardFile(body["name"], body["bytes"], body["sha256"])
-    _require(isinstance(file.name, str) and FILE_NAME.fullmatch(file.name), f"file name {file.name!r}")
-    _require(isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256), f"sha256 of {file.name}")
-    agree = file.name.endswith(f"-{file.sha256[:16]}.h5") and _count(file.bytes, 1)
-    _require(agree, f"the entry of {file.name}")
+    require(isinstance(file.name, str) and FILE_NAME.fullmatch(file.name), f"file name {file.name!r}")
+    require(isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256), f"sha256 of {file.name}")
+    agree = file.name.endswith(f"-{file.sha256[:16]}.h5") and is_count(file.bytes, 1)
+    require(agree, f"the entry of {file.name}")
     return file
 
 
 def _only(body: Any, *names: str) -> dict[str, Any]:
-    _require(isinstance(body, dict), "a feature set that is no mapping")
+    require(isinstance(body, dict), "a feature set that is no mapping")
     return {name: body[name] for name in names}
 
 
 def _mapping(body: Any) -> dict[str, Any]:
-    _require(isinstance(body, dict), "a field that is no mapping")
+    require(isinstance(body, dict), "a field that is no mapping")
     return dict(body)
 
 
 def _names(body: Any) -> tuple[str, ...]:
     strings = isinstance(body, list) and all(isinstance(name, str) for name in body)
-    _require(strings and len(set(body)) == len(body), "a list of names")
+    require(strings and len(set(body)) == len(body), "a list of names")
     "".join(body).encode("utf-8")  # a lone surrogate cannot be printed
     return tuple(body)
-
-
-def _count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
-
-
-def _require(holds: object, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{what} is not what this format allows")
