@@ -201,6 +201,17 @@ def test_other_versions_of_the_same_bits_are_recorded(
     assert "the same bits as the first" in CliRunner().invoke(main, ["info", str(tmp_path / "c")]).output
 
 
+def test_accepted_bits_need_no_flag_again_whichever_versions_prepare_the_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tmp_path / "c"
+    ec.extract(ROWS[:4], output_dir=where, backbone=load(folder))
+    ec.extract(ROWS[:6], output_dir=where, backbone=nudge(load(folder)), accept_numerics=True)
+    other_versions(monkeypatch)
+    cache = ec.extract(ROWS, output_dir=where, backbone=nudge(load(folder)))
+    assert [each["accepted"] for each in cache.numerics()] == [False, True, True]
+
+
 def test_a_cache_without_a_probe_is_extended_only_where_that_is_accepted(folder: Path, tmp_path: Path) -> None:
     where, backbone = tmp_path / "c", load(folder)
     silent = load(folder)

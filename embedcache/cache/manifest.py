@@ -164,16 +164,16 @@ class Manifest:
     def with_kinds(self, where: str, kinds: Iterable[Numerics], accepted: bool) -> Manifest:
         """Return the manifest for rows that machines of these kinds add.
 
-        Raises ``NumericsMismatchError`` where they are other bits than those there, and that is not ``accepted``.
+        Raises ``NumericsMismatchError`` where their bits are those of no rows there, and that is not ``accepted``.
         """
         made = list(self.kinds) if self.shards else []
         for each in kinds:
             if any(known.probe == each.probe for known in made):
                 continue
-            found = difference(made[0].probe, each.probe) if made else None
-            if found is not None and not found.same_bits and not accepted:
-                raise NumericsMismatchError(where, found.to_text(), known=found.status != "unknown")
-            made.append(Numerics(each.probe, found is not None and not found.same_bits))
+            found = [difference(known.probe, each.probe) for known in made]
+            if found and not accepted and not any(one.same_bits for one in found):
+                raise NumericsMismatchError(where, found[0].to_text(), known=found[0].status != "unknown")
+            made.append(Numerics(each.probe, bool(found) and not found[0].same_bits))
         return replace(self, numerics=tuple(made) if any(each.probe is not None for each in made) else ())
 
     def write(self, directory: Path) -> None:
