@@ -24,7 +24,7 @@ from embedcache.compare.result import assemble, ratio_text, seconds_text
 from embedcache.compare.rows import checked_rows, ranks, read_rows, sampled, training_rows, write_rows
 from embedcache.compare.store import Folder
 from embedcache.compare.worker import perform
-from embedcache.errors import BackboneMismatchError, InputError, Interrupted, SpecError, TrainingError
+from embedcache.errors import BackboneError, BackboneMismatchError, InputError, Interrupted, SpecError, TrainingError
 from embedcache.examples import load_examples
 from embedcache.train.metrics import interval
 
@@ -138,7 +138,7 @@ def test_the_table_is_put_together_by_hand() -> None:
     assert found.row("full") is full
     with pytest.raises(KeyError):
         found.row("full", 0.5)
-    assert any("interrupted" in note for note in found.notes())
+    assert any("interrupted" in note for note in found.notes)
 
 
 def test_numbers_as_people_read_them() -> None:
@@ -377,7 +377,8 @@ def test_other_weights_under_the_same_name_are_measured(model: str, tmp_path: Pa
     with pytest.raises(BackboneMismatchError, match="changed during the comparison"):
         perform(
             {"approach": "frozen", "fraction": 1.0, "seed": 0, "epochs": 1, "metric": "accuracy", "head": "linear",
-             "head_options": {}, "cache": cache, "device": "cpu", "outputs": str(tmp_path / "o"), "progress": False}
+             "head_options": {}, "cache": cache, "device": "cpu", "outputs": str(tmp_path / "o"), "progress": False,
+             "trust_remote_code": False}
         )  # fmt: skip
 
 
@@ -426,7 +427,7 @@ def test_an_interrupted_extraction_is_charged_in_full(model: str, tmp_path: Path
     line = json.loads((tmp_path / "c" / "results.jsonl").read_text().splitlines()[0])
     assert (line["extracted"], line["unique"]) == (30, 60)
     assert found.extraction["seconds"] == pytest.approx(2 * line["seconds"])
-    assert any("interrupted" in note for note in found.notes())
+    assert any("interrupted" in note for note in found.notes)
     (tmp_path / "c" / "results.jsonl").unlink()
     (tmp_path / "c" / "comparison.json").unlink()
     (tmp_path / "c" / "comparison.md").unlink()
@@ -555,3 +556,20 @@ def test_every_recipe_names_its_source() -> None:
     assert chosen(["full", "cached"])[0].name == "cached"
     assert APPROACHES["cached"].spec == APPROACHES["frozen"].spec
     assert APPROACHES["lp-ft"].spec.learning_rate == APPROACHES["lp-ft"].backbone_rate
+
+
+def test_a_model_with_code_of_its_own_is_compared_where_it_is_trusted(jobs: list[Job], tmp_path: Path) -> None:
+    folder = tiny_models.build("bert", tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto}))
+    (folder / "own.py").write_text(
+        "from transformers import BertConfig, BertModel\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
+        "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
+    )
+    ways = ("cached", "frozen")
+    with pytest.raises(BackboneError, match="--trust-remote-code"):
+        compare(str(folder), tmp_path / "c", approaches=ways)
+    found = compare(str(folder), tmp_path / "c", approaches=ways, trust_remote_code=True)
+    assert [row["approach"] for row in found.rows] == list(ways)

@@ -41,6 +41,7 @@ from embedcache.cli.options import (
 @setting_option("seed", default=0, more="The first of --seeds.")
 @click.option("--seeds", type=int, default=1, show_default=True, metavar="N", help="How many seeds to average over.")
 @device_option
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @input_options
 @json_option
 def compare(
@@ -57,6 +58,7 @@ def compare(
     seed: int,
     seeds: int,
     device: str,
+    trust_remote_code: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -78,6 +80,7 @@ def compare(
     found = compare_training_approaches(
         examples, where, model=model, head=kind, pooling=pooling, approaches=names, epochs=epochs, fractions=shares,
         max_rows=max_rows, seeds=range(seed, seed + seeds), metric=metric, device=device,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if as_json:
         return print_json(found.to_json())

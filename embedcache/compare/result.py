@@ -115,6 +115,7 @@ class Comparison:
             )
         return said
 
+    @property
     def notes(self) -> list[str]:
         """Return what one has to know to read the table."""
         facts = self.facts
@@ -145,7 +146,7 @@ class Comparison:
 
     def to_text(self, table: Callable[[list[list[str]], list[str]], str]) -> str:
         """Lay it out for a terminal, by a function (rows, header) -> text."""
-        said = [*self.sentences(), "", *self.notes()]
+        said = [*self.sentences(), "", *self.notes]
         return "\n".join([table(self.cells(), self.header()), "", *map(shown, said)])
 
     def to_markdown(self) -> str:
@@ -154,7 +155,7 @@ class Comparison:
         lines = ["# Cached features against training with the backbone in the loop", ""]
         lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
         lines += ["| " + " | ".join(cells) + " |" for cells in self.cells()]
-        lines += ["", *(f"- {each}." for each in self.sentences()), "", *(f"{each}\n" for each in self.notes())]
+        lines += ["", *(f"- {each}." for each in self.sentences()), "", *(f"{each}\n" for each in self.notes)]
         lines += ["## Recipes", ""]
         used = [name for name in APPROACHES if any(each["approach"] == name for each in self.rows)]
         lines += [f"- **{APPROACHES[name].title}.** {APPROACHES[name].recipe}" for name in used]

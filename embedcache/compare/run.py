@@ -52,6 +52,7 @@ def compare_training_approaches(
     seeds: Sequence[int] = (0,),
     metric: str | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
@@ -74,6 +75,7 @@ def compare_training_approaches(
         seeds: initial weights, order, dropout and the rows of a fraction; results are means over them.
         metric: what decides the best epoch and is shown; None for accuracy, macro F1 or the root mean squared error.
         device: where the backbone runs.
+        trust_remote_code: run Python that comes with the model.
         options: columns and splits, as in ``load_examples``.
 
     Raises:
@@ -99,7 +101,10 @@ def compare_training_approaches(
     with ExitStack() as stack:
         where = stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir
         folder = stack.enter_context(Folder(where))
-        work = _Work(folder, examples, wanted, shares, tuple(seeds), spec, name, epochs, model, pooling, device)
+        work = _Work(
+            folder, examples, wanted, shares, tuple(seeds), spec, name, epochs, model, pooling, device,
+            trust_remote_code,
+        )  # fmt: skip
         found = work.run(progress)
         if output_dir is None:
             return Comparison(found.facts, found.extraction, found.rows, found.break_even)
@@ -138,12 +143,14 @@ class _Work:
         model: Path | str | None,
         pooling: str,
         device: str,
+        trust_remote_code: bool = False,
     ) -> None:
         from embedcache.backbone import choose_device, model_name, resolve_model, weight_files
 
         self.folder, self.examples, self.approaches = folder, examples, approaches
         self.fractions, self.seeds, self.head, self.metric, self.epochs = fractions, seeds, head, metric, epochs
         self.model, self.pooling, self.device = model_name(model), pooling, choose_device(device)
+        self.trust_remote_code = trust_remote_code
         weights = weight_files(resolve_model(self.model))
         self.machine = machine(self.device)
         self.identity = {
@@ -193,7 +200,7 @@ class _Work:
         job = {
             "approach": "extraction", "cache": str(self.cache), "task": self.examples.task,
             "class_names": list(self.examples.class_names), "model": self.model, "pooling": self.pooling,
-            "device": self.device, "progress": shown,
+            "device": self.device, "trust_remote_code": self.trust_remote_code, "progress": shown,
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             rows = Path(scratch) / "rows.jsonl"
@@ -223,7 +230,7 @@ class _Work:
                 "approach": approach.name, "fraction": fraction, "seed": seed, "epochs": self.epochs,
                 "metric": self.metric, "head": self.head.kind, "head_options": dict(self.head.options),
                 "cache": str(self.cache), "device": self.device, "outputs": str(self.folder.output_path(key)),
-                "progress": shown,
+                "trust_remote_code": self.trust_remote_code, "progress": shown,
             }
         )  # fmt: skip
         return self.folder.add(

@@ -80,7 +80,10 @@ def extraction(job: Job) -> dict[str, Any]:
     memory = Peak(job["device"])
     examples = read_rows(Path(job["rows"]), job["task"], job["class_names"])
     begun = time.perf_counter()
-    backbone = load_for(job["cache"], model=job["model"], poolings=[job["pooling"]], device=job["device"])
+    backbone = load_for(
+        job["cache"], model=job["model"], poolings=[job["pooling"]], device=job["device"],
+        trust_remote_code=job["trust_remote_code"],
+    )  # fmt: skip
     setup = time.perf_counter() - begun
     try:
         report = run(examples, backbone, job["cache"], keep_inputs=True)
@@ -201,7 +204,7 @@ def _live(
     contents = cache.inputs()
     assert contents is not None  # the extraction kept them
     begun = time.perf_counter()
-    backbone = load_for(cache.path, device=job["device"])
+    backbone = load_for(cache.path, device=job["device"], trust_remote_code=job["trust_remote_code"])
     refuse_changed(cache, backbone.identity)
     setup = time.perf_counter() - begun
     probe = None
