@@ -20,7 +20,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from embedcache.version import __version__
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache, merge, relabel

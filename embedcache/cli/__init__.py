@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-from embedcache import __version__
 from embedcache.cli import caches, checks, comparison, heads, reports, sweeps
 from embedcache.errors import EmbedcacheError, EmbedcacheWarning, Interrupted
+from embedcache.version import __version__
 from embedcache.wording import shown
 
 

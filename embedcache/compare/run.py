@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from embedcache import __version__, errors
+from embedcache import errors
 from embedcache.arguments import checks_arguments
 from embedcache.compare.approaches import Approach, chosen
 from embedcache.compare.result import Comparison, assemble, seconds_text
@@ -29,6 +29,7 @@ from embedcache.heads import head_named
 from embedcache.journal import exists, explained
 from embedcache.spec import HeadSpec, Task
 from embedcache.train.metrics import metric_named
+from embedcache.version import __version__
 from embedcache.wording import counted
 
 METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from embedcache import __version__
+from embedcache.version import __version__
 
 if TYPE_CHECKING:
     from embedcache.heads.trained import TrainedHead
