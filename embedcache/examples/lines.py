@@ -11,6 +11,8 @@ from embedcache.examples.source import SAMPLE_ROWS, BadRow, Block, Kind, kind_of
 from embedcache.examples.stored import BLOCK_BYTES, FileSource, StoredFile
 from embedcache.fingerprint import MOST_VALUES, refuse_bombs
 
+_BLOCK_LINES = 1 << 16
+"""Lines handed on at once: a megabyte of blank lines would be a million rows, each hundreds of bytes in memory."""
 _LONG = 1 << 16
 """Bytes of a line that could become much more than a line when it is parsed."""
 
@@ -110,5 +112,7 @@ def _line_blocks(file: StoredFile) -> Iterator[tuple[int, list[bytes]]]:
         while lines := binary.readlines(BLOCK_BYTES):
             if first == 1:
                 lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-            yield first, lines
-            first += len(lines)
+            for start in range(0, len(lines), _BLOCK_LINES):
+                part = lines[start : start + _BLOCK_LINES]
+                yield first, part
+                first += len(part)

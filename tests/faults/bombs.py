@@ -95,36 +95,36 @@ def pack(file: Path, size: int = 400 * _MEGABYTE) -> None:
 
 
 def refusals(folder: Path, names: Sequence[str], size: int) -> tuple[int, list[str]]:
-    """Have a process of its own read such files; return how many, and what was not refused within 512 MB."""
+    """Have a process of its own read each such file; return how many, and what was not refused within 512 MB."""
     files = [folder / name for name in names]
     for file in files:
         pack(file, size)
-    done = subprocess.run([sys.executable, __file__, *files], capture_output=True, text=True, check=True)
     problems = []
-    for line in done.stdout.splitlines():
+    for file in files:  # one process each: the peak of memory is a process's, not a file's
+        done = subprocess.run([sys.executable, __file__, file], capture_output=True, text=True, check=True)
+        line = done.stdout.strip()
         found = json.loads(line)
-        _, _, said = TEXT[Path(found["file"]).name.removesuffix(".gz")]
+        _, _, said = TEXT[file.name.removesuffix(".gz")]
         if not re.search(f"{said}|unpacks to more than", found["said"]) or found["mib"] > 512:
             problems.append(line)
     return len(files), problems
 
 
 def main() -> None:
-    """``python tests/faults/bombs.py FILE...`` reads each as ``predict`` does and prints memory, seconds, reason."""
+    """``python tests/faults/bombs.py FILE`` reads it as ``predict`` does and prints memory, seconds, reason."""
     from embedcache.errors import EmbedcacheError
     from embedcache.examples import load_examples
 
     load_examples([{"text": "what the libraries take is not the fault of a file"}], labels="none")
-    for file in sys.argv[1:]:
-        begun = time.perf_counter()
-        try:
-            load_examples([file], labels="none", text_column="text")
-            said = "read"
-        except EmbedcacheError as error:
-            said = str(error)
-        # Not getrusage, whose peak a process inherits from the one that started it.
-        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        print(json.dumps({"file": file, "mib": int(peak) >> 10, "seconds": time.perf_counter() - begun, "said": said}))
+    file, begun = sys.argv[1], time.perf_counter()
+    try:
+        load_examples([file], labels="none", text_column="text")
+        said = "read"
+    except EmbedcacheError as error:
+        said = str(error)
+    # Not getrusage, whose peak a process inherits from the one that started it.
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    print(json.dumps({"file": file, "mib": int(peak) >> 10, "seconds": time.perf_counter() - begun, "said": said}))
 
 
 if __name__ == "__main__":

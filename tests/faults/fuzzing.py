@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import shutil
+import stat
 import sys
 import tempfile
 import warnings
@@ -189,6 +190,15 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 }
 
 
+def entries(path: Path) -> dict[str, tuple[int, bytes]]:
+    """What stands in a folder: of each entry its mode, which tells links and pipes from files, and a file's bytes."""
+    found = {str(each.relative_to(path)): each for each in [path, *path.rglob("*")]}
+    return {
+        name: (each.lstat().st_mode, each.read_bytes() if stat.S_ISREG(each.lstat().st_mode) else b"")
+        for name, each in found.items()
+    }
+
+
 def hostile_caches(count: int, seed: int) -> Result:
     """Every attack, and every two of them one after the other, is refused in one line."""
     rng, problems = random.Random(seed), []
@@ -197,12 +207,18 @@ def hostile_caches(count: int, seed: int) -> Result:
         for number in range(count):
             (folder / "at").mkdir()
             path = small_caches.write(folder / "at" / "c")
-            chosen = [names[number % len(names)]] + ([rng.choice(names)] if number >= len(names) else [])
+            sound = entries(path)
+            first = names[number % len(names)]
+            others = [name for name in names if name != first]  # the same again may be its inverse: transposed
+            chosen = [first] + ([rng.choice(others)] if number >= len(names) else [])
             for name in chosen:
                 if any(each.is_fifo() for each in path.rglob("*")):
                     break  # an attack that reads would wait in it
                 with contextlib.suppress(Exception):  # the first attack has left nothing for the second to change
                     HOSTILE[name](path)
+            if entries(path) == sound:  # the second attack undid the first
+                shutil.rmtree(folder / "at")
+                continue
             found, wrong = outcome(lambda path=path: FeatureCache.open(path))
             if found is not None or wrong:
                 problems.append(f"{' and '.join(chosen)}: {wrong or 'not noticed'}")
