@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, features_of, load_backbone, probe_of
-from embedcache.errors import BackboneError, BackboneMismatchError, InputError, warn
+from embedcache.backbone import Backbone, features_of, load_again, probe_of
+from embedcache.errors import BackboneMismatchError, InputError, warn
 from embedcache.examples import Examples
-from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
+from embedcache.spec import ExtractionSpec, ModelSource, differences_text
 from embedcache.wording import shortened
 
-_OF_TEXT = ("max_length", "truncation_side", "prompt")
 WINDOW = 2048
 """Rows tokenised and batched together: enough company for canonical batches, little enough to stay small."""
 
@@ -71,7 +70,8 @@ class Predictor:
             BackboneMismatchError: that backbone, or its settings, are not those the head was trained on.
         """
         head = TrainedHead.from_pretrained(run)
-        return cls(head, backbone_of(head, model=model, device=device, trust_remote_code=trust_remote_code))
+        source = ModelSource(model, device=device, trust_remote_code=trust_remote_code)
+        return cls(head, backbone_of(head, source))
 
     def __call__(self, texts: Iterable[str]) -> list[Prediction]:
         """Predict texts, in order. Raises ``InputError`` for one that is empty or no text."""
@@ -130,53 +130,23 @@ def _content(number: int, text: object) -> bytes:
         raise InputError(f"text {number} holds half a surrogate pair, which is no character") from None
 
 
-def backbone_of(
-    head: TrainedHead, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False
-) -> Backbone:
+def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
     """Load the backbone a head was trained on, with the settings it was trained with."""
-    spec = head.extraction
-    if "preprocessing" not in spec:
+    spec = ExtractionSpec.from_json(head.extraction)
+    if not spec.has_backbone:
         raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not text")
-    text = spec["preprocessing"]
-    asked = model if model is not None else head.model
-    if not isinstance(text, Mapping) or not {*_OF_TEXT, "compute_dtype"} <= {*text, *spec}:
+    if spec.settings is None:
         raise BackboneMismatchError("this head was trained on features of another sort of backbone than texts have")
-    try:
-        return load_backbone(
-            asked,
-            features=(head.feature.name,),
-            max_length=text["max_length"],
-            truncation_side=text["truncation_side"],
-            prompt=text["prompt"],
-            compute_dtype=spec["compute_dtype"],
-            storage_dtype=spec["storage_dtype"],
-            attention=spec["attention"],
-            compiled=spec["execution"] == "compiled",
-            policy=spec["shapes"],
-            device=device,
-            revision=head.revision if model is None else None,
-            trust_remote_code=trust_remote_code,
-        )
-    except BackboneError as error:
-        if model is None:
-            raise BackboneError(
-                f"{error}; the head was trained on {head.model}: say where it is now with --model"
-            ) from None
-        raise
+    settings = replace(spec.settings, features=(head.feature.name,))
+    return load_again(settings, source, ModelSource(head.model, head.revision), "the head was trained on")
 
 
 def refuse_other_backbone(head: TrainedHead, backbone: Backbone) -> None:
     """Raise ``BackboneMismatchError`` with a readable difference unless these are the head's own features."""
-    trained, here = dict(head.extraction), dict(backbone.identity)
-    trained_features, features = trained.pop("features", {}), here.pop("features", {})
-    name = head.feature.name
-    found = differences(trained, here)
-    if name in trained_features:
-        found += differences(trained_features[name], features.get(name), f"features.{name}")
-    if found:
-        shown = "; ".join(f"{field}: trained on {old!r}, this is {new!r}" for field, old, new in found[:4])
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    trained, here = ExtractionSpec.from_json(head.extraction), ExtractionSpec.from_json(backbone.identity)
+    if found := trained.differences_for(head.feature.name, here):
         raise BackboneMismatchError(
-            f"the head was trained on the features of another backbone ({shown}{more}): "
+            f"the head was trained on the features of another backbone "
+            f"({differences_text(found, 'trained on', 'this is')}): "
             "its answers would be meaningless; give the same model with --model, or train a head on this one"
         )

@@ -414,13 +414,14 @@ def test_a_comparison_that_is_interrupted_goes_on(
 def test_an_interrupted_extraction_is_charged_in_full(model: str, tmp_path: Path, jobs: list[Job]) -> None:
     """What was extracted before counts by the pace of the rest; where nothing is left to time, it is done again."""
     from embedcache.extract import load_for, part_of, run
+    from embedcache.spec import BackboneSettings, ModelSource
 
     examples = checked_rows(load_examples(rows_of(60)))
     work = running._Work(
         Folder(tmp_path / "c"), examples, chosen(["cached"]), [1.0], [0], running.HeadSpec("linear"), "accuracy", 2,
         model, "mean", "cpu",
     )  # fmt: skip
-    backbone = load_for(None, model=model, poolings=["mean"], device="cpu")
+    backbone = load_for(None, ModelSource(model, device="cpu"), BackboneSettings(("mean",)))
     (tmp_path / "c" / "caches").mkdir(parents=True)
     run(part_of(examples, 1, 2), backbone, work.cache)
     found = compare(model, tmp_path / "c", approaches=["cached"])

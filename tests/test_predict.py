@@ -115,9 +115,10 @@ _MADE: dict[Any, Any] = {}
 def predictors(caches: Any, kind: str) -> Predictor:
     if kind not in _MADE:
         from embedcache.predict import backbone_of
+        from embedcache.spec import ModelSource
 
         head = trained(caches, kind).head
-        _MADE[kind] = Predictor(head, backbone_of(head, device="cpu"))
+        _MADE[kind] = Predictor(head, backbone_of(head, ModelSource(device="cpu")))
     return _MADE[kind]
 
 
@@ -188,6 +189,8 @@ def test_the_revision_is_asked_for_again(run: Path, monkeypatch: pytest.MonkeyPa
     from dataclasses import replace
 
     from embedcache import predict
+    from embedcache.backbone import text
+    from embedcache.spec import ModelSource
 
     asked: dict[str, Any] = {}
 
@@ -195,11 +198,11 @@ def test_the_revision_is_asked_for_again(run: Path, monkeypatch: pytest.MonkeyPa
         asked.update(settings, model=model)
         return "a backbone"
 
-    monkeypatch.setattr(predict, "load_backbone", load)
+    monkeypatch.setattr(text, "load_backbone", load)
     head = replace(TrainedHead.from_pretrained(run), model="someone/model", revision="v2")
-    predict.backbone_of(head, trust_remote_code=True)
+    predict.backbone_of(head, ModelSource(trust_remote_code=True))
     assert (asked["model"], asked["revision"], asked["trust_remote_code"]) == ("someone/model", "v2", True)
-    predict.backbone_of(head, model="/a/copy")
+    predict.backbone_of(head, ModelSource("/a/copy"))
     assert (asked["model"], asked["revision"], asked["trust_remote_code"]) == ("/a/copy", None, False)
 
 

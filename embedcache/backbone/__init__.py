@@ -29,7 +29,7 @@ from embedcache.backbone.folder import (
 )
 from embedcache.backbone.numerics import probe_of
 from embedcache.backbone.processes import Workers, workers
-from embedcache.backbone.text import TextBackbone, Tokens, load_backbone
+from embedcache.backbone.text import TextBackbone, Tokens, load_again, load_backbone
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.shard import FeatureSet
 
@@ -45,6 +45,7 @@ __all__ = [
     "choose_device",
     "contents_hash",
     "features_of",
+    "load_again",
     "load_backbone",
     "model_name",
     "needs_spare_row",

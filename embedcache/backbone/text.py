@@ -32,7 +32,7 @@ from embedcache.batching import Batch, ShapePolicy
 from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError, SpecError
 from embedcache.fingerprint import sha256_bytes, sha256_file
 from embedcache.shard import FeatureSet, Kind
-from embedcache.spec import DTYPES, POOLINGS, FeatureSpec
+from embedcache.spec import POOLINGS, BackboneSettings, FeatureSpec, ModelSource
 
 if TYPE_CHECKING:
     import torch
@@ -110,17 +110,10 @@ def load_backbone(
         PoolingUnavailableError: a pooling it does not give.
         SpecError: a setting with an impossible value.
     """
-    for setting, value in (("compute_dtype", compute_dtype), ("storage_dtype", storage_dtype)):
-        if value not in DTYPES:
-            raise SpecError(f"{setting} is {value!r}: expected one of {', '.join(DTYPES)}")
-    if truncation_side not in ("right", "left"):
-        raise SpecError(f"truncation_side is {truncation_side!r}: expected right or left")
-    for setting, number in (("positions", positions), ("pass_threads", pass_threads)):
-        if number is not None and number < 1:
-            raise SpecError(f"{setting} is {number}: expected at least 1")
-    for feature in features:  # a misspelt pooling is said before anything is loaded
-        if feature != "auto":
-            FeatureSpec.parse(feature)
+    BackboneSettings(
+        tuple(features), max_length, truncation_side, prompt, compute_dtype, storage_dtype, attention, compiled,
+        positions=positions, pass_threads=pass_threads,
+    ).refuse_impossible()  # fmt: skip
     model = model_name(model)
     folder = resolve_model(model, revision)
     name = model or DEFAULT_MODEL
@@ -193,6 +186,21 @@ def load_backbone(
         "policy": shapes.to_json(), "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     return made
+
+
+def load_again(settings: BackboneSettings, source: ModelSource, made_with: ModelSource, whose: str) -> TextBackbone:
+    """Load the backbone that once made features, with the settings that were recorded.
+
+    ``source`` says where it is now; what it leaves open is as in ``made_with``. ``whose`` begins the sentence that a
+    model that is not there any more ends with: "the head was trained on".
+    """
+    here = source.or_else(made_with.model, made_with.revision)
+    try:
+        return load_backbone(**here.arguments(), **settings.arguments())
+    except BackboneError as error:
+        if source.model is not None:
+            raise
+        raise BackboneError(f"{error}; {whose} {here.model}: say where it is now with --model") from None
 
 
 def _feature_specs(
@@ -273,7 +281,7 @@ class TextBackbone:
             partial(self._outputs, network), network, name, vocabulary=self._vocabulary or len(tokenizer),
             reserved=tokenizer.all_special_ids, pad=self._pad, longest=policy.max_length,
         )  # fmt: skip
-        self.identity = {**identity, "features": {spec.name: _spec_json(spec) for spec in specs}}
+        self.identity = {**identity, "features": {spec.name: spec.to_json() for spec in specs}}
         if compiled:
             self._run = Compiled(network, self._warm_up)
             self._run.ready()
@@ -489,14 +497,6 @@ def _vocabulary(network: torch.nn.Module) -> int | None:
     except NotImplementedError:
         return None
     return getattr(embeddings, "num_embeddings", None)
-
-
-def _spec_json(spec: FeatureSpec) -> dict[str, Any]:
-    return {
-        "pooling": spec.pooling,
-        "layers": None if spec.layers is None else list(spec.layers),
-        "normalize": spec.normalize,
-    }
 
 
 def _numpy(tensor: Tensor) -> npt.NDArray[Any]:

@@ -28,6 +28,7 @@ from embedcache.fingerprint import canonical_json, sha256_bytes
 from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
+from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
 _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
@@ -431,7 +432,7 @@ def known_rows(
     return RowIndex(stored_keys(Path(path), manifest)).lookup(keys)
 
 
-def read_spec(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def read_spec(path: Path | str) -> tuple[ExtractionSpec, dict[str, Any]] | None:
     """Return the spec of a cache and what ran its last shard, complete or not; None where there is no cache."""
     try:
         manifest = manifests.read(Path(path))
@@ -440,4 +441,4 @@ def read_spec(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     spec = dict(manifest.spec)
     if isinstance(features := spec.get("features"), dict):  # JSON on disk has sorted keys; the sets have their order
         spec["features"] = {each.name: features[each.name] for each in manifest.feature_sets if each.name in features}
-    return spec, dict(manifest.shards[-1].provenance) if manifest.shards else {}
+    return ExtractionSpec(spec), dict(manifest.shards[-1].provenance) if manifest.shards else {}

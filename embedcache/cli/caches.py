@@ -66,16 +66,18 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
     from embedcache.errors import warn
     from embedcache.extract import compile_hint, forecast, load_for, parse_part, part_of, run
+    from embedcache.spec import BackboneSettings, ModelSource
 
-    settings = {name: options.pop(name) for name in SETTINGS}
+    poolings = list(options.pop("poolings"))
     if options.pop("tokens"):
-        settings["poolings"] = [*(settings["poolings"] or ["auto"]), "tokens"]
+        poolings = [*(poolings or ["auto"]), "tokens"]
+    source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
     threads, rows_per_shard, part, keep, accept = (
         options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs", "accept_numerics")
     )
     selected = parse_part(part)
     examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
-    backbone = load_for(output_dir, **settings)
+    backbone = load_for(output_dir, source, asked)
     if selected is not None:
         examples = part_of(examples, *selected)
     if dry_run:
@@ -91,12 +93,6 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     if as_json:
         return print_json(report.to_json())
     say(report.to_text(output_dir))
-
-
-SETTINGS = (
-    "model", "revision", "poolings", "max_length", "truncation_side", "prompt", "compute_dtype", "storage_dtype",
-    "attention", "compiled", "positions", "pass_threads", "device", "trust_remote_code",
-)  # fmt: skip
 
 
 @click.command(short_help="What is in a cache.")

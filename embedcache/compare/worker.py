@@ -25,7 +25,15 @@ from embedcache.compare.memory import Peak
 from embedcache.compare.rows import labelled, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
-from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.spec import (
+    BackboneSettings,
+    ExtractionSpec,
+    HeadSpec,
+    ModelSource,
+    Task,
+    TrainSpec,
+    differences_text,
+)
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -80,10 +88,8 @@ def extraction(job: Job) -> dict[str, Any]:
     memory = Peak(job["device"])
     examples = read_rows(Path(job["rows"]), job["task"], job["class_names"])
     begun = time.perf_counter()
-    backbone = load_for(
-        job["cache"], model=job["model"], poolings=[job["pooling"]], device=job["device"],
-        trust_remote_code=job["trust_remote_code"],
-    )  # fmt: skip
+    source = ModelSource(job["model"], device=job["device"], trust_remote_code=job["trust_remote_code"])
+    backbone = load_for(job["cache"], source, BackboneSettings((job["pooling"],)))
     setup = time.perf_counter() - begun
     try:
         report = run(examples, backbone, job["cache"], keep_inputs=True)
@@ -204,7 +210,8 @@ def _live(
     contents = cache.inputs()
     assert contents is not None  # the extraction kept them
     begun = time.perf_counter()
-    backbone = load_for(cache.path, device=job["device"], trust_remote_code=job["trust_remote_code"])
+    source = ModelSource(device=job["device"], trust_remote_code=job["trust_remote_code"])
+    backbone = load_for(cache.path, source, BackboneSettings())
     refuse_changed(cache, backbone.identity)
     setup = time.perf_counter() - begun
     probe = None
@@ -264,13 +271,10 @@ def into_standard_units(module: Any, y: Array) -> None:
 
 def refuse_changed(cache: FeatureCache, identity: Mapping[str, Any]) -> None:
     """Raise ``BackboneMismatchError`` where the backbone is no longer the one that the features are from."""
-    from embedcache.fingerprint import differences
-
-    found = differences(cache.spec, identity)
+    found = ExtractionSpec.from_json(cache.spec).differences(ExtractionSpec.from_json(identity))
     if found:
-        field, old, new = found[0]
         raise BackboneMismatchError(
-            f"the backbone changed during the comparison ({field}: it was {old!r}, it is {new!r}): "
+            f"the backbone changed during the comparison ({differences_text(found[:1], 'it was', 'it is')}): "
             "choose another output directory"
         )
 

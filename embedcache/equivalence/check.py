@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, features_of, load_backbone, model_name
+from embedcache.backbone import Backbone, features_of, load_again, model_name
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.examination import Examination
 from embedcache.equivalence.result import EquivalenceResult
@@ -16,7 +17,7 @@ from embedcache.equivalence.rows import matched, sample
 from embedcache.errors import BackboneError, SpecError
 from embedcache.examples import Examples, load_examples
 from embedcache.heads.registry import head_named
-from embedcache.spec import HeadSpec
+from embedcache.spec import ExtractionSpec, HeadSpec, ModelSource
 from embedcache.train.cached import feature_for
 
 Reference = Literal["canonical", "standard", "both"]
@@ -90,6 +91,7 @@ def check_equivalence(
         raise SpecError(f"seed is {seed}: expected a whole number in [0, 2**32)")
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     model = model_name(model)
+    source = ModelSource(model, revision, device, trust_remote_code)
     spec = _head_for(opened, head)
     chosen = feature_for(opened, spec, feature)
     examples = inputs if isinstance(inputs, Examples) or inputs is None else load_examples(inputs, **reading)
@@ -100,14 +102,14 @@ def check_equivalence(
     )  # fmt: skip
     given = backbone is not None
     if backbone is None:
-        backbone = load_live(opened, model, revision, device, trust_remote_code)
+        backbone = load_live(opened, source)
     check = Examination(opened, raw, rows_of, backbone, spec, chosen, seed, steps, everything, progress)
     check.identity(given)
     check.environment()
     if not check.same_shape():
         return check.result(begun)
     standard = check.standard_model(reference != "canonical", model, revision, trust_remote_code)
-    check.features(lambda contents: _other_poolings(opened, model, revision, device, backbone, contents))
+    check.features(lambda contents: _other_poolings(opened, source, backbone, contents))
     check.measure_tolerances(standard)
     check.cached_side()
     if reference != "standard":
@@ -118,46 +120,32 @@ def check_equivalence(
     return check.result(begun)
 
 
-def load_live(
-    cache: FeatureCache, model: str | None, revision: str | None, device: str, trust_remote_code: bool = False,
-    features: Sequence[str] = (),
-) -> Backbone:  # fmt: skip
+def load_live(cache: FeatureCache, source: ModelSource, features: Sequence[str] = ()) -> Backbone:
     """Load the backbone that a cache was made with, set up as its spec says, storing nothing in fewer bits.
 
     Raises ``BackboneError`` when it is not there any more.
     """
-    spec = cache.spec
-    text = spec.get("preprocessing")
-    if text is None:
+    settings = ExtractionSpec.from_json(cache.spec).settings
+    if settings is None:
         raise BackboneError(
             f"{cache.path} was made by a backbone of one's own, which no name leads to: pass it as backbone=..."
         )
+    settings = replace(settings, features=tuple(features) or tuple(cache.feature_sets), storage_dtype=None)
     made = cache.provenance()[-1] if cache.provenance() else {}
-    asked = model if model is not None else made.get("model")
-    try:
-        return load_backbone(
-            asked, features=tuple(features) or tuple(cache.feature_sets), max_length=text["max_length"],
-            truncation_side=text["truncation_side"], prompt=text["prompt"], compute_dtype=spec["compute_dtype"],
-            attention=spec["attention"], compiled=spec["execution"] == "compiled", device=device,
-            policy=spec["shapes"], revision=revision or (made.get("revision") if model is None else None),
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    except BackboneError as error:
-        if model is not None:
-            raise
-        raise BackboneError(f"{error}; {cache.path} was made with {asked}: say where it is now with --model") from None
+    made_with = ModelSource(made.get("model"), made.get("revision"))
+    return load_again(settings, source, made_with, f"{cache.path} was made with")
 
 
 def _other_poolings(
-    cache: FeatureCache, model: str | None, revision: str | None, device: str, backbone: Any, contents: Sequence[bytes]
+    cache: FeatureCache, source: ModelSource, backbone: Any, contents: Sequence[bytes]
 ) -> dict[str, Any]:
     """Return what every pooling of a cache's model makes of some rows, to find the one that was used."""
     there = [each for each in getattr(backbone, "poolings", ()) if each != "tokens"]
-    if "preprocessing" not in cache.spec or not there:
+    if not ExtractionSpec.from_json(cache.spec).has_backbone or not there:
         return {}
     names = [*there, *(f"l2:{each}" for each in there)]
     try:
-        other = load_live(cache, model, revision, device, features=names)
+        other = load_live(cache, source, names)
     except BackboneError:  # the model was passed in, and is nowhere else
         return {}
     return {name: features_of(other, contents, name) for name in names}

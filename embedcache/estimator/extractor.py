@@ -20,8 +20,9 @@ from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet, warn
 from embedcache.examples import load_examples
 from embedcache.extract import run
-from embedcache.fingerprint import canonical_json, differences, hash_json
+from embedcache.fingerprint import canonical_json, hash_json
 from embedcache.numerics import Probe, difference
+from embedcache.spec import ExtractionSpec, differences_text
 from embedcache.wording import counted
 
 LOCK_PATIENCE = 600.0
@@ -124,12 +125,12 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         shapes = self.identity_.get("shapes")
         if backbone.identity.get("shapes") != shapes:  # fitted on another kind of device
             backbone = self._backbone(shapes)
-        if found := differences(self.identity_, backbone.identity):
-            shown = "; ".join(f"{field}: fitted with {old!r}, this is {new!r}" for field, old, new in found[:4])
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        fitted, here = (ExtractionSpec.from_json(identity) for identity in (self.identity_, backbone.identity))
+        if found := fitted.differences(here):
+            shown = differences_text(found, "fitted with", "this is")
             raise BackboneMismatchError(
                 f"FeatureExtractor was fitted with another model than {backbone.provenance.get('model')} is now "
-                f"({shown}{more}): what was fitted on its features would be wrong; bring that model back, or fit again"
+                f"({shown}): what was fitted on its features would be wrong; bring that model back, or fit again"
             )
         return backbone
 

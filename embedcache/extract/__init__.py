@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from embedcache.errors import SpecError, warn
 from embedcache.examples import Examples, load_examples
 from embedcache.extract.forecast import Forecast, compile_hint, forecast
 from embedcache.extract.run import Bar, ExtractionReport, Progress, new_rows, run
-from embedcache.spec import FeatureSpec
+from embedcache.spec import BackboneSettings, ModelSource
 
 if TYPE_CHECKING:
     from embedcache.backbone import TextBackbone
@@ -40,66 +41,17 @@ __all__ = [
 ]
 
 
-@checks_arguments()
-def load_for(
-    output_dir: Path | str | None,
-    *,
-    model: Path | str | None = None,
-    revision: str | None = None,
-    poolings: Sequence[str] = (),
-    max_length: int | None = None,
-    truncation_side: str | None = None,
-    prompt: str | None = None,
-    compute_dtype: str | None = None,
-    storage_dtype: str | None = None,
-    attention: str | None = None,
-    compiled: bool | None = None,
-    positions: int | None = None,
-    pass_threads: int | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> TextBackbone:
+def load_for(output_dir: Path | str | None, source: ModelSource, asked: BackboneSettings) -> TextBackbone:
     """Load the backbone for a cache. What is left None, an existing cache decides; what is given, it must agree with.
 
     The agreement itself is checked where the cache is opened for writing, with a difference that names the fields.
     """
     found = read_spec(output_dir) if output_dir is not None else None
-    spec, provenance = found if found is not None else ({}, {})
-    text = spec.get("preprocessing", {})
-    policy = dict(spec["shapes"]) if "shapes" in spec else None
-    if policy is not None and max_length is not None:
-        policy["max_length"] = max_length
-    if policy is not None and positions is not None:
-        policy["positions"] = positions
-    if policy is not None and pass_threads is not None:
-        policy["threads"] = pass_threads
-
-    def chosen(given: Any, recorded: Any, default: Any) -> Any:
-        return given if given is not None else recorded if recorded is not None else default
-
-    return load_backbone(
-        chosen(model, provenance.get("model"), None),
-        features=_in_order(tuple(poolings), tuple(spec.get("features", ()))) or ("auto",),
-        max_length=chosen(max_length, text.get("max_length"), None),
-        truncation_side=chosen(truncation_side, text.get("truncation_side"), "right"),
-        prompt=chosen(prompt, text.get("prompt"), None),
-        compute_dtype=chosen(compute_dtype, spec.get("compute_dtype"), "float32"),
-        storage_dtype=chosen(storage_dtype, spec.get("storage_dtype"), "float32"),
-        attention=chosen(attention, spec.get("attention"), None),
-        compiled=chosen(compiled, spec.get("execution", "eager") == "compiled", False),
-        device=device,
-        policy=policy,
-        positions=positions,
-        pass_threads=pass_threads,
-        revision=chosen(revision, provenance.get("revision") if model is None else None, None),
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _in_order(asked: tuple[str, ...], there: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the sets asked for, in the order of the cache when it has just these; without any, the cache's."""
-    names = {FeatureSpec.parse(text).name for text in asked if text != "auto"}
-    return there if not asked or (names == set(there) and len(asked) == len(there)) else asked
+    if found is not None:
+        spec, made_with = found
+        source = source.or_else(made_with.get("model"), made_with.get("revision"))
+        asked = asked.over(spec.settings or BackboneSettings())
+    return load_backbone(**source.arguments(), **asked.arguments())
 
 
 def parse_part(text: str | None) -> tuple[int, int] | None:
@@ -123,7 +75,7 @@ def part_of(examples: Examples, part: int, parts: int) -> Examples:
     return examples.select(np.flatnonzero(np.isin(keys, keys[mine])))
 
 
-@checks_arguments(load_examples, load_for)
+@checks_arguments(load_examples, ModelSource, BackboneSettings)
 def extract(
     inputs: Any = None,
     *,
@@ -156,8 +108,8 @@ def extract(
         processes: run passes in processes of their own where one does not keep all cores busy (more than 8 passes at a
             time, 8,192 new rows); the program is imported again in each, so it needs ``if __name__ == "__main__"``.
         progress: where to report to; None draws a bar on a terminal.
-        options: the settings of ``load_for`` (``max_length``, ``compute_dtype``, ...) and the columns and splits of
-            ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
+        options: the settings of ``load_backbone`` (``max_length``, ``compute_dtype``, ...) and the columns and splits
+            of ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
 
     What was guessed, looks wrong in the data, or leaves the cache that was there is an ``EmbedcacheWarning`` each, and
     in the ``notes`` of the cache.
@@ -170,11 +122,12 @@ def extract(
         cache = extract("reviews.csv", output_dir="reviews.cache", split="80/10/10")
         X, y = cache.arrays("train")
     """
-    settings = {name: options.pop(name) for name in _SETTINGS if name in options}
+    source = replace(ModelSource.taken_from(options), model=model)
+    poolings = [pooling] if isinstance(pooling, str) else list(pooling)
+    asked = BackboneSettings.taken_from(options, poolings)
     examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
     if backbone is None:
-        poolings = [pooling] if isinstance(pooling, str) else list(pooling)
-        backbone = load_for(output_dir, model=model, poolings=poolings, **settings)
+        backbone = load_for(output_dir, source, asked)
     selected = parse_part(part)
     if selected is not None:
         examples = part_of(examples, *selected)
@@ -195,19 +148,3 @@ def extract(
     cache = FeatureCache.open(output_dir)
     cache.notes = (*examples.notes, *hints, *report.notes)
     return cache
-
-
-_SETTINGS = (
-    "revision",
-    "max_length",
-    "truncation_side",
-    "prompt",
-    "compute_dtype",
-    "storage_dtype",
-    "attention",
-    "compiled",
-    "positions",
-    "pass_threads",
-    "device",
-    "trust_remote_code",
-)

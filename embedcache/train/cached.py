@@ -12,12 +12,11 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError, warn
-from embedcache.fingerprint import differences
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_class, head_named
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec, differences_text
 from embedcache.train.data import checked_data, choose
 from embedcache.train.metrics import default_metric, measure
 from embedcache.train.readers import CachedRows, fits_in_memory
@@ -204,16 +203,12 @@ def targets_for(head: TrainedHead, cache: FeatureCache) -> npt.NDArray[Any]:
 
 def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
     """Raise ``BackboneMismatchError`` unless a cache holds the features that a head was trained on."""
-    theirs, ours = dict(head.extraction), dict(cache.spec)
-    named: Mapping[str, Any] = theirs.pop("features", {})
-    there: Mapping[str, Any] = ours.pop("features", {})
-    name = head.feature.name
+    trained, name = ExtractionSpec.from_json(head.extraction), head.feature.name
     if name not in cache.feature_sets:
         raise FeatureError(f"{cache.path} has no feature set {name!r}: it has {', '.join(cache.feature_sets)}")
-    found = differences(theirs, ours) if theirs else []
-    found += differences(named.get(name), there.get(name), f"features.{name}") if name in named else []
+    found = trained.differences_for(name, ExtractionSpec.from_json(cache.spec)) if trained.body else []
     if found:
-        shown = "; ".join(f"{field}: trained on {old!r}, the cache has {new!r}" for field, old, new in found[:4])
+        shown = differences_text(found, "trained on", "the cache has")
         raise BackboneMismatchError(f"the head was trained on other features than {cache.path} holds ({shown})")
 
 

@@ -1,0 +1,182 @@
+"""What was asked of which model: the settings of a backbone, and all that decides the bits of its features."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import SpecError
+from embedcache.fingerprint import differences as json_differences
+from embedcache.spec.feature import DTYPES, FeatureSpec, feature_name
+
+FieldDifference = tuple[str, object, object]
+"""A field, dots between its levels, with its value before and now."""
+MOST_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is, and how it may be run here. None of it decides a bit, so none of it is in an identity."""
+
+    model: Path | str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    @classmethod
+    def taken_from(cls, options: MutableMapping[str, Any]) -> ModelSource:
+        """Take what describes a source out of the options of a function or a command."""
+        return cls(**_taken(options, [each.name for each in fields(cls)]))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments with which ``load_backbone`` loads the model from here."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def or_else(self, model: object, revision: object) -> ModelSource:
+        """Return this source, or where it names no model, the one recorded with its revision."""
+        if self.model is not None:
+            return self
+        model, revision = (value if isinstance(value, str) else None for value in (model, self.revision or revision))
+        return replace(self, model=model, revision=revision)
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """How a text backbone is to make features; see ``load_backbone``. None is what nobody has decided yet.
+
+    ``shapes`` are all canonical shapes, as ``ShapePolicy.to_json`` gives them; ``positions`` and ``pass_threads`` are
+    what one may ask of them.
+    """
+
+    features: tuple[str, ...] = ()
+    max_length: int | None = None
+    truncation_side: str | None = None
+    prompt: str | None = None
+    compute_dtype: str | None = None
+    storage_dtype: str | None = None
+    attention: str | None = None
+    compiled: bool | None = None
+    shapes: Mapping[str, int] | None = None
+    positions: int | None = None
+    pass_threads: int | None = None
+
+    @classmethod
+    def taken_from(cls, options: MutableMapping[str, Any], features: Sequence[str] = ()) -> BackboneSettings:
+        """Take what describes settings out of the options of a function or a command."""
+        names = [each.name for each in fields(cls) if each.name not in ("features", "shapes")]
+        return cls(features=tuple(features), **_taken(options, names))
+
+    def refuse_impossible(self) -> None:
+        """Raise ``SpecError`` for a value that no model can have, before anything is loaded."""
+        for name in ("compute_dtype", "storage_dtype"):
+            if (dtype := getattr(self, name)) is not None and dtype not in DTYPES:
+                raise SpecError(f"{name} is {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.truncation_side not in (None, "right", "left"):
+            raise SpecError(f"truncation_side is {self.truncation_side!r}: expected right or left")
+        for name in ("positions", "pass_threads"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise SpecError(f"{name} is {number}: expected at least 1")
+        for feature in self.features:
+            if feature != "auto":
+                FeatureSpec.parse(feature)
+
+    def over(self, recorded: BackboneSettings) -> BackboneSettings:
+        """Return these settings, and the recorded ones where these leave something open.
+
+        The same feature sets in another order are those of the record in its order.
+        """
+        names = [feature_name(text) for text in self.features if text != "auto"]
+        same = len(self.features) == len(recorded.features) and set(names) == set(recorded.features)
+        merged = {
+            each.name: getattr(recorded if getattr(self, each.name) is None else self, each.name)
+            for each in fields(self)
+        }
+        if recorded.shapes is not None:
+            asked = {"max_length": self.max_length, "positions": self.positions, "threads": self.pass_threads}
+            changed = {name: number for name, number in asked.items() if number is not None}
+            merged["shapes"] = {**(self.shapes or recorded.shapes), **changed}
+        features = recorded.features if same or not self.features else self.features
+        return BackboneSettings(**{**merged, "features": features})
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments with which ``load_backbone`` follows these settings."""
+        named = {"policy": self.shapes, **{each.name: getattr(self, each.name) for each in fields(self)}}
+        return {name: value for name, value in named.items() if name != "shapes" and value not in (None, ())}
+
+
+@dataclass(frozen=True)
+class ExtractionSpec:
+    """All that decides the bits of a feature: the ``spec`` of a cache and the ``extraction`` of a head.
+
+    ``body`` is the JSON object of FORMAT.md, section 5, kept as it is: what a backbone of one's own or a newer version
+    says of itself may be anything, and must give the same hash when it is written again.
+    """
+
+    body: Mapping[str, object]
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, object]) -> ExtractionSpec:
+        """Read what ``to_json`` gave. Nothing is refused: what is not known makes ``settings`` None."""
+        return cls(dict(body))
+
+    def to_json(self) -> dict[str, object]:
+        """Return the object that stands in a manifest."""
+        return dict(self.body)
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether a model that a name leads to made the features, from raw rows."""
+        return "preprocessing" in self.body
+
+    @property
+    def features(self) -> Mapping[str, object]:
+        """The feature sets by name, as far as they are described."""
+        described = self.body.get("features")
+        return described if isinstance(described, Mapping) else {}
+
+    @property
+    def settings(self) -> BackboneSettings | None:
+        """The settings of the text backbone that made the features; None where it was another sort of backbone."""
+        text = self.body.get("preprocessing")
+        if not isinstance(text, Mapping) or not {*_OF_TEXT} <= {*text} or not {*_OF_MODEL} <= {*self.body}:
+            return None
+        recorded: dict[str, Any] = {name: text[name] for name in _OF_TEXT}
+        recorded |= {name: self.body[name] for name in _OF_MODEL}
+        compiled = recorded.pop("execution") == "compiled"
+        return BackboneSettings(features=tuple(self.features), compiled=compiled, **recorded)
+
+    def only(self, names: Collection[str]) -> ExtractionSpec:
+        """Return the spec without the feature sets of other names: they do not matter to who reads these."""
+        if "features" not in self.body:
+            return self
+        kept = {name: feature for name, feature in self.features.items() if name in names}
+        return ExtractionSpec({**self.body, "features": kept})
+
+    def differences(self, now: ExtractionSpec) -> list[FieldDifference]:
+        """Return every field in which ``now`` is not what this spec says, with both values."""
+        return json_differences(self.body, now.body)
+
+    def differences_for(self, feature: str, now: ExtractionSpec) -> list[FieldDifference]:
+        """Return the differences that matter to who reads one feature set, as a head does.
+
+        A set that this spec does not describe cannot differ.
+        """
+        names = {feature} & {*self.features}
+        described, here = ({"features": {}, **spec.only(names).body} for spec in (self, now))
+        return json_differences(described, here)
+
+
+_OF_TEXT = ("max_length", "truncation_side", "prompt")
+_OF_MODEL = ("compute_dtype", "storage_dtype", "attention", "execution", "shapes")
+
+
+def differences_text(found: Sequence[FieldDifference], before: str, now: str) -> str:
+    """Lay differences out for a message: ``backbone.config: trained on 'a', this is 'b'``, the first four of them."""
+    shown = "; ".join(f"{field}: {before} {old!r}, {now} {new!r}" for field, old, new in found[:MOST_SHOWN])
+    return shown + (f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else "")
+
+
+def _taken(options: MutableMapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}
