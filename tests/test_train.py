@@ -19,7 +19,7 @@ from torch.nn import functional
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.train import Masks, train_head, train_stack
 from embedcache.train.batches import Batch, InMemory, InMemoryRagged, OnDisk, block_order, order
 from embedcache.train.data import Data, class_weights, moments
@@ -650,7 +650,7 @@ def test_linear_on_features_that_do_not_fit_in_memory_is_trained_by_minibatches_
 @pytest.mark.parametrize("smoothing", [0.0, 0.13])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_biases_start_where_a_head_without_features_has_the_least_loss(
-    task: Task, smoothing: float, weighted: bool
+    task: TaskName, smoothing: float, weighted: bool
 ) -> None:
     generator = np.random.default_rng(5)
     y: Any = {
@@ -681,7 +681,7 @@ def test_what_never_occurs_has_a_finite_bias() -> None:
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_heads_start_alike_alone_in_a_stack_on_folds_and_on_disk(task: Task, kind: str) -> None:
+def test_heads_start_alike_alone_in_a_stack_on_folds_and_on_disk(task: TaskName, kind: str) -> None:
     x, classes = made(90)
     y: Any = {
         "classification": classes, "multilabel": np.eye(3, dtype=np.uint8)[classes],

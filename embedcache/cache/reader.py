@@ -30,7 +30,7 @@ from embedcache.errors import CacheError, CorruptCacheError, FeatureError, Incom
 from embedcache.journal import exists, explained, is_locked
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FeatureSet, Placed
-from embedcache.spec import Task, feature_name, find_name, split_name
+from embedcache.spec import TaskName, feature_name, find_name, split_name
 from embedcache.wording import counted, shown
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class FeatureCache:
         self.feature_sets: dict[str, FeatureSet] = {each.name: each for each in manifest.feature_sets}
         assert manifest.examples is not None
         dataset = self.dataset = manifest.examples
-        self.task: Task | None = dataset.task  # type: ignore[assignment]  # checked where the manifest is parsed
+        self.task: TaskName | None = dataset.task  # type: ignore[assignment]  # checked where the manifest is parsed
         self.class_names, self.split_names, self.n_rows = dataset.class_names, dataset.split_names, dataset.rows
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)])
         self.n_stored = int(self._starts[-1])

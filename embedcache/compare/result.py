@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from embedcache.compare.approaches import APPROACHES
 from embedcache.errors import MissingExtraError
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.train.metrics import resampled_scores, score
 from embedcache.wording import counted, shown
 
@@ -267,7 +267,7 @@ def _break_evens(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _draws(task: Task, y: Array, outputs: Array, metric: str) -> npt.NDArray[np.float64]:
+def _draws(task: TaskName, y: Array, outputs: Array, metric: str) -> npt.NDArray[np.float64]:
     return resampled_scores(task, y, outputs, metric)
 
 

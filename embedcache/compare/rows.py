@@ -13,7 +13,7 @@ import numpy.typing as npt
 from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_bytes
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.train.metrics import labelled_rows
 
 Rows = npt.NDArray[np.int64]
@@ -93,7 +93,7 @@ def sampled(keys: npt.NDArray[np.uint8], most: int, seed: int) -> Rows:
     return np.flatnonzero(rank < bound)
 
 
-def training_rows(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: Task, fraction: float, seed: int) -> Rows:
+def training_rows(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, fraction: float, seed: int) -> Rows:
     """Return the places of a fraction of the training rows, increasing; a larger fraction holds a smaller one.
 
     Classes keep their shares, and each keeps a row at least: a fraction without a class would be another problem.
@@ -155,7 +155,7 @@ def write_rows(examples: Examples, file: Path) -> None:
             out.write(json.dumps(row) + "\n")
 
 
-def read_rows(file: Path, task: Task, class_names: Sequence[str]) -> Examples:
+def read_rows(file: Path, task: TaskName, class_names: Sequence[str]) -> Examples:
     """Read what ``write_rows`` wrote."""
     regression = task == "regression"
     return load_examples(
@@ -165,6 +165,6 @@ def read_rows(file: Path, task: Task, class_names: Sequence[str]) -> Examples:
     )  # fmt: skip
 
 
-def labelled(task: Task, y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def labelled(task: TaskName, y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return which rows have a label, bool [N]."""
     return np.asarray(labelled_rows(task, y))

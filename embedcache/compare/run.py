@@ -27,12 +27,12 @@ from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import head_named
 from embedcache.journal import exists, explained
-from embedcache.spec import HeadSpec, Task
+from embedcache.spec import HeadSpec, TaskName
 from embedcache.train.metrics import metric_named
 from embedcache.version import __version__
 from embedcache.wording import counted
 
-METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
+METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What approaches are judged by when nobody says."""
 
 Runner = Callable[[Mapping[str, Any]], dict[str, Any]]

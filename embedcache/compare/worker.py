@@ -30,7 +30,7 @@ from embedcache.spec import (
     ExtractionSpec,
     HeadSpec,
     ModelSource,
-    Task,
+    TaskName,
     TrainSpec,
     differences_text,
 )
@@ -117,7 +117,7 @@ class Split:
     """The rows of one training: a fraction of train, all of validation and test, as numbers of rows of the cache."""
 
     def __init__(self, cache: FeatureCache, fraction: float, seed: int) -> None:
-        self.task: Task = cache.task or "classification"
+        self.task: TaskName = cache.task or "classification"
         self.y = cache.targets()
         fine = labelled(self.task, self.y)
         of = {name: rows[fine[rows]] for name in ("train", "validation", "test") if len(rows := cache.rows(name))}
@@ -279,7 +279,7 @@ def refuse_changed(cache: FeatureCache, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _curve(history: Any, spec: TrainSpec, task: Task) -> dict[str, Any]:
+def _curve(history: Any, spec: TrainSpec, task: TaskName) -> dict[str, Any]:
     """Say how validation went: the best epoch, counted from 1, its metric, and the seconds of an epoch."""
     from embedcache.train.metrics import metric_named
 

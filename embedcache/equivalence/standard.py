@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from embedcache.equivalence.plain import plain_head
 from embedcache.equivalence.training import Record
-from embedcache.spec import FeatureSpec, HeadSpec, Task, TrainSpec
+from embedcache.spec import FeatureSpec, HeadSpec, TaskName, TrainSpec
 
 Array = npt.NDArray[Any]
 BATCH = 32
@@ -134,7 +134,7 @@ def train_standard(
     feature: FeatureSpec,
     head: HeadSpec,
     spec: TrainSpec,
-    task: Task,
+    task: TaskName,
     start: Record,
     total_steps: int,
     dtype: str = "float32",
@@ -206,7 +206,7 @@ class Standardised(nn.Module):
         return out
 
 
-def logits_of(module: nn.Module, x: Any, y: Array, task: Task) -> Array:
+def logits_of(module: nn.Module, x: Any, y: Array, task: TaskName) -> Array:
     """Return the logits of features [N, ...] or (values, offsets), in real units for a regression; ``y`` are the
     training targets."""
     with torch.no_grad():
@@ -230,7 +230,7 @@ def _factor(spec: TrainSpec, step: int, total: int) -> float:
     return 1 - share if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _loss(task: Task, logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+def _loss(task: TaskName, logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
     if task == "classification":
         return F.cross_entropy(logits, y, label_smoothing=smoothing)
     return F.binary_cross_entropy_with_logits(logits, y) if task == "multilabel" else F.mse_loss(logits, y)

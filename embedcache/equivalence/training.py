@@ -16,7 +16,7 @@ from embedcache.equivalence.result import Comparison, judged
 from embedcache.heads import TrainedHead
 from embedcache.heads.layers import Dropout
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged
 from embedcache.train.data import Data
 from embedcache.train.minibatch import train_minibatch
@@ -74,7 +74,7 @@ def train(
     head: HeadSpec,
     spec: TrainSpec,
     feature: FeatureSet,
-    task: Task,
+    task: TaskName,
     class_names: Sequence[str],
     steps: int,
     *,

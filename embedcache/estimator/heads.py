@@ -18,7 +18,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.heads import TrainedHead, head_named
 from embedcache.heads.trained import Array, Floats
-from embedcache.spec import HeadSpec, Task, TrainSpec, declared
+from embedcache.spec import HeadSpec, TaskName, TrainSpec, declared
 from embedcache.train import train_head
 from embedcache.wording import shortened
 
@@ -116,7 +116,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return {"dtype": _DTYPES, "allow_nd": self._several, "ensure_2d": not self._several}
 
     def _fitted(
-        self, X: Any, y: Any, sample_weight: Any, task: Task, names: list[str], **settings: Any
+        self, X: Any, y: Any, sample_weight: Any, task: TaskName, names: list[str], **settings: Any
     ) -> _HeadEstimator:
         spec = head_named(self.head, self.engine, _plain(self.options or {}))
         seed = _seed(self.random_state)

@@ -22,7 +22,7 @@ from embedcache.examples.labels import (
     name_fault,
     one_name_each,
 )
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 _BIT = {"0": 0, "1": 1, "false": 0, "true": 1}
@@ -35,7 +35,7 @@ class ClassSets:
     are all of one length are vectors with an entry for each class, as MultiLabelBinarizer makes them.
     """
 
-    def __init__(self, column: str, task: Task | None, separator: str | None, required: bool) -> None:
+    def __init__(self, column: str, task: TaskName | None, separator: str | None, required: bool) -> None:
         self._column = column
         self._task = task
         self._separator = separator

@@ -16,7 +16,7 @@ from embedcache.examples.content import CONTENTS
 from embedcache.examples.ids import IdColumn
 from embedcache.examples.source import Source
 from embedcache.fingerprint import KEY_BYTES
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 
@@ -46,7 +46,7 @@ class Examples:
 
     keys: NDArray[np.uint8]
     targets: NDArray[Any] | None
-    task: Task | None
+    task: TaskName | None
     class_names: tuple[str, ...]
     split: NDArray[np.uint8]
     split_names: tuple[str, ...]

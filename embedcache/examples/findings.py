@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.examples.labels import UNLABELLED, some
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 Show = Callable[[Sequence[int]], list[str]]
@@ -51,7 +51,7 @@ def group(keys: NDArray[np.uint8]) -> Groups:
     return Groups(order, start)
 
 
-def labelled(task: Task | None, targets: NDArray[Any] | None, rows: int) -> NDArray[np.bool_]:
+def labelled(task: TaskName | None, targets: NDArray[Any] | None, rows: int) -> NDArray[np.bool_]:
     """Return which rows have a label, bool [N]."""
     if targets is None:
         return np.zeros(rows, bool)
@@ -87,7 +87,7 @@ def leaks(groups: Groups, split: NDArray[np.uint8], names: Sequence[str], show: 
 
 
 def contradictions(
-    groups: Groups, task: Task | None, targets: NDArray[Any] | None, class_names: Sequence[str], show: Show
+    groups: Groups, task: TaskName | None, targets: NDArray[Any] | None, class_names: Sequence[str], show: Show
 ) -> list[str]:
     """Say which contents occur with different labels: another class, another set of classes, any other number."""
     if targets is None:
@@ -111,7 +111,7 @@ def contradictions(
     return [f"{counted(len(first), 'content')} {verb} with different labels, for example {', '.join(examples)}"]
 
 
-def _label(task: Task | None, target: Any, class_names: Sequence[str]) -> str:
+def _label(task: TaskName | None, target: Any, class_names: Sequence[str]) -> str:
     if task == "classification":
         return class_names[int(target)]
     if task == "multilabel":
@@ -120,7 +120,7 @@ def _label(task: Task | None, target: Any, class_names: Sequence[str]) -> str:
 
 
 def absent(
-    task: Task | None,
+    task: TaskName | None,
     targets: NDArray[Any] | None,
     class_names: Sequence[str],
     split: NDArray[np.uint8],

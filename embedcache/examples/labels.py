@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from embedcache.errors import InputError
 from embedcache.examples.content import Faults, is_missing, unicode_fault
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 UNLABELLED = 255
@@ -35,7 +35,7 @@ _WRITTEN_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*|\s+))*{_ITEM}?\s*\]")
 class Targets:
     """What the labels came to. ``values`` as in ``Examples.targets``; ``notes`` say what was guessed."""
 
-    task: Task
+    task: TaskName
     class_names: tuple[str, ...]
     values: NDArray[Any]
     notes: tuple[str, ...]
@@ -81,7 +81,7 @@ class Codebook(dict[Any, int]):
 class Classes:
     """One class a row; becomes numbers when no task was given and the labels are fractions."""
 
-    def __init__(self, column: str, task: Task | None, required: bool) -> None:
+    def __init__(self, column: str, task: TaskName | None, required: bool) -> None:
         self._column = column
         self._task = task
         self._required = required
@@ -188,7 +188,7 @@ class Numbers:
     Several columns without a task are multi-label when they hold nothing but 0 and 1.
     """
 
-    def __init__(self, columns: Sequence[str], task: Task | None, required: bool) -> None:
+    def __init__(self, columns: Sequence[str], task: TaskName | None, required: bool) -> None:
         self._columns = tuple(columns)
         self._task = task
         self._required = required

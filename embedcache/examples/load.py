@@ -24,7 +24,7 @@ from embedcache.examples.quarantine import Quarantine
 from embedcache.examples.source import BadRow, Block, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES
-from embedcache.spec import TASKS, Task
+from embedcache.spec import TASKS, TaskName
 from embedcache.wording import counted
 
 _SHOWN_BAD_ROWS = 10
@@ -43,7 +43,7 @@ def load_examples(
     test: Any = None,
     split: str | None = None,
     split_seed: int = 0,
-    task: Task | None = None,
+    task: TaskName | None = None,
     label_separator: str | None = None,
     class_names: Sequence[str] | None = None,
     extend_classes: bool = False,
@@ -144,7 +144,7 @@ def _check_options(
 
 
 def _label_collector(
-    sources: Sequence[Source], roles: Roles, task: Task | None, separator: str | None, labels: LabelUse
+    sources: Sequence[Source], roles: Roles, task: TaskName | None, separator: str | None, labels: LabelUse
 ) -> Labels | None:
     """Choose what collects the labels, going by the options and the first cells of the first label column.
 

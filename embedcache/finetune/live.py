@@ -21,7 +21,7 @@ from embedcache.errors import InputError, SpecError, warn
 from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
 from embedcache.shard import FeatureSet
-from embedcache.spec import Task, TrainSpec
+from embedcache.spec import TaskName, TrainSpec
 from embedcache.train.batches import Batch, order
 from embedcache.train.data import Data, checked_data, class_weights, refuse_untrainable
 from embedcache.train.ending import STILL_IMPROVING, still_improving
@@ -103,7 +103,7 @@ def _bytes(contents: Contents) -> list[bytes]:
     return [each.encode("utf-8") if isinstance(each, str) else each for each in contents]
 
 
-def as_probabilities(logits: Array, task: Task) -> npt.NDArray[np.float64]:
+def as_probabilities(logits: Array, task: TaskName) -> npt.NDArray[np.float64]:
     """Turn logits [N, C] into probabilities by softmax or sigmoid; a regression's values stay values."""
     z = logits.astype(np.float64)
     if task == "regression":
@@ -212,7 +212,7 @@ class FineTuned:
     """
 
     model: FeatureBasedModel
-    task: Task
+    task: TaskName
     class_names: tuple[str, ...]
     metrics: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
@@ -229,7 +229,7 @@ class FineTuned:
         return _judged_outputs(live_outputs(self.model, contents), self.task, self.target)
 
 
-def _judged_outputs(logits: Array, task: Task, target: tuple[Array, Array]) -> npt.NDArray[np.float64]:
+def _judged_outputs(logits: Array, task: TaskName, target: tuple[Array, Array]) -> npt.NDArray[np.float64]:
     said = as_probabilities(logits, task)
     return np.asarray(said * target[1] + target[0]) if task == "regression" else said
 
@@ -258,7 +258,7 @@ def fine_tune(
     spec: TrainSpec = FINE_TUNING,
     *,
     backbone_learning_rate: float = BACKBONE_RATE,
-    task: Task = "classification",
+    task: TaskName = "classification",
     class_names: Sequence[str],
     new_head: bool = False,
     progress: bool = True,
@@ -336,7 +336,7 @@ class _Judge:
     """The validation metric of a live model."""
 
     def __init__(
-        self, model: FeatureBasedModel, judged: Data, task: Task, metric: str, target: tuple[Array, Array]
+        self, model: FeatureBasedModel, judged: Data, task: TaskName, metric: str, target: tuple[Array, Array]
     ) -> None:
         self._model, self._task, self._metric, self._target, self._y = model, task, metric, target, judged.y
         self._tokens = model.extractor.prepare(judged.x.read(np.arange(len(judged))))
@@ -348,7 +348,7 @@ class _Judge:
         return float(scores(self._metric, self._task, self._y, self.outputs()[None])[0])
 
 
-def _labelled(contents: Contents, y: Any, task: Task, where: str) -> Data:
+def _labelled(contents: Contents, y: Any, task: TaskName, where: str) -> Data:
     if isinstance(contents, (str, bytes)):
         raise InputError(f"{where}: expected a list of texts, got one text")
     return checked_data(_Rows(_bytes(contents)), y, _NO_FEATURES, task, where=where)
@@ -358,7 +358,7 @@ _NO_FEATURES = FeatureSet("texts", "pooled", 1, 1, "float32")
 """What ``checked_data`` asks for and, of rows that are read later, does not look at."""
 
 
-def _target_moments(y: Array, task: Task) -> tuple[Array, Array]:
+def _target_moments(y: Array, task: TaskName) -> tuple[Array, Array]:
     if task != "regression":
         return np.zeros(1), np.ones(1)
     deviation = y.std(axis=0)

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from embedcache.errors import BundleError, FeatureError, SpecError
 from embedcache.heads.registry import refuse_unknown_options
 from embedcache.heads.sklearn_io import dump_estimator, load_estimator, save_estimator
-from embedcache.spec import TASKS, HeadSpec, Task
+from embedcache.spec import TASKS, HeadSpec, TaskName
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -51,7 +51,7 @@ class Option:
 class Setting:
     """What an estimator is built for: the task, strength of the penalty, seed, training rows and features."""
 
-    task: Task
+    task: TaskName
     l2: float
     seed: int
     rows: int
@@ -74,7 +74,7 @@ class Kind:
         build: makes the estimator, not yet fitted.
     """
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[TaskName, ...]
     linear: bool
     options: Mapping[str, Option]
     build: Build
@@ -229,7 +229,7 @@ def _majority(setting: Setting, options: Mapping[str, Any]) -> Any:
     return None  # counted by the engine: there is nothing to fit
 
 
-_CLASSES: tuple[Task, ...] = ("classification", "multilabel")
+_CLASSES: tuple[TaskName, ...] = ("classification", "multilabel")
 _SOLVED = {"C": _positive(None), "max_iter": _count(1000), "tol": _positive(1e-4)}
 
 KINDS: Mapping[str, Kind] = {
@@ -311,7 +311,7 @@ def _kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def checked_kind(head: HeadSpec, task: Task) -> tuple[Kind, dict[str, Any]]:
+def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, dict[str, Any]]:
     """Return a head's kind, and all its options, given or by default.
 
     Raises ``SpecError`` for a kind there is not, a task it cannot do, an option it has not, or an impossible value.
@@ -329,7 +329,7 @@ def checked_kind(head: HeadSpec, task: Task) -> tuple[Kind, dict[str, Any]]:
     return kind, options
 
 
-def outputs(estimator: Any, x: Array, task: Task, classes: int) -> Floats:
+def outputs(estimator: Any, x: Array, task: TaskName, classes: int) -> Floats:
     """Return what a fitted estimator says of features ``x`` [N, D]: probabilities [N, C], or values [N, R].
 
     A class that training did not have gets a column of zeros; a label that was the same in every row of training gets

@@ -19,7 +19,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, InputError
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, Task
+from embedcache.spec import HeadSpec, TaskName
 
 if TYPE_CHECKING:
     from embedcache.heads.folder import RunFolder
@@ -60,7 +60,7 @@ class TrainedHead:
     """
 
     spec: HeadSpec
-    task: Task
+    task: TaskName
     class_names: tuple[str, ...]
     feature: FeatureSet
     state: Mapping[str, Array] = field(default_factory=dict)

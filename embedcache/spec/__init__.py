@@ -28,7 +28,7 @@ __all__ = [
     "FieldDifference",
     "HeadSpec",
     "ModelSource",
-    "Task",
+    "TaskName",
     "TrainSpec",
     "declared",
     "differences_text",
@@ -37,8 +37,8 @@ __all__ = [
     "split_name",
 ]
 
-Task = Literal["classification", "multilabel", "regression"]
-TASKS: tuple[Task, ...] = ("classification", "multilabel", "regression")
+TaskName = Literal["classification", "multilabel", "regression"]
+TASKS: tuple[TaskName, ...] = ("classification", "multilabel", "regression")
 
 SPLITS = ("train", "validation", "test")
 _SPLITS = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.spec import FeatureSpec, Task
+from embedcache.spec import FeatureSpec, TaskName
 from embedcache.sweep import statistics
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Problem
@@ -41,7 +41,7 @@ class Scored:
     outputs: Outputs
     thresholds: Array | None = None
 
-    def right(self, task: Task, y: Array) -> Floats:
+    def right(self, task: TaskName, y: Array) -> Floats:
         """Return which rows are right, float64 [n], given the targets of all rows."""
         half = 0.5 if self.thresholds is None else self.thresholds
         return right(task, y[self.rows], decided(task, self.outputs, half))
@@ -54,7 +54,7 @@ class Resampler:
     draws), which is how the leaderboard's is made.
     """
 
-    def __init__(self, metric: str, task: Task, y: Array, groups: npt.NDArray[np.int64], *, seed: int = 0) -> None:
+    def __init__(self, metric: str, task: TaskName, y: Array, groups: npt.NDArray[np.int64], *, seed: int = 0) -> None:
         self._metric, self._task, self._y, self._groups, self._seed = metric, task, y, groups, seed
         self.draws = DRAWS if metric in _ROW_METRICS else _FEWER_DRAWS
 
@@ -279,7 +279,7 @@ def _interval(
 
 
 def row_interval(
-    metric: str, task: Task, y: Array, scored: Sequence[Scored], resampled: Floats, alpha: float
+    metric: str, task: TaskName, y: Array, scored: Sequence[Scored], resampled: Floats, alpha: float
 ) -> tuple[Interval | None, str]:
     """Return the interval of a score over rows: the percentile bootstrap; Wilson's where all or none were right."""
     if metric == "accuracy" and len(scored) == 1:

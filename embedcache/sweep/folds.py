@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SweepError, SweepSpecError
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 Rows = npt.NDArray[np.int64]
@@ -53,7 +53,7 @@ class Strata:
         return len(self.keys)
 
 
-def strata(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: Task, names: Sequence[str]) -> Strata:
+def strata(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, names: Sequence[str]) -> Strata:
     """Return groups and strata of rows by their keys u1 [N, 16] and targets.
 
     A stratum is a class; the rarest of a row's labels (the first step of iterative stratification, Sechidis et al.

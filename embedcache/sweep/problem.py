@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from embedcache.errors import SpecError, SweepError
 from embedcache.fingerprint import sha256_bytes
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.sweep import folds
 from embedcache.sweep.folds import Fold, Strata
 from embedcache.train.metrics import labelled_rows, metric_named
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-DEFAULT_METRIC: dict[Task, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
+DEFAULT_METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What heads are compared by when nobody says. Training stops early by a smooth metric all the same."""
 
 MOST_DIVISIONS = 10_000
@@ -100,7 +100,7 @@ class Problem:
     """
 
     cache: FeatureCache
-    task: Task
+    task: TaskName
     class_names: tuple[str, ...]
     rows: Rows
     y: Array
@@ -116,7 +116,7 @@ class Problem:
         """Look at a cache. Raises ``SweepError`` without labels or rows to learn from, ``SpecError`` for a metric."""
         if cache.task is None:
             raise SweepError(f"{cache.path} has no labels: give it some with embedcache relabel {cache.path} INPUT")
-        task: Task = cache.task
+        task: TaskName = cache.task
         name = metric or DEFAULT_METRIC[task]
         metric_named(name, task)
         targets, codes = cache.targets(), cache.split_codes()

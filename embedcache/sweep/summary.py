@@ -97,7 +97,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.sweep.problem import Problem
 from embedcache.train.metrics import measure, reliability
 
@@ -204,7 +204,7 @@ def mistakes(
     return {"split": split, "rows": len(wrong), "shown": shown}
 
 
-def _wrong(task: Task, y: Array, outputs: Array, thresholds: Array) -> tuple[npt.NDArray[np.int64], Array]:
+def _wrong(task: TaskName, y: Array, outputs: Array, thresholds: Array) -> tuple[npt.NDArray[np.int64], Array]:
     """Return which rows are wrong, and how confidently: [N]."""
     if task == "classification":
         return np.flatnonzero(outputs.argmax(axis=1) != y), outputs.max(axis=1, initial=0.0)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.heads.trained import checked_features, count, refuse_non_finite
 from embedcache.shard import FeatureSet
-from embedcache.spec import Task, TrainSpec
+from embedcache.spec import TaskName, TrainSpec
 from embedcache.wording import counted, shortened
 
 Array = npt.NDArray[Any]
@@ -43,7 +43,7 @@ _SMALLEST = 1e-37
 
 
 def checked_data(
-    x: Any, y: Any, feature: FeatureSet, task: Task, *, weight: Any = None, where: str = "training",
+    x: Any, y: Any, feature: FeatureSet, task: TaskName, *, weight: Any = None, where: str = "training",
     outputs: int | None = None,
 ) -> Data:  # fmt: skip
     """Return checked, labelled rows. ``outputs`` is how many classes, labels or targets there are to be.
@@ -154,7 +154,7 @@ class _Chosen:
         return self._reader.read(self._rows[rows])
 
 
-def refuse_untrainable(data: Data, task: Task, class_names: Sequence[str]) -> list[str]:
+def refuse_untrainable(data: Data, task: TaskName, class_names: Sequence[str]) -> list[str]:
     """Return what is worth saying of the training rows.
 
     Raises ``TrainingError`` for no rows, one class only, or fewer rows than classes.
@@ -276,7 +276,7 @@ def _parts(x: Any) -> Any:
 
 
 def class_weights(
-    specs: Sequence[TrainSpec], y: npt.NDArray[Any], task: Task, class_names: Sequence[str]
+    specs: Sequence[TrainSpec], y: npt.NDArray[Any], task: TaskName, class_names: Sequence[str]
 ) -> npt.NDArray[np.float32] | None:
     """Return the class weights of K heads, float32 [K, C], or None where no head has any.
 
@@ -290,7 +290,7 @@ def class_weights(
     return np.stack([_weights(spec.class_weight, y, task, class_names) for spec in specs]).astype(np.float32)
 
 
-def _weights(given: str | Mapping[str, float] | None, y: Any, task: Task, names: Sequence[str]) -> Any:
+def _weights(given: str | Mapping[str, float] | None, y: Any, task: TaskName, names: Sequence[str]) -> Any:
     if given is None:
         return np.ones(len(names))
     if isinstance(given, str):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 
 
 class Loss:
@@ -30,7 +30,7 @@ class Loss:
 
     def __init__(
         self,
-        task: Task,
+        task: TaskName,
         outputs: int,
         smoothing: Sequence[float] = (0.0,),
         class_weight: npt.NDArray[np.float32] | None = None,

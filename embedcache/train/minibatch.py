@@ -17,7 +17,7 @@ from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Linear
 from embedcache.heads.trained import blocks, count
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged, OnDisk, lent
 from embedcache.train.data import Data, choose, class_weights, moments
 from embedcache.train.ending import still_improving
@@ -115,7 +115,7 @@ class Judge:
     """The validation metric of every head in a stack, on rows of its own."""
 
     def __init__(
-        self, data: Data, task: Task, metric: str, masks: Masks | None, target: tuple[Array, Array], device: str
+        self, data: Data, task: TaskName, metric: str, masks: Masks | None, target: tuple[Array, Array], device: str
     ) -> None:
         self._data, self._task, self._metric, self._masks, self._target = data, task, metric, masks, target
         self._device = device
@@ -170,7 +170,7 @@ def _blocks(x: Any) -> Any:
             yield part, mask
 
 
-def metric_of(spec: TrainSpec, task: Task) -> tuple[str, bool]:
+def metric_of(spec: TrainSpec, task: TaskName) -> tuple[str, bool]:
     """Return the metric that validation is judged by, and whether more of it is better."""
     name = spec.metric or default_metric(task)
     return name, metric_named(name, task).greater_is_better
@@ -196,7 +196,7 @@ def train_minibatch(
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
     feature: FeatureSet,
-    task: Task,
+    task: TaskName,
     class_names: Sequence[str],
     *,
     masks: Masks | None = None,
@@ -249,7 +249,7 @@ def _one_pass(
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
     feature: FeatureSet,
-    task: Task,
+    task: TaskName,
     class_names: Sequence[str],
     *,
     masks: Masks | None = None,
@@ -334,7 +334,7 @@ def _one_pass(
 
 
 def _biases(
-    at: int, spec: TrainSpec, data: Data, task: Task, outputs: int, target: tuple[Array, Array],
+    at: int, spec: TrainSpec, data: Data, task: TaskName, outputs: int, target: tuple[Array, Array],
     weights: npt.NDArray[np.float32] | None, masks: Masks | None,
 ) -> npt.NDArray[np.float64]:  # fmt: skip
     """Return the biases that head ``at`` starts with: those of its own training rows, as if it were alone."""
@@ -395,14 +395,14 @@ def _masked_moments(x: Tensor, masks: Masks) -> Moments:
     return Moments(mean.float().cpu().numpy(), scale.float().cpu().numpy())
 
 
-def _target_moments(y: Array, task: Task) -> tuple[Array, Array]:
+def _target_moments(y: Array, task: TaskName) -> tuple[Array, Array]:
     if task != "regression":
         return np.zeros(1), np.ones(1)
     deviation = y.std(axis=0)
     return y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
 
 
-def _targets(y: Array, task: Task, target: tuple[Array, Array], device: str) -> Tensor:
+def _targets(y: Array, task: TaskName, target: tuple[Array, Array], device: str) -> Tensor:
     if task == "classification":
         return torch.from_numpy(y).to(device)
     values = (y - target[0]) / target[1] if task == "regression" else y
@@ -410,7 +410,7 @@ def _targets(y: Array, task: Task, target: tuple[Array, Array], device: str) -> 
 
 
 def _class_weights(
-    specs: Sequence[TrainSpec], y: Array, task: Task, class_names: Sequence[str], masks: Masks | None
+    specs: Sequence[TrainSpec], y: Array, task: TaskName, class_names: Sequence[str], masks: Masks | None
 ) -> npt.NDArray[np.float32] | None:
     if masks is None:
         return class_weights(specs, y, task, class_names)
@@ -428,7 +428,7 @@ def _finished(
     mean: Array | None,
     scale: Array | None,
     target: tuple[Array, Array],
-    task: Task,
+    task: TaskName,
 ) -> dict[str, Array]:
     """Return a head's arrays in real units: targets scaled back, standardisation folded in or beside its layer."""
     arrays = {name: value.cpu().numpy().astype(np.float64) for name, value in state.items()}

@@ -17,7 +17,7 @@ from embedcache.heads.registry import head_named
 from embedcache.heads.trained import count
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, Task, TrainSpec
+from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.train.calibration import fit_temperature, fit_thresholds
 from embedcache.train.data import (
     Data,
@@ -63,7 +63,7 @@ def train_head(
     head: HeadSpec | str = "linear",
     spec: TrainSpec | Mapping[str, Any] | None = None,
     *,
-    task: Task = "classification",
+    task: TaskName = "classification",
     class_names: Sequence[str] | Sequence[int],
     sample_weight: Any = None,
     feature: FeatureSet | None = None,
@@ -277,7 +277,7 @@ def train_stack(
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
     *,
-    task: Task,
+    task: TaskName,
     class_names: Sequence[str],
     masks: Masks | None = None,
     x_eval: Any = None,

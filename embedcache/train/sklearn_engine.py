@@ -28,7 +28,7 @@ from embedcache.heads.sklearn_kinds import (
     outputs,
     save_estimator,
 )
-from embedcache.spec import HeadSpec, Task
+from embedcache.spec import HeadSpec, TaskName
 from embedcache.train.data import rounding
 
 Array = npt.NDArray[Any]
@@ -51,7 +51,7 @@ class FittedSklearn:
         notes: what people should know: no convergence, labels that never change.
     """
 
-    task: Task
+    task: TaskName
     classes: int
     linear: Matrix | None
     estimator: Any
@@ -76,7 +76,7 @@ def fit_sklearn(
     x: Array,
     y: Array,
     *,
-    task: Task,
+    task: TaskName,
     classes: int,
     seed: int = 0,
     standardize: bool = True,
@@ -160,7 +160,7 @@ def _features(kind: str, x: Any) -> Array:
     return rows
 
 
-def _targets(given: Any, rows: int, task: Task, classes: int) -> Array:
+def _targets(given: Any, rows: int, task: TaskName, classes: int) -> Array:
     y: Array = np.asarray(given)
     y = y[:, None] if task == "regression" and y.ndim == 1 else y
     expected = (rows,) if task == "classification" else (rows, classes)
@@ -178,7 +178,7 @@ def _targets(given: Any, rows: int, task: Task, classes: int) -> Array:
 
 
 def _weights(
-    name: str, kind: Kind, y: Array, task: Task, classes: int, class_weight: str | Array | None, rows: Array | None
+    name: str, kind: Kind, y: Array, task: TaskName, classes: int, class_weight: str | Array | None, rows: Array | None
 ) -> tuple[Floats | None, Floats | None]:
     """Return the weight of each row [N], and of several labels that of each that is on [C]; None for equal ones."""
     if rows is not None:
@@ -204,7 +204,7 @@ def _weights(
     return rows, labels
 
 
-def _class_weights(y: Array, task: Task, classes: int, given: str | Array, rows: Floats | None) -> Floats:
+def _class_weights(y: Array, task: TaskName, classes: int, given: str | Array, rows: Floats | None) -> Floats:
     if isinstance(given, str):
         if given != "balanced":
             raise SpecError(f"class_weight is {given!r}: expected balanced, or a weight for each class")
@@ -255,7 +255,7 @@ def _fit(estimator: Any, x: Array, y: Array, rows: Floats | None) -> Any:
 
 
 def _linear(
-    build: Any, x: Array, y: Array, task: Task, classes: int, standardize: bool, rows: Floats | None,
+    build: Any, x: Array, y: Array, task: TaskName, classes: int, standardize: bool, rows: Floats | None,
     labels: Floats | None, notes: list[str], sample_weight: Array | None,
 ) -> Matrix:  # fmt: skip
     stored, x = x.dtype, x.astype(np.float64)
@@ -318,7 +318,7 @@ def _log_odds(on: float, rows: float) -> float:
     return float(np.log(on) - np.log(rows - on))
 
 
-def _majority(y: Array, task: Task, classes: int, dim: int, rows: Floats | None, labels: Floats | None) -> Matrix:
+def _majority(y: Array, task: TaskName, classes: int, dim: int, rows: Floats | None, labels: Floats | None) -> Matrix:
     one = np.ones(len(y)) if rows is None else rows
     if task == "regression":
         bias = one @ y / one.sum()
@@ -343,7 +343,7 @@ def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool
 
 
 def _estimator(
-    build: Any, x: Array, y: Array, task: Task, classes: int, standardize: bool, rows: Floats | None,
+    build: Any, x: Array, y: Array, task: TaskName, classes: int, standardize: bool, rows: Floats | None,
     labels: Floats | None, sample_weight: Array | None,
 ) -> Any:  # fmt: skip
     from sklearn.pipeline import Pipeline
@@ -367,7 +367,7 @@ def _estimator(
     return Pipeline([*steps, ("head", head)])
 
 
-def _one_by_one(build: Any, x: Array, y: Array, task: Task, rows: Floats | None, labels: Floats | None) -> Any:
+def _one_by_one(build: Any, x: Array, y: Array, task: TaskName, rows: Floats | None, labels: Floats | None) -> Any:
     """Fit an estimator that has one output to each column of ``y``; a label that never changes gets a constant."""
     from sklearn.dummy import DummyClassifier
     from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from embedcache.heads.modules import Head
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 
 Floats = npt.NDArray[np.float64]
 
 
 def start_biases(
-    y: Any, task: Task, outputs: int, *, smoothing: float = 0.0, class_weight: Any = None, rows: Any = None
+    y: Any, task: TaskName, outputs: int, *, smoothing: float = 0.0, class_weight: Any = None, rows: Any = None
 ) -> Floats:
     """Return the biases [C] that make the loss of ``train.losses`` least in a head that reads no feature.
 

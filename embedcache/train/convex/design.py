@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
-from embedcache.spec import TASKS, Task
+from embedcache.spec import TASKS, TaskName
 from embedcache.train.convex.workers import blocks
 from embedcache.train.data import rounding
 
@@ -148,7 +148,7 @@ def design(
     x: Any,
     y: Any,
     *,
-    task: Task,
+    task: TaskName,
     outputs: int,
     sample_weight: Any = None,
     class_weight: Any = None,
@@ -192,7 +192,7 @@ def _rows(x: Any) -> Array:
     return np.ascontiguousarray(x, x.dtype if x.dtype in (np.float32, np.float64) else np.float32)
 
 
-def _targets(y: Any, n: int, task: Task, outputs: int) -> Array:
+def _targets(y: Any, n: int, task: TaskName, outputs: int) -> Array:
     y = np.asarray(y)
     shape = (n,) if task == "classification" else (n, outputs)
     if task == "regression" and y.ndim == 1 and outputs == 1:
@@ -223,7 +223,7 @@ def _row_weights(sample_weight: Any, n: int) -> Floats | None:
 
 
 def _masses(
-    y: Array, rows: Floats | None, task: Task, outputs: int, given: Any, masks: npt.NDArray[np.bool_] | None
+    y: Array, rows: Floats | None, task: TaskName, outputs: int, given: Any, masks: npt.NDArray[np.bool_] | None
 ) -> tuple[Floats | None, Floats | None]:
     """Return the weights of rows [K, N] in each problem, classes considered, and those of labels that are on [C]."""
     mass = None if rows is None else rows[None]
@@ -249,7 +249,7 @@ def _masses(
     return (weights[y][None] if mass is None else mass * weights[y]), None
 
 
-def _absent(y: Array, masses: Floats | None, task: Task, outputs: int) -> npt.NDArray[np.bool_]:
+def _absent(y: Array, masses: Floats | None, task: TaskName, outputs: int) -> npt.NDArray[np.bool_]:
     masses = np.ones((1, len(y))) if masses is None else masses
     absent = np.zeros((len(masses), outputs), bool)
     for at, mass in enumerate(masses):

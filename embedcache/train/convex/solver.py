@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.descent import Walk, descend
 from embedcache.train.convex.design import (
@@ -37,7 +37,7 @@ def solve(
     x: Any,
     y: Any,
     *,
-    task: Task,
+    task: TaskName,
     outputs: int,
     l2: float,
     sample_weight: npt.ArrayLike | None = None,
@@ -77,7 +77,7 @@ def path(
     y: Any,
     l2s: Sequence[float],
     *,
-    task: Task,
+    task: TaskName,
     outputs: int,
     sample_weight: npt.ArrayLike | None = None,
     class_weight: npt.ArrayLike | str | None = None,
@@ -100,7 +100,7 @@ def path_folds(
     l2s: Sequence[float],
     folds: npt.ArrayLike,
     *,
-    task: Task,
+    task: TaskName,
     outputs: int,
     sample_weight: npt.ArrayLike | None = None,
     class_weight: npt.ArrayLike | str | None = None,
@@ -127,7 +127,7 @@ def _solve(
     x: Any,
     y: Any,
     l2s: list[float],
-    task: Task,
+    task: TaskName,
     outputs: int,
     standardize: bool,
     tolerance: float,
@@ -144,7 +144,7 @@ def _solve(
 
 def _designed(
     made: Design,
-    task: Task,
+    task: TaskName,
     l2s: list[float],
     starts: list[Solution] | None,
     tolerance: float,

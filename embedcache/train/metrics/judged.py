@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
-from embedcache.spec import TASKS, Task
+from embedcache.spec import TASKS, TaskName
 from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
@@ -31,7 +31,9 @@ class Judged:
         thresholds: [C], from which probability on a label of a multi-label row is on.
     """
 
-    def __init__(self, task: Task, y: Array, outputs: Array, thresholds: Sequence[float] | Array | None = None) -> None:
+    def __init__(
+        self, task: TaskName, y: Array, outputs: Array, thresholds: Sequence[float] | Array | None = None
+    ) -> None:
         y, outputs = np.asarray(y), np.asarray(outputs)
         if outputs.ndim == 1 and task == "regression":
             outputs = outputs[:, None]
@@ -90,7 +92,7 @@ class Judged:
         return self._ranked[column]
 
 
-def labelled_rows(task: Task, y: Array) -> npt.NDArray[np.bool_]:
+def labelled_rows(task: TaskName, y: Array) -> npt.NDArray[np.bool_]:
     """Return which rows have a label, bool [N]: classification has -1 for none, multi-label 255, regression NaN."""
     if task == "classification":
         return np.asarray(y != -1)
@@ -100,20 +102,20 @@ def labelled_rows(task: Task, y: Array) -> npt.NDArray[np.bool_]:
 # What is computed row by row takes any axes in front of [N, C], so that one head and K of them share the code.
 
 
-def decided(task: Task, outputs: Array, thresholds: Array | float = 0.5) -> Array:
+def decided(task: TaskName, outputs: Array, thresholds: Array | float = 0.5) -> Array:
     """Return the decisions: int64 [..., N], bool [..., N, C], or the values of a regression as they are."""
     if task == "classification":
         return np.asarray(outputs.argmax(axis=-1))
     return np.asarray(outputs >= thresholds) if task == "multilabel" else outputs
 
 
-def right(task: Task, y: Array, predicted: Array) -> Floats:
+def right(task: TaskName, y: Array, predicted: Array) -> Floats:
     """Return which rows are wholly right, float64 [..., N]."""
     same = predicted == y
     return np.asarray(same if task == "classification" else same.all(axis=-1), np.float64)
 
 
-def row_log_loss(task: Task, y: Array, outputs: Array) -> Floats:
+def row_log_loss(task: TaskName, y: Array, outputs: Array) -> Floats:
     """Return each row's loss, float64 [..., N]: -log p of its class, or the mean over labels of -log p of what is."""
     if task == "classification":
         p = outputs[..., np.arange(len(y)), y].astype(np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError, TrainingError
-from embedcache.spec import Task
+from embedcache.spec import TaskName
 from embedcache.train.metrics.formulas import BINS, confidences, counts_of, mean_defined
 from embedcache.train.metrics.judged import (
     Array,
@@ -25,7 +25,7 @@ from embedcache.train.metrics.judged import (
 )
 from embedcache.train.metrics.table import METRICS, metric_named, metrics_of
 
-LOOKED_AT: Mapping[Task, tuple[str, ...]] = {
+LOOKED_AT: Mapping[TaskName, tuple[str, ...]] = {
     "classification": ("accuracy", "f1_macro"),
     "multilabel": ("subset_accuracy", "f1_macro"),
     "regression": ("rmse", "r2"),
@@ -35,7 +35,7 @@ LOOKED_AT: Mapping[Task, tuple[str, ...]] = {
 
 def score(
     name: str,
-    task: Task,
+    task: TaskName,
     y: Array,
     outputs: Array,
     *,
@@ -50,7 +50,9 @@ def score(
     return prepare(judged)(np.ones(len(judged.y))) if judged.finite else math.nan
 
 
-def scores(name: str, task: Task, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None) -> Floats:
+def scores(
+    name: str, task: TaskName, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None
+) -> Floats:
     """Return one metric of K heads, float64 [K]: what ``score`` gives for each, bit by bit, only faster.
 
     ``outputs`` is [K, N, C]; ``masks`` bool [K, N] says which rows are each head's own.
@@ -78,7 +80,7 @@ def scores(name: str, task: Task, y: Array, outputs: Array, *, masks: npt.NDArra
 
 
 def measure(
-    task: Task,
+    task: TaskName,
     y: Array,
     outputs: Array,
     class_names: Sequence[str],
@@ -163,7 +165,7 @@ def _refuse_bad_outputs(judged: Judged) -> None:
         )
 
 
-def reliability(task: Task, y: Array, outputs: Array) -> dict[str, Any]:
+def reliability(task: TaskName, y: Array, outputs: Array) -> dict[str, Any]:
     """Return the calibration curve: ``ece`` and ``bins``, each {low, high, confidence, accuracy, rows}.
 
     Classification looks at the probability of the predicted class and how often it is the right one, multi-label at
@@ -187,7 +189,7 @@ def reliability(task: Task, y: Array, outputs: Array) -> dict[str, Any]:
 
 
 def resampled_scores(
-    task: Task,
+    task: TaskName,
     y: Array,
     outputs: Array,
     metric: str,
@@ -221,7 +223,7 @@ def wilson(right: float, rows: float, alpha: float = 0.05) -> tuple[float, float
 
 
 def interval(
-    task: Task,
+    task: TaskName,
     y: Array,
     outputs: Array,
     metric: str,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from embedcache.errors import SpecError
-from embedcache.spec import TASKS, Task
+from embedcache.spec import TASKS, TaskName
 from embedcache.train.metrics import formulas
 from embedcache.train.metrics.formulas import Prepared
 from embedcache.train.metrics.judged import Judged
@@ -26,7 +26,7 @@ class Metric:
 
     name: str
     greater_is_better: bool
-    prepare: Mapping[Task, Callable[[Judged], Prepared]]
+    prepare: Mapping[TaskName, Callable[[Judged], Prepared]]
 
     def better(self, new: float, old: float) -> bool:
         """Whether ``new`` is strictly better; NaN never is, and anything is better than NaN."""
@@ -37,7 +37,7 @@ class Metric:
 
 def _table() -> dict[str, Metric]:
     one, many, value = TASKS
-    rows: list[tuple[str, bool, Mapping[Task, Callable[[Judged], Prepared]]]] = [
+    rows: list[tuple[str, bool, Mapping[TaskName, Callable[[Judged], Prepared]]]] = [
         ("accuracy", True, {one: formulas.accuracy}),
         ("subset_accuracy", True, {many: formulas.accuracy}),
         ("hamming_loss", False, {many: formulas.hamming}),
@@ -64,12 +64,12 @@ METRICS: Mapping[str, Metric] = _table()
 """Every metric by name."""
 
 
-def metrics_of(task: Task) -> tuple[str, ...]:
+def metrics_of(task: TaskName) -> tuple[str, ...]:
     """Return the names of the metrics that a task has."""
     return tuple(name for name, metric in METRICS.items() if task in metric.prepare)
 
 
-def default_metric(task: Task) -> str:
+def default_metric(task: TaskName) -> str:
     """Return what training is judged by when nobody says: log loss, or the root mean squared error.
 
     Both are smooth and proper: on a few hundred validation rows accuracy moves in steps, stands still for epochs in
@@ -78,7 +78,7 @@ def default_metric(task: Task) -> str:
     return "rmse" if task == "regression" else "log_loss"
 
 
-def metric_named(name: str, task: Task) -> Metric:
+def metric_named(name: str, task: TaskName) -> Metric:
     """Return a metric. Raises ``SpecError`` for a name that the task does not have, with the nearest ones."""
     metric = METRICS.get(name)
     if metric is not None and task in metric.prepare:
