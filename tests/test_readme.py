@@ -63,6 +63,21 @@ def test_every_command_is_in_the_table() -> None:
         assert f"`{name} " in table or f"`{name}`" in table, f"{name} is not in the README's table"
 
 
-def test_every_figure_of_a_path_is_there() -> None:
-    for path in set(re.findall(r"`((?:embedcache|pipelines|data|tests)/[\w./-]+)`", README)):
+PAGES = ("ARCHITECTURE.md", "BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_that_a_page_names_is_there(page: str) -> None:
+    text = (REPO / page).read_text("utf-8")
+    for path in set(re.findall(r"`((?:embedcache|pipelines|data|tests)/[\w./-]+|[A-Z]+\.md)`", text)):
         assert (REPO / path).exists(), path
+
+
+def test_every_section_that_the_benchmarks_name_is_there() -> None:
+    done = subprocess.run(
+        [sys.executable, REPO / "pipelines" / "benchmark.py", "--list"], capture_output=True, text=True, check=True
+    )
+    table = (REPO / "BENCHMARKS.md").read_text("utf-8").split("## Speed and memory")[1].split("\n## ")[0]
+    named = set(re.findall(r"\| `(\w+)` \|$", table, re.MULTILINE))
+    assert named
+    assert named <= {line.split()[0] for line in done.stdout.splitlines()}

@@ -76,7 +76,11 @@ def heads() -> None:
     x, y, names = data()
     features, labels = torch.from_numpy(x), torch.from_numpy(y)
     head = build_head(ec.HeadSpec(), feature_set_of(x), CLASSES, seed=0)
-    start = {"weight": head.state_dict()["output.weight"], "bias": head.state_dict()["output.bias"]}
+    shares = np.log(np.bincount(y, minlength=CLASSES))  # the biases our heads start with: log shares, their mean 0
+    start = {
+        "weight": head.state_dict()["output.weight"],
+        "bias": torch.from_numpy((shares - shares.mean()).astype(np.float32)),
+    }
 
     def slices(epoch: int) -> Any:
         rows = torch.from_numpy(order(ROWS, 0, epoch))
