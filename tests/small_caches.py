@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from embedcache.cache import CacheWriter
+from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.fingerprint import row_key
 from embedcache.shard import FeatureSet
 
@@ -68,6 +69,24 @@ def arrays(sets: Sequence[FeatureSet], rows: Sequence[int]) -> dict[str, Any]:
     return out
 
 
+def committed(
+    row_keys: np.ndarray,
+    *,
+    ids: tuple[np.ndarray, np.ndarray] | None = None,
+    numbers: np.ndarray | None = None,
+    whole_rows: int = 0,
+    whole_hash: str | None = None,
+    **columns: Any,
+) -> Dataset:
+    """A dataset of rows with these keys; ``ids`` are a buffer and the offsets into it."""
+    return Dataset(
+        keys=row_keys,
+        ids=None if ids is None else IdColumn(len(row_keys), Packed(*ids)),
+        whole=None if numbers is None else Whole(numbers, whole_rows, whole_hash),
+        **columns,
+    )
+
+
 def write(
     path: Path,
     rows: int = 23,
@@ -76,6 +95,7 @@ def write(
     *,
     spec: dict[str, Any] = SPEC,
     dataset: Sequence[int] | None = None,
+    inputs: tuple[np.ndarray, np.ndarray] | None = None,
     **columns: Any,
 ) -> Path:
     """Write a cache of ``rows`` stored rows whose dataset has the stored rows ``dataset``, by default all in order.
@@ -95,7 +115,9 @@ def write(
             "split": (np.arange(len(dataset)) * 3 >= len(dataset) * 2).astype(np.uint8),
             "split_names": ("train", "test"),
         }
-        writer.commit_dataset(keys(dataset), **(facts | columns))
+        writer.commit_dataset(
+            committed(keys(dataset), **(facts | columns)), None if inputs is None else Packed(*inputs)
+        )
     return path
 
 

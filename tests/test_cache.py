@@ -404,7 +404,7 @@ def test_targets_of_every_task(tmp_path: Path, task: str, targets: list[Any], dt
     assert cache.targets().dtype == dtype
     assert np.array_equal(cache.targets(), np.array(targets, dtype), equal_nan=task == "regression")
     assert np.array_equal(cache.targets("test"), np.array(targets[2:], dtype))
-    assert cache.dataset.targets == (0 if task == "classification" else 2)
+    assert cache.manifest["examples"]["targets"] == (0 if task == "classification" else 2)
     cache.describe()
 
 

@@ -76,7 +76,7 @@ def part_of(path: Path, numbers: list[int], whole: list[int], sets: Any = SETS, 
         for start in range(0, len(unique), 2):
             mine = unique[start : start + 2]
             writer.append(keys(mine), arrays(sets, mine), {"device": path.name})
-        writer.commit_dataset(keys(rows), **(facts | columns))
+        writer.commit_dataset(small_caches.committed(keys(rows), **(facts | columns)))
     return path
 
 
@@ -102,7 +102,7 @@ def test_eight_parts_give_back_the_whole_in_its_order(tmp_path: Path, eight: lis
     assert merged.targets().tolist() == [row % 3 for row in WHOLE]
     assert merged.split_codes().tolist() == [number % 2 for number in range(23)]
     assert merged.ids() == [str(number) for number in range(23)]
-    assert merged.dataset.whole_rows is None, "a whole is no part"
+    assert merged.dataset.whole is None, "a whole is no part"
     assert {each["device"] for each in merged.provenance()} == {f"p{part}" for part in range(8)}
     assert merged.verify() == []
 
@@ -118,7 +118,7 @@ def test_a_missing_part_one_given_twice_and_one_of_another_input(tmp_path: Path,
     shuffled = part_of(tmp_path / "shuffled", EIGHT[3], WHOLE, whole_hash="f" * 64)
     with pytest.raises(InputError, match="parts of different datasets"):
         merge([*eight[:3], shuffled, *eight[4:]], tmp_path / "merged")
-    with pytest.raises(InputError, match="some are no parts"):
+    with pytest.raises(InputError, match="some are not parts"):
         merge([*eight, write(tmp_path / "no part", 3, 3)], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -231,7 +231,7 @@ def test_parts_of_inputs_that_differ_in_order_splits_or_labels_only_are_never_jo
             with CacheWriter(paths[-1], SPEC, POOLED) as writer:
                 rows = [int(content.split()[1]) for content in examples.contents()]
                 writer.append(keys(rows), arrays(POOLED, rows), {})
-                writer.finish(examples)
+                writer.commit_dataset(examples)
         return paths
 
     records = [{"text": f"row {row}", "label": "ab"[row % 2], "split": ("train", "test")[row % 2]} for row in range(6)]

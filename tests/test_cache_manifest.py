@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import embedcache
 from embedcache.cache import manifest
-from embedcache.cache.manifest import Dataset, Manifest, Shard
+from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
 from embedcache.errors import CorruptCacheError, SpecError, SpecMismatchError
 from embedcache.shard import STORED, FeatureSet, ShardFile
 
@@ -25,7 +25,7 @@ WHOLE = Manifest(
     {"b": 1, "a": "é"},
     (SET,),
     (Shard(ShardFile("000000-0123456789abcdef.h5", 1924, SHA), 7, {"device": "cpu"}),),
-    Dataset(
+    DatasetEntry(
         ShardFile("000002-0123456789abcdef.h5", 999, SHA),
         11, "classification", ("x", "y"), ("train",), 0, False, True, None,
     ),
@@ -118,7 +118,7 @@ def test_what_is_written_is_read(
         Shard(ShardFile(f"{at:06d}-{SHA[:16]}.h5", 16 * count, SHA), count, {"at": at}) for at, count in enumerate(rows)
     )
     columns = len(names) if task in ("multilabel", "regression") else 0
-    examples = Dataset(
+    examples = DatasetEntry(
         ShardFile(f"000000-{SHA[:16]}.h5", 99, SHA), 11, task, tuple(names), ("train",), columns, *flags[:2], part,
         SHA if part and flags[2] else None,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_one_more_shard_is_no_longer_complete() -> None:
 
 def test_the_specification_speaks_of_every_field_array_and_type() -> None:
     text = (Path(embedcache.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
-    names = {*WHOLE.to_json(), *(field.name for field in fields(Dataset) if field.name != "file")}
+    names = {*WHOLE.to_json(), *(field.name for field in fields(DatasetEntry) if field.name != "file")}
     names |= {*(field.name for field in fields(FeatureSet)), *(field.name for field in fields(ShardFile))}
     names |= {"row_key", "row", "split", "target", "id.values", "id.offsets", "input.values", "number", *STORED}
     assert {name for name in names if not re.search(rf"[`{{ ]{re.escape(name)}[`,}}]", text)} == set()

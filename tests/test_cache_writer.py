@@ -17,6 +17,7 @@ from small_caches import SETS, SPEC, arrays, keys, write
 
 from embedcache import journal
 from embedcache.cache import CacheWriter, FeatureCache, known_rows, manifest, read_spec, writer
+from embedcache.dataset import Dataset
 from embedcache.errors import (
     CacheError,
     CacheLockedError,
@@ -230,8 +231,9 @@ WRONG_COLUMNS: list[tuple[dict[str, Any], str]] = [
     ({"task": "regression", "targets": np.full((3, 2), -np.inf), "class_names": TWO}, "holds infinity"),
     ({"class_names": ("a", "a", "b")}, "two classes have the same name: a, a, b"),
     ({"split_names": ("train", "train")}, "two splits have the same name"),
-    ({"ids": (np.zeros(3, np.uint8), np.array([0, 1, 3]))}, "column id.offsets has length 3, expected 4"),
+    ({"ids": (np.zeros(3, np.uint8), np.array([0, 1, 3]))}, "column id has length 2, expected 3"),
     ({"ids": (np.zeros(3, np.uint8), np.array([0, 1, 2, 2]))}, "id.offsets do not rise from 0 to 3"),
+    ({"inputs": (np.zeros(3, np.uint8), np.array([0, 1, 3]))}, "column input has length 2, expected 3"),
     ({"inputs": (np.zeros(3, np.uint8), np.array([0, 2, 1, 3]))}, "input.offsets do not rise from 0 to 3"),
     ({"numbers": np.array([0, 2, 5]), "whole_rows": 5}, "column number holds 0 to 5, expected at least 0 and below 5"),
     ({"numbers": np.array([0, 2, 2]), "whole_rows": 5}, "column number does not rise"),
@@ -420,7 +422,7 @@ def test_after_a_failure_the_writer_is_no_longer_to_be_used(tmp_path: Path, monk
         with pytest.raises(CacheError, match="failed before: run the same command again; what was committed is kept"):
             open_writer.append(keys(range(3)), arrays(POOLED, range(3)), {})
         with pytest.raises(CacheError, match="failed before"):
-            open_writer.commit_dataset(keys([]), None, None, (), np.zeros(0, np.uint8), ())
+            open_writer.commit_dataset(Dataset(keys=keys([]), split=np.zeros(0, np.uint8), split_names=()))
 
 
 def test_a_writer_is_used_in_a_with_block(tmp_path: Path) -> None:

@@ -106,10 +106,7 @@ def forged(
     assert set(arrays) == {each.name for each in sets}
     with CacheWriter(path, spec or dict(like.spec), sets) as writer:
         writer.append(np.array(like.stored_keys()), arrays, {**cache.provenance()[0], **provenance})
-        writer.commit_dataset(
-            np.array(like.keys()), like.targets(), like.task, like.class_names, np.array(like.split_codes()),
-            like.split_names,
-        )  # fmt: skip
+        writer.commit_dataset(replace(like.dataset, ids=None))
     return FeatureCache.open(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import signal
@@ -330,13 +331,30 @@ def test_another_spec_is_refused_with_a_difference(tmp_path: Path) -> None:
     assert files(tmp_path / "c") == before
 
 
-def test_input_changed_between_the_passes_is_refused(tmp_path: Path) -> None:
+def test_one_extraction_opens_its_input_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, opened, real = tmp_path / "in.csv", [], builtins.open
+    source.write_text("text,label\n" + "".join(f"{text},{number % 2}\n" for number, text in enumerate(words(30))))
+
+    def counted(file: Any, *args: Any, **options: Any) -> Any:
+        opened.append(str(file))
+        return real(file, *args, **options)
+
+    monkeypatch.setattr("builtins.open", counted)
+    backbone = CountingBackbone()
+    extract(str(source), output_dir=tmp_path / "c", backbone=backbone, keep_inputs=True, split="80/20", part="1/2")
+    assert opened.count(str(source)) == 1
+
+
+def test_input_changed_after_it_was_read_does_not_matter(tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
-    source.write_text("text,label\n" + "".join(f"{text},{at % 2}\n" for at, text in enumerate(words(30))))
+    source.write_text("text,label\n" + "".join(f"{text},{number % 2}\n" for number, text in enumerate(words(30))))
     examples = load_examples([str(source)])
     source.write_text(source.read_text().replace("number 17", "number 71"))
-    with pytest.raises(ValueError, match="changed"):
-        run(examples, CountingBackbone(), tmp_path / "c")
+    run(examples, CountingBackbone(), tmp_path / "c")
+    run(load_examples(rows(words(30))), CountingBackbone(), tmp_path / "expected")
+    assert np.array_equal(
+        FeatureCache.open(tmp_path / "c").features(), FeatureCache.open(tmp_path / "expected").features()
+    )
 
 
 def test_forecast_writes_nothing_and_counts_right(tmp_path: Path) -> None:

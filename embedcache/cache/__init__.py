@@ -15,7 +15,7 @@
 """
 
 from embedcache.cache.join import merge, relabel
-from embedcache.cache.reader import FeatureCache, Packed, Ragged, verify
+from embedcache.cache.reader import FeatureCache, Ragged, verify
 from embedcache.cache.writer import CacheWriter, known_rows, read_spec
 
-__all__ = ["CacheWriter", "FeatureCache", "Packed", "Ragged", "known_rows", "merge", "read_spec", "relabel", "verify"]
+__all__ = ["CacheWriter", "FeatureCache", "Ragged", "known_rows", "merge", "read_spec", "relabel", "verify"]

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache.index import Keys
-from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Shard
+from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
 from embedcache.journal import explain, explained
 from embedcache.shard import Column, FeatureSet, Placed, ShardFile, place
+from embedcache.task import task_named
 
 Array = npt.NDArray[Any]
 Identity = tuple[int, int, int, int, int]
@@ -27,7 +28,7 @@ Identity = tuple[int, int, int, int, int]
 _KNOWN: dict[tuple[str, Identity], dict[str, Placed]] = {}
 """What has been hashed and parsed in this process. A file that changes in any way gets another key here."""
 
-_SENSIBLE: set[tuple[Dataset, int, Identity]] = set()
+_SENSIBLE: set[tuple[DatasetEntry, int, Identity]] = set()
 """Datasets in which this process found no nonsense."""
 
 _TICK = 20_000_000
@@ -44,13 +45,13 @@ def shard_columns(feature_sets: Sequence[FeatureSet], rows: int) -> dict[str, Co
     return expected
 
 
-def dataset_columns(dataset: Dataset) -> dict[str, Column]:
+def dataset_columns(dataset: DatasetEntry) -> dict[str, Column]:
     """Return what an examples file must hold."""
     rows = dataset.rows
     expected = {"row": Column((rows,), np.dtype("<i8")), "split": Column((rows,), np.dtype("u1"))}
     if dataset.task is not None:
-        shape = (rows,) if dataset.task == "classification" else (rows, dataset.targets)
-        expected["target"] = Column(shape, TARGETS[dataset.task])
+        task = task_named(dataset.task)
+        expected["target"] = Column(task.target_shape(rows, dataset.targets), task.dtype)
     for name, there in (("id", dataset.has_ids), ("input", dataset.has_inputs)):
         if there:
             expected[f"{name}.values"] = Column((None,), np.dtype("u1"))
@@ -112,7 +113,7 @@ def opened(path: Path, file: ShardFile) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def dataset_arrays(path: Path, dataset: Dataset, stored: int, *, again: bool = False) -> dict[str, Array]:
+def dataset_arrays(path: Path, dataset: DatasetEntry, stored: int, *, again: bool = False) -> dict[str, Array]:
     """Return the columns of an examples file, mapped, after hashing it and looking into it.
 
     ``again`` hashes it even if this very file was hashed before in this process. From the moment the file is open,
@@ -228,7 +229,7 @@ def stored_keys(path: Path, manifest: Manifest) -> Keys:
     return keys
 
 
-def nonsense(dataset: Dataset, columns: Mapping[str, Array], stored: int) -> str | None:
+def nonsense(dataset: DatasetEntry, columns: Mapping[str, Array], stored: int) -> str | None:
     """Return what in a dataset's columns means nothing where ``stored`` rows are in the shards, or None."""
     limits = {"row": (0, stored), "split": (0, len(dataset.split_names))}
     if dataset.task == "classification":

@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
+from embedcache.cache.files import Array
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
-from embedcache.cache.writer import CacheWriter, Labelled, packed
+from embedcache.cache.writer import CacheWriter
+from embedcache.dataset import Dataset, Examples, IdColumn, Packed
 from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
 from embedcache.journal import explained
 
@@ -23,7 +24,7 @@ _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
 
 @checks_arguments()
-def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = None) -> FeatureCache:
+def relabel(path: Path | str, examples: Examples, *, keep_inputs: bool | None = None) -> FeatureCache:
     """Give a cache another dataset of rows it already holds: labels, splits, ids, order. No forward pass.
 
     ``keep_inputs`` stores the contents too; None keeps them where the cache does already.
@@ -38,10 +39,10 @@ def relabel(path: Path | str, examples: Labelled, *, keep_inputs: bool | None = 
         keep_inputs = manifest.examples is not None and manifest.examples.has_inputs
     with CacheWriter(path, manifest.spec, manifest.feature_sets) as writer:
         notes = writer.dropped(examples)
-        writer.finish(examples, keep_inputs=keep_inputs)
+        writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
     warn(notes)
     opened = FeatureCache.open(path)
-    opened.notes = (*getattr(examples, "notes", ()), *notes)
+    opened.notes = (*examples.notes, *notes)
     return opened
 
 
@@ -73,13 +74,21 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
     for part, manifest in zip(parts, found, strict=True):
         together = replace(together.with_kinds(str(part), manifest.kinds, accept_numerics), shards=found[0].shards)
     caches = [FeatureCache.open(part) for part in parts]
-    columns = _joined(caches)
+    dataset, order = _joined([cache.dataset for cache in caches])
+    inputs = None
+    if any(manifest.examples is not None and manifest.examples.has_ids for manifest in found):
+        ids = [name for cache in caches for name in cache.ids()]
+        given = Packed.of(ids[row].encode("utf-8") for row in order.tolist())
+        dataset = replace(dataset, ids=IdColumn(len(dataset), given))
+    if all(manifest.examples is not None and manifest.examples.has_inputs for manifest in found):
+        contents = [content for cache in caches for content in (cache.inputs() or ())]
+        inputs = Packed.of(contents[row] for row in order.tolist())
     with CacheWriter(output_dir, found[0].spec, found[0].feature_sets) as writer:
         writer.admit_kinds(together.kinds, accept=accept_numerics)
         for each in _missing(found, [cache.stored_keys() for cache in caches], writer):
             keys, arrays = caches[each.part].shard(each.shard, each.rows)
             writer.append(keys, arrays, found[each.part].shards[each.shard].provenance)
-        writer.commit_dataset(**columns)
+        writer.commit_dataset(dataset, inputs)
     return FeatureCache.open(output_dir)
 
 
@@ -105,58 +114,49 @@ def _missing(found: Sequence[Manifest], keys: Sequence[Keys], writer: CacheWrite
                 yield _Wanted(part, shard, rows)
 
 
-def _joined(caches: Sequence[FeatureCache]) -> dict[str, Any]:
-    """Return the columns of the joined dataset. Raises ``InputError`` where the parts do not fit together."""
-    datasets = [cache.dataset for cache in caches]
-    tasks = {each.task for each in datasets}
+def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
+    """Return the joined dataset, and the order that its rows have among those of all parts, int64 [N].
+
+    Raises ``InputError`` where the parts do not fit together.
+    """
+    tasks = {part.task for part in datasets}
     if len(tasks) > 1:
         raise InputError(
             f"the parts have different tasks ({', '.join(sorted(map(str, tasks)))}): relabel them alike first"
         )
     task = tasks.pop()
-    wholes = {(each.whole_rows, each.whole_hash) for each in datasets}
-    if len(wholes) > 1:
+    wholes = [part.whole for part in datasets if part.whole is not None]
+    if len({(whole.rows, whole.hash) for whole in wholes}) > 1 or len(wholes) not in (0, len(datasets)):
         raise InputError(
-            "these caches are parts of different datasets, or some are no parts: "
+            "these caches are parts of different datasets, or some are not parts: "
             "merge the parts of one dataset, or none"
         )
-    whole, _ = wholes.pop()
-    exact = whole is not None or task in ("multilabel", "regression")
-    if exact and len({(each.class_names, each.split_names) for each in datasets}) > 1:
-        named = " / ".join(", ".join((*each.class_names, *each.split_names)) for each in datasets)
+    exact = bool(wholes) or task in ("multilabel", "regression")
+    if exact and len({(part.class_names, part.split_names) for part in datasets}) > 1:
+        named = " / ".join(", ".join((*part.class_names, *part.split_names)) for part in datasets)
         raise InputError(f"the parts have different classes or splits ({named}): relabel them alike first")
-    names, splits = (_union([getattr(each, field) for each in datasets]) for field in ("class_names", "split_names"))
-    targets = None
-    if task is not None:
-        targets = np.concatenate([_renamed(cache.targets(), cache.class_names, names, task) for cache in caches])
-    split = np.concatenate([_codes(cache.split_codes(), cache.split_names, splits) for cache in caches])
-    keys = np.concatenate([cache.keys() for cache in caches])
-    order = np.arange(len(keys))
-    if whole is not None:
-        numbers = np.concatenate([cache.numbers() for cache in caches])
+    class_names = _union([part.class_names for part in datasets])
+    split_names = _union([part.split_names for part in datasets])
+    order = np.arange(sum(map(len, datasets)))
+    if wholes:
+        numbers, rows = np.concatenate([whole.numbers for whole in wholes]), wholes[0].rows
         order = np.argsort(numbers, kind="stable")
-        if len(numbers) != whole or not np.array_equal(numbers[order], np.arange(whole)):
+        if len(numbers) != rows or not np.array_equal(numbers[order], np.arange(rows)):
             raise InputError(
-                f"these parts have {len(np.unique(numbers)):,} of the {whole:,} rows of their dataset: "
+                f"these parts have {len(np.unique(numbers)):,} of the {rows:,} rows of their dataset: "
                 "a part is missing or given twice"
             )
-    ids = inputs = None
-    if any(each.has_ids for each in datasets):
-        names_of_rows = [each for cache in caches for each in cache.ids()]
-        ids = packed(names_of_rows[at].encode("utf-8") for at in order.tolist())
-    if all(each.has_inputs for each in datasets):
-        contents = [each for cache in caches for each in (cache.inputs() or ())]
-        inputs = packed(contents[at] for at in order.tolist())
-    return {
-        "keys": keys[order],
-        "targets": None if targets is None else targets[order],
-        "task": task,
-        "class_names": names,
-        "split": split[order],
-        "split_names": splits,
-        "ids": ids,
-        "inputs": inputs,
-    }
+    targets = [_renamed(part, class_names) for part in datasets]
+    splits = [_codes(part.split, part.split_names, split_names) for part in datasets]
+    joined = Dataset(
+        keys=np.concatenate([part.keys for part in datasets])[order],
+        targets=None if task is None else np.concatenate(targets)[order],
+        task=task,
+        class_names=class_names,
+        split=np.concatenate(splits)[order],
+        split_names=split_names,
+    )
+    return joined, order
 
 
 def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -171,12 +171,15 @@ def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return tuple(sorted(every))
 
 
-def _codes(codes: Any, own: Sequence[str], names: Sequence[str]) -> Any:
+def _codes(codes: Array, own: Sequence[str], names: Sequence[str]) -> Array:
+    """Return indices into ``own`` names as indices into ``names``."""
     table = np.array([names.index(name) for name in own], np.int64)
     return table[codes] if len(own) else codes
 
 
-def _renamed(targets: Any, own: Sequence[str], names: Sequence[str], task: str) -> Any:
-    if task != "classification":
+def _renamed(part: Dataset, class_names: Sequence[str]) -> Array:
+    """Return the targets of a part with its classes numbered as in ``class_names``."""
+    targets: Array = np.zeros(0) if part.targets is None else part.targets
+    if part.task != "classification":
         return targets
-    return np.where(targets < 0, -1, _codes(np.maximum(targets, 0), own, names))
+    return np.where(targets < 0, -1, _codes(np.maximum(targets, 0), part.class_names, class_names))

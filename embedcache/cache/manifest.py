@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embedcache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -23,17 +21,12 @@ from embedcache.fingerprint import differences, hash_json, is_count, require, st
 from embedcache.journal import commit, explain, explained
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
-from embedcache.spec import TASKS
+from embedcache.spec import TASKS, TaskName
 
 NAME = "manifest.json"
 FOLDERS = ("features", "examples")
 FORMAT = "embedcache"
 MAJOR, MINOR = 1, 1
-TARGETS: dict[str, np.dtype[Any]] = {
-    "classification": np.dtype("<i8"),
-    "multilabel": np.dtype("u1"),
-    "regression": np.dtype("<f8"),
-}
 _LARGEST = 256 << 20
 _MOST_VALUES = 4_000_000  # 100,000 shards have two
 
@@ -59,7 +52,7 @@ class Numerics:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class DatasetEntry:
     """The current generation of the dataset: the file that says which feature row, label and split each row has.
 
     ``targets`` counts the columns of the targets: 0 for one class a row, else classes or regression targets.
@@ -69,7 +62,7 @@ class Dataset:
 
     file: ShardFile
     rows: int
-    task: str | None
+    task: TaskName | None
     class_names: tuple[str, ...]
     split_names: tuple[str, ...]
     targets: int
@@ -91,7 +84,7 @@ class Manifest:
     spec: Mapping[str, Any]
     feature_sets: tuple[FeatureSet, ...]
     shards: tuple[Shard, ...] = ()
-    examples: Dataset | None = None
+    examples: DatasetEntry | None = None
     complete: bool = False
     generation: int = 0
     numerics: tuple[Numerics, ...] = ()
@@ -281,11 +274,11 @@ def _list(body: Any) -> list[Any]:
     return list(body)
 
 
-def _dataset(body: Any) -> Dataset | None:
+def _dataset(body: Any) -> DatasetEntry | None:
     if body is None:
         return None
     names = ("rows", "task", "targets", "has_ids", "has_inputs", "whole_rows", "whole_hash")
-    found = Dataset(
+    found = DatasetEntry(
         file=_file(body),
         class_names=_names(body["class_names"]),
         split_names=_names(body["split_names"]),

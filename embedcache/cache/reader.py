@@ -26,11 +26,12 @@ from embedcache.cache.files import (
 )
 from embedcache.cache.gather import Piece, decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
+from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.journal import exists, explained, is_locked
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FeatureSet, Placed
-from embedcache.spec import TaskName, feature_name, find_name, split_name
+from embedcache.spec import feature_name, find_name, split_name
 from embedcache.wording import counted, shown
 
 if TYPE_CHECKING:
@@ -58,22 +59,6 @@ class Ragged:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
-class Packed(Sequence[bytes]):
-    """Byte strings in one buffer: ``data[offsets[i]:offsets[i + 1]]``, seen through a choice of rows."""
-
-    def __init__(self, data: Array, offsets: Array, rows: Rows) -> None:
-        self._data, self._offsets, self._rows = data, offsets, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[at] for at in range(*place.indices(len(self)))]
-        row = int(self._rows[place])
-        return self._data[int(self._offsets[row]) : int(self._offsets[row + 1])].tobytes()
-
-
 class FeatureCache:
     """A cache on disk, opened for reading. Made by ``FeatureCache.open``; never writes.
 
@@ -92,12 +77,13 @@ class FeatureCache:
         self.spec_hash = manifest.spec_hash
         self.feature_sets: dict[str, FeatureSet] = {each.name: each for each in manifest.feature_sets}
         assert manifest.examples is not None
-        dataset = self.dataset = manifest.examples
-        self.task: TaskName | None = dataset.task  # type: ignore[assignment]  # checked where the manifest is parsed
-        self.class_names, self.split_names, self.n_rows = dataset.class_names, dataset.split_names, dataset.rows
+        self._entry = manifest.examples
+        self.task = self._entry.task
+        self.class_names, self.split_names = self._entry.class_names, self._entry.split_names
+        self.n_rows = self._entry.rows
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)])
         self.n_stored = int(self._starts[-1])
-        self._columns = dataset_arrays(path / "examples" / dataset.file.name, dataset, self.n_stored)
+        self._columns = dataset_arrays(path / "examples" / self._entry.file.name, self._entry, self.n_stored)
         self._row, self._split = np.asarray(self._columns["row"]), np.asarray(self._columns["split"])
 
     @classmethod
@@ -182,6 +168,25 @@ class FeatureCache:
         return max(found, key=lambda each: (not each.same_bits, each.largest), default=difference(None, probe))
 
     @cached_property
+    def dataset(self) -> Dataset:
+        """The rows of the cache as a value: keys, splits, targets and ids; reads the keys of all shards."""
+        entry, columns = self._entry, self._columns
+        whole = None
+        if entry.whole_rows is not None:
+            whole = Whole(np.asarray(columns["number"]), entry.whole_rows, entry.whole_hash)
+        given = Packed(columns["id.values"], columns["id.offsets"]) if entry.has_ids else None
+        return Dataset(
+            keys=self.keys(),
+            split=self._split,
+            split_names=self.split_names,
+            task=self.task,
+            targets=None if self.task is None else self.targets(),
+            class_names=self.class_names,
+            ids=IdColumn(self.n_rows, given, None if whole is None else whole.numbers),
+            whole=whole,
+        )
+
+    @cached_property
     def n_unique(self) -> int:
         """How many different contents the dataset has."""
         return len(np.unique(self._row))
@@ -235,7 +240,7 @@ class FeatureCache:
     def ids(self, split: str | None = None) -> list[str]:
         """Return the rows' ids."""
         rows = self.rows(split)
-        if self.dataset.has_ids:
+        if self._entry.has_ids:
             packed = Packed(self._columns["id.values"], self._columns["id.offsets"], rows)
             try:
                 return [each.decode("utf-8") for each in packed]
@@ -249,7 +254,7 @@ class FeatureCache:
 
     def inputs(self, split: str | None = None) -> Sequence[bytes] | None:
         """Return the rows' contents, where they were kept (``keep_inputs``), else None."""
-        if not self.dataset.has_inputs:
+        if not self._entry.has_inputs:
             return None
         return Packed(self._columns["input.values"], self._columns["input.offsets"], self.rows(split))
 

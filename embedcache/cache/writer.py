@@ -8,15 +8,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import check, dataset_arrays, nonsense, rises, stored_keys
+from embedcache.cache.files import Array, check, dataset_arrays, nonsense, rises, stored_keys
 from embedcache.cache.index import Keys, RowIndex, Rows
-from embedcache.cache.manifest import TARGETS, Dataset, Manifest, Numerics, Shard
+from embedcache.cache.manifest import DatasetEntry, Manifest, Numerics, Shard
+from embedcache.dataset import Dataset, Packed
 from embedcache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -32,49 +32,6 @@ from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
 _TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
-
-
-class PackedIds(Protocol):
-    """Ids in one buffer: u1 ``data`` and int64 ``offsets`` [N + 1], both None for the running row number."""
-
-    @property
-    def data(self) -> npt.NDArray[np.uint8] | None: ...
-    @property
-    def offsets(self) -> npt.NDArray[np.int64] | None: ...
-
-
-class HasRows(Protocol):
-    """A source of rows."""
-
-    @property
-    def rows(self) -> int: ...
-
-
-class Labelled(Protocol):
-    """The rows of an input as ``embedcache.examples.Examples`` gives them."""
-
-    @property
-    def keys(self) -> Keys: ...
-    @property
-    def targets(self) -> npt.NDArray[Any] | None: ...
-    @property
-    def task(self) -> Any: ...
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def split(self) -> npt.NDArray[np.uint8]: ...
-    @property
-    def split_names(self) -> tuple[str, ...]: ...
-    @property
-    def ids(self) -> PackedIds: ...
-    @property
-    def numbers(self) -> Rows | None: ...
-    @property
-    def whole_hash(self) -> str | None: ...
-    @property
-    def parts(self) -> Sequence[HasRows]: ...
-    def contents(self) -> Iterable[bytes]:
-        """Yield the contents of all rows."""
 
 
 class CacheWriter:
@@ -177,7 +134,7 @@ class CacheWriter:
             raise FeatureError(f"got {sorted(arrays)}, expected {sorted(each.name for each in self._sets)}")
         refuse_misfit("row_key", keys, (len(keys), 16), np.dtype("u1"))
         canonical_json(dict(provenance))  # what JSON cannot hold is refused here, not after the shard is on disk
-        contents: dict[str, npt.NDArray[Any]] = {"row_key": keys}
+        contents: dict[str, Array] = {"row_key": keys}
         attributes = {}
         for each in self._sets:
             value = arrays[each.name]
@@ -199,8 +156,8 @@ class CacheWriter:
         self._keys.append(np.array(keys))
         self._index = None
 
-    def dropped(self, examples: Labelled) -> list[str]:
-        """Return a note for each thing of the current dataset that ``examples``, in its place, would not have."""
+    def dropped(self, dataset: Dataset) -> list[str]:
+        """Return a note for each thing of the current dataset that ``dataset``, in its place, would not have."""
         former = self._manifest.examples
         if former is None:
             return []
@@ -208,7 +165,7 @@ class CacheWriter:
             columns = dataset_arrays(self.path / "examples" / former.file.name, former, self._manifest.rows)
         except CorruptCacheError:
             return []
-        gone = np.setdiff1d(columns["row"], self.lookup(examples.keys))
+        gone = np.setdiff1d(columns["row"], self.lookup(dataset.keys))
         notes = []
         if rows := int(np.isin(columns["row"], gone).sum()):
             notes.append(
@@ -216,7 +173,7 @@ class CacheWriter:
                 "dataset (their features stay): give old and new rows together to have both"
             )
         had = np.bincount(columns["split"], minlength=len(former.split_names)).tolist()
-        has = {examples.split_names[code] for code in np.unique(examples.split).tolist()}
+        has = {dataset.split_names[code] for code in np.unique(dataset.split).tolist()}
         lost = [
             f"{name!r} ({counted(size, 'row')})"
             for name, size in zip(former.split_names, had, strict=True)
@@ -224,95 +181,64 @@ class CacheWriter:
         ]
         if lost:
             notes.append(f"{self.path} loses {'the split' if len(lost) == 1 else 'the splits'} {', '.join(lost)}")
-        if former.task is not None and examples.task is None:
+        if former.task is not None and dataset.task is None:
             notes.append(f"{self.path} loses its labels: this input has none")
         return notes
 
-    def finish(self, examples: Labelled, *, keep_inputs: bool = False) -> None:
+    def commit_dataset(self, dataset: Dataset, inputs: Packed | None = None) -> None:
         """Commit a dataset whose rows are all in the cache, in place of the one before.
 
-        ``keep_inputs`` stores the contents too. A dataset equal to the current one changes no byte.
+        ``inputs`` are the contents of its rows, to be stored too. A dataset equal to the current one changes no byte.
 
         Raises ``InputError`` when rows are not in the cache.
         """
-        ids = examples.ids
-        self.commit_dataset(
-            examples.keys,
-            examples.targets,
-            examples.task,
-            examples.class_names,
-            examples.split,
-            examples.split_names,
-            ids=None if ids.data is None or ids.offsets is None else (ids.data, ids.offsets),
-            inputs=packed(examples.contents()) if keep_inputs else None,
-            numbers=examples.numbers,
-            whole_rows=None if examples.numbers is None else sum(part.rows for part in examples.parts),
-            whole_hash=examples.whole_hash,
-        )
-
-    def commit_dataset(
-        self,
-        keys: Keys,
-        targets: npt.NDArray[Any] | None,
-        task: str | None,
-        class_names: Sequence[str],
-        split: npt.NDArray[np.uint8],
-        split_names: Sequence[str],
-        *,
-        ids: tuple[Any, Any] | None = None,
-        inputs: tuple[Any, Any] | None = None,
-        numbers: Rows | None = None,
-        whole_rows: int | None = None,
-        whole_hash: str | None = None,
-    ) -> None:
-        """Commit a dataset given by its columns; see ``finish``.
-
-        ``ids`` and ``inputs`` are (u1 values, int64 offsets). ``numbers`` int64 [N] are the row numbers of a part in
-        the whole, which has ``whole_rows`` and, so that parts of different wholes are never joined, ``whole_hash``.
-        """
         self._refuse_closed()
-        rows = self.lookup(keys)
+        rows = self.lookup(dataset.keys)
         missing = np.flatnonzero(rows < 0)
         if len(missing):
             raise InputError(
-                f"{len(missing):,} of {len(keys):,} rows are not in {self.path} (the first is row {int(missing[0])}): "
+                f"{len(missing):,} of {len(rows):,} rows are not in {self.path} (the first is row {int(missing[0])}): "
                 f"extract them first with embedcache extract INPUT -o {self.path}"
             )
-        contents: dict[str, npt.NDArray[Any]] = {"row": rows, "split": exactly("split", split, np.dtype("u1"))}
-        if task is not None and targets is not None:
-            contents["target"] = exactly("target", targets, TARGETS[task])
-        for name, pair in (("id", ids), ("input", inputs)):
-            if pair is not None:
-                contents[f"{name}.values"] = np.asarray(pair[0], np.uint8)
-                contents[f"{name}.offsets"] = np.asarray(pair[1], np.int64)
-        if numbers is not None:
-            contents["number"] = exactly("number", numbers, np.dtype("i8"))
-        dataset = Dataset(
+        if inputs is not None and len(inputs) != len(rows):
+            raise InputError(f"the column input has length {len(inputs)}, expected {len(rows)}")
+        contents: dict[str, Array] = {"row": rows, "split": dataset.split}
+        if dataset.targets is not None:
+            contents["target"] = dataset.targets
+        given_ids = None if dataset.ids is None else dataset.ids.given
+        for name, packed in (("id", given_ids), ("input", inputs)):
+            if packed is not None:
+                contents[f"{name}.values"], contents[f"{name}.offsets"] = packed.columns()
+        whole = dataset.whole
+        if whole is not None:
+            contents["number"] = whole.numbers
+        entry = DatasetEntry(
             file=ShardFile("", 0, ""),
-            rows=len(keys),
-            task=task if "target" in contents else None,
-            class_names=tuple(class_names),
-            split_names=tuple(split_names),
-            targets=contents["target"].shape[1] if "target" in contents and contents["target"].ndim == 2 else 0,
-            has_ids=ids is not None,
+            rows=len(rows),
+            task=dataset.task,
+            class_names=dataset.class_names,
+            split_names=dataset.split_names,
+            targets=0 if dataset.targets is None or dataset.targets.ndim == 1 else dataset.targets.shape[1],
+            has_ids=given_ids is not None,
             has_inputs=inputs is not None,
-            whole_rows=None if numbers is None else whole_rows if whole_rows is not None else len(keys),
-            whole_hash=None if numbers is None else whole_hash,
+            whole_rows=None if whole is None else whole.rows,
+            whole_hash=None if whole is None else whole.hash,
         )
-        refuse_misfits(dataset, contents, len(self._keys[0]))
+        if reason := nonsense(entry, contents, len(self._keys[0])):
+            raise InputError(reason)
         data = build(contents)
         former = self._manifest.examples
         if former is not None and self._manifest.complete:
             same = replace(former.file, bytes=len(data), sha256=sha256_bytes(data))
-            if former == replace(dataset, file=same):
+            if former == replace(entry, file=same):
                 with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
                     check(self.path / "examples" / former.file.name, former.file)
                     return
         # A second generation is numbered by how many there were, so that a resumed run names its file alike.
         number = self._manifest.generation
-        dataset = replace(dataset, file=self._publish("examples", number, data))
-        self._commit(replace(self._manifest, examples=dataset, complete=True, generation=number + 1))
-        if former is not None and former.file.name != dataset.file.name:
+        entry = replace(entry, file=self._publish("examples", number, data))
+        self._commit(replace(self._manifest, examples=entry, complete=True, generation=number + 1))
+        if former is not None and former.file.name != entry.file.name:
             with contextlib.suppress(OSError):  # a reader that still maps it keeps its pages
                 os.unlink(self.path / "examples" / former.file.name)
 
@@ -378,44 +304,6 @@ def refuse_misfit(name: str, array: Any, shape: tuple[int | None, ...], dtype: n
     fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
     if not fits or array.dtype != dtype:
         raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {dtype} {shape}")
-
-
-def exactly(name: str, values: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Return a column of a dataset in the type that is stored. Raises ``InputError`` when that would change it."""
-    given = np.asarray(values)
-    stored = given.astype(dtype)
-    if not np.array_equal(stored, given, equal_nan=given.dtype.kind == "f"):
-        raise InputError(f"the column {name} does not fit into {dtype.name}")
-    return stored
-
-
-def refuse_misfits(dataset: Dataset, contents: Mapping[str, npt.NDArray[Any]], stored: int) -> None:
-    """Raise ``InputError`` unless a dataset's columns fit one another, the names, and the ``stored`` rows."""
-    lengths = {name: dataset.rows for name in ("split", "target", "number")}
-    lengths |= {name: dataset.rows + 1 for name in ("id.offsets", "input.offsets")}
-    for name, length in lengths.items():
-        if name in contents and len(contents[name]) != length:
-            raise InputError(f"the column {name} has length {len(contents[name])}, expected {length}")
-    target = contents.get("target")
-    if target is not None and target.ndim != (1 if dataset.task == "classification" else 2):
-        raise InputError(f"targets of shape {target.shape} do not fit the task {dataset.task}")
-    if target is not None and target.ndim == 2 and target.shape[1] != len(dataset.class_names):
-        raise InputError(f"there are {counted(target.shape[1], 'target')} and {len(dataset.class_names)} names")
-    for what, names in (("classes", dataset.class_names), ("splits", dataset.split_names)):
-        if len(set(names)) != len(names):
-            raise InputError(f"two {what} have the same name: {', '.join(names)}")
-    if reason := nonsense(dataset, contents, stored):
-        raise InputError(reason)
-
-
-def packed(contents: Iterable[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Put byte strings into one buffer: u1 values and int64 offsets [n + 1]."""
-    data = bytearray()
-    ends = [0]
-    for content in contents:
-        data += content
-        ends.append(len(data))
-    return np.frombuffer(data, np.uint8), np.array(ends, np.int64)
 
 
 def known_rows(

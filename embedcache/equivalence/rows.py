@@ -66,7 +66,7 @@ def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
         if cache.inputs() is None:
             raise InputError(f"{cache.path} keeps no inputs: name the INPUT that it was made from")
         return RawRows(cache, cache.targets(), (), (), None, np.arange(len(cache)))
-    if cache.dataset.whole_rows == len(examples) > len(cache):
+    if cache.dataset.whole is not None and cache.dataset.whole.rows == len(examples) > len(cache):
         examples = examples.select(cache.numbers())  # the cache is of a part of the input
     mine, theirs = (np.ascontiguousarray(each).view("V16").ravel() for each in (cache.keys(), examples.keys))
     _refuse_other_rows(cache, examples, mine, theirs)

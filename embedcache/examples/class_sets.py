@@ -12,7 +12,6 @@ from embedcache.errors import InputError
 from embedcache.examples.content import Faults, is_missing
 from embedcache.examples.labels import (
     MAX_CLASSES,
-    UNLABELLED,
     Codebook,
     KnownClasses,
     Targets,
@@ -23,6 +22,7 @@ from embedcache.examples.labels import (
     one_name_each,
 )
 from embedcache.spec import TaskName
+from embedcache.task import MULTILABEL
 from embedcache.wording import counted
 
 _BIT = {"0": 0, "1": 1, "false": 0, "true": 1}
@@ -45,7 +45,7 @@ class ClassSets:
         self._counts = bytearray()
         self._ordered = True
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
+    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
         sets: list[list[str] | None] = []
         faults: Faults = {}
         for position, value in enumerate(columns[0]):
@@ -57,7 +57,7 @@ class ClassSets:
             sets.append(members)
         return sets, faults
 
-    def _parse(self, value: Any) -> list[str] | None:
+    def _parse(self, value: object) -> list[str] | None:
         if isinstance(value, str):
             if self._separator is None:
                 raise InputError(
@@ -109,7 +109,7 @@ class ClassSets:
         if columns is not None:
             names, order, notes = columns, np.arange(len(columns)), []
             bits = np.array([self._bit(name, known) for name in written], np.uint8)
-            values = np.full((len(counts), len(names)), UNLABELLED, np.uint8)
+            values = np.full((len(counts), len(names)), MULTILABEL.unlabelled, np.uint8)
             values[counts >= 0] = bits[members].reshape(-1, len(names))
             notes.append(f"the lists in {self._column!r} are vectors of 0 and 1: taken as one label for each position")
         else:
@@ -117,7 +117,7 @@ class ClassSets:
             values = np.zeros((len(counts), len(names)), np.uint8)
             rows = np.repeat(np.arange(len(counts)), np.maximum(counts, 0))
             values[rows, order[members]] = 1
-            values[counts < 0] = UNLABELLED
+            values[counts < 0] = MULTILABEL.unlabelled
         if self._task is None:
             notes.append(f"task: multilabel with {counted(len(names), 'class')} (guessed from the labels)")
         empty = int((values == 0).all(axis=1).sum())

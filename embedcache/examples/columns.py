@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from embedcache.errors import InputError
 from embedcache.examples.content import Content
+from embedcache.examples.options import ReadingOptions
 from embedcache.examples.source import Source
 from embedcache.examples.splits import is_standard
-
-LabelUse = Literal["required", "optional", "none"]
 
 # fmt: off
 _LABELS = frozenset([
@@ -34,64 +32,57 @@ class Roles:
     notes: list[str] = field(default_factory=list)
 
 
-def choose_columns(
-    sources: Sequence[Source],
-    content: Content,
-    *,
-    text_column: str | None,
-    label_column: str | Sequence[str] | None,
-    id_column: str | None,
-    split_column: str | None,
-    labels: LabelUse,
-    guess_split: bool,
-) -> Roles:
+def choose_columns(sources: Sequence[Source], options: ReadingOptions, *, guess_split: bool) -> Roles:
     """Choose the columns, going by the first source, and check that every source has them.
 
     Raises ``InputError`` that lists the columns there are when one is missing or the choice is not clear.
     """
-    first = sources[0]
-    roles = Roles("", id=id_column, split=split_column)
-    for name in (text_column, id_column, split_column):
-        if name is not None:
-            _require(first, name)
-    if labels != "none" and label_column is not None:
-        roles.labels = _label_columns(first, label_column)
-    taken = {name for name in (text_column, id_column, split_column, *roles.labels) if name is not None}
-    if labels != "none" and label_column is None:
+    first, content = sources[0], options.content
+    roles = Roles("", id=options.id_column, split=options.split_column)
+    named = [name for name in (options.content_column, options.id_column, options.split_column) if name is not None]
+    for name in named:
+        _require(first, name)
+    if options.labels != "none" and options.label_column is not None:
+        roles.labels = _label_columns(first, options.label_column)
+    taken = {*named, *roles.labels}
+    if options.labels != "none" and options.label_column is None:
         guess = _guess(first, _LABELS, "label", taken)
         if guess is not None:
             roles.labels = (guess,)
             taken.add(guess)
-    roles.content = text_column if text_column is not None else _guess_content(first, content, taken)
+    roles.content = options.content_column or _guess_content(first, content, taken)
     taken.add(roles.content)
-    if labels == "required" and not roles.labels:
+    if options.labels == "required" and not roles.labels:
         roles.labels = (_only_other(first, taken),)
-    if text_column is None and len(first.columns) > 1:
-        roles.notes.append(f"text column: {roles.content!r} (guessed)")
-    if roles.labels and label_column is None:
+    if options.content_column is None and len(first.columns) > 1:
+        roles.notes.append(f"{content.noun} column: {roles.content!r} (guessed)")
+    if roles.labels and options.label_column is None:
         roles.notes.append(f"label column: {roles.labels[0]!r} (guessed)")
-    if guess_split and split_column is None:
+    if guess_split and options.split_column is None:
         roles.split = _guess_split(first, taken | set(roles.labels))
         if roles.split is not None:
             roles.notes.append(f"split column: {roles.split!r} (guessed)")
-    _check(sources, roles, labels)
+    _check(sources, roles, options)
     return roles
 
 
-def _check(sources: Sequence[Source], roles: Roles, labels: LabelUse) -> None:
-    names = [roles.content, *roles.labels, *([roles.id] if roles.id else []), *([roles.split] if roles.split else [])]
+def _check(sources: Sequence[Source], roles: Roles, options: ReadingOptions) -> None:
+    noun = options.content.noun
+    names = [name for name in (roles.content, *roles.labels, roles.id, roles.split) if name is not None]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"the column {name!r} has two roles: name different columns for text, label, id and split")
+            raise InputError(
+                f"the column {name!r} has two roles: name different columns for {noun}, label, id and split"
+            )
     for source in sources:
         for name in names:
-            if name not in source.columns and name in roles.labels and labels == "optional":
+            if name not in source.columns and name in roles.labels and options.labels == "optional":
                 roles.notes.append(f"{source.name} has no column {name!r}: its rows have no label")
             else:
                 _require(source, name)
-        dtype = source.not_text(roles.content)
-        if dtype is not None:
-            raise InputError(f"{source.name}: the column {roles.content!r} is of type {dtype}, expected text")
+        declared = source.declared_type(roles.content)
+        if declared is not None and declared.kind != options.content.column_kind:
+            raise InputError(f"{source.name}: the column {roles.content!r} is of type {declared.name}, expected {noun}")
 
 
 def _require(source: Source, name: str) -> None:
@@ -134,18 +125,20 @@ def _guess(source: Source, candidates: frozenset[str], default: str, taken: set[
 
 
 def _guess_content(source: Source, content: Content, taken: set[str]) -> str:
-    guess = _guess(source, content.names, content.default, taken)
+    guess = _guess(source, content.column_names, content.noun, taken)
     if guess is not None:
         return guess
-    texts = [
+    likely = [
         column
         for column in source.columns
-        if column not in taken and column.strip().lower() not in _NOT_CONTENT and source.kind(column) == "text"
+        if column not in taken
+        and column.strip().lower() not in _NOT_CONTENT
+        and source.kind(column) == content.column_kind
     ]
-    if len(texts) == 1:
-        return texts[0]
+    if len(likely) == 1:
+        return likely[0]
     raise InputError(
-        f"{source.name}: cannot tell which column is the text: name it with --text-column; "
+        f"{source.name}: cannot tell which column is the {content.noun}: name it with --{content.noun}-column; "
         f"the columns are {_listed(source)}"
     )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Literal, Protocol
+
+Kind = Literal["text", "number", "other"]
+"""What a column of the input holds, as far as its source declares or shows it."""
 
 Faults = dict[int, str]
 """Why records of a block cannot be used: position in the block -> reason."""
@@ -12,11 +15,14 @@ Faults = dict[int, str]
 class Content(Protocol):
     """A kind of content. Another kind (image files, say) is another class here and one line in ``CONTENTS``."""
 
-    names: frozenset[str]
-    """Lower-case column names under which this content is usually found; ``default`` wins when several are there."""
-    default: str
+    noun: str
+    """What messages call it; its column is named by ``NOUN_column`` and ``--NOUN-column``."""
+    column_names: frozenset[str]
+    """Lower-case column names under which this content is usually found; ``noun`` wins when several are there."""
+    column_kind: Kind
+    """What a column of this content holds."""
 
-    def encode(self, column: str, values: Sequence[Any]) -> tuple[list[bytes], Faults]:
+    def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
         """Return the canonical bytes of every value (``b""`` for a faulty one) and the faults."""
         ...
 
@@ -28,27 +34,29 @@ class Content(Protocol):
 class TextContent:
     """Text: the exact characters as UTF-8. Empty and blank texts, other types and lone surrogates are faults."""
 
-    default = "text"
+    noun = "text"
+    column_kind: Kind = "text"
     # fmt: off
-    names = frozenset([
+    column_names = frozenset([
         "text", "sentence", "review", "content", "body", "question", "comment", "tweet", "message", "document",
         "utterance", "snippet", "query", "sms", "post",
     ])
     # fmt: on
 
-    def encode(self, column: str, values: Sequence[Any]) -> tuple[list[bytes], Faults]:
-        if set(map(type, values)) == {str} and not any(not text or text.isspace() for text in values):
+    def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) == len(values) and not any(not text or text.isspace() for text in texts):
             try:
-                return [text.encode() for text in values], {}
+                return [text.encode() for text in texts], {}
             except UnicodeEncodeError:
                 pass  # find out which below
         contents: list[bytes] = []
         faults: Faults = {}
         for position, value in enumerate(values):
-            reason = text_fault(column, value)
-            if reason is not None:
-                faults[position] = reason
-            contents.append(b"" if reason is not None else value.encode())
+            fault = text_fault(column, value)
+            if fault is not None:
+                faults[position] = fault
+            contents.append(value.encode() if fault is None and isinstance(value, str) else b"")
         return contents, faults
 
     def show(self, content: bytes) -> str:
@@ -59,14 +67,14 @@ class TextContent:
 CONTENTS: dict[str, Content] = {"text": TextContent()}
 
 
-def is_missing(value: Any) -> bool:
+def is_missing(value: object) -> bool:
     """Whether ``value`` is None, NaN, pandas' NA or NaT."""
     if isinstance(value, float):
         return value != value
     return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
-def text_fault(column: str, value: Any) -> str | None:
+def text_fault(column: str, value: object) -> str | None:
     """Return why ``value`` is not a usable text, or None when it is."""
     if is_missing(value):
         return f"{column!r} is missing"
@@ -92,6 +100,6 @@ def unicode_fault(column: str, value: str) -> str | None:
     return None
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."

@@ -8,11 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, Literal, NamedTuple
 
 from embedcache.errors import InputError
+from embedcache.examples.file_source import BLOCK_BYTES, LONGEST, InputFile, TextSource
 from embedcache.examples.source import BLOCK_ROWS, SAMPLE_ROWS, BadRow, Block, unique_columns
-from embedcache.examples.stored import BLOCK_BYTES, LONGEST, FileSource, StoredFile
 
 _MOST_BLOCKS = LONGEST // BLOCK_BYTES + 2
 _UNCLOSED = 'a quote is opened and not closed: write a quote inside a quoted cell twice ("")'
@@ -49,61 +49,67 @@ class _Lines:
         return "".join(self._block[max(0, first - 1 - self._before) : last - self._before])
 
 
-class CsvSource(FileSource):
+class _RowBlock(NamedTuple):
+    """Consecutive rows with the numbers of the lines they start at, and what could not be read as a row."""
+
+    rows: list[list[str]]
+    lines: list[int]
+    bad: list[BadRow]
+
+
+class CsvSource(TextSource[_RowBlock]):
     """CSV or TSV with a header, as RFC 4180 has it; a cell that breaks the quoting rules is a bad row, not a guess."""
 
-    def __init__(self, file: StoredFile, delimiter: str, quoting: str) -> None:
+    numbers_are_written = True
+
+    def __init__(self, file: InputFile, format: Literal["csv", "tsv"], quoting: str) -> None:
         super().__init__(file)
-        self._delimiter = delimiter
-        self._quoting: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
-        header, rows = self._start()
+        self._format = format
+        self._quoting: Literal[0, 3] = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+        header, rows = self._first_rows()
         for column in header:
             if any("\ud800" <= character <= "\udfff" for character in column):
                 raise InputError(f"{self.name}:1: the header is not UTF-8: save the file as UTF-8")
         self.columns = unique_columns(self.name, header)
-        if not rows:
-            raise InputError(f"{self.name}: there is a header but no rows")
         full = [row for row in rows if len(row) == len(header)]
         self.sample = {column: [row[place] for row in full] for place, column in enumerate(header)}
 
-    def _start(self) -> tuple[list[str], list[list[str]]]:
-        written: list[list[str]] = []
-        for rows, _, bad in self._read():
-            written += [row for row in rows if row][: SAMPLE_ROWS + 1]
-            if bad and not written:
+    def _first_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and some rows, which may be none where only bad rows follow the header."""
+        first: list[list[str]] = []
+        for rows, _, bad in self._look_ahead():
+            first += rows[: SAMPLE_ROWS + 1]
+            if not first:
                 raise InputError(f"{self.name}:{bad[0].line}: cannot read the header: {bad[0].reason}")
-            written += [[row.raw] for row in bad]  # a row, though not a good one
-            if len(written) > 1:
-                break
-        if not written:
-            raise InputError(f"{self.name}: the file holds blank lines only")
-        return written[0], written[1:]
+            if len(first) > 1 or bad:
+                return first[0], first[1:]
+        raise InputError(
+            f"{self.name}: {'there is a header but no rows' if first else 'the file holds blank lines only'}"
+        )
 
     def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
         places = [self.columns.index(column) for column in columns]
         width = len(self.columns)
         header = True
-        for rows, lines, bad in self._read():
+        for rows, lines, bad in self._read_all():
             if set(map(len, rows)) != {width}:
-                good = []
-                for position, row in enumerate(rows):
-                    if len(row) == width:
-                        good.append(position)
-                    elif row:  # a blank line is no row
+                for line, row in zip(lines, rows, strict=True):
+                    if len(row) != width:
                         held = "1 field" if len(row) == 1 else f"{len(row)} fields"
-                        reason = f"{held}, expected {width} ({', '.join(self.columns)})"
-                        bad.append(BadRow(lines[position], reason, row))
-                rows, lines = [rows[position] for position in good], [lines[position] for position in good]
+                        bad.append(BadRow(line, f"{held}, expected {width} ({', '.join(self.columns)})", row))
+                lines = [line for line, row in zip(lines, rows, strict=True) if len(row) == width]
+                rows = [row for row in rows if len(row) == width]
             if header and rows:
                 header = False
                 rows, lines = rows[1:], lines[1:]
             yield Block([[row[place] for row in rows] for place in places], lines, rows.__getitem__, bad)
 
-    def _read(self) -> Iterator[tuple[list[list[str]], list[int], list[BadRow]]]:
-        with self.file.open() as binary:
-            text = io.TextIOWrapper(cast(Any, binary), "utf-8", errors="surrogateescape", newline="")
+    def _read(self) -> Iterator[_RowBlock]:
+        with self.file.open_text(self._format) as binary:
+            text = io.TextIOWrapper(binary, "utf-8", errors="surrogateescape", newline="")
             lines = _Lines(self.name, text)
-            reader = csv.reader(lines, delimiter=self._delimiter, quoting=self._quoting, strict=True)
+            delimiter = "," if self._format == "csv" else "\t"
+            reader = csv.reader(lines, delimiter=delimiter, quoting=self._quoting, strict=True)
             more = True
             end = 0
             while more:
@@ -116,8 +122,9 @@ class CsvSource(FileSource):
                     try:
                         more = False
                         for row in reader:
-                            rows.append(row)
-                            starts.append(end + 1)
+                            if row:  # a blank line is no row
+                                rows.append(row)
+                                starts.append(end + 1)
                             end = reader.line_num
                             if lines.blocks > stop or len(rows) == BLOCK_ROWS:
                                 more = True
@@ -130,7 +137,8 @@ class CsvSource(FileSource):
                         end = reader.line_num
                 if _CSV_REFUSES_NUL:
                     rows = [[cell.replace(_NUL_STAND_IN, "\0") for cell in row] for row in rows]
-                yield rows, starts, bad
+                if rows or bad:
+                    yield _RowBlock(rows, starts, bad)
 
     def _explain(self, error: str) -> str:
         if "unexpected end of data" in error or "field limit" in error:

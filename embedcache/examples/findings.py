@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedcache.examples.labels import UNLABELLED, some
-from embedcache.spec import TaskName
+from embedcache.dataset import Dataset
+from embedcache.examples.labels import some
 from embedcache.wording import counted
 
 Show = Callable[[Sequence[int]], list[str]]
@@ -51,17 +50,6 @@ def group(keys: NDArray[np.uint8]) -> Groups:
     return Groups(order, start)
 
 
-def labelled(task: TaskName | None, targets: NDArray[Any] | None, rows: int) -> NDArray[np.bool_]:
-    """Return which rows have a label, bool [N]."""
-    if targets is None:
-        return np.zeros(rows, bool)
-    if task == "classification":
-        return np.asarray(targets >= 0)
-    if task == "multilabel":
-        return np.asarray((targets != UNLABELLED).all(axis=1))
-    return np.asarray(~np.isnan(targets).any(axis=1))
-
-
 def duplicates(groups: Groups) -> list[str]:
     """Say how many rows repeat another one."""
     repeated = len(groups.order) - groups.number
@@ -70,29 +58,29 @@ def duplicates(groups: Groups) -> list[str]:
     return [f"{counted(repeated, 'row')} of {len(groups.order):,} repeat another: {groups.number:,} different contents"]
 
 
-def leaks(groups: Groups, split: NDArray[np.uint8], names: Sequence[str], show: Show) -> list[str]:
+def leaks(groups: Groups, dataset: Dataset, show: Show) -> list[str]:
     """Say which contents occur in two splits."""
+    names = dataset.split_names
     present = np.zeros((groups.number, len(names)), bool)
-    present[groups.ids(), split[groups.order]] = True
+    present[groups.ids(), dataset.split[groups.order]] = True
     first = groups.first_rows()
     notes = []
     for one, other in itertools.combinations(range(len(names)), 2):
         both = np.sort(first[present[:, one] & present[:, other]])
         if len(both):
             verb = "occurs" if len(both) == 1 else "occur"
-            examples = ", ".join(show(both[:SHOWN].tolist()))
+            shown = ", ".join(show(both[:SHOWN].tolist()))
             contents = counted(len(both), "different content")
-            notes.append(f"{contents} {verb} in both {names[one]} and {names[other]}, for example {examples}")
+            notes.append(f"{contents} {verb} in both {names[one]} and {names[other]}, for example {shown}")
     return notes
 
 
-def contradictions(
-    groups: Groups, task: TaskName | None, targets: NDArray[Any] | None, class_names: Sequence[str], show: Show
-) -> list[str]:
+def contradictions(groups: Groups, dataset: Dataset, show: Show) -> list[str]:
     """Say which contents occur with different labels: another class, another set of classes, any other number."""
+    targets = dataset.targets
     if targets is None:
         return []
-    known = labelled(task, targets, len(groups.order))[groups.order]
+    known = dataset.labelled()[groups.order]
     rows, ids = groups.order[known], groups.ids()[known]
     values = targets.reshape(len(targets), -1)
     differs = (ids[1:] == ids[:-1]) & (values[rows[1:]] != values[rows[:-1]]).any(axis=1)
@@ -101,51 +89,45 @@ def contradictions(
     clashing = np.unique(ids[1:][differs])
     first = groups.first_rows()[clashing]
     earliest = np.argsort(first)[:SHOWN]
-    shown = first[earliest].tolist()
     examples = []
-    for number, text in zip(clashing[earliest].tolist(), show(shown), strict=True):
-        members = rows[ids == number]
-        several = dict.fromkeys(_label(task, targets[member], class_names) for member in members.tolist())
-        examples.append(f"{text} ({' and '.join(list(several)[:SHOWN])})")
+    for number, content in zip(clashing[earliest].tolist(), show(first[earliest].tolist()), strict=True):
+        labels = dict.fromkeys(_label(dataset, row) for row in rows[ids == number].tolist())
+        examples.append(f"{content} ({' and '.join(list(labels)[:SHOWN])})")
     verb = "occurs" if len(first) == 1 else "occur"
     return [f"{counted(len(first), 'content')} {verb} with different labels, for example {', '.join(examples)}"]
 
 
-def _label(task: TaskName | None, target: Any, class_names: Sequence[str]) -> str:
-    if task == "classification":
-        return class_names[int(target)]
-    if task == "multilabel":
-        return "+".join(name for name, member in zip(class_names, target, strict=True) if member) or "none"
+def _label(dataset: Dataset, row: int) -> str:
+    assert dataset.targets is not None
+    target, names = dataset.targets[row], dataset.class_names
+    if dataset.task == "classification":
+        return names[int(target)]
+    if dataset.task == "multilabel":
+        return "+".join(name for name, member in zip(names, target, strict=True) if member) or "none"
     return ", ".join(str(float(value)) for value in target)
 
 
-def absent(
-    task: TaskName | None,
-    targets: NDArray[Any] | None,
-    class_names: Sequence[str],
-    split: NDArray[np.uint8],
-    names: Sequence[str],
-) -> list[str]:
+def gaps(dataset: Dataset) -> list[str]:
     """Say which splits are empty or unlabelled, and which classes a split lacks."""
-    known = labelled(task, targets, len(split))
+    known, targets, names = dataset.labelled(), dataset.targets, dataset.class_names
     notes = []
-    if task in ("classification", "multilabel") and len(class_names) == 1:
-        notes.append(f"there is only one class: {class_names[0]!r}")
-    for number, name in enumerate(names):
-        inside = split == number
+    if dataset.task in ("classification", "multilabel") and len(names) == 1:
+        notes.append(f"there is only one class: {names[0]!r}")
+    for number, split in enumerate(dataset.split_names):
+        inside = dataset.split == number
         if not inside.any():
-            notes.append(f"no row falls into {name}")
+            notes.append(f"no row falls into {split}")
         elif targets is not None and not (inside & known).any():
-            notes.append(f"no row of {name} has a label")
-        elif targets is not None and task != "regression":
-            there = inside & known
-            if task == "classification":
-                rows = np.bincount(targets[there], minlength=len(class_names))
+            notes.append(f"no row of {split} has a label")
+        elif targets is not None and dataset.task != "regression":
+            labelled = targets[inside & known]
+            if dataset.task == "classification":
+                rows = np.bincount(labelled, minlength=len(names))
             else:
-                rows = targets[there].any(axis=0)
-            lacking = [class_names[place] for place in np.flatnonzero(rows == 0).tolist()]
+                rows = labelled.any(axis=0)
+            lacking = [names[place] for place in np.flatnonzero(rows == 0).tolist()]
             if lacking:
-                notes.append(f"{name} has no row of {counted(len(lacking), 'class')}: {some(lacking)}")
+                notes.append(f"{split} has no row of {counted(len(lacking), 'class')}: {some(lacking)}")
     if targets is not None and known.any() and not known.all():
         notes.append(f"{counted(int((~known).sum()), 'row')} without label")
     return notes

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,9 @@ from numpy.typing import NDArray
 from embedcache.errors import InputError
 from embedcache.examples.content import Faults, is_missing, unicode_fault
 from embedcache.spec import TaskName
+from embedcache.task import MULTILABEL
 from embedcache.wording import counted
 
-UNLABELLED = 255
-"""What every entry of a multi-label row without label holds; classification has -1, regression NaN."""
 MAX_CLASSES = 100_000
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
@@ -33,7 +33,7 @@ _WRITTEN_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*|\s+))*{_ITEM}?\s*\]")
 
 @dataclass(frozen=True)
 class Targets:
-    """What the labels came to. ``values`` as in ``Examples.targets``; ``notes`` say what was guessed."""
+    """Parsed labels. ``values`` are as in ``Dataset.targets``; ``notes`` say what was guessed."""
 
     task: TaskName
     class_names: tuple[str, ...]
@@ -57,7 +57,7 @@ class KnownClasses:
 class Labels(Protocol):
     """A collector of labels."""
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
+    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
         """Return one parsed value per row of the block, and the faults."""
         ...
 
@@ -70,7 +70,7 @@ class Labels(Protocol):
         ...
 
 
-class Codebook(dict[Any, int]):
+class Codebook(dict[str, int]):
     """Class name -> number, in the order of first sight."""
 
     def __missing__(self, name: str) -> int:
@@ -90,15 +90,17 @@ class Classes:
         self._whole_floats = False
         self._numbers: Numbers | None = None
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
+    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
         if self._numbers is not None:
             return self._numbers.parse(columns)
         values = columns[0]
         types = set(map(type, values))
         if types == {int}:
             return list(map(str, values)), {}
-        if types == {str} and all(name in self._codes or not name_fault(self._column, name) for name in set(values)):
-            return values, {}
+        if types == {str}:
+            texts = [str(value) for value in values]
+            if all(name in self._codes or not name_fault(self._column, name) for name in set(texts)):
+                return texts, {}
         names: list[str | None] = []
         faults: Faults = {}
         for position, value in enumerate(values):
@@ -194,19 +196,14 @@ class Numbers:
         self._required = required
         self._buffer = bytearray()
 
-    def parse(self, columns: Sequence[Sequence[Any]]) -> tuple[Any, Faults]:
+    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
         parsed = np.empty((len(columns[0]), len(columns)))
         faults: Faults = {}
         for place, (column, values) in enumerate(zip(self._columns, columns, strict=True)):
-            types = set(map(type, values))
-            if types <= {int, float} or (types == {str} and all(map(_NUMBER.fullmatch, values))):
-                try:
-                    parsed[:, place] = list(map(float, values))
-                except OverflowError:
-                    pass
-                else:
-                    if np.isfinite(parsed[:, place]).all() and self._task != "multilabel":
-                        continue
+            numbers = _plain_numbers(values)
+            if numbers is not None and self._task != "multilabel" and np.isfinite(numbers).all():
+                parsed[:, place] = numbers
+                continue
             for position, value in enumerate(values):
                 try:
                     parsed[position, place] = self._number(column, value)
@@ -214,7 +211,7 @@ class Numbers:
                     faults.setdefault(position, str(error))
         return parsed, faults
 
-    def _number(self, column: str, value: Any) -> float:
+    def _number(self, column: str, value: object) -> float:
         if is_missing(value) and not isinstance(value, float):
             return self._absent(column)
         if isinstance(value, str) and not value.strip():
@@ -224,10 +221,11 @@ class Numbers:
             return float(value.strip().lower() == "true")
         if isinstance(value, (bool, np.bool_)) and binary:
             return float(value)
-        is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        if not is_number and not (isinstance(value, str) and _NUMBER.fullmatch(value)):
-            if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
-                raise ValueError(f"the target {column!r} is {value.strip()!r}, expected a finite number")
+        if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
+            raise ValueError(f"the target {column!r} is {value.strip()!r}, expected a finite number")
+        if isinstance(value, bool) or not (
+            isinstance(value, (int, float, np.number)) or (isinstance(value, str) and _NUMBER.fullmatch(value))
+        ):
             shown = repr(value)[:40]
             raise ValueError(f"the target {column!r} is {shown} of type {type(value).__name__}, expected a number")
         try:
@@ -264,20 +262,32 @@ class Numbers:
             names, order, more = arrange("label columns", self._columns, known, keep=True)
             sets = np.zeros((len(values), len(names)), np.uint8)
             sets[:, order] = values == 1
-            sets[absent.any(axis=1)] = UNLABELLED
+            sets[absent.any(axis=1)] = MULTILABEL.unlabelled
             return Targets("multilabel", names, sets, tuple(notes + more))
         if known.names is not None and known.names != self._columns:
             raise InputError(f"the targets are {', '.join(self._columns)}, expected {', '.join(known.names)}")
         return Targets("regression", self._columns, values, tuple(notes))
 
 
+def _plain_numbers(values: Sequence[object]) -> list[float] | None:
+    """Return cells as numbers where all of them are plain ones, None where some need a closer look."""
+    types = set(map(type, values))
+    plain = cast("Sequence[float | str]", values)
+    if types <= {int, float} or (types == {str} and all(_NUMBER.fullmatch(str(value)) for value in plain)):
+        with suppress(OverflowError):
+            return list(map(float, plain))
+    return None
+
+
 def codes_of(codebook: Codebook, names: Sequence[str | None]) -> bytes:
-    if None in names:
-        return np.array([-1 if name is None else codebook[name] for name in names], np.int32).tobytes()
-    return np.fromiter(map(codebook.__getitem__, names), np.int32, len(names)).tobytes()
+    """Return the code of each name, int32, -1 for None; a new name gets the next code."""
+    known = [name for name in names if name is not None]
+    if len(known) == len(names):
+        return np.fromiter(map(codebook.__getitem__, known), np.int32, len(known)).tobytes()
+    return np.array([-1 if name is None else codebook[name] for name in names], np.int32).tobytes()
 
 
-def class_name(column: str, value: Any) -> str | None:
+def class_name(column: str, value: object) -> str | None:
     """Return a label cell as a class name; None when it is missing.
 
     Strings are kept as they are; 1 and 1.0 are ``"1"``, True is ``"true"``. Raises ``ValueError`` with the reason when

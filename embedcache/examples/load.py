@@ -1,9 +1,11 @@
-"""The pass over the input: check every row, keep compact columns, read contents again on demand."""
+"""The pass over the input: check every row, keep compact columns and the contents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,23 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.arguments import checks_arguments
+from embedcache.dataset import Examples, IdColumn
 from embedcache.errors import BadRowsError, InputError, SpecError, warn
 from embedcache.examples import findings
 from embedcache.examples.class_sets import ClassSets
-from embedcache.examples.columns import LabelUse, Roles, choose_columns
-from embedcache.examples.content import CONTENTS, Content, Faults
-from embedcache.examples.dataset import Examples, Part, row_keys
-from embedcache.examples.ids import IdCollector, IdColumn
-from embedcache.examples.inputs import gather
+from embedcache.examples.columns import Roles, choose_columns
+from embedcache.examples.content import Faults
+from embedcache.examples.ids import IdCollector
+from embedcache.examples.inputs import GivenSource, open_inputs
 from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets
+from embedcache.examples.options import LabelUse, ReadingOptions, quarantine_file
+from embedcache.examples.packing import MOST_HELD, Packing
 from embedcache.examples.quarantine import Quarantine
 from embedcache.examples.source import BadRow, Block, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES
-from embedcache.spec import TASKS, TaskName
+from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 _SHOWN_BAD_ROWS = 10
+_MOST_OPEN = 64
+"""Files that are kept open between the look at their first rows and the reading of all."""
 
 
 @checks_arguments()
@@ -79,78 +85,59 @@ def load_examples(
     >>> examples.class_names, examples.targets.tolist(), list(examples.contents())
     (('bad', 'good'), [1, 0], [b'fine', b'poor'])
     """
-    _check_options(task, labels, on_bad_row, quarantine, split, split_seed, class_names, kind)
-    given = gather(inputs, {"train": train, "validation": validation, "test": test}, format, quoting)
-    from_files = [name for name, _ in given if name is not None]
-    if from_files and (split is not None or split_column is not None):
-        other = "split" if split is not None else "split_column"
-        named = ", ".join(dict.fromkeys(from_files))
-        raise SpecError(f"splits were given both as inputs ({named}) and by {other}: choose one")
-    sources = [source for _, source in given]
-    content = CONTENTS[kind]
-    roles = choose_columns(
-        sources,
-        content,
-        text_column=text_column,
+    options = ReadingOptions(
+        kind=kind,
+        content_column=text_column,
         label_column=label_column,
         id_column=id_column,
         split_column=split_column,
+        split=split,
+        split_seed=split_seed,
+        task=task,
+        label_separator=label_separator,
+        class_names=None if class_names is None else tuple(class_names),
+        extend_classes=extend_classes,
         labels=labels,
-        guess_split=labels != "none" and not from_files and split is None,
+        quarantine=quarantine_file(on_bad_row, quarantine),
+        format=format,  # type: ignore[arg-type]  # refused there unless it is one
+        quoting=quoting,
     )
-    label_rows = _label_collector(sources, roles, task, label_separator, labels)
-    with ExitStack() as stack:
-        writer = None
-        if on_bad_row == "skip":
-            assert quarantine is not None
-            writer = stack.enter_context(Quarantine(Path(quarantine), sources))
-        reading = _Pass(roles, content, label_rows, writer)
-        for source in sources:
-            reading.read(source)
-    fixed = None if class_names is None else tuple(class_names)
-    known = KnownClasses(fixed, extend_classes, _declared(sources, roles))
-    examples = reading.finish(kind, known, [name for name, _ in given], split, split_seed)
+    examples = read(inputs, {"train": train, "validation": validation, "test": test}, options)
     warn(examples.notes)
     return examples
 
 
-def _check_options(
-    task: str | None,
-    labels: str,
-    on_bad_row: str,
-    quarantine: object,
-    split: str | None,
-    split_seed: int,
-    class_names: Sequence[str] | None,
-    kind: str,
-) -> None:
-    for name, value, choices in (
-        ("task", task, (None, *TASKS)),
-        ("labels", labels, ("required", "optional", "none")),
-        ("on_bad_row", on_bad_row, ("stop", "skip")),
-        ("kind", kind, tuple(CONTENTS)),
-    ):
-        if value not in choices:
-            expected = ", ".join(choice for choice in choices if choice is not None)
-            raise SpecError(f"{name} is {value!r}: expected one of {expected}")
-    if on_bad_row == "skip" and quarantine is None:
-        raise SpecError("on_bad_row is skip but no quarantine file is named: say where bad rows are to be set aside")
-    if class_names is not None and len(set(class_names)) != len(class_names):
-        raise SpecError(f"class_names holds a name twice: {', '.join(class_names)}")
-    if split is not None:
-        parse_split(split)
-    if not 0 <= split_seed < 2**64:
-        raise SpecError(f"split_seed is {split_seed}: expected a whole number in [0, 2**64)")
+def read(inputs: object, by_split: Mapping[str, object], options: ReadingOptions) -> Examples:
+    """Do what ``load_examples`` does, but warn of nothing."""
+    with ExitStack() as stack:
+        given: list[GivenSource] = []
+        for each in open_inputs(inputs, by_split, options):
+            stack.callback(each.source.close)
+            given.append(each)
+            if len(given) > _MOST_OPEN and each.source.path is not None:
+                each.source.close()  # as a process may not have many open; it is opened again when its turn comes
+        sources = [each.source for each in given]
+        guess_split = options.labels != "none" and options.split is None and all(each.split is None for each in given)
+        roles = choose_columns(sources, options, guess_split=guess_split)
+        labels = _label_collector(sources, roles, options)
+        quarantine = None
+        if options.quarantine is not None:
+            quarantine = stack.enter_context(Quarantine(options.quarantine, sources))
+        reading = _Pass(roles, options, labels, quarantine)
+        for each in given:
+            reading.read(each)
+            each.source.close()
+        known = KnownClasses(options.class_names, options.extend_classes, _declared(sources, roles))
+        return reading.finish(known)
 
 
-def _label_collector(
-    sources: Sequence[Source], roles: Roles, task: TaskName | None, separator: str | None, labels: LabelUse
-) -> Labels | None:
+def _label_collector(sources: Sequence[Source], roles: Roles, options: ReadingOptions) -> Labels | None:
     """Choose what collects the labels, going by the options and the first cells of the first label column.
 
     Raises ``SpecError`` for options that contradict each other.
     """
-    columns, required = roles.labels, labels == "required"
+    columns, task, separator = roles.labels, options.task, options.label_separator
+    required = options.labels == "required"
     if not columns:
         return None
     if separator == "":
@@ -170,66 +157,68 @@ def _label_collector(
 
 
 def _declared(sources: Sequence[Source], roles: Roles) -> tuple[str, ...]:
+    """Return the class names that all sources with the label column declare alike."""
     if len(roles.labels) != 1:
         return ()
-    found = {source.class_names(roles.labels[0]) for source in sources if roles.labels[0] in source.columns}
-    return (found.pop() or ()) if len(found) == 1 else ()
+    declared = {source.class_names(roles.labels[0]) for source in sources if roles.labels[0] in source.columns}
+    return (declared.pop() or ()) if len(declared) == 1 else ()
 
 
 class _Pass:
     """The state of the pass over all sources."""
 
-    def __init__(self, roles: Roles, content: Content, labels: Labels | None, quarantine: Quarantine | None) -> None:
+    def __init__(
+        self, roles: Roles, options: ReadingOptions, labels: Labels | None, quarantine: Quarantine | None
+    ) -> None:
         self._roles = roles
-        self._content = content
+        self._options = options
         self._labels = labels
         self._quarantine = quarantine
         self._ids = IdCollector(roles.id) if roles.id is not None else None
         self._splits = SplitColumn(roles.split) if roles.split is not None else None
         self._keys = bytearray()
-        self._parts: list[Part] = []
+        self._contents = Packing(MOST_HELD)
+        self._rows_given: list[tuple[str, int]] = []
         self._bad: list[tuple[str, str]] = []
         self._n_bad = 0
 
-    def read(self, source: Source) -> None:
+    def read(self, given: GivenSource) -> None:
         """Read one source to its end."""
-        roles = self._roles
-        present = [column for column in roles.labels if column in source.columns]
-        others = [column for column in (roles.id, roles.split) if column is not None]
+        roles, source = self._roles, given.source
+        wanted = [roles.content, roles.id, roles.split, *(name for name in roles.labels if name in source.columns)]
+        columns = [name for name in wanted if name is not None]
         first = self._rows
-        records = 0
-        skipped: list[int] = []
-        for block in source.blocks((roles.content, *others, *present)):
-            cells = dict(zip((roles.content, *others, *present), block.values, strict=True))
+        for block in source.blocks(columns):
             rows = len(block.lines)
             if rows:
+                cells = dict(zip(columns, block.values, strict=True))
                 # A source of unlabelled rows may lack the column altogether.
-                label_cells = [cells.get(column) or [None] * rows for column in roles.labels]
-                faults = self._take(cells, label_cells)
-                skipped += (records + place for place in sorted(faults))
+                missing: list[object] = [None] * rows
+                faults = self._take(cells, [cells.get(name) or missing for name in roles.labels])
                 block.bad += (BadRow(block.lines[place], reason, block.raw(place)) for place, reason in faults.items())
-                records += rows
             if block.bad:
                 self._set_aside(source, block)
-        self._parts.append(Part(source, roles.content, first, self._rows - first, np.array(skipped, np.int64)))
+        self._rows_given.append((given.split or "train", self._rows - first))
 
     @property
     def _rows(self) -> int:
         return len(self._keys) // KEY_BYTES
 
-    def _take(self, cells: Mapping[str, list[Any]], label_cells: list[list[Any]]) -> Faults:
-        contents, faults = self._content.encode(self._roles.content, cells[self._roles.content])
-        parsed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [(self._append_keys, contents)]
+    def _take(self, cells: Mapping[str, Sequence[object]], label_cells: Sequence[Sequence[object]]) -> Faults:
+        """Add the usable rows of a block; return why the others are not usable."""
+        roles = self._roles
+        contents, faults = self._options.content.encode(roles.content, cells[roles.content])
+        parsed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [(self._append_contents, contents)]
         columns: list[tuple[IdCollector | SplitColumn | Labels | None, Any]] = [
-            (self._ids, cells.get(self._roles.id or "")),
-            (self._splits, cells.get(self._roles.split or "")),
+            (self._ids, cells.get(roles.id or "")),
+            (self._splits, cells.get(roles.split or "")),
             (self._labels, label_cells),
         ]
         for column, values in columns:
             if column is not None:
-                result, found = column.parse(values)
+                result, column_faults = column.parse(values)
                 parsed.append((column.append, result))
-                faults = {**found, **faults}
+                faults = {**column_faults, **faults}
         if faults:
             keep = [place for place in range(len(contents)) if place not in faults]
             parsed = [(append, [values[place] for place in keep]) for append, values in parsed]
@@ -238,8 +227,10 @@ class _Pass:
                 append(values)
         return faults
 
-    def _append_keys(self, contents: list[bytes]) -> None:
-        self._keys += row_keys(contents)
+    def _append_contents(self, contents: Sequence[bytes]) -> None:
+        self._contents.append(contents)
+        # ``fingerprint.row_key`` of each, without a Python call a row: half of the cost of a pass. A test holds that.
+        self._keys += b"".join([blake2b(content, digest_size=KEY_BYTES).digest() for content in contents])
 
     def _set_aside(self, source: Source, block: Block) -> None:
         self._n_bad += len(block.bad)
@@ -250,9 +241,7 @@ class _Pass:
             for row in block.bad:
                 self._quarantine.add(source.name, row)
 
-    def finish(
-        self, kind: str, known: KnownClasses, given: Sequence[str | None], split: str | None, split_seed: int
-    ) -> Examples:
+    def finish(self, known: KnownClasses) -> Examples:
         """Put everything together, or raise for the bad rows that were met."""
         notes = list(self._roles.notes)
         if self._n_bad and self._quarantine is None:
@@ -270,10 +259,10 @@ class _Pass:
             notes += targets.notes
         ids = IdColumn(rows)
         if self._ids is not None:
-            ids, more = self._ids.finish()
-            notes += more
-        splits, split_names = self._split(keys, given, split, split_seed)
-        for array in (keys, splits, *([] if targets is None else [targets.values])):
+            ids, id_notes = self._ids.finish()
+            notes += id_notes
+        split, split_names = self._split(keys)
+        for array in (keys, split, *([] if targets is None else [targets.values])):
             array.flags.writeable = False
         groups = findings.group(keys)
         examples = Examples(
@@ -281,35 +270,31 @@ class _Pass:
             targets=None if targets is None else targets.values,
             task=None if targets is None else targets.task,
             class_names=() if targets is None else targets.class_names,
-            split=splits,
+            split=split,
             split_names=split_names,
             ids=ids,
-            notes=(),
+            kind=self._options.kind,
+            packed_contents=self._contents.finish(),
             n_unique=groups.number,
-            kind=kind,
-            parts=tuple(self._parts),
         )
 
         def show(wanted: Sequence[int]) -> list[str]:
-            return [self._content.show(content) for content in examples.contents(wanted)]
+            return [self._options.content.show(examples.packed_contents[row]) for row in wanted]
 
-        if split is not None:
-            notes += shares_note(split)
+        if self._options.split is not None:
+            notes += shares_note(self._options.split)
         notes += findings.duplicates(groups)
-        notes += findings.leaks(groups, splits, split_names, show)
-        notes += findings.contradictions(groups, examples.task, examples.targets, examples.class_names, show)
-        notes += findings.absent(examples.task, examples.targets, examples.class_names, splits, split_names)
-        object.__setattr__(examples, "notes", tuple(notes))
-        return examples
+        notes += findings.leaks(groups, examples, show)
+        notes += findings.contradictions(groups, examples, show)
+        notes += findings.gaps(examples)
+        return replace(examples, notes=tuple(notes))
 
-    def _split(
-        self, keys: NDArray[np.uint8], given: Sequence[str | None], split: str | None, seed: int
-    ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    def _split(self, keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
         if self._splits is not None:
             return self._splits.finish()
-        if split is not None:
-            names, shares = parse_split(split)
-            return assign_splits(keys, shares, seed), names
-        names = ordered(name or "train" for name in given)
-        codes = [names.index(name or "train") for name in given]
-        return np.repeat(np.array(codes, np.uint8), [part.rows for part in self._parts]), names
+        if self._options.split is not None:
+            names, shares = parse_split(self._options.split)
+            return assign_splits(keys, shares, self._options.split_seed), names
+        names = ordered(name for name, _ in self._rows_given)
+        codes = [names.index(name) for name, _ in self._rows_given]
+        return np.repeat(np.array(codes, np.uint8), [rows for _, rows in self._rows_given]), names

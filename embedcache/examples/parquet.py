@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from embedcache.errors import InputError, MissingExtraError
-from embedcache.examples.source import BLOCK_ROWS, SAMPLE_ROWS, Block, Kind, named, row_of, unique_columns
-from embedcache.examples.stored import FileSource, StoredFile
+from embedcache.examples.content import Kind
+from embedcache.examples.file_source import InputFile
+from embedcache.examples.source import (
+    BLOCK_ROWS,
+    SAMPLE_ROWS,
+    Block,
+    DeclaredType,
+    Source,
+    named,
+    row_of,
+    unique_columns,
+)
 from embedcache.fingerprint import strict_json
 
 
-def _class_names(feature: Any) -> tuple[str, ...] | None:
+def _class_names(feature: object) -> tuple[str, ...] | None:
     """Return the names of a ``ClassLabel``, or of a list of them in any form that ``datasets`` wrote."""
     while isinstance(feature, list) or (isinstance(feature, dict) and "feature" in feature):
         feature = feature[0] if isinstance(feature, list) else feature["feature"]
@@ -25,35 +35,46 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-class ParquetSource(FileSource):
+class ParquetSource(Source):
     """A Parquet file, read a few row groups' worth of the wanted columns at a time."""
 
-    def __init__(self, file: StoredFile) -> None:
-        super().__init__(file)
+    def __init__(self, file: InputFile) -> None:
+        self.name, self.path = file.name, file.path
+        self._file = file
+        self._open = ExitStack()
+        self._table: Any = None
         try:
             self._arrow = importlib.import_module("pyarrow")
             self._parquet = importlib.import_module("pyarrow.parquet")
         except ImportError:
             raise MissingExtraError(f"reading {self.name}", "pyarrow", "parquet") from None
-        with self._opened() as table:
+        with self._explained():
+            table = self._opened()
             self._schema = table.schema_arrow
             self.columns = unique_columns(self.name, self._schema.names)
             self._features = self._declared_features()
             if table.metadata.num_rows == 0:
                 raise InputError(f"{self.name}: there are columns but no rows")
-        first = next(self.blocks(self.columns))
+        first = next(self._read(self.columns, SAMPLE_ROWS))
         self.sample = {column: cells[:SAMPLE_ROWS] for column, cells in zip(self.columns, first.values, strict=True)}
 
+    def _opened(self) -> Any:
+        if self._table is None:
+            self._table = self._parquet.ParquetFile(self._open.enter_context(self._file.open_binary()))
+        return self._table
+
+    def close(self) -> None:
+        self._table = None
+        self._open.close()
+
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _explained(self) -> Iterator[None]:
         try:
-            with self.file.open(lines=False) as binary:
-                yield self._parquet.ParquetFile(binary)
-        except (
-            self._arrow.ArrowException,
-            KeyError,
-        ) as error:  # KeyError: a column is gone
+            yield
+        except (self._arrow.ArrowException, KeyError) as error:  # KeyError: a column is gone
             raise InputError(f"{self.name}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be read: {error.strerror or error}") from None
 
     def _declared_features(self) -> Mapping[str, tuple[str, ...] | None]:
         """Return what the library ``datasets`` wrote about the columns, empty where another library wrote the file."""
@@ -69,25 +90,24 @@ class ParquetSource(FileSource):
     def class_names(self, column: str) -> tuple[str, ...] | None:
         return self._features.get(column)
 
-    def where(self, line: int) -> str:
-        return f"{self.name}, row {line}"
-
-    def kind(self, column: str) -> Kind:
-        kind = self._schema.field(column).type
+    def declared_type(self, column: str) -> DeclaredType:
+        declared = self._schema.field(column).type
         types = self._arrow.types
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view":
-            return "text"
-        return "number" if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) else "other"
-
-    def not_text(self, column: str) -> str | None:
-        return None if self.kind(column) == "text" else str(self._schema.field(column).type)
+        inner = declared.value_type if types.is_dictionary(declared) else declared
+        kind: Kind = "other"
+        if types.is_string(inner) or types.is_large_string(inner) or str(inner) == "string_view":
+            kind = "text"
+        elif types.is_integer(inner) or types.is_floating(inner) or types.is_boolean(inner):
+            kind = "number"
+        return DeclaredType(kind, str(declared))
 
     def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+        return self._read(columns, BLOCK_ROWS // 4)
+
+    def _read(self, columns: Sequence[str], rows: int) -> Iterator[Block]:
         first = 0
-        with self._opened() as table:
-            for batch in table.iter_batches(batch_size=BLOCK_ROWS // 4, columns=list(columns)):
+        with self._explained():
+            for batch in self._opened().iter_batches(batch_size=rows, columns=list(columns)):
                 values = [
                     named(self.name, column, self._cells(batch.column(column)), self.class_names(column))
                     for column in columns
@@ -96,9 +116,9 @@ class ParquetSource(FileSource):
                 yield Block(values, lines, row_of(columns, values))
                 first += batch.num_rows
 
-    def _cells(self, column: Any) -> list[Any]:
+    def _cells(self, column: Any) -> list[object]:
         try:
-            return cast("list[Any]", column.to_pylist())
+            return cast("list[object]", column.to_pylist())
         except UnicodeDecodeError:  # Arrow does not check that its strings are UTF-8
             values = column.cast(self._arrow.large_string()).cast(self._arrow.large_binary()).to_pylist()
             return [value if value is None else value.decode("utf-8", "surrogateescape") for value in values]

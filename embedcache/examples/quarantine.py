@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO
 
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.source import BadRow, Source
@@ -25,8 +26,7 @@ class Quarantine:
         with explained(f"cannot read {path}", InputError):
             self._there = path.exists()
             for source in sources:
-                used = getattr(source, "path", None)
-                if used is not None and self._there and os.path.samefile(used, path):
+                if source.path is not None and self._there and os.path.samefile(source.path, path):
                     raise SpecError(f"the quarantine file {path} is an input file: name another one")
         if self._there and not self._is_ours():
             raise SpecError(f"the quarantine file {path} exists and was not written by embedcache: name another one")
@@ -49,7 +49,9 @@ class Quarantine:
         record = {"file": name, "line": row.line, "reason": row.reason, "raw": row.raw}
         self._file.write((json.dumps(record, default=repr) + "\n").encode("ascii"))
 
-    def __exit__(self, *exception: Any) -> None:
-        if self._file is None and exception[0] is None and self._there:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is None and kind is None and self._there:
             commit(self.path, b"", InputError)  # of an earlier run, which had bad rows
-        self._stack.__exit__(*exception)
+        self._stack.__exit__(kind, error, traceback)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple
 
 from embedcache.errors import InputError
-from embedcache.examples.content import is_missing
-
-Kind = Literal["text", "number", "other"]
+from embedcache.examples.content import Kind, is_missing
 
 BLOCK_ROWS = 4096
 SAMPLE_ROWS = 100
@@ -22,46 +22,64 @@ class BadRow(NamedTuple):
 
     line: int
     reason: str
-    raw: Any
+    raw: object
+
+
+class DeclaredType(NamedTuple):
+    """What a source says its column holds: one of our kinds, and the type by its name there."""
+
+    kind: Kind
+    name: str
 
 
 @dataclass
 class Block:
     """Some consecutive records: one list of cells per column asked for, and what could not be read as a record."""
 
-    values: list[list[Any]]
+    values: list[list[object]]
     lines: Sequence[int]
-    raw: Callable[[int], Any]
+    raw: Callable[[int], object]
     bad: list[BadRow] = field(default_factory=list)
 
 
-class Source(Protocol):
-    """Something that gives the same records every time it is read."""
+class Source(ABC):
+    """Records that are read once, a block at a time.
+
+    ``name`` is what messages call it; ``columns`` are its columns, and ``sample`` has the first cells of each, to guess
+    from. Reading the sample opens a file, ``blocks`` goes on with the file that is open, ``close`` closes it.
+    """
 
     name: str
+    path: Path | None = None
+    """The file that is read; None for an object, and for standard input, which cannot be opened again."""
     columns: tuple[str, ...]
-    sample: dict[str, list[Any]]
-    """The first cells of every column, to guess from."""
+    sample: dict[str, list[object]]
+    numbers_are_written = False
+    """Whether a number is a text in this format, as in CSV."""
 
+    @abstractmethod
     def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
-        """Read everything from the start."""
-        ...
+        """Read all records."""
+
+    def close(self) -> None:  # noqa: B027  # an object has nothing to close
+        """Close what is open. What is read afterwards is opened again and read from the start."""
 
     def where(self, line: int) -> str:
-        """Return the place of a record for a message: ``file:line``."""
-        ...
+        """Return the place of a record for a message."""
+        return f"{self.name}, row {line}"
 
     def kind(self, column: str) -> Kind:
         """Return what the column seems to hold."""
-        ...
+        declared = self.declared_type(column)
+        return kind_of(self.sample[column], self.numbers_are_written) if declared is None else declared.kind
 
-    def not_text(self, column: str) -> str | None:
-        """Return the declared type of a column that cannot hold text, None when it can or nothing is declared."""
-        ...
+    def declared_type(self, column: str) -> DeclaredType | None:
+        """Return the type that the source declares for a column, None where it declares none."""
+        return None
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Return the class names that the source declares for the column, in their order."""
-        ...
+        return None
 
 
 def unique_columns(name: str, columns: Sequence[str]) -> tuple[str, ...]:
@@ -72,7 +90,7 @@ def unique_columns(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def named(source: str, column: str, values: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+def named(source: str, column: str, values: Sequence[object], names: Sequence[str] | None) -> list[object]:
     """Return the cells of a ``ClassLabel`` column as names, also inside lists; -1 there means no label.
 
     Raises ``InputError`` for a number that has no name.
@@ -80,7 +98,7 @@ def named(source: str, column: str, values: Sequence[Any], names: Sequence[str] 
     if names is None:
         return list(values)
 
-    def name(value: Any) -> Any:
+    def name(value: object) -> object:
         if isinstance(value, list):
             return [name(item) for item in value]
         if value is None or value == -1:
@@ -94,19 +112,18 @@ def named(source: str, column: str, values: Sequence[Any], names: Sequence[str] 
     return [name(value) for value in values]
 
 
-def kind_of(values: Sequence[Any], numbers_in_text: bool) -> Kind:
+def kind_of(values: Sequence[object], numbers_are_written: bool) -> Kind:
     """Return what a column holds, going by some of its values."""
     present = [value for value in values if not is_missing(value)]
-    if any(not isinstance(value, (str, int, float)) for value in present):
-        return "other"
-    if any(not isinstance(value, str) for value in present):
-        return "number"
-    written = [value for value in present if value.strip()]
-    if numbers_in_text and written and all(_NUMBER.fullmatch(value) for value in written):
+    texts = [value for value in present if isinstance(value, str)]
+    if len(texts) < len(present):
+        return "number" if all(isinstance(value, (str, int, float)) for value in present) else "other"
+    written = [text for text in texts if text.strip()]
+    if numbers_are_written and written and all(_NUMBER.fullmatch(text) for text in written):
         return "number"
     return "text"
 
 
-def row_of(columns: Sequence[str], values: list[list[Any]]) -> Callable[[int], dict[str, Any]]:
+def row_of(columns: Sequence[str], values: list[list[object]]) -> Callable[[int], dict[str, object]]:
     """Return a function that shows one record of a columnar block as a dict."""
     return lambda position: {column: cells[position] for column, cells in zip(columns, values, strict=True)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,30 +86,27 @@ class SplitColumn:
         self._codes: dict[str, int] = {}
         self._buffer = bytearray()
 
-    def parse(self, values: Sequence[Any]) -> tuple[list[Any], Faults]:
-        """Return the normalised names and the faults of one block."""
-        known: dict[Any, str] = {}
+    def parse(self, values: Sequence[object]) -> tuple[list[str], Faults]:
+        """Return the normalised names (``""`` for a faulty one) and the faults of one block."""
+        known: dict[str, str] = {}
         faults: Faults = {}
-        names: list[Any] = []
+        names: list[str] = []
         for position, value in enumerate(values):
-            name = known.get(value) if isinstance(value, str) else None
-            if name is None:
-                reason = self._fault(value)
-                if reason is not None:
-                    faults[position] = reason
-                else:
+            name = known.get(value, "") if isinstance(value, str) else ""
+            if not name and isinstance(value, str) and value.strip():
+                fault = unicode_fault(self.column, value)
+                if fault is None:
                     name = known[value] = split_name(value)
+                else:
+                    faults[position] = fault
+            elif not name:
+                missing = is_missing(value) or isinstance(value, str)
+                shown = "missing" if missing else f"{value!r} of type {type(value).__name__}, expected a name"
+                faults[position] = f"the split {self.column!r} is {shown}"
             names.append(name)
         return names, faults
 
-    def _fault(self, value: Any) -> str | None:
-        if is_missing(value) or (isinstance(value, str) and not value.strip()):
-            return f"the split {self.column!r} is missing"
-        if not isinstance(value, str):
-            return f"the split {self.column!r} is {value!r} of type {type(value).__name__}, expected a name"
-        return unicode_fault(self.column, value)
-
-    def append(self, names: Sequence[Any]) -> None:
+    def append(self, names: Sequence[str]) -> None:
         """Add the names of usable rows."""
         for name in dict.fromkeys(names):
             self._codes.setdefault(name, len(self._codes))

@@ -332,7 +332,7 @@ def run(
             if committing is not None:
                 committing.result()
             notes = writer.dropped(examples)
-            writer.finish(examples, keep_inputs=keep_inputs)
+            writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
         except KeyboardInterrupt:
             committer.shutdown(wait=True)
             kept = int((writer.lookup(examples.keys[todo]) >= 0).sum())

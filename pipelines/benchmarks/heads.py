@@ -158,6 +158,7 @@ def beyond_memory() -> None:
 def whole_process() -> None:
     """Seconds from a cache on disk to a trained, evaluated, saved linear head, the whole process."""
     from embedcache.cache import CacheWriter
+    from embedcache.dataset import Dataset
     from embedcache.shard import FeatureSet
 
     rows = 10_000
@@ -168,7 +169,9 @@ def whole_process() -> None:
         path = Path(folder) / "c"
         with CacheWriter(path, {"made": "up"}, [FeatureSet("mean", "pooled", WIDTH, 1, "float32")]) as writer:
             writer.append(keys, {"mean": x}, {})
-            writer.commit_dataset(keys, y, "classification", names, split, ["train", "validation", "test"])
+            splits = {"split": split, "split_names": ("train", "validation", "test")}
+            labels = {"task": "classification", "targets": y, "class_names": tuple(names)}
+            writer.commit_dataset(Dataset(keys=keys, **splits, **labels))
         for engine in ("sklearn", "torch"):
             run = Path(folder) / engine
             command = [sys.executable, "-m", "embedcache"]

@@ -99,6 +99,7 @@ def profile_of(x: Any, y: Any, names: list[str]) -> str:
 def sweeping() -> None:
     """The default sweep of 10,000 x 384 by the command line, the whole process, with few classes and with more."""
     from embedcache.cache import CacheWriter
+    from embedcache.dataset import Dataset
     from embedcache.shard import FeatureSet
 
     rows = 10_000
@@ -111,7 +112,9 @@ def sweeping() -> None:
             cache, sweep = Path(folder) / "c", Path(folder) / "sweep"
             with CacheWriter(cache, {"made": "up"}, [FeatureSet("mean", "pooled", WIDTH, 1, "float32")]) as writer:
                 writer.append(keys, {"mean": x}, {})
-                writer.commit_dataset(keys, y, "classification", names, split, ["train", "validation", "test"])
+                splits = {"split": split, "split_names": ("train", "validation", "test")}
+                labels = {"task": "classification", "targets": y, "class_names": tuple(names)}
+                writer.commit_dataset(Dataset(keys=keys, **splits, **labels))
             command = [sys.executable, "-m", "embedcache", "sweep", cache, "-o", sweep]
             taken = seconds(lambda: subprocess.run(command, check=True, capture_output=True))  # noqa: B023
             summary = json.loads((sweep / "summary.json").read_text())

@@ -14,6 +14,7 @@ from benchmarks.table import interleaved, row
 
 import embedcache as ec
 from embedcache.cache import CacheWriter
+from embedcache.dataset import Dataset
 from embedcache.shard import FeatureSet
 
 REPO = Path(__file__).resolve().parents[2]
@@ -27,7 +28,8 @@ def build(path: Path, x: np.ndarray, shards: int) -> ec.FeatureCache:
     with CacheWriter(path, {"made": "up"}, [FeatureSet("mean", "pooled", WIDTH, 1, "float32")]) as writer:
         for part in np.array_split(np.arange(len(x)), shards):
             writer.append(keys[part], {"mean": x[part]}, {})
-        writer.commit_dataset(keys, zeros, "classification", ["a"], zeros.astype(np.uint8), ["train"])
+        labels = {"task": "classification", "targets": zeros, "class_names": ("a",)}
+        writer.commit_dataset(Dataset(keys=keys, split=zeros.astype(np.uint8), split_names=("train",), **labels))
     return ec.FeatureCache.open(path)
 
 

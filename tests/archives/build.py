@@ -81,7 +81,7 @@ def write(path: Path, examples: Examples, sets: Any, per_shard: int, keep_inputs
                 writer.admit(made := probe(sets, start // per_shard), accept=True)
                 ran["probe"] = made.hash
             writer.append(examples.keys[mine], arrays(sets, range(start, start + len(mine))), ran)
-        writer.finish(examples, keep_inputs=keep_inputs)
+        writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
 
 
 def digest(array: np.ndarray) -> str:

@@ -27,9 +27,15 @@ def replace_for_ever(path: Path, pause: float = 0.0) -> None:
             for _ in range(20):
                 number += 1
                 writer.commit_dataset(
-                    small_caches.keys(range(ROWS)), np.full(ROWS, number % 3), "classification",
-                    [f"{number}-{each}" for each in range(3)], np.zeros(ROWS, np.uint8), ("train",),
-                )  # fmt: skip
+                    small_caches.committed(
+                        small_caches.keys(range(ROWS)),
+                        task="classification",
+                        targets=np.full(ROWS, number % 3),
+                        class_names=tuple(f"{number}-{each}" for each in range(3)),
+                        split=np.zeros(ROWS, np.uint8),
+                        split_names=("train",),
+                    )
+                )
                 time.sleep(pause)
 
 

@@ -57,9 +57,16 @@ def test_many_shards_and_many_parts_need_few_descriptors(
             rows = range(2 * part, 2 * part + 2)
             writer.append(small_caches.keys(rows), small_caches.arrays(SETS[:1], rows), {})
             writer.commit_dataset(
-                small_caches.keys(rows), np.zeros(2, int), "classification", ["a"], np.zeros(2, np.uint8), ["train"],
-                ids=ids,
-            )  # fmt: skip
+                small_caches.committed(
+                    small_caches.keys(rows),
+                    task="classification",
+                    targets=np.zeros(2, int),
+                    class_names=("a",),
+                    split=np.zeros(2, np.uint8),
+                    split_names=("train",),
+                    ids=ids,
+                )
+            )
     assert merge(parts, tmp_path / "merged").n_rows == 120
 
 

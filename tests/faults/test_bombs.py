@@ -17,7 +17,7 @@ from small_caches import SETS, write
 from embedcache.cache import FeatureCache, verify
 from embedcache.errors import BadRowsError, EmbedcacheError, InputError, SpecError, SweepError
 from embedcache.examples import load_examples
-from embedcache.examples.files import open_file
+from embedcache.examples.formats import open_path
 from embedcache.fingerprint import read_json, strict_json
 from embedcache.heads import TrainedHead, folder
 from embedcache.report import report
@@ -108,10 +108,10 @@ def test_standard_input_without_end_or_closed(monkeypatch: pytest.MonkeyPatch) -
     with open("/dev/zero", "rb") as zeros:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zeros))
         with pytest.raises(InputError, match="<stdin>: a line is longer than"):
-            open_file("-")
+            open_path("-", None, "minimal")
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="standard input is closed"):
-        open_file("-")
+        open_path("-", None, "minimal")
 
 
 def test_a_large_cell_and_a_well_packed_file_are_read(tmp_path: Path) -> None:

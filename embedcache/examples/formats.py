@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
-from embedcache.errors import InputError, SpecError
+from embedcache.errors import InputError
 from embedcache.examples.delimited import CsvSource
+from embedcache.examples.file_source import InputFile, StandardInput
 from embedcache.examples.lines import JsonlSource, LinesSource
 from embedcache.examples.parquet import ParquetSource
 from embedcache.examples.source import Source
-from embedcache.examples.stored import SpooledFile, StoredFile, refuse_foreign
 
-FORMATS = ("csv", "tsv", "jsonl", "lines", "parquet")
+Format = Literal["csv", "tsv", "jsonl", "lines", "parquet"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
-_EXTENSIONS = {
+_EXTENSIONS: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".jsonl": "jsonl",
@@ -23,34 +25,29 @@ _EXTENSIONS = {
 }
 
 
-def open_file(path: str | Path, format: str | None = None, quoting: str = "minimal") -> Source:
+def open_path(path: str, format: Format | None, quoting: str) -> Source:
     """Return the source for a file, or for standard input when ``path`` is ``-``.
 
-    The format comes from the extension, or from ``format`` (one of ``FORMATS``); standard input is plain lines unless
-    said otherwise. Raises ``InputError`` when it cannot be read, ``MissingExtraError`` for Parquet without pyarrow.
+    The format comes from the extension unless it is given; standard input is plain lines unless said otherwise.
+    ``quoting`` is ``minimal`` or ``none``. Raises ``InputError`` when it cannot be read, ``MissingExtraError`` for
+    Parquet without pyarrow.
     """
-    if format is not None and format not in FORMATS:
-        raise SpecError(f"unknown format {format!r}: expected one of {', '.join(FORMATS)}")
-    if quoting not in ("minimal", "none"):
-        raise SpecError(f"unknown quoting {quoting!r}: expected minimal or none")
-    if str(path) == "-":
-        return _open(SpooledFile(), format or "lines", quoting)
-    file = StoredFile(Path(path))
-    return _open(file, format or _format_of(file.path), quoting)
+    if path == "-":
+        return _source(StandardInput(), format or "lines", quoting)
+    return _source(InputFile(Path(path)), format or _format_of(Path(path)), quoting)
 
 
-def _open(file: StoredFile, format: str, quoting: str) -> Source:
+def _source(file: InputFile, format: Format, quoting: str) -> Source:
     if format == "parquet":
         return ParquetSource(file)
-    refuse_foreign(file, format)
     if format == "jsonl":
         return JsonlSource(file)
     if format == "lines":
         return LinesSource(file)
-    return CsvSource(file, "," if format == "csv" else "\t", quoting)
+    return CsvSource(file, format, quoting)
 
 
-def _format_of(path: Path) -> str:
+def _format_of(path: Path) -> Format:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] == ".gz"
     suffix = (suffixes[:-1] if packed else suffixes)[-1:]
