@@ -29,6 +29,7 @@ from embedcache.errors import (
 )
 from embedcache.fingerprint import hash_json
 from embedcache.shard import FeatureSet
+from embedcache.spec import ExtractionSpec
 
 POOLED = SETS[:1]
 
@@ -510,5 +511,5 @@ def test_known_rows_and_the_spec_are_read_without_a_lock(tmp_path: Path) -> None
     before = files(path)
     with CacheWriter(path, SPEC, POOLED):
         assert known_rows(path, SPEC, POOLED, keys([4, 9, 0])).tolist() == [4, -1, 0]
-        assert read_spec(path) == (SPEC, {"device": "none", "shard": 3})
+        assert read_spec(path) == (ExtractionSpec(SPEC), {"device": "none", "shard": 3})
     assert files(path) == before
