@@ -15,6 +15,7 @@ from embedcache.cli.options import (
     read_examples,
     say,
     table,
+    trust_option,
     untrusted_option,
 )
 from embedcache.wording import counted, shown
@@ -27,32 +28,58 @@ from embedcache.wording import counted, shown
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @click.option(
     "--pooling", "poolings", multiple=True, metavar="POOLING[@LAYERS]",
-    help="cls, mean, max, pooler, last or tokens, at the last layer or @-2, @-4..-1, @1+3, @all; l2: in front "
-    "normalises; auto follows the model's own files. Repeat for several sets in one pass.  [default: auto]",
+    help="cls, mean, max, pooler, last or tokens, of the last layer or @-2, @-4..-1, @1+3, @all; the prefix l2: scales "
+    "to unit length; auto follows the model's own files. Repeat for several sets in one pass.  [default: auto]",
 )  # fmt: skip
 @click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")
-@click.option("--max-length", type=int, metavar="N", help="Longest row in tokens. Default: the model's own limit.")
+@click.option(
+    "--max-length", type=int, metavar="N", help="Cut rows to this many tokens. Default: the model's own limit."
+)
 @click.option("--truncation-side", type=click.Choice(["right", "left"]), help="Which end of a longer text is cut.")
-@click.option("--prompt", metavar="TEXT", help="Put before every text.")
-@click.option("--dtype", "compute_dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute in.")
-@click.option("--store", "storage_dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store as.")
+@click.option("--prompt", metavar="TEXT", help="Text to put in front of every row.")
+@click.option(
+    "--dtype",
+    "compute_dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type to compute in. Default: float32.",
+)
+@click.option(
+    "--store",
+    "storage_dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type to store features in. Default: float32.",
+)
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), help="Attention kernel. Default: the model's.")
 @click.option(
-    "--compile/--no-compile", "compiled", default=None, help="Use torch.compile: other bits, a faster long run."
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Use torch.compile: faster on long runs; results differ in the last bits, so the cache is its own.",
 )
-@click.option("--batch-size", "positions", type=int, metavar="TOKENS", help="Positions (rows x length) in one batch.")
+@click.option(
+    "--batch-size", "positions", type=int, metavar="TOKENS", help="Size of a batch in positions (rows x padded length)."
+)
 @device_option
-@click.option("--threads", type=int, metavar="N", help="CPU threads that the passes share; changes no bit.")
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="CPU threads that all passes share; does not change the results. Default: all.",
+)
 @click.option(
     "--pass-threads", type=int, metavar="N",
-    help="CPU threads of one pass. Default: 1. Decides the last bits, so a cache keeps it.",
+    help="CPU threads of one forward pass. Default: 1. Changes the last bits, so it is part of the cache's identity.",
 )  # fmt: skip
-@click.option("--shard-rows", type=int, metavar="N", help="Rows in a shard. Default: 16,384, or 64 MB.")
-@click.option("--part", metavar="I/N", help="Extract the I-th of N parts, to be merged later.")
+@click.option(
+    "--shard-rows", type=int, metavar="N", help="Rows in a shard. Default: 16,384, or as many as fit in 64 MB."
+)
+@click.option("--part", metavar="I/N", help="Extract only part I of N, to be joined by embedcache merge.")
 @click.option("--keep-inputs", is_flag=True, help="Store the input rows in the cache too.")
 @accept_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; write nothing.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be done, how long it takes and how large it gets; write nothing."
+)
+@trust_option
 @input_options
 @json_option
 def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -95,12 +122,12 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     say(report.to_text(output_dir))
 
 
-@click.command(short_help="What is in a cache.")
+@click.command(short_help="Show what is in a cache.")
 @click.argument("cache", type=click.Path())
 @json_option
 @untrusted_option
 def info(cache: str, as_json: bool) -> None:
-    """Say what is in CACHE: rows, splits, classes, feature sets, the backbone and what ran it."""
+    """Show what is in CACHE: rows, splits, classes, feature sets, the backbone and what ran it."""
     from embedcache.cache import FeatureCache
 
     with_contents = FeatureCache.open(cache, verify=False).describe()
@@ -169,11 +196,11 @@ def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) or "nothing"
 
 
-@click.command(short_help="Hash everything again.")
+@click.command(short_help="Hash every byte again.")
 @click.argument("cache", type=click.Path())
-@click.option("--repair", is_flag=True, help="Set damaged files aside, so that extract computes just those again.")
+@click.option("--repair", is_flag=True, help="Move damaged files away, so that extract computes only their rows again.")
 @click.option(
-    "--untrusted", is_flag=True, help="CACHE comes from a stranger: a child with little memory and time looks into it."
+    "--untrusted", is_flag=True, help="CACHE is not trusted: a child process with limited memory and time examines it."
 )
 def verify(cache: str, repair: bool, untrusted: bool) -> None:
     """Hash every byte of CACHE again and compare it with what was committed."""
@@ -208,13 +235,13 @@ def _repair(cache: str) -> None:
     )
 
 
-@click.command(short_help="New labels or splits, no forward pass.")
+@click.command(short_help="Set new labels or splits, without a forward pass.")
 @click.argument("cache", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path())
 @input_options
 @untrusted_option
 def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
-    """Give CACHE the labels and splits of INPUT, without any forward pass. Every row must be in the cache."""
+    """Replace the labels and splits of CACHE by those of INPUT, without a forward pass. Every row must be in CACHE."""
     from embedcache.cache import relabel as relabel_cache
 
     if not inputs and not any(options[name] for name in ("train", "validation", "test")):
@@ -237,7 +264,7 @@ def merge(parts: tuple[str, ...], output_dir: str, accept_numerics: bool) -> Non
     say(f"{counted(merged.n_rows, 'row')} of {counted(len(parts), 'part')} merged into {output_dir}")
 
 
-@click.command(short_help="Versions and devices, for bug reports.")
+@click.command(short_help="Print versions and devices, for bug reports.")
 @json_option
 def env(as_json: bool) -> None:
     """Print versions and devices, for bug reports."""

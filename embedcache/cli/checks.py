@@ -9,12 +9,14 @@ import click
 from embedcache.cli.options import (
     device_option,
     head_options,
+    head_settings,
     input_options,
     json_option,
     print_json,
     read_examples,
     say,
     setting_option,
+    trust_option,
     untrusted_option,
 )
 
@@ -22,23 +24,30 @@ from embedcache.cli.options import (
 @click.command()
 @click.argument("cache", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path())
-@click.option("--model", metavar="NAME|FOLDER", help="Where the backbone is now, if not where it was.")
+@click.option("--model", metavar="NAME|FOLDER", help="The backbone, if it is no longer where it was.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @head_options("kind", "options", default=None, torch="[default: mlp, or attention-pooling]")
-@click.option("--feature", metavar="NAME", help="Feature set the head reads. Default: the first it can.")
+@click.option("--feature", metavar="NAME", help="Feature set to train on. Default: the first that the head can read.")
 @click.option(
     "--reference", type=click.Choice(["canonical", "standard", "both"]), default="both", show_default=True,
-    help="canonical: the backbone at the cache's own shapes, bit for bit. standard: plain transformers and torch, "
-    "within a derived tolerance.",
+    help="canonical: the backbone at the cache's own batch shapes, bit for bit. standard: plain transformers and "
+    "torch, within a derived tolerance.",
 )  # fmt: skip
-@click.option("--steps", type=int, metavar="N", help="Steps of training, the backbone run in each.  [default: 10]")
+@click.option(
+    "--steps",
+    type=int,
+    metavar="N",
+    help="Training steps to compare, each with the backbone in the loop.  [default: 10]",
+)
 @click.option(
     "--rows", type=int, default=1536, show_default=True, metavar="N", help="Rows whose features are compared."
 )
-@click.option("--all", "everything", is_flag=True, help="Every row, and at least one epoch of steps: no sample.")
-@setting_option("seed", default=0, more="And of the sample.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Compare every row, and train at least one epoch, instead of a sample."
+)
+@setting_option("seed", default=0, more="Also of the sample of rows.")
 @device_option
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@trust_option
 @input_options
 @json_option
 @untrusted_option
@@ -60,10 +69,10 @@ def check(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Is training on CACHE the same as training end to end on INPUT, which it was made from?
+    """Check that training on CACHE equals training end to end on INPUT, from which CACHE was made.
 
-    Compares features, a few steps of training by minibatches (of linear, its optimum too) and predictions; exit 0
-    equal, 1 different. Without INPUT, the rows that the cache keeps (extract --keep-inputs) are used.
+    Compares features, some steps of minibatch training (of a linear head its optimum too) and predictions. Exit status
+    0: equal, 1: different. Without INPUT, the rows stored in the cache (extract --keep-inputs) are used.
     """
     from embedcache.cache import FeatureCache
     from embedcache.equivalence import check_equivalence
@@ -74,7 +83,7 @@ def check(
     opened = FeatureCache.open(cache)
     named = inputs or any(options[name] for name in ("train", "validation", "test"))
     examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options) if named else None
-    head = head_named(kind, None, _settings(head_options)) if kind is not None else None
+    head = head_named(kind, None, head_settings(head_options)) if kind is not None else None
     result = check_equivalence(
         opened, examples, model=model, revision=revision, head=head, feature=feature, reference=reference,
         steps=steps, rows=rows, split=split, everything=everything, seed=seed, device=device,
@@ -89,26 +98,10 @@ def check(
         raise click.exceptions.Exit(1)
 
 
-def _settings(options: tuple[str, ...]) -> dict[str, Any]:
-    from embedcache.errors import SpecError
-    from embedcache.fingerprint import strict_json
-
-    settings: dict[str, Any] = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise SpecError(f"--head-option {option!r}: expected NAME=VALUE")
-        try:
-            settings[name] = strict_json(value)
-        except ValueError:
-            settings[name] = value
-    return settings
-
-
 for parameter in check.params:  # the option of the other commands, which names a split here too
     if parameter.name == "split" and isinstance(parameter, click.Option):
         parameter.metavar = "NAME|80/10/10"
-        parameter.help = "The split predictions are compared on; or how the input is split.  [default: validation]"
+        parameter.help = "Split on which predictions are compared; or how to split the input.  [default: validation]"
 
 
 COMMANDS = (check,)

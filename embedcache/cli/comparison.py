@@ -16,6 +16,7 @@ from embedcache.cli.options import (
     say,
     setting_option,
     table,
+    trust_option,
 )
 
 
@@ -23,25 +24,31 @@ from embedcache.cli.options import (
 @click.argument("inputs", nargs=-1, type=click.Path())
 @click.option(
     "--output-dir", "-o", type=click.Path(), metavar="DIR",
-    help="The folder of results, made or gone on with. Default: INPUT's name with .compare, here.",
+    help="Folder for the results; one that exists is continued. Default: INPUT's name with .compare, in this folder.",
 )  # fmt: skip
 @click.option("--model", metavar="NAME|FOLDER", help="Hugging Face model. Default: the packaged all-MiniLM-L6-v2.")
-@click.option("--pooling", default="auto", show_default=True, metavar="POOLING[@LAYERS]", help="What the head reads.")
-@head_options("kind", torch="One that reads one vector a row.")
-@setting_option("epochs", default=5, more="Of every approach.")
 @click.option(
-    "--fractions", default="1", show_default=True, metavar="X,X", help="Shares of the training rows: 0.01,0.1,1."
+    "--pooling", default="auto", show_default=True, metavar="POOLING[@LAYERS]", help="Pooling that the head reads."
+)
+@head_options("kind", torch="One that reads one vector a row.")
+@setting_option("epochs", default=5, more="For every approach.")
+@click.option(
+    "--fractions",
+    default="1",
+    show_default=True,
+    metavar="X,X",
+    help="Shares of the training rows to train on, such as 0.01,0.1,1.",
 )
 @click.option(
     "--approaches", default="cached,frozen,full,lp-ft", show_default=True, metavar="NAME,NAME",
-    help="cached features, frozen end to end, full fine-tuning, LP-FT.",
+    help="Which to compare: cached features, frozen end to end, full fine-tuning, LP-FT.",
 )  # fmt: skip
-@click.option("--max-rows", type=int, metavar="N", help="At most so many rows in all, drawn by content.")
-@click.option("--metric", metavar="NAME", help="What is compared. Default: accuracy, f1_macro or rmse.")
+@click.option("--max-rows", type=int, metavar="N", help="Use at most N rows, drawn by content.")
+@click.option("--metric", metavar="NAME", help="Metric to compare by. Default: accuracy, f1_macro or rmse.")
 @setting_option("seed", default=0, more="The first of --seeds.")
 @click.option("--seeds", type=int, default=1, show_default=True, metavar="N", help="How many seeds to average over.")
 @device_option
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@trust_option
 @input_options
 @json_option
 def compare(
@@ -64,7 +71,7 @@ def compare(
 ) -> None:
     """Compare cached features with frozen, full and LP-FT training on INPUT: time, memory, metric, break-even.
 
-    INPUT needs labels and train, validation and test rows (--split 80/10/10). Run it again to go on after a stop.
+    INPUT needs labels, and train, validation and test rows (--split 80/10/10). Run it again to continue after a stop.
     """
     files = [*inputs, *(file for name in ("train", "validation", "test") for file in options[name])]
     if not files:

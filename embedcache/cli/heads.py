@@ -14,12 +14,14 @@ from embedcache.cli.options import (
     device_option,
     format_options,
     head_options,
+    head_settings,
     json_option,
     print_json,
     say,
     several,
     table,
     training_options,
+    trust_option,
     untrusted_option,
 )
 from embedcache.wording import cell, counted, json_shown, page, shown
@@ -29,9 +31,9 @@ from embedcache.wording import cell, counted, json_shown, page, shown
 @click.argument("cache", type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
 @head_options()
-@click.option("--feature", metavar="NAME", help="Feature set. Default: the first that the head can read.")
+@click.option("--feature", metavar="NAME", help="Feature set to train on. Default: the first that the head can read.")
 @training_options
-@click.option("--allow-unseen", is_flag=True, help="Train although a class of another split has no training row.")
+@click.option("--allow-unseen", is_flag=True, help="Train even if a class of another split has no training row.")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where a torch head is trained. Default: cpu.")
 @json_option
 @untrusted_option
@@ -49,10 +51,10 @@ def train(
 ) -> None:
     """Train one head on CACHE and save it, with its metrics and a model card, in RUN.
 
-    linear is the exact optimum (--solver, --l2). Of any other head the epoch with the best metric on the validation
-    split is kept, or, without such a split, on a tenth of the training rows that is held out; probabilities are
-    calibrated there too. The test split is left alone: measure on it once, with embedcache evaluate. Ctrl-C stops
-    training; of minibatches it saves the best head so far.
+    A linear head is trained to its exact optimum (--solver, --l2). Any other head keeps the epoch with the best metric
+    on the validation split or, without one, on a tenth of the training rows that is held out; probabilities are
+    calibrated on the same rows. The test split is not used: measure on it once, with embedcache evaluate. Ctrl-C stops
+    training; minibatch training then saves the best head so far.
     """
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
@@ -63,8 +65,8 @@ def train(
 
     given = {name: value for name, value in options.items() if value not in (None, "auto")}
     if given.get("class_weight", "balanced") != "balanced":
-        given["class_weight"] = _json(given["class_weight"], "--class-weight")
-    spec = head_named(kind, engine, dict(map(_setting, head_options)))
+        given["class_weight"] = _class_weight(given["class_weight"])
+    spec = head_named(kind, engine, head_settings(head_options))
     _refuse_unused(spec.engine, spec.kind, given, device)
     opened = FeatureCache.open(cache)
     with RunFolder(output_dir) as folder:
@@ -110,25 +112,14 @@ def _refuse_unused(engine: Any, kind: str, given: Mapping[str, Any], device: str
         raise SpecError(f"--{wrong.replace('_', '-')} means nothing to {what}: {instead}")
 
 
-def _setting(option: str) -> tuple[str, Any]:
-    from embedcache.errors import SpecError
-
-    name, equals, value = option.partition("=")
-    if not equals:
-        raise SpecError(f"--head-option {option!r}: expected NAME=VALUE, such as hidden=[256]")
-    return name, _json(value, f"--head-option {name}", or_text=True)
-
-
-def _json(text: str, where: str, *, or_text: bool = False) -> Any:
+def _class_weight(text: str) -> Any:
     from embedcache.errors import SpecError
     from embedcache.fingerprint import strict_json
 
     try:
         return strict_json(text)
     except ValueError as error:
-        if or_text:
-            return text
-        raise SpecError(f"{where} {text!r} is not JSON: {error}") from None
+        raise SpecError(f"--class-weight {text!r} is not JSON: {error}") from None
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
@@ -149,8 +140,8 @@ def _number(value: Any) -> str:
 @click.command()
 @click.argument("run", type=click.Path())
 @click.argument("cache", type=click.Path())
-@click.option("--split", default="test", show_default=True, metavar="NAME", help="The split to measure on.")
-@click.option("--record", is_flag=True, help="Add what is measured to the metrics and the model card of RUN.")
+@click.option("--split", default="test", show_default=True, metavar="NAME", help="Split to measure on.")
+@click.option("--record", is_flag=True, help="Add the metrics to RUN and its model card.")
 @json_option
 @untrusted_option
 def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> None:
@@ -192,20 +183,18 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 @click.argument("run", type=click.Path())
 @click.argument("inputs", nargs=-1, type=click.Path(allow_dash=True))
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to predict. Repeat for more.")
-@click.option(
-    "--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="Write here instead of to stdout."
-)
+@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="File to write. Default: stdout.")
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of FILE, else CSV.")
 @click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
-@click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number.")
+@click.option("--id-column", metavar="NAME", help="Column that holds a row's id. Default: the row's number.")
 @several(*format_options)
 @click.option(
     "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
-    help="Stop at rows that cannot be used, or set them aside in a quarantine file.",
+    help="At a row that cannot be used: stop, or write it to the quarantine file and go on.",
 )  # fmt: skip
-@click.option("--quarantine", type=click.Path(), metavar="FILE", help="Where skipped rows go.")
-@click.option("--model", metavar="NAME|FOLDER", help="Where the head's backbone is now, if not where it was.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--quarantine", type=click.Path(), metavar="FILE", help="File for skipped rows.")
+@click.option("--model", metavar="NAME|FOLDER", help="The head's backbone, if it is no longer where it was.")
+@trust_option
 @device_option
 @json_option
 def predict(
@@ -222,11 +211,11 @@ def predict(
 ) -> None:
     """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet), or - for standard input.
 
-    The backbone is the one the head was trained on, with the same settings; any other is refused. CSV has the columns
-    id, label, confidence, and the probability of each class (of a regression, the value of each target). There, what a
-    spreadsheet would run as a formula (it begins with =, +, -, @, a tab or a line break and is no number) has a ' put
-    in front, and what begins with ' and then one of those has one more; JSONL has everything as it is, and --json is
-    one object with the predictions and with what this machine's probe says.
+    The backbone must be the one the head was trained on, with the same settings; any other is refused. CSV has the
+    columns id, label, confidence, and the probability of each class (for regression, the value of each target). A cell
+    that a spreadsheet would run as a formula (it starts with =, +, -, @, a tab or a line break and is not a number)
+    gets a ' in front; a cell that starts with ' and then one of those gets one more. JSONL is not changed. --json is
+    one object with the predictions and the comparison of this machine's probe with the recorded one.
     """
     if bool(inputs) == bool(texts):
         raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')

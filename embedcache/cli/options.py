@@ -76,50 +76,78 @@ def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = 
 format_options = (
     click.option(
         "--input-format", "format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
-        help="What the input is. Default: by its ending; standard input is one text a line.",
+        help="Format of the input. Default: by the file's ending; standard input is one text a line.",
     ),
     click.option(
         "--quoting", type=click.Choice(["minimal", "none"]), default="minimal", show_default=True,
-        help="none: a quote in CSV and TSV is a character like any other.",
+        help="How CSV and TSV quote; none: a quote is a character like any other.",
     ),
 )  # fmt: skip
 
 input_options = several(
     click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given."),
     *format_options,
-    click.option("--label-column", metavar="NAME[,NAME]", help="Column that holds the label. Several targets: a,b."),
-    click.option("--id-column", metavar="NAME", help="Column that holds a row's name. Default: its number."),
-    click.option("--split-column", metavar="NAME", help="Column that says train, validation or test."),
+    click.option(
+        "--label-column", metavar="NAME[,NAME]",
+        help="Column that holds the label; several, as a,b, for several regression targets.",
+    ),
+    click.option("--id-column", metavar="NAME", help="Column that holds a row's id. Default: the row's number."),
+    click.option("--split-column", metavar="NAME", help="Column that holds the split: train, validation or test."),
     click.option("--train", type=click.Path(), multiple=True, metavar="FILE", help="A file of training rows."),
     click.option("--validation", type=click.Path(), multiple=True, metavar="FILE", help="A file of validation rows."),
     click.option("--test", type=click.Path(), multiple=True, metavar="FILE", help="A file of test rows."),
     click.option(
-        "--split", metavar="80/10/10", help="Split by content: train/validation[/test]. Stable when rows are added."
+        "--split", metavar="80/10/10",
+        help="Split by content: shares of train/validation[/test]. Rows keep their split when rows are added.",
     ),
-    click.option("--split-seed", type=int, default=0, show_default=True, help="Another seed, another split."),
+    click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of --split."),
     click.option(
         "--task", type=click.Choice(["classification", "multilabel", "regression"]),
-        help="Guessed from the labels when not given.",
+        help="Kind of labels. Guessed from the labels when not given.",
     ),
     click.option(
-        "--label-separator", metavar="TEXT", help="Multi-label cells: what stands between labels, such as ';'."
+        "--label-separator", metavar="TEXT", help="Separator of labels within a cell of a multi-label column: ';'."
     ),
     click.option("--no-labels", is_flag=True, help="The input has no labels."),
     click.option(
         "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
-        help="Stop at rows that cannot be used, or set them aside in a quarantine file.",
+        help="At a row that cannot be used: stop, or write it to the quarantine file and go on.",
     ),
-    click.option("--quarantine", type=click.Path(), metavar="FILE", help="Where skipped rows go."),
+    click.option("--quarantine", type=click.Path(), metavar="FILE", help="File for skipped rows."),
 )  # fmt: skip
 
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 accept_option = click.option(
     "--accept-numerics", is_flag=True,
-    help="Join rows of machines whose last bits differ, by their probes. The cache records it.",
+    help="Accept rows from a machine whose features differ in the last bits; the cache records it.",
 )  # fmt: skip
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs."
 )
+
+
+def head_settings(options: tuple[str, ...]) -> dict[str, Any]:
+    """Read ``--head-option NAME=VALUE``, values as JSON where they are. Raises ``SpecError`` for anything else."""
+    from embedcache.errors import SpecError
+
+    settings: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise SpecError(f"--head-option {option!r}: expected NAME=VALUE, such as hidden=[256]")
+        settings[name] = json_or_text(value)
+    return settings
+
+
+def json_or_text(text: str) -> Any:
+    """Return the JSON value that ``text`` is, else the text itself."""
+    from embedcache.fingerprint import strict_json
+
+    try:
+        return strict_json(text)
+    except ValueError:
+        return text
 
 
 def untrusted_option(function: Function) -> Function:
@@ -137,7 +165,7 @@ def untrusted_option(function: Function) -> Function:
                     raise CorruptCacheError(damage[0])
         return function(*arguments, **options)
 
-    help_text = "CACHE comes from a stranger: a child process with little memory and time looks into it first."
+    help_text = "CACHE is not trusted: a child process with limited memory and time examines it first."
     return click.option("--untrusted", is_flag=True, help=help_text)(guarded)  # type: ignore[return-value]
 
 

@@ -13,14 +13,14 @@ from embedcache.cli.options import say, say_json
 @click.argument("sweep", type=click.Path())
 @click.option(
     "--output", "-o", type=click.Path(dir_okay=False), metavar="FILE",
-    help="Where it goes. Default: SWEEP/report.html, or stdout for Markdown and JSON.",
+    help="File to write. Default: SWEEP/report.html, or stdout for Markdown and JSON.",
 )  # fmt: skip
 @click.option(
     "--format", "form", type=click.Choice(["html", "markdown", "json"]),
     help="Default: by the ending of --output, else HTML.",
 )  # fmt: skip
 def report(sweep: str, output: str | None, form: Any) -> None:
-    """Show what a SWEEP found: leaderboard, plots, errors, on one page that needs no network."""
+    """Write the results of SWEEP as one page that needs no network: leaderboard, plots, errors."""
     from pathlib import Path
 
     from embedcache.report import report as write

@@ -11,29 +11,47 @@ from embedcache.cli.options import json_option, print_json, say, untrusted_optio
 
 @click.command()
 @click.argument("cache", type=click.Path())
-@click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="SWEEP", help="The folder to keep it in.")
-@click.option("--config", type=click.Path(), metavar="FILE", help="A sweep.yaml: heads and the values to try.")
-@click.option("--head", "heads", multiple=True, metavar="NAME", help="A head to try; repeat for more. Default: a grid.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE[,VALUE]", help="Values of a setting or option of --head."
+    "--output-dir",
+    "-o",
+    type=click.Path(),
+    required=True,
+    metavar="SWEEP",
+    help="Folder for the results; one that exists is continued.",
+)
+@click.option("--config", type=click.Path(), metavar="FILE", help="YAML file with the heads and the values to try.")
+@click.option(
+    "--head", "heads", multiple=True, metavar="NAME", help="Head to try; repeat for more. Default: a grid of heads."
 )
 @click.option(
-    "--feature", "features", multiple=True, metavar="NAME", help="A feature set; repeat for more. Default: all."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE[,VALUE]",
+    help="Values to try for a setting or an option of --head.",
 )
-@click.option("--seeds", metavar="N[,N]", help="Seeds of the heads: repetitions, averaged.")
-@click.option("--folds", type=int, metavar="N", help="Folds of train and validation, 1 for the split.  [default: 5]")
-@click.option("--repeats", type=int, metavar="N", help="Do the folds again, divided anew.  [default: 1]")
-@click.option("--metric", metavar="NAME", help="What heads are compared by: accuracy, f1_macro, log_loss, rmse, ...")
-@click.option("--random", type=int, metavar="N", help="Try N random configurations instead of all.")
-@click.option("--seed", type=int, metavar="N", help="Of folds, draws and --random.  [default: 0]")
-@click.option("--shots", type=int, metavar="K", help="Learn from K rows of each class instead of folds.")
-@click.option("--draws", type=int, metavar="N", help="How many times, each with other rows.  [default: 10]")
-@click.option("--learning-curve", is_flag=True, default=None, help="Also train the best on shares of the rows.")
+@click.option(
+    "--feature", "features", multiple=True, metavar="NAME", help="Feature set to try; repeat for more. Default: all."
+)
+@click.option("--seeds", metavar="N[,N]", help="Seeds of the heads; scores are averaged over them.")
+@click.option(
+    "--folds",
+    type=int,
+    metavar="N",
+    help="Folds over the train and validation rows; 1 uses the split as it is.  [default: 5]",
+)
+@click.option("--repeats", type=int, metavar="N", help="Repetitions of the folds, each divided anew.  [default: 1]")
+@click.option("--metric", metavar="NAME", help="Metric to compare by: accuracy, f1_macro, log_loss, rmse, ...")
+@click.option("--random", type=int, metavar="N", help="Try N configurations drawn at random instead of all.")
+@click.option("--seed", type=int, metavar="N", help="Seed of folds, --draws and --random.  [default: 0]")
+@click.option("--shots", type=int, metavar="K", help="Few-shot: train on K rows of each class instead of folds.")
+@click.option("--draws", type=int, metavar="N", help="Draws of --shots, each of other rows.  [default: 10]")
+@click.option("--learning-curve", is_flag=True, default=None, help="Also train the best head on shares of the rows.")
 @click.option(
     "--choose", type=click.Choice(["best", "simplest"]), default="best", show_default=True,
-    help="Keep the winner, or the simplest head that cannot be told from it.",
+    help="Keep the best head, or the simplest of those that the data cannot tell from it.",
 )  # fmt: skip
-@click.option("--test-all", is_flag=True, default=None, help="Look at the test split with every head; they are marked.")
+@click.option("--test-all", is_flag=True, default=None, help="Use the test split for every head; the table marks them.")
 @click.option("--rows", type=int, default=12, show_default=True, metavar="N", help="Rows of the table to print.")
 @click.option("--yes", is_flag=True, help="Run more than 10,000 configurations.")
 @json_option
@@ -44,8 +62,8 @@ def sweep(
 ) -> None:  # fmt: skip
     """Train many heads on CACHE, compare them honestly, keep the best in SWEEP/best.
 
-    Heads are compared on folds of the train and validation rows; the test split is looked at once, with the chosen
-    one. Run it again and nothing is trained twice: an interrupted sweep goes on, new heads cost only themselves.
+    Heads are compared on folds of the train and validation rows; the test split is used once, for the chosen head.
+    Run it again and nothing is trained twice: an interrupted sweep continues, and new heads cost only themselves.
     """
     import shlex
     import sys
@@ -75,10 +93,10 @@ def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[Any]:
     from embedcache.errors import SpecError
 
     given = {}
-    for each in settings:
-        name, equals, values = each.partition("=")
+    for setting in settings:
+        name, equals, values = setting.partition("=")
         if not equals or not values:
-            raise SpecError(f"--set {each!r}: expected NAME=VALUE or NAME=VALUE,VALUE")
+            raise SpecError(f"--set {setting!r}: expected NAME=VALUE or NAME=VALUE,VALUE")
         given[name] = _values(values)
     return [{"head": name, **given} for name in names]
 
@@ -99,7 +117,7 @@ def _numbers(text: str | None) -> list[int]:
     from embedcache.errors import SpecError
 
     try:
-        return [int(each) for each in text.split(",")]
+        return [int(seed) for seed in text.split(",")]
     except ValueError:
         raise SpecError(f"--seeds {text!r}: expected whole numbers such as 0,1,2") from None
 
