@@ -34,7 +34,7 @@ from embedcache.backbone import (
     threads,
     weight_files,
 )
-from embedcache.backbone.loading import Compiled
+from embedcache.backbone.compiled import Compiled
 from embedcache.batching import Batch, plan
 from embedcache.errors import BackboneError, FeatureError, MissingExtraError, PoolingUnavailableError, SpecError
 from embedcache.fingerprint import differences
@@ -137,8 +137,8 @@ def test_a_row_depends_on_itself_alone(tiny: Callable[[str], Path], kind: str, d
     rows = backbone.policy.rows(length)
     full = Batch(length, rows, np.full(rows, row))
     mixed = Batch(length, rows, np.array([row]))
-    assert backbone.batch_inputs(tokens, full)[1].all()
-    assert not backbone.batch_inputs(tokens, mixed)[1].all()
+    assert backbone.lay_out(tokens, full).mask.all()
+    assert not backbone.lay_out(tokens, mixed).mask.all()
     filled, alone = (backbone.fetch(backbone.forward(tokens, batch)) for batch in (full, mixed))
     assert_same_bits({name: filled[name][:1] for name in vectors}, {name: alone[name] for name in vectors})
 
@@ -199,9 +199,9 @@ def test_live_features_follow_the_network(tiny: Callable[[str], Path]) -> None:
         backbone = load_backbone(str(tiny("bert")), features=[name], device="cpu")
         tokens = backbone.prepare(TEXTS)
         batch = plan(tokens.lengths, backbone.policy).batches[0]
-        ids, mask = backbone.batch_inputs(tokens, batch)
+        inputs = backbone.lay_out(tokens, batch)
         backbone.network.requires_grad_(True)
-        live, real = backbone.features(ids, mask)
+        live, real = backbone.features(inputs)
         cached = backbone.fetch(backbone.forward(tokens, batch))[name]
         here = live[: len(batch.indices)]
         assert live.requires_grad
@@ -264,7 +264,7 @@ def test_tokenizer_without_padding_or_specials(tiny: Callable[[str], Path], tmp_
     folder = Path(shutil.copytree(tiny("bert"), tmp_path / "bare"))
     tiny_models.word_level(folder, specials=False, pad=False)
     backbone = load_backbone(str(folder), features=["mean"], device="cpu")
-    assert backbone.tokenizer.pad_token_id is None
+    assert backbone.content.tokenizer.pad_token_id is None
     assert backbone.prepare([b"good", b"the film"]).lengths.tolist() == [1, 2]
     assert_same_bits(run(backbone, TEXTS, range(len(TEXTS))[::-1]), run(backbone, TEXTS))
     with pytest.raises(FeatureError, match="makes no tokens of ' '"):

@@ -20,7 +20,8 @@ from hypothesis.extra.numpy import arrays
 from small_caches import files
 
 from embedcache import pooling
-from embedcache.backbone import TextBackbone, load_backbone, text
+from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import load as load_module
 from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
 from embedcache.equivalence import EquivalenceResult, check, check_equivalence, examination
@@ -364,7 +365,7 @@ def swapped_loader(monkeypatch: pytest.MonkeyPatch, change: Callable[[TextBackbo
         change(backbone)
         return backbone
 
-    monkeypatch.setattr(text, "load_backbone", load)
+    monkeypatch.setattr(load_module, "load_backbone", load)
 
 
 def test_dropout_left_on(

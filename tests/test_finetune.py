@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from embedcache.backbone import TextBackbone, features_of, load_backbone
+from embedcache.backbone import FrozenModel, TextBackbone, features_of, load_backbone
+from embedcache.backbone.text import TextPreparation, Texts
 from embedcache.batching import ShapePolicy
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.finetune import (
@@ -63,7 +64,7 @@ def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
 
 
 def inputs(model: FeatureBasedModel, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    encoded = model.extractor.tokenizer(texts, padding=True, return_tensors="pt")
+    encoded = model.extractor.content.tokenizer(texts, padding=True, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 
@@ -96,17 +97,14 @@ def wobbly(folder: Path) -> TextBackbone:
     torch.manual_seed(3)
     identity = {
         "backbone": {"architecture": "Wobbly"},
-        "preprocessing": {"prompt": "", "lower_case": False, "max_length": 31, "truncation_side": "right"},
         "storage_dtype": "float32",
     }
-    tokenizer = load_backbone(str(folder), device="cpu").tokenizer
+    tokenizer = load_backbone(str(folder), device="cpu").content.tokenizer
     network = Wobbly().eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return TextBackbone(
-        network, tokenizer, [FeatureSpec("mean")], ShapePolicy(max_length=31), identity,
-        provenance={}, pooler=False, name="wobbly", compiled=False,
-    )  # fmt: skip
+    texts = Texts(tokenizer, TextPreparation(31, "right", "", False), network, "wobbly")
+    return FrozenModel(network, texts, [FeatureSpec("mean")], ShapePolicy(max_length=31), identity, provenance={})
 
 
 def test_frozen_means_frozen(folder: Path) -> None:

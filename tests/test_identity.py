@@ -22,7 +22,9 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from embedcache.backbone import behaviour, contents, features_of, load_backbone, resolve_model, text, weight_files
+from embedcache.backbone import behaviour, features_of, folder_state, load_backbone, resolve_model, weight_files
+from embedcache.backbone import load as load_module
+from embedcache.backbone.model import FrozenModel
 from embedcache.errors import BackboneError, BackboneMismatchError
 from embedcache.estimator import FeatureExtractor
 from embedcache.fingerprint import differences
@@ -230,33 +232,33 @@ def test_shapes_of_another_device_are_those_of_the_fit(bert: Path, tmp_path: Pat
 
 def test_files_are_read_again_only_where_they_may_have_changed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    whole = contents.sha256_file
+    whole = folder_state.sha256_file
 
     def counted(path: Path) -> str:
         read.append(path.name)
         return str(whole(path))
 
-    monkeypatch.setattr(contents, "sha256_file", counted)
-    first = contents.contents_hash(bert)
-    assert contents.contents_hash(bert) == first
+    monkeypatch.setattr(folder_state, "sha256_file", counted)
+    first = folder_state.contents_hash(bert)
+    assert folder_state.contents_hash(bert) == first
     assert read.count("model.safetensors") == 2  # written just now: in doubt
-    monkeypatch.setattr(contents, "DOUBT", -1e9)
-    assert contents.contents_hash(bert) == first
+    monkeypatch.setattr(folder_state, "DOUBT", -1e9)
+    assert folder_state.contents_hash(bert) == first
     assert read.count("model.safetensors") == 2
     nudge(bert, 0.5)
-    assert contents.contents_hash(bert) != first
+    assert folder_state.contents_hash(bert) != first
     assert read.count("model.safetensors") == 3
 
 
 def test_a_folder_that_changes_while_it_is_loaded_is_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = text.load_network
+    load = load_module.load_network
 
     def and_change(*arguments: Any) -> Any:
         loaded = load(*arguments)
         nudge(bert, 0.5)
         return loaded
 
-    monkeypatch.setattr(text, "load_network", and_change)
+    monkeypatch.setattr(load_module, "load_network", and_change)
     refused(bert, "was written to while it was being loaded")
 
 
@@ -334,14 +336,14 @@ def test_the_real_model_behaves(minilm_path: Path, dtype: str, monkeypatch: pyte
 
 def test_rows_that_compete_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault: a batch normalised together, as one with expert capacities is."""
-    outputs = text.TextBackbone._outputs
+    outputs = FrozenModel._outputs
 
-    def together(self: Any, network: Any, input_ids: Any, attention_mask: Any) -> Any:
-        found = outputs(self, network, input_ids, attention_mask)
+    def together(self: Any, network: Any, inputs: Any) -> Any:
+        found = outputs(self, network, inputs)
         found.last_hidden_state = found.last_hidden_state - found.last_hidden_state.mean(dim=0, keepdim=True) / 50
         return found
 
-    monkeypatch.setattr(text.TextBackbone, "_outputs", together)
+    monkeypatch.setattr(FrozenModel, "_outputs", together)
     refused(bert, "or the other rows of a batch")
 
 

@@ -19,8 +19,9 @@ from fakes import CountingBackbone
 from tiny_models import TEXTS
 
 import embedcache as ec
-import embedcache.backbone.numerics as backbone_numerics
-from embedcache.backbone import TextBackbone, load_backbone, probe_of
+import embedcache.backbone.probe as backbone_probe
+import embedcache.backbone.text as backbone_text
+from embedcache.backbone import FrozenModel, TextBackbone, load_backbone, probe_of
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli as main
 from embedcache.errors import CorruptCacheError, NumericsMismatchError
@@ -47,7 +48,7 @@ def probe(folder: Path, **settings: Any) -> Probe:
 
 def other_versions(monkeypatch: pytest.MonkeyPatch, version: str = "0.0.1") -> None:
     versions = {"tokenizers": version, "transformers": "5"}
-    monkeypatch.setattr(TextBackbone, "probe_versions", property(lambda self: versions))
+    monkeypatch.setattr(FrozenModel, "probe_versions", property(lambda self: versions))
 
 
 def nudge(backbone: TextBackbone, ulps: int = 1 << 10) -> TextBackbone:
@@ -69,7 +70,7 @@ def test_a_probe_is_the_same_every_time_and_survives_json(folder: Path) -> None:
     again = Probe.from_json(json.loads(json.dumps(first.to_json())))
     assert again == first
     assert difference(first, again).same_bits
-    lengths = load(folder).prepare(backbone_numerics.TEXT_ROWS).lengths
+    lengths = load(folder).prepare(backbone_text.ROWS).lengths
     assert len(set(load(folder).policy.canonical(lengths).tolist())) == len(lengths) >= 3  # several canonical lengths
 
 
@@ -347,7 +348,7 @@ def test_a_head_knows_and_predict_evaluate_and_check_say(
         assert json_of(*command)["status"] == "same"
     assert json_of("evaluate", str(run), str(cache.path), "--split", "test")["status"] == "same"
     assert ec.Predictor.load(run, device="cpu").numerics.same_bits
-    probed = backbone_numerics.probe_of
+    probed = backbone_probe.probe_of
 
     def nudged(backbone: Any) -> Any:
         return probed(nudge(backbone))

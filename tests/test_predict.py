@@ -189,7 +189,7 @@ def test_the_revision_is_asked_for_again(run: Path, monkeypatch: pytest.MonkeyPa
     from dataclasses import replace
 
     from embedcache import predict
-    from embedcache.backbone import text
+    from embedcache.backbone import load as load_module
     from embedcache.spec import ModelSource
 
     asked: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def test_the_revision_is_asked_for_again(run: Path, monkeypatch: pytest.MonkeyPa
         asked.update(settings, model=model)
         return "a backbone"
 
-    monkeypatch.setattr(text, "load_backbone", load)
+    monkeypatch.setattr(load_module, "load_backbone", load)
     head = replace(TrainedHead.from_pretrained(run), model="someone/model", revision="v2")
     predict.backbone_of(head, ModelSource(trust_remote_code=True))
     assert (asked["model"], asked["revision"], asked["trust_remote_code"]) == ("someone/model", "v2", True)

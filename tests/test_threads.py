@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from tiny_models import WORDS
 
 from embedcache import FeatureCache, extract
 from embedcache.backbone import TextBackbone, Workers, features_of, load_backbone, probe_of, processes, threads
+from embedcache.backbone.model import Recipe
 from embedcache.batching import plan
 from embedcache.errors import BackboneError
 from embedcache.examples import load_examples
 from embedcache.extract import run
 from embedcache.numerics import Outcome, Probe
+from embedcache.spec import ModelSource
 
 MODELS = ("minilm", "bert", "gpt2", "modernbert")
 Texts = list[dict[str, str]]
@@ -170,12 +173,12 @@ def test_threads_changed_in_the_middle(folder_of: Callable[[str], Path], tmp_pat
 
 def test_the_planted_fault_is_seen(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests can fail: a pass that has all threads gives other features."""
-    import embedcache.backbone.text as text
+    import embedcache.backbone.model as model
 
     backbone = planted(folder_of("bert"), "float32")
     contents = contents_of(texts(3))
     expected = features_of(backbone, contents, "mean")
-    monkeypatch.setattr(text, "threads", lambda count: threads(2))
+    monkeypatch.setattr(model, "threads", lambda count: threads(2))
     assert features_of(backbone, contents, "mean").tobytes() != expected.tobytes()
 
 
@@ -225,11 +228,15 @@ def test_a_process_that_would_compute_otherwise_says_so(
     assert probe is not None
     nudged = Probe(probe.inputs, probe.versions, {"mean": Outcome.of(np.ones(66, np.float32), "float32")})
     count = torch.get_num_threads()
+
+    def with_settings(**changed: Any) -> Recipe:
+        return replace(backbone.recipe, settings=replace(backbone.recipe.settings, **changed))
+
     for recipe, recorded, reason in (
         (backbone.recipe, probe, None),
         (backbone.recipe, nudged, "computes otherwise than this one"),
-        ({**backbone.recipe, "max_length": 13, "policy": None}, probe, "have changed since they were loaded"),
-        ({**backbone.recipe, "model": "/nowhere"}, probe, "/nowhere"),
+        (with_settings(max_length=13, shapes=None), probe, "have changed since they were loaded"),
+        (replace(backbone.recipe, source=ModelSource("/nowhere")), probe, "/nowhere"),
     ):
         monkeypatch.setattr(processes, "_reason", None)
         processes._start(recipe, backbone.identity, recorded, count)

@@ -8,12 +8,14 @@ so: it is measured when a model is loaded, with five passes of a few tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embedcache.backbone.device import threads
 from embedcache.backbone.loading import quiet
+from embedcache.backbone.model import Outputs
+from embedcache.backbone.text import Texts
 from embedcache.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -36,28 +38,21 @@ other words behind it; in one that reads from left to right it does not move at 
 
 
 def refuse_misbehaviour(
-    run: Callable[[Tensor, Tensor], Any],
-    network: torch.nn.Module,
-    name: str,
-    *,
-    vocabulary: int,
-    reserved: Sequence[int],
-    pad: int,
-    longest: int,
+    run: Callable[[Tensor, Tensor], Outputs], network: torch.nn.Module, texts: Texts, *, longest: int
 ) -> None:
     """Run a short row twice alone, padded, and beside other rows: the passes must agree, or ``BackboneError``.
 
-    ``run`` takes token ids and mask, int64 [B, T], and gives the model's output. ``vocabulary`` tokens are known, of
-    which ``reserved`` have meanings of their own; ``longest`` is the longest row that is read.
+    ``run`` takes token ids and mask, int64 [B, T], and gives the network's outputs; ``longest`` is the longest row that
+    is read.
     """
     import torch
 
-    kind, parameter = type(network).__name__, next(network.parameters())
+    name, kind, parameter = texts.name, type(network).__name__, next(network.parameters())
     tokens = min(max(TOKENS, _chunk(network.config) + 1), longest)
     wide = min(tokens + PADDING, longest)
-    row = _row(vocabulary, [*reserved, pad], wide).to(parameter.device)
+    row = _row(texts, [texts.pad], wide).to(parameter.device)
     beside = torch.stack([row, row.flip(0)])
-    beside[0, tokens:] = pad
+    beside[0, tokens:] = texts.pad
     mask = torch.ones_like(beside)
     mask[0, tokens:] = 0
 
@@ -72,8 +67,8 @@ def refuse_misbehaviour(
             padded = vectors(beside, mask)
             crowd = torch.cat([mask[:1], mask[1:].expand(BESIDE, -1)])
             one, other = (
-                vectors(torch.cat([beside[:1], each.expand(BESIDE, wide)]), crowd)
-                for each in (row[None], row[:1, None])
+                vectors(torch.cat([beside[:1], others.expand(BESIDE, wide)]), crowd)
+                for others in (row[None], row[:1, None])
             )
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -97,7 +92,7 @@ def refuse_misbehaviour(
         )
 
 
-def reads_from_left_to_right(network: torch.nn.Module, *, vocabulary: int, reserved: Sequence[int]) -> bool:
+def reads_from_left_to_right(network: torch.nn.Module, texts: Texts) -> bool:
     """Whether a model's first token sees no later one, so that only the last has seen the whole text.
 
     Measured, because neither the class that a model was saved as nor its config's ``is_decoder`` tells. False for a
@@ -106,7 +101,7 @@ def reads_from_left_to_right(network: torch.nn.Module, *, vocabulary: int, reser
     import torch
 
     parameter = next(network.parameters())
-    row = _row(vocabulary, reserved, 2 * TOKENS - 1).to(parameter.device)
+    row = _row(texts, [], 2 * TOKENS - 1).to(parameter.device)
     # Other words, not the same ones in another order: attention that is nearly even would hardly tell.
     ids = torch.stack([row[:TOKENS], torch.cat([row[:1], row[TOKENS:]])])
     try:
@@ -117,16 +112,17 @@ def reads_from_left_to_right(network: torch.nn.Module, *, vocabulary: int, reser
     return _apart(first[:1], first[1:]) < SEEN
 
 
-def _row(vocabulary: int, reserved: Sequence[int], tokens: int) -> Tensor:
-    """Return tokens from all over the vocabulary, int64 [T], none of them reserved where there are others."""
+def _row(texts: Texts, more: Sequence[int], tokens: int) -> Tensor:
+    """Return tokens from all over the vocabulary, int64 [T]: no special one and none of ``more`` if it has others."""
     import torch
 
-    known = np.setdiff1d(np.arange(vocabulary), reserved)
-    known = known if known.size else np.arange(vocabulary)
+    vocabulary = np.arange(texts.known_tokens)
+    ordinary = np.setdiff1d(vocabulary, [*texts.tokenizer.all_special_ids, *more])
+    known = ordinary if ordinary.size else vocabulary
     return torch.from_numpy(known[np.linspace(0, len(known) - 1, tokens).astype(np.int64)])
 
 
-def _chunk(config: Any) -> int:
+def _chunk(config: object) -> int:
     """Return how long a row may be before attention in chunks (Reformer's, which is random) begins; 0 without."""
     lengths = [getattr(config, name, None) for name in ("lsh_attn_chunk_length", "local_attn_chunk_length")]
     return max((length for length in lengths if isinstance(length, int)), default=0)

@@ -13,59 +13,62 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 
-from embedcache.backbone.compute import empty, put, run_plan
+from embedcache.backbone.compute import Collected, Done, FeatureArrays, run_plan
 from embedcache.backbone.device import MOST_PASSES
-from embedcache.backbone.numerics import probe_of
+from embedcache.backbone.model import Recipe
+from embedcache.backbone.probe import probe_of
+from embedcache.backbone.protocol import Backbone, Numbers, Prepared
 from embedcache.batching import Batch, Plan
 from embedcache.errors import BackboneError
-from embedcache.numerics import difference
-
-if TYPE_CHECKING:
-    from embedcache.backbone import Backbone
+from embedcache.numerics import Probe, difference
 
 _PASSES = 3
 """Passes, for each that a process runs at a time, that it is handed at once."""
 
 
+class Takeable(Prepared, Protocol):
+    """Prepared rows of which some can be taken, to be sent to another process."""
+
+    def take(self, rows: Numbers) -> Prepared:
+        """Return some of the rows, in the order asked for."""
+        ...
+
+
 class Workers:
     """Processes that run one backbone's passes; made by ``workers``."""
 
-    def __init__(self, backbone: Backbone, processes: int, passes: int) -> None:
+    def __init__(self, backbone: Backbone, recipe: Recipe, processes: int, passes: int) -> None:
         import torch.multiprocessing
 
         self._backbone, self._passes = backbone, passes
         self._ahead = processes + 1
-        recipe: Any = getattr(backbone, "recipe", None)
         self._pool = ProcessPoolExecutor(
             processes, torch.multiprocessing.get_context("spawn"), _start,
             (recipe, dict(backbone.identity), probe_of(backbone), passes * backbone.policy.pass_threads),
         )  # fmt: skip
 
-    def run_plan(self, prepared: Any, batches: Plan, done: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    def run_plan(self, prepared: Takeable, batches: Plan, done: Done | None = None) -> FeatureArrays:
         """Do what ``compute.run_plan`` does, in the processes.
 
         Raises ``BackboneError`` when a process dies, or does not compute what this one does.
         """
-        lengths = np.asarray(prepared.lengths, np.int64)
-        arrays = empty(self._backbone.feature_sets, lengths)
+        collected = Collected(self._backbone.feature_sets, prepared, done)
         size = _PASSES * self._passes
-        running: deque[tuple[Batch, Future[dict[str, Any]]]] = deque()
+        running: deque[tuple[Batch, Future[FeatureArrays]]] = deque()
 
         def collect() -> None:
             whole, future = running.popleft()
-            put(arrays, lengths, whole, {
+            collected.put(whole, {
                 name: (value[0], np.diff(value[1])) if isinstance(value, tuple) else value
                 for name, value in future.result().items()
             })  # fmt: skip
-            if done is not None:
-                done(len(whole.indices), int(lengths[whole.indices].sum()))
 
         try:
             for start in range(0, len(batches), size):
@@ -81,7 +84,7 @@ class Workers:
                 "a process that ran the backbone has died, perhaps for want of memory: "
                 f"try again with fewer threads, such as extract --threads {MOST_PASSES}"
             ) from None
-        return arrays
+        return collected.arrays
 
     def close(self) -> None:
         """End the processes, whatever they are at: they hold nothing that is not computed again."""
@@ -102,10 +105,11 @@ def workers(backbone: Backbone, passes: int) -> Iterator[Workers | None]:
     The program that runs must be one that can be imported again (``if __name__ == "__main__"``).
     """
     processes = -(-passes // MOST_PASSES)
-    if processes < 2 or getattr(backbone, "recipe", None) is None:
+    recipe: Recipe | None = getattr(backbone, "recipe", None)
+    if processes < 2 or recipe is None:
         yield None
         return
-    made = Workers(backbone, processes, -(-passes // processes))
+    made = Workers(backbone, recipe, processes, -(-passes // processes))
     try:
         yield made
     finally:
@@ -122,11 +126,11 @@ def _renumbered(batches: tuple[Batch, ...]) -> Plan:
     return Plan(made, 0)
 
 
-_backbone: Any = None
+_backbone: Backbone | None = None
 _reason: str | None = None
 
 
-def _start(recipe: dict[str, Any], identity: dict[str, Any], probe: Any, threads: int) -> None:
+def _start(recipe: Recipe, identity: dict[str, object], probe: Probe | None, threads: int) -> None:
     """Load the backbone in a new process; what is wrong is said when it is asked to work, for it to be heard."""
     global _backbone, _reason
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -134,15 +138,17 @@ def _start(recipe: dict[str, Any], identity: dict[str, Any], probe: Any, threads
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     import torch
 
-    from embedcache.backbone.text import load_backbone
+    from embedcache.backbone.load import load_backbone
 
     torch.set_num_threads(threads)
     try:
-        _backbone = load_backbone(**recipe)
+        _backbone = load_backbone(**recipe.source.arguments(), **recipe.settings.arguments())
         if dict(_backbone.identity) != identity:
-            _reason = f"the files of {recipe['model']} have changed since they were loaded: start again"
-        elif not (found := difference(probe, probe_of(_backbone))).same_bits and probe is not None:
-            _reason = f"a process of its own computes otherwise than this one ({found.to_text()}): extract --threads 1"
+            _reason = f"the files of {recipe.source.model} have changed since they were loaded: start again"
+        elif not (changed := difference(probe, probe_of(_backbone))).same_bits and probe is not None:
+            _reason = (
+                f"a process of its own computes otherwise than this one ({changed.to_text()}): extract --threads 1"
+            )
     except Exception as error:  # what is raised here would only be told as a broken pool
         _reason = str(error)
 
@@ -152,7 +158,7 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _run(prepared: Any, batches: Plan) -> dict[str, Any]:
-    if _reason is not None:
-        raise BackboneError(_reason)
+def _run(prepared: Prepared, batches: Plan) -> FeatureArrays:
+    if _reason is not None or _backbone is None:
+        raise BackboneError(str(_reason))
     return run_plan(_backbone, prepared, batches)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.backbone import Backbone, run_plan
+from embedcache.backbone import Backbone, run_plan, vectors_of
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
@@ -112,11 +112,11 @@ def forecast(
         todo[np.unique(np.linspace(0, len(todo) - 1, min(SAMPLE, len(todo))).astype(np.int64))] if len(todo) else todo
     )
     scale = len(todo) / max(len(sample), 1)
-    lengths = np.zeros(0, np.int64)
+    lengths = vectors = np.zeros(0, np.int64)
     truncated, seconds = 0, None
     if len(sample):
         prepared = backbone.prepare(list(examples.contents(sample)))
-        lengths, truncated = np.asarray(prepared.lengths, np.int64), prepared.truncated
+        lengths, vectors, truncated = np.asarray(prepared.lengths, np.int64), vectors_of(prepared), prepared.truncated
         batches = plan(lengths, backbone.policy)
         with torch_threads(threads):
             count = CALIBRATION * backbone.side_by_side(len(batches))
@@ -132,7 +132,7 @@ def forecast(
     for batch in whole:
         counts[batch.rows, batch.length] = counts.get((batch.rows, batch.length), 0) + 1
     size = {
-        each.name: row_bytes_of(each) * (round(float(lengths.sum()) * scale) if each.kind == "tokens" else len(todo))
+        each.name: row_bytes_of(each) * (round(float(vectors.sum()) * scale) if each.kind == "tokens" else len(todo))
         for each in backbone.feature_sets
     }
     return Forecast(

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared, probe_of, run_plan, workers
+from embedcache.backbone import Backbone, Prepared, probe_of, run_plan, vectors_of, workers
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import plan
 from embedcache.cache import CacheWriter
@@ -196,7 +196,7 @@ def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> It
             size += len(waiting[-1])
         take = _fitting(np.fromiter((len(content) for content in waiting), np.int64, len(waiting)), CONTENT_BYTES)
         prepared = backbone.prepare([waiting[index] for index in range(take)])
-        if ragged and (fits := _fitting(prepared.lengths * ragged, RAGGED_BYTES)) < take:
+        if ragged and (fits := _fitting(vectors_of(prepared) * ragged, RAGGED_BYTES)) < take:
             take = fits
             prepared = backbone.prepare([waiting[index] for index in range(take)])
         for _ in range(take):

@@ -67,8 +67,8 @@ class LiveBatches:
 def laid_out(extractor: Any, tokens: Tokens, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Return the token ids and the mask of some rows, int64 [B, T], padded to the longest of them."""
     longest = int(tokens.lengths[rows].max())
-    ids, mask = extractor.batch_inputs(tokens, Shape(longest, len(rows), rows))
-    return ids, mask
+    inputs = extractor.lay_out(tokens, Shape(longest, len(rows), rows))
+    return inputs.arguments["input_ids"], inputs.mask
 
 
 def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np.float32]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import TextBackbone, load_backbone, text_inputs
 from embedcache.errors import SpecError
 from embedcache.heads import build_head, head_named
 from embedcache.heads.layers import Dropout
@@ -79,9 +79,7 @@ class FeatureBasedModel(nn.Module):
             parameter.requires_grad_(not freeze_backbone)
         if not freeze_backbone:
             self._refreeze_unused()
-            # Its weights are no longer those of its files: no cache may take its features for theirs.
-            identity = {**backbone.identity["backbone"], "unfrozen": uuid4().hex}
-            backbone.identity = {**backbone.identity, "backbone": identity}
+            backbone.no_longer_frozen(uuid4().hex)
         self.train()
 
     @classmethod
@@ -134,7 +132,7 @@ class FeatureBasedModel(nn.Module):
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the backbone: token ids and mask [B, T] -> features and, for tokens, their mask (True = real)."""
         with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
-            return self.extractor.features(input_ids, attention_mask)
+            return self.extractor.features(text_inputs(input_ids, attention_mask))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -166,7 +164,7 @@ class FeatureBasedModel(nn.Module):
         ids = torch.zeros((2, min(4, self.extractor.policy.max_length)), dtype=torch.int64, device=device)
         self.backbone.eval()
         with torch.enable_grad():
-            self.extractor.features(ids, torch.ones_like(ids))[0].sum().backward()  # type: ignore[no-untyped-call]
+            self.extractor.features(text_inputs(ids, torch.ones_like(ids)))[0].sum().backward()  # type: ignore[no-untyped-call]
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

@@ -1,0 +1,303 @@
+"""A frozen network and what is made of its hidden states. Nothing here knows what a row is: ``Content`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from embedcache import pooling
+from embedcache.backbone.compiled import Compiled
+from embedcache.backbone.device import side_by_side, threads
+from embedcache.backbone.protocol import PassFeatures, Prepared
+from embedcache.batching import Batch, ShapePolicy
+from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError
+from embedcache.shard import Array, FeatureSet, Kind
+from embedcache.spec import POOLINGS, BackboneSettings, FeatureSpec, ModelSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+P = TypeVar("P", bound=Prepared)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one pass is given: B rows laid out at a canonical shape.
+
+    ``arguments`` are the network's own, by name. ``mask`` int64 [B, T] is 1 where a hidden state belongs to a row and
+    0 where it is padding; None where all belong, as an image's patches do.
+    """
+
+    arguments: Mapping[str, Tensor]
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Inputs:
+        """Return the same on a device."""
+        moved = {name: tensor.to(device) for name, tensor in self.arguments.items()}
+        return Inputs(moved, None if self.mask is None else self.mask.to(device))
+
+
+class Content(Protocol[P]):
+    """One kind of content: how rows become what a network is given. ``Texts`` is one, images will be another."""
+
+    @property
+    def given(self) -> str:
+        """What the network is given, in words for messages: token ids and a mask."""
+        ...
+
+    @property
+    def probe_rows(self) -> Sequence[bytes]:
+        """Built-in rows of several lengths, to know what a machine computes."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that prepare rows."""
+        ...
+
+    def prepare(self, contents: Sequence[bytes]) -> P:
+        """Decode rows."""
+        ...
+
+    def lay_out(self, prepared: P, batch: Batch) -> Inputs:
+        """Lay rows out at a canonical shape, on the CPU, with dummy rows behind them."""
+        ...
+
+    def dummies(self, rows: int, length: int) -> Inputs:
+        """Lay out rows without meaning, the last of them as short as a row can be."""
+        ...
+
+
+class Outputs(Protocol):
+    """What a Hugging Face network gives; hidden states are [B, T, D], or [B, D, H, W] where there is no attention."""
+
+    last_hidden_state: Tensor
+    hidden_states: Sequence[Tensor]
+    pooler_output: Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How ``load_backbone`` makes the same backbone in another process."""
+
+    source: ModelSource
+    settings: BackboneSettings
+
+
+class FrozenModel(Generic[P]):
+    """A frozen Hugging Face network with the members of ``Backbone``. Made by ``load_backbone``.
+
+    ``network`` is the plain module, also where passes are compiled; ``specs`` are the feature sets as asked for;
+    ``identity`` is all of a cache's spec but the feature sets, which are added here. ``pooler`` says whether the
+    network's own pooler has trained weights.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        content: Content[P],
+        specs: Sequence[FeatureSpec],
+        policy: ShapePolicy,
+        identity: Mapping[str, object],
+        *,
+        provenance: Mapping[str, object],
+        pooler: bool = False,
+    ) -> None:
+        self.network, self.content, self.policy = network, content, policy
+        self.probe_rows: Sequence[bytes] = content.probe_rows
+        self.specs, self.provenance = tuple(specs), dict(provenance)
+        self.name = str(self.provenance.get("model", type(network).__name__))
+        self.device = next(network.parameters()).device
+        self.recipe: Recipe | None = None
+        self.identity = {**identity, "features": {spec.name: spec.to_json() for spec in specs}}
+        self._storage = str(identity["storage_dtype"])
+        self._hidden = any(spec.layers != (-1,) for spec in specs)
+        self._run: Callable[..., Outputs] = network
+        self.poolings, self.feature_sets = self._measured(pooler)
+
+    @property
+    def probe_versions(self) -> dict[str, str]:
+        """Versions of what prepares rows."""
+        return self.content.versions()
+
+    def _measured(self, pooler: bool) -> tuple[tuple[str, ...], tuple[FeatureSet, ...]]:
+        """Run the network once on dummies, and read poolings, widths and layers off what comes out."""
+        import torch
+
+        kind = type(self.network).__name__
+        try:
+            with torch.inference_mode():
+                outputs = self.outputs(self.content.dummies(2, min(4, self.policy.max_length)))
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BackboneError(
+                f"{self.name}: {kind} cannot run on {self.content.given} in {self.network.dtype}: {reason[:200]}"
+            ) from error
+        if getattr(outputs, "last_hidden_state", None) is None:
+            raise BackboneError(f"{self.name}: {kind} gives no hidden states, so there is nothing to pool")
+        pooler = pooler and getattr(outputs, "pooler_output", None) is not None
+        poolings = tuple(name for name in POOLINGS if name != "pooler" or pooler)
+        for spec in self.specs:
+            if spec.pooling not in poolings:
+                raise PoolingUnavailableError(
+                    f"{self.name} does not give the pooling {spec.name!r}: expected one of {', '.join(poolings)}"
+                )
+        return poolings, tuple(self._feature_set(spec, outputs) for spec in self.specs)
+
+    def _feature_set(self, spec: FeatureSpec, outputs: Outputs) -> FeatureSet:
+        depth = len(outputs.hidden_states or ()) if self._hidden else 0
+        for layer in spec.layers or ():
+            if layer != -1 and not -depth <= layer < depth:
+                raise PoolingUnavailableError(
+                    f"{spec.name}: {self.name} has hidden states {-depth}..{depth - 1}, "
+                    f"and layer {layer} is none of them"
+                )
+        if spec.pooling == "pooler":
+            widths = {_pooler(outputs).shape[-1]}
+        else:
+            widths = {_hidden(outputs, layer).shape[-1] for layer in _layers(spec, outputs)}
+        if len(widths) > 1:
+            raise PoolingUnavailableError(
+                f"{spec.name}: these layers of {self.name} have different widths "
+                f"({', '.join(map(str, sorted(widths)))}): ask for a feature set of each"
+            )
+        kind: Kind = "tokens" if spec.pooling == "tokens" else "layers" if spec.multi_layer else "pooled"
+        layers = len(_layers(spec, outputs)) if spec.multi_layer else 1
+        return FeatureSet(spec.name, kind, int(widths.pop()), layers, self._storage)
+
+    def compile(self) -> None:
+        """Run passes through ``torch.compile`` from now on. Raises ``BackboneError`` when it cannot be compiled."""
+        self._run = Compiled(self.network, self._warm_up)
+
+    def _warm_up(self, compiled: Callable[..., Outputs]) -> Iterator[Outputs]:
+        """Run the shapes that decide what is compiled: an ordinary one, and one of a single row if there is any.
+
+        The compiler treats a size of 1 apart, and takes two sizes that are equal at first to be equal forever.
+        """
+        shapes = [(self.policy.rows(length), length) for length in self.policy.lengths()]
+        several = [shape for shape in shapes if 1 not in shape]
+        ordinary = sorted(several, key=lambda shape: (shape[0] == shape[1], abs(shape[1] - 32)))
+        single = [shape for shape in shapes if 1 in shape]
+        for shape in ordinary[:1] + single[:1]:
+            yield self._outputs(compiled, self.content.dummies(*shape))
+
+    def no_longer_frozen(self, mark: str) -> None:
+        """Say in the identity that the weights are changed: no cache may take such features for those of the files."""
+        network = self.identity["backbone"]
+        assert isinstance(network, Mapping)
+        self.identity = {**self.identity, "backbone": {**network, "unfrozen": mark}}
+
+    def prepare(self, contents: Sequence[bytes]) -> P:
+        """Decode rows, as their kind of content is."""
+        return self.content.prepare(contents)
+
+    def lay_out(self, prepared: P, batch: Batch) -> Inputs:
+        """Lay rows out at a canonical shape, on the device."""
+        return self.content.lay_out(prepared, batch).to(self.device)
+
+    def forward(self, prepared: P, batch: Batch) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """Run one canonical pass and pool it. Tensors stay on the device, cut to the real rows."""
+        import torch
+
+        with torch.inference_mode(), threads(self.policy.pass_threads if self.device.type == "cpu" else None):
+            inputs = self.lay_out(prepared, batch)
+            outputs = self._outputs(self._run, inputs)
+            return {spec.name: self._pooled(spec, outputs, inputs.mask, len(batch.indices)) for spec in self.specs}
+
+    def side_by_side(self, batches: int) -> int:
+        """Return how many of ``batches`` passes run at a time."""
+        if isinstance(self._run, Compiled) and not Compiled.may_run_side_by_side():
+            return 1
+        return side_by_side(self.device.type, batches, self.policy.pass_threads)
+
+    def outputs(self, inputs: Inputs) -> Outputs:
+        """Run the plain network as it stands: its mode, its gradients."""
+        return self._outputs(self.network, inputs)
+
+    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Run the plain network and make the first feature set, in float32.
+
+        Returns [B, D] or [B, L, D], or for tokens [B, T, D] with the mask [B, T], True = real.
+        """
+        outputs, spec = self.outputs(inputs), self.specs[0]
+        if spec.pooling != "tokens":
+            return _vectors(spec, outputs, inputs.mask), None
+        hidden = _hidden(outputs, _layers(spec, outputs)[0])
+        values = hidden.float()
+        return (pooling.normalize(values) if spec.normalize else values), _mask(inputs.mask, hidden).bool()
+
+    def _pooled(
+        self, spec: FeatureSpec, outputs: Outputs, mask: Tensor | None, real: int
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Make a feature set of one pass, cut to its first ``real`` rows and in the storage type."""
+        if spec.pooling != "tokens":
+            return self._stored(_vectors(spec, outputs, mask)[:real], spec)
+        hidden = _hidden(outputs, _layers(spec, outputs)[0])[:real]
+        kept = _mask(mask, hidden)[:real].bool()
+        values = hidden[kept].float()
+        values = pooling.normalize(values) if spec.normalize else values
+        return self._stored(values, spec), kept.sum(dim=1)
+
+    def _stored(self, vectors: Tensor, spec: FeatureSpec) -> Tensor:
+        if self._storage == "float16":
+            half = vectors.half()
+            # Rounded to infinity without being infinite: what was infinite already is the caller's to report.
+            if overflow := int((half.isinf() & vectors.isfinite()).sum()):
+                raise FeatureError(
+                    f"{overflow} values of {spec.name} in one batch are beyond float16's largest, 65,504: "
+                    "store as float32 or bfloat16 (extract --store float32)"
+                )
+            return half
+        return vectors.bfloat16() if self._storage == "bfloat16" else vectors
+
+    def fetch(self, running: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> PassFeatures:
+        """Copy one pass to the CPU as numpy; bfloat16 comes as its bits, uint16."""
+        return {
+            name: (_numpy(value[0]), _numpy(value[1])) if isinstance(value, tuple) else _numpy(value)
+            for name, value in running.items()
+        }
+
+    def _outputs(self, network: Callable[..., Outputs], inputs: Inputs) -> Outputs:
+        options = {"output_hidden_states": True} if self._hidden else {}
+        return network(**inputs.to(self.device).arguments, **options)
+
+
+def _layers(spec: FeatureSpec, outputs: Outputs) -> tuple[int, ...]:
+    return spec.layers if spec.layers is not None else tuple(range(len(outputs.hidden_states)))
+
+
+def _hidden(outputs: Outputs, layer: int) -> Tensor:
+    """Return a layer's hidden states [B, T, D]; -1 is what the network gives at its end, after its last norm."""
+    tensor = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+    return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor
+
+
+def _pooler(outputs: Outputs) -> Tensor:
+    return outputs.pooler_output.flatten(1)  # convolutional networks give [B, D, 1, 1]
+
+
+def _mask(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    import torch
+
+    return torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
+
+
+def _vectors(spec: FeatureSpec, outputs: Outputs, mask: Tensor | None) -> Tensor:
+    """Pool a pass: float32 [B, D], or [B, L, D] of several layers."""
+    import torch
+
+    if spec.pooling == "pooler":
+        vectors = _pooler(outputs).float()
+    else:
+        states = [_hidden(outputs, layer) for layer in _layers(spec, outputs)]
+        pooled = [pooling.MASKED[spec.pooling](hidden, _mask(mask, hidden)) for hidden in states]
+        vectors = torch.stack(pooled, dim=1) if spec.multi_layer else pooled[0]
+    return pooling.normalize(vectors) if spec.normalize else vectors
+
+
+def _numpy(tensor: Tensor) -> Array:
+    import torch
+
+    tensor = tensor.cpu()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
