@@ -27,7 +27,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, MissingExtraError, SpecError, TrainingError
 from embedcache.heads import sklearn_io
-from embedcache.heads.sklearn_kinds import KINDS, Setting, checked_kind, option_names
+from embedcache.heads.registry import checked_kind, option_names
+from embedcache.heads.sklearn_kinds import KINDS, Setting
 from embedcache.spec import HeadSpec
 from embedcache.train.sklearn_engine import NEVER, FittedSklearn, fit_sklearn, load_estimator, outputs, save_estimator
 
@@ -712,10 +713,10 @@ def test_bad_data_is_refused() -> None:
 
 
 def test_option_names_are_what_the_kinds_have() -> None:
-    assert option_names("knn") == ("n_neighbors", "weights", "metric")
-    assert option_names("majority") == ()
+    assert option_names("knn", "sklearn") == ("n_neighbors", "weights", "metric")
+    assert option_names("majority", "sklearn") == ()
     with pytest.raises(SpecError, match="there is no head 'kn'"):
-        option_names("kn")
+        option_names("kn", "sklearn")
     for kind in KINDS:
         checked_kind(HeadSpec(kind, "sklearn"), "classification")  # its own defaults are allowed
 
@@ -728,8 +729,9 @@ def test_neither_torch_nor_scikit_learn_comes_in_unasked() -> None:
     code = """
 import sys, tempfile, numpy as np
 import embedcache.heads, embedcache.train.sklearn_engine as engine
-from embedcache.heads.sklearn_kinds import KINDS, option_names
-print([option_names(kind) for kind in KINDS] and 'sklearn' in sys.modules, 'torch' in sys.modules)
+from embedcache.heads.registry import option_names
+from embedcache.heads.sklearn_kinds import KINDS
+print([option_names(kind, 'sklearn') for kind in KINDS] and 'sklearn' in sys.modules, 'torch' in sys.modules)
 from embedcache.spec import HeadSpec
 x = np.random.default_rng(0).normal(size=(20, 3)).astype('f4')
 for kind in ('linear', 'knn'):

@@ -17,7 +17,6 @@ Loading checks names, shapes, types and hashes, and trusts nothing: no pickle, n
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -25,21 +24,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecError
 from embedcache.fingerprint import hash_json, read_json, sha256_bytes, strict_json
-from embedcache.heads.registry import build_head, head_class, kinds, refuse_unknown_options
-from embedcache.heads.trained import TrainedHead
+from embedcache.heads.record import HeadRecord
+from embedcache.heads.registry import blank_head, checked_kind, kinds, refuse_unknown_options
+from embedcache.heads.sklearn_io import load_estimator
+from embedcache.heads.sklearn_outputs import outputs
 from embedcache.journal import explain, explained
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import TASKS, HeadSpec
 
-if TYPE_CHECKING:
-    from embedcache.heads.modules import Head
+R = TypeVar("R", bound=HeadRecord)
 
 FORMAT, MAJOR, MINOR = "embedcache-head", 1, 1
 CONFIG, TENSORS, ESTIMATOR, METRICS = "config.json", "model.safetensors", "model.skops", "metrics.json"
@@ -73,7 +73,7 @@ def _finite(value: Any) -> Any:
 
 
 def config_of(
-    head: TrainedHead, weights: str, sha256: str, facts: Mapping[str, Any], beside: Mapping[str, str]
+    head: HeadRecord, weights: str, sha256: str, facts: Mapping[str, Any], beside: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return what stands in ``config.json``; ``beside`` are the sha256 of metrics, history and card."""
     config = {
@@ -105,16 +105,17 @@ def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, "hash": hash_json(body)}
 
 
-def load(directory: Path) -> TrainedHead:
-    """Read a bundle. Raises ``BundleError`` for a folder that is none, and for anything in it that is not right.
+def load(directory: Path, made: type[R]) -> R:
+    """Read a bundle as ``HeadRecord``, or as what is made of one.
 
-    Beside a writer it is the old head or the new one, whole.
+    Beside a writer it is the old head or the new one, whole. Raises ``BundleError`` for a folder that is not a bundle,
+    and for anything in it that is not right.
     """
     while True:
         seen = _state(directory)
         try:
             with explained(f"cannot read {directory}", BundleError):
-                return _load(directory)
+                return _load(directory, made)
         except BundleError:
             # What a config named is removed once another has taken its place.
             if seen == _state(directory):
@@ -129,14 +130,14 @@ def _state(directory: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _load(directory: Path) -> TrainedHead:
+def _load(directory: Path, made: type[R]) -> R:
     path = directory / CONFIG
     if path.is_symlink() or not path.is_file():
         what = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "is not there"
         raise BundleError(f"{directory} is no run folder (it {what}): make one with embedcache train CACHE -o RUN")
     try:
         config = read_json(path, largest=LARGEST_CONFIG)
-        head, file = parse(config)
+        head, file = parse(config, made)
     except EmbedcacheError as error:
         raise BundleError(f"{path}: {error}") from None
     except OSError as error:
@@ -156,8 +157,6 @@ def _load(directory: Path) -> TrainedHead:
     if sha256_bytes(data) != file["sha256"]:
         raise BundleError(f"{weights} is not the file that {CONFIG} names (its sha256 differs): copy the folder again")
     if weights.suffix == ".skops":
-        from embedcache.heads.sklearn_kinds import load_estimator
-
         head = replace(head, estimator=load_estimator(weights, data))
         refuse_wrong_estimator(head, weights)
         return head
@@ -166,20 +165,21 @@ def _load(directory: Path) -> TrainedHead:
     return head
 
 
-def refuse_wrong_estimator(head: TrainedHead, where: Path) -> None:
+def refuse_wrong_estimator(head: HeadRecord, where: Path) -> None:
     """Raise ``BundleError`` unless an estimator takes the features and gives finite outputs of the right number."""
     takes = getattr(head.estimator, "n_features_in_", None)
     if takes != head.feature.dim:
         raise BundleError(f"{where} reads {takes} features, and the config beside it says {head.feature.dim}")
     try:
-        said = head.logits(np.zeros((1, head.feature.dim), np.float32))
+        zeros = np.zeros((1, head.feature.dim), np.float32)
+        values = outputs(head.estimator, zeros, head.task, len(head.class_names))
     except EmbedcacheError as error:
         raise BundleError(f"{where} does not fit the config beside it: {error}") from None
-    if not np.isfinite(said).all():
-        raise BundleError(f"{where}: the estimator says {said[0, 0]} of a row of zeros: train the head again")
+    if not np.isfinite(values).all():
+        raise BundleError(f"{where}: the estimator gives {values[0, 0]} for a row of zeros: train the head again")
 
 
-def parse(config: Any) -> tuple[TrainedHead, dict[str, str]]:
+def parse(config: Any, made: type[R]) -> tuple[R, dict[str, str]]:
     """Turn a config into a head without arrays, and the name and hash of its weights."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError("this is not the config of an embedcache head (a Hugging Face model, perhaps?)")
@@ -198,8 +198,6 @@ def parse(config: Any) -> tuple[TrainedHead, dict[str, str]]:
     if not isinstance(config["task"], str) or config["task"] not in TASKS:
         raise SpecError(f"unknown task {config['task']!r}: expected one of {', '.join(TASKS)}")
     if spec.engine == "sklearn":
-        from embedcache.heads.sklearn_kinds import checked_kind
-
         checked_kind(spec, config["task"])
     elif spec.kind == "linear":
         refuse_unknown_options(spec, ())
@@ -216,7 +214,7 @@ def parse(config: Any) -> tuple[TrainedHead, dict[str, str]]:
         raise BundleError("model or revision is no text")
     feature = FeatureSet(**{name: config["feature"][name] for name in ("name", "kind", "dim", "layers", "dtype")})
     calibration = _calibration(mapping(config["calibration"]), config["task"], len(names))
-    head = TrainedHead(
+    head = made(
         spec, config["task"], names, feature, extraction=extraction, model=model, revision=revision,
         probe=Probe.from_json(config["probe"]) if "probe" in config else None,
         calibration=calibration, training=mapping(config["training"]),
@@ -268,7 +266,7 @@ def read_tensors(path: Path, data: bytes) -> dict[str, Any]:
         raise BundleError(f"{path} cannot be read as safetensors: {str(error)[:200]}") from None
 
 
-def refuse_misfit(head: TrainedHead, where: Path) -> None:
+def refuse_misfit(head: HeadRecord, where: Path) -> None:
     """Raise ``BundleError`` for missing, extra, misshapen, wrongly typed or non-finite arrays."""
     outputs, dim = len(head.class_names), head.feature.dim
     if head.spec.engine == "sklearn" or head.spec.kind == "linear":
@@ -279,7 +277,7 @@ def refuse_misfit(head: TrainedHead, where: Path) -> None:
 
         try:
             with torch.device("meta"):
-                module = _blank(head)
+                module = blank_head(head.spec, head.feature, len(head.class_names))
         except (SpecError, FeatureError, TypeError, ValueError, RuntimeError) as error:
             raise BundleError(f"{where.parent / CONFIG} asks for a head that cannot be: {error}") from None
         expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
@@ -301,30 +299,3 @@ def refuse_misfit(head: TrainedHead, where: Path) -> None:
             raise BundleError(f"{where}: {name} is of type {value.dtype}, expected float32 or float64")
         if not np.isfinite(value).all():
             raise BundleError(f"{where}: {name} holds NaN or infinity")
-
-
-def _blank(head: TrainedHead) -> Head:
-    made = head_class(head.spec.kind)
-    refuse_unknown_options(head.spec, tuple(inspect.signature(made.__init__).parameters)[3:])
-    return made(head.feature, len(head.class_names), **head.spec.options)
-
-
-def module_of(head: TrainedHead) -> Head:
-    """Return a head's torch module with its arrays in it. Raises ``SpecError`` where there is none."""
-    import torch
-
-    if not head.state:
-        raise SpecError(f"the head {head.spec.kind} is a scikit-learn estimator: it has no torch module")
-    spec = head.spec if not head.linear else HeadSpec("linear")
-    module = build_head(spec, head.feature, len(head.class_names))
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(head.state[name], np.float32)))
-    layer = next((name.rpartition(".")[0] for name in head.state if name.endswith(".mean")), None)
-    if layer is not None:
-        arrays = (torch.from_numpy(np.array(head.state[f"{layer}.{name}"], np.float32)) for name in ("mean", "scale"))
-        module.standardize(*arrays)
-    return module
-
-
-__all__ = ["load", "module_of"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from embedcache.heads.record import HeadRecord
 from embedcache.version import __version__
-
-if TYPE_CHECKING:
-    from embedcache.heads.trained import TrainedHead
 
 _MOST = 20
 """Classes that are listed; nobody reads a hundred rows of a card."""
 
 
-def model_card(head: TrainedHead, metrics: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def model_card(head: HeadRecord, metrics: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Return the card as Markdown: what it is, what it was trained on, how good it is, how to use it.
 
     Whatever comes from data, class names above all, is escaped: it can neither break a table nor become a link.
@@ -67,18 +65,18 @@ def model_card(head: TrainedHead, metrics: Mapping[str, Any], facts: Mapping[str
     return "\n".join(lines)
 
 
-def _calibration(head: TrainedHead) -> str:
+def _calibration(head: HeadRecord) -> str:
     if "temperature" in head.calibration:
         return f"temperature {head.calibration['temperature']:.4g}"
     return "thresholds " + ", ".join(f"{each:.3g}" for each in head.thresholds[:_MOST])
 
 
-def _training(head: TrainedHead) -> list[str]:
+def _training(head: HeadRecord) -> list[str]:
     settings = {name: value for name, value in head.training.items() if value is not None}
     return [plain(", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items()) or "unknown") + "."]
 
 
-def _use(head: TrainedHead) -> list[str]:
+def _use(head: HeadRecord) -> list[str]:
     if "preprocessing" in head.extraction:
         return ["from embedcache import Predictor", "", 'Predictor.load("RUN")(["a text"])']
     return ["from embedcache import TrainedHead", "", 'TrainedHead.from_pretrained("RUN").predict(features)']

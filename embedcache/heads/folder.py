@@ -36,7 +36,8 @@ from embedcache.heads.bundle import (
     to_json,
 )
 from embedcache.heads.card import model_card
-from embedcache.heads.trained import TrainedHead
+from embedcache.heads.record import HeadRecord
+from embedcache.heads.sklearn_io import dump_estimator
 from embedcache.journal import LOCK, TEMPORARY, commit, exists, explained, lock, make_output, sync_directory
 
 HISTORY, CARD = "history.jsonl", "README.md"
@@ -75,7 +76,7 @@ class RunFolder:
 
     def save(
         self,
-        head: TrainedHead,
+        head: HeadRecord,
         *,
         metrics: Mapping[str, Any],
         history: Sequence[Mapping[str, Any]],
@@ -91,8 +92,6 @@ class RunFolder:
 
             data = dump({name: np.ascontiguousarray(value) for name, value in head.state.items()})
         else:
-            from embedcache.heads.sklearn_kinds import dump_estimator
-
             data = dump_estimator(self.path / ESTIMATOR, head.estimator)
         digest = sha256_bytes(data)
         name, _, ending = (TENSORS if head.state else ESTIMATOR).partition(".")
@@ -105,13 +104,13 @@ class RunFolder:
         }
         texts = {name: text.encode("utf-8") for name, text in beside.items()}
         config = config_of(head, file, digest, facts, {name: sha256_bytes(text) for name, text in texts.items()})
-        parse(strict_json(to_json(config)))  # what could not be read again is not written
+        parse(strict_json(to_json(config)), HeadRecord)  # what could not be read again is not written
         self._publish(config, texts, {file: data})
 
     def record(self, split: str, measured: Mapping[str, Any]) -> None:
         """Add what was measured on a split to the metrics and the model card. Raises ``BundleError``."""
         self._settle(_read(self.path))
-        head = load(self.path)
+        head = load(self.path, HeadRecord)
         file = self.path / METRICS
         with explained(f"cannot read {self.path}", BundleError):
             config = read_json(self.path / CONFIG, largest=LARGEST_CONFIG)
@@ -160,7 +159,7 @@ class RunFolder:
 
 
 def save(
-    head: TrainedHead,
+    head: HeadRecord,
     directory: Path | RunFolder,
     *,
     metrics: Mapping[str, Any],
@@ -180,7 +179,7 @@ def record(directory: Path, split: str, measured: Mapping[str, Any]) -> None:
 
     Raises ``BundleError`` for a folder that is no bundle or cannot be written.
     """
-    load(directory)
+    load(directory, HeadRecord)
     with RunFolder(directory) as folder:
         folder.record(split, measured)
 

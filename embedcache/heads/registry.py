@@ -1,4 +1,8 @@
-"""Which heads there are. Adding one is a class (see ``modules``) and a line here, or ``register_head`` from outside."""
+"""Which heads there are on both engines, and how one is built.
+
+A new torch head is a class (see ``modules``) and a line here, or ``register_head`` from outside; a new head of
+scikit-learn is a line in ``sklearn_kinds``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import SpecError
-from embedcache.spec import HeadSpec
+from embedcache.heads.sklearn_kinds import KINDS, Kind
+from embedcache.spec import HeadSpec, TaskName
 from embedcache.wording import shortened
 
 if TYPE_CHECKING:
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from embedcache.shard import FeatureSet
 
 Engine = Literal["torch", "sklearn"]
+ENGINES: Mapping[str, Engine] = {"torch": "torch", "sklearn": "sklearn"}
 
 TORCH: dict[str, str | type[Head]] = {
     "linear": "embedcache.heads.modules:Linear",
@@ -35,16 +41,20 @@ STACKED_OPTIONS = ("dropout",)
 
 def kinds(engine: Engine) -> tuple[str, ...]:
     """Return the kinds of heads an engine has."""
-    if engine == "torch":
-        return tuple(TORCH)
-    from embedcache.heads.sklearn_kinds import KINDS
+    return tuple(TORCH) if engine == "torch" else tuple(KINDS)
 
-    return tuple(KINDS)
+
+def option_names(kind: str, engine: Engine = "torch") -> tuple[str, ...]:
+    """Return the names of the options of a kind. Raises ``SpecError`` for a kind that the engine does not have."""
+    if engine == "sklearn":
+        return tuple(_sklearn_kind(kind).options)
+    # A head's constructor takes itself, the feature set and the number of outputs, and then its options.
+    return tuple(inspect.signature(head_class(kind).__init__).parameters)[3:]
 
 
 def engine_of(kind: str) -> Engine:
     """Return the engine that has a kind, torch where both do. Raises ``SpecError`` naming the nearest kinds."""
-    for engine in ("torch", "sklearn"):
+    for engine in ENGINES.values():
         if kind in kinds(engine):
             return engine
     raise _unknown(kind, (*kinds("torch"), *kinds("sklearn")))
@@ -61,14 +71,14 @@ def head_named(head: HeadSpec | str, engine: str | None = None, options: Mapping
     if not isinstance(head, str):
         raise SpecError(f"head is {shortened(head)}: expected the name of a head, such as linear, or a HeadSpec")
     prefix, _, rest = head.partition(":")
-    kind, engine = (rest, engine or prefix) if rest and prefix in ("torch", "sklearn") else (head, engine)
-    found = engine_of(kind)
-    chosen = engine or found
-    if chosen not in ("torch", "sklearn"):
-        raise SpecError(f"the engine {chosen!r} has no head {kind!r}: expected torch or sklearn")
-    if kind not in kinds(chosen):  # type: ignore[arg-type]
-        raise SpecError(f"the head {kind} is {found}'s, and {chosen} has none of that name: leave the engine out")
-    return HeadSpec(kind, chosen, options or {})  # type: ignore[arg-type]
+    kind, engine = (rest, engine or prefix) if rest and prefix in ENGINES else (head, engine)
+    default = engine_of(kind)
+    chosen = ENGINES.get(engine or default)
+    if chosen is None:
+        raise SpecError(f"the engine {engine!r} has no head {kind!r}: expected torch or sklearn")
+    if kind not in kinds(chosen):
+        raise SpecError(f"the head {kind} is {default}'s, and {chosen} has none of that name: leave the engine out")
+    return HeadSpec(kind, chosen, options or {})
 
 
 @checks_arguments()
@@ -92,14 +102,14 @@ def register_head(kind: str, head: type[Head]) -> None:
 
 def head_class(kind: str) -> type[Head]:
     """Return the class of a torch head. Raises ``SpecError`` for a kind there is not."""
-    found = TORCH.get(kind)
-    if found is None:
+    head = TORCH.get(kind)
+    if head is None:
         raise _unknown(kind, kinds("torch"))
-    if isinstance(found, str):
-        module, _, name = found.partition(":")
-        head: type[Head] = getattr(importlib.import_module(module), name)
-        return head
-    return found
+    if isinstance(head, str):
+        module, _, name = head.partition(":")
+        imported: type[Head] = getattr(importlib.import_module(module), name)
+        return imported
+    return head
 
 
 def build_head(spec: HeadSpec, feature: FeatureSet, outputs: int, *, seed: int = 0) -> Head:
@@ -107,12 +117,16 @@ def build_head(spec: HeadSpec, feature: FeatureSet, outputs: int, *, seed: int =
 
     Raises ``SpecError`` for an unknown kind or option, ``FeatureError`` when the head cannot read the set.
     """
-    head = head_class(spec.kind)
-    refuse_unknown_options(spec, tuple(inspect.signature(head.__init__).parameters)[3:])
-    built = head(feature, outputs, **spec.options)
+    built = blank_head(spec, feature, outputs)
     refuse_headless(spec.kind, built)
     built.initialize(seed)
     return built
+
+
+def blank_head(spec: HeadSpec, feature: FeatureSet, outputs: int) -> Head:
+    """Build a torch head whose weights have their shapes, and no values yet; raises as ``build_head`` does."""
+    refuse_unknown_options(spec, option_names(spec.kind))
+    return head_class(spec.kind)(feature, outputs, **spec.options)
 
 
 def refuse_headless(kind: str, head: Head) -> None:
@@ -135,13 +149,37 @@ def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:
             raise SpecError(f"the head {spec.kind} has no option {name!r}{hint}: {has}")
 
 
+def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, dict[str, Any]]:
+    """Return the kind of a scikit-learn head, and all its options, given or by default.
+
+    Raises ``SpecError`` for a kind there is not, a task it cannot do, an option it has not, or an impossible value.
+    """
+    kind = _sklearn_kind(head.kind)
+    if task not in kind.tasks:
+        able = ", ".join(name for name, other in KINDS.items() if task in other.tasks)
+        raise SpecError(f"the head {head.kind} cannot do {task}: expected one of {able}")
+    refuse_unknown_options(head, tuple(kind.options))
+    options = {}
+    for name, option in kind.options.items():
+        options[name] = value = head.options.get(name, option.default)
+        if not option.allowed(value):
+            raise SpecError(f"{head.kind}: {name} is {value!r}, expected {option.expected}")
+    return kind, options
+
+
+def _sklearn_kind(name: str) -> Kind:
+    if name not in KINDS and engine_of(name) == "torch":
+        raise SpecError(f"the head {name} is torch's: expected one of {', '.join(KINDS)}, or the engine torch")
+    return KINDS[name]
+
+
 def stack_key(spec: HeadSpec) -> tuple[Any, ...]:
     """Return what two heads must share to be trained as one stack: kind, engine and the options that set shapes."""
     options: Mapping[str, Any] = {name: spec.options[name] for name in sorted(spec.options)}
     return spec.engine, spec.kind, repr({name: v for name, v in options.items() if name not in STACKED_OPTIONS})
 
 
-def _unknown(kind: str, there: tuple[str, ...]) -> SpecError:
-    near = get_close_matches(kind, there, 1)
+def _unknown(kind: str, existing: tuple[str, ...]) -> SpecError:
+    near = get_close_matches(kind, existing, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return SpecError(f"there is no head {kind!r}{hint}: expected one of {', '.join(dict.fromkeys(there))}")
+    return SpecError(f"there is no head {kind!r}{hint}: expected one of {', '.join(dict.fromkeys(existing))}")

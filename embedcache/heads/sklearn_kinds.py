@@ -1,4 +1,4 @@
-"""Heads that scikit-learn fits: which there are, what they can do, their options, and what their estimators say.
+"""Heads that scikit-learn fits: which there are, what they can do, and their options.
 
 ==========================  ==================================================================================
 ``logistic-regression``     multinomial; one-vs-rest for several labels; ridge regression for numbers
@@ -26,16 +26,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from embedcache.errors import BundleError, FeatureError, SpecError
-from embedcache.heads.registry import refuse_unknown_options
-from embedcache.heads.sklearn_io import dump_estimator, load_estimator, save_estimator
-from embedcache.spec import TASKS, HeadSpec, TaskName
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
+from embedcache.errors import SpecError
+from embedcache.spec import TASKS, TaskName
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ Build = Callable[[Setting, Mapping[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of head.
+    """A kind of head that scikit-learn fits.
 
     Attributes:
         tasks: what it can do.
@@ -296,95 +288,3 @@ KINDS: Mapping[str, Kind] = {
 Options that are None by default follow the training settings: ``C`` is 1 / ``l2``, ``alpha`` is ``l2``, and the
 squared error of ridge regression is not halved, as scikit-learn has it.
 """
-
-
-def option_names(kind: str) -> tuple[str, ...]:
-    """Return the names of the options of a kind. Raises ``SpecError`` for a kind there is not."""
-    return tuple(_kind(kind).options)
-
-
-def _kind(name: str) -> Kind:
-    from embedcache.heads.registry import engine_of
-
-    if name not in KINDS and engine_of(name) == "torch":
-        raise SpecError(f"the head {name} is torch's: expected one of {', '.join(KINDS)}, or the engine torch")
-    return KINDS[name]
-
-
-def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, dict[str, Any]]:
-    """Return a head's kind, and all its options, given or by default.
-
-    Raises ``SpecError`` for a kind there is not, a task it cannot do, an option it has not, or an impossible value.
-    """
-    kind = _kind(head.kind)
-    if task not in kind.tasks:
-        able = ", ".join(name for name, each in KINDS.items() if task in each.tasks)
-        raise SpecError(f"the head {head.kind} cannot do {task}: expected one of {able}")
-    refuse_unknown_options(head, tuple(kind.options))
-    options = {}
-    for name, option in kind.options.items():
-        options[name] = value = head.options.get(name, option.default)
-        if not option.allowed(value):
-            raise SpecError(f"{head.kind}: {name} is {value!r}, expected {option.expected}")
-    return kind, options
-
-
-def outputs(estimator: Any, x: Array, task: TaskName, classes: int) -> Floats:
-    """Return what a fitted estimator says of features ``x`` [N, D]: probabilities [N, C], or values [N, R].
-
-    A class that training did not have gets a column of zeros; a label that was the same in every row of training gets
-    that, 0 or 1. Raises ``FeatureError`` for features of another shape, ``BundleError`` for an estimator that does
-    not fit the task.
-    """
-    x = np.asarray(x)
-    expected = getattr(estimator, "n_features_in_", None)
-    if x.ndim != 2 or x.shape[1] != expected:
-        raise FeatureError(f"got features of shape {x.shape}, expected [N, {expected}]")
-    try:
-        if not len(x):
-            return np.zeros((0, classes))
-        if task == "regression":
-            values = np.asarray(estimator.predict(x), np.float64).reshape(len(x), -1)
-        elif task == "classification":
-            values = _spread(estimator.predict_proba(x), estimator.classes_, classes)
-        else:
-            values = _labels(estimator, x, classes)
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise BundleError(f"the estimator does not fit {task} with {classes} outputs: {str(error)[:200]}") from error
-    if values.shape != (len(x), classes):
-        raise BundleError(f"the estimator has {values.shape[1]} outputs, expected {classes}")
-    return values
-
-
-def _spread(p: Array, present: Array, classes: int) -> Floats:
-    present = np.asarray(present, np.int64)
-    if len(np.unique(present)) != p.shape[1] or not ((present >= 0) & (present < classes)).all():
-        raise ValueError(f"its classes are {present.tolist()}")
-    spread = np.zeros((len(p), classes))
-    spread[:, present] = p
-    return spread
-
-
-def _labels(estimator: Any, x: Array, classes: int) -> Floats:
-    """Return probabilities [N, C] from what scikit-learn gives: one array, or one [N, 1 or 2] for each label."""
-    p = estimator.predict_proba(x)
-    present = estimator.classes_
-    if not isinstance(p, list):
-        if classes > 1:
-            return np.asarray(p, np.float64)
-        p, present = [p], [present]
-    return np.stack([_spread(each, own, 2)[:, 1] for each, own in zip(p, present, strict=True)], axis=1)
-
-
-__all__ = [
-    "KINDS",
-    "Kind",
-    "Option",
-    "Setting",
-    "checked_kind",
-    "dump_estimator",
-    "load_estimator",
-    "option_names",
-    "outputs",
-    "save_estimator",
-]

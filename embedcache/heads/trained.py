@@ -7,7 +7,7 @@ fixed shape, as the backbone's have, so that what a head says of a row depends o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import FeatureError, InputError
-from embedcache.numerics import Probe
+from embedcache.errors import FeatureError, InputError, SpecError
+from embedcache.heads.bundle import load
+from embedcache.heads.folder import RunFolder, save
+from embedcache.heads.record import HeadRecord
+from embedcache.heads.registry import build_head
+from embedcache.heads.sklearn_outputs import logits_of, outputs
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TaskName
+from embedcache.spec import HeadSpec
 
 if TYPE_CHECKING:
-    from embedcache.heads.folder import RunFolder
     from embedcache.heads.modules import Head
 
 Array = npt.NDArray[Any]
@@ -41,8 +44,8 @@ _BY_ROW = ("hist-gradient-boosting", "majority")
 """scikit-learn kinds that look at each row by itself anyway, and cost much a call."""
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedHead:
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainedHead(HeadRecord):
     """A head after training.
 
     Attributes:
@@ -59,19 +62,6 @@ class TrainedHead:
         training: how it was trained, for the record.
     """
 
-    spec: HeadSpec
-    task: TaskName
-    class_names: tuple[str, ...]
-    feature: FeatureSet
-    state: Mapping[str, Array] = field(default_factory=dict)
-    estimator: Any = None
-    extraction: Mapping[str, Any] = field(default_factory=dict)
-    model: str | None = None
-    revision: str | None = None
-    probe: Probe | None = None
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-
     def __repr__(self) -> str:
         return (
             f"TrainedHead({self.spec.kind} on {self.spec.engine}; {self.task}, {len(self.class_names)} outputs; "
@@ -81,16 +71,6 @@ class TrainedHead:
     def __getstate__(self) -> dict[str, Any]:
         # What is cached beside the fields (the torch module) is made again where it is needed.
         return {each.name: getattr(self, each.name) for each in fields(self)}
-
-    @property
-    def linear(self) -> bool:
-        """Whether it is one matrix: ``output.weight`` [C, D] and ``output.bias`` [C]."""
-        return bool(self.state) and (self.spec.engine == "sklearn" or self.spec.kind == "linear")
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers were learned; 0 for an estimator that is not linear."""
-        return sum(int(value.size) for name, value in self.state.items() if not name.endswith((".mean", ".scale")))
 
     def logits(self, x: Any) -> Array:
         """Return what the head says before calibration, float [N, C]: logits, or the values of a regression.
@@ -122,18 +102,11 @@ class TrainedHead:
         return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
 
     def _estimated(self, rows: Array) -> Array:
-        from embedcache.heads.sklearn_kinds import outputs
-
-        def said(part: Array) -> Array:
-            values: Array = outputs(self.estimator, part, self.task, len(self.class_names))
-            return values
+        def estimate(part: Array) -> Array:
+            return outputs(self.estimator, part, self.task, len(self.class_names))
 
         whole = self.spec.kind in _BY_ROW and len(rows) > 0
-        values = said(rows) if whole else self._in_passes(rows, said)
-        if self.task == "regression":
-            return values
-        kept = np.clip(values, 1e-15, 1.0 - 1e-15)
-        return np.asarray(np.log(kept) if self.task == "classification" else np.log(kept) - np.log1p(-kept))
+        return logits_of(estimate(rows) if whole else self._in_passes(rows, estimate), self.task)
 
     @cached_property
     def _matrix(self) -> tuple[Array, Array]:
@@ -155,10 +128,24 @@ class TrainedHead:
 
     @cached_property
     def module(self) -> Head:
-        """The head as a torch module, for ``forward``; a copy of its arrays."""
-        from embedcache.heads.bundle import module_of
+        """The head as a torch module, for ``forward``; a copy of its arrays. Raises ``SpecError`` where it has none."""
+        import torch
 
-        return module_of(self)
+        if not self.state:
+            raise SpecError(f"the head {self.spec.kind} is a scikit-learn estimator: it has no torch module")
+        spec = self.spec if not self.linear else HeadSpec("linear")
+        module = build_head(spec, self.feature, len(self.class_names))
+
+        def tensor(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.array(self.state[name], np.float32))
+
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(tensor(name))
+        layer = next((name.rpartition(".")[0] for name in self.state if name.endswith(".mean")), None)
+        if layer is not None:
+            module.standardize(tensor(f"{layer}.mean"), tensor(f"{layer}.scale"))
+        return module
 
     @cached_property
     def _wide(self) -> Head:
@@ -195,11 +182,6 @@ class TrainedHead:
         """Return which labels of a multi-label head are on, bool [N, C], at its fitted thresholds (0.5 without)."""
         return np.asarray(probabilities >= np.asarray(self.thresholds))
 
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """From which probability on each label of a multi-label head is given."""
-        return tuple(self.calibration.get("thresholds", (0.5,) * len(self.class_names)))
-
     def predict(self, x: Any) -> Array:
         """Return the class of each row int64 [N], the labels bool [N, C], or the values float64 [N, R]."""
         values = self.probabilities(x)
@@ -220,8 +202,6 @@ class TrainedHead:
         Raises ``BundleError`` where the folder is something else or cannot be written, ``CacheLockedError`` while
         another process writes to it.
         """
-        from embedcache.heads.folder import save
-
         directory = Path(directory) if isinstance(directory, str) else directory
         save(self, directory, metrics=metrics or {}, history=history, facts=facts or {})
 
@@ -229,9 +209,7 @@ class TrainedHead:
     @checks_arguments()
     def from_pretrained(cls, directory: Path | str) -> TrainedHead:
         """Read a head bundle, trusting nothing in it. Raises ``BundleError``."""
-        from embedcache.heads.bundle import load
-
-        return load(Path(directory))
+        return load(Path(directory), cls)
 
 
 def count(rows: Any) -> int:

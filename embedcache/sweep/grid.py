@@ -21,7 +21,6 @@ The written form (``sweep.yaml``; every key may be left out)::
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ import numpy as np
 
 from embedcache.errors import InputNotFoundError, SweepError, SweepSpecError
 from embedcache.heads import head_named
+from embedcache.heads.registry import option_names
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
 from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
@@ -356,17 +356,6 @@ def takes_of(kind: str, engine: str) -> tuple[str, ...]:
     from embedcache.heads.registry import head_class
 
     return tuple(head_class(kind).takes)
-
-
-def option_names(kind: str, engine: str) -> tuple[str, ...]:
-    """Return the names of a head's options."""
-    if engine == "sklearn":
-        from embedcache.heads import sklearn_kinds
-
-        return sklearn_kinds.option_names(kind)
-    from embedcache.heads.registry import head_class
-
-    return tuple(inspect.signature(head_class(kind).__init__).parameters)[3:]
 
 
 def _typed(where: str, name: str, value: Any) -> Choices:

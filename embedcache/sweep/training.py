@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
-from embedcache.heads.sklearn_kinds import checked_kind
+from embedcache.heads.registry import checked_kind
 from embedcache.heads.trained import count
 from embedcache.spec import MIN_STEPS
 from embedcache.sweep.configuration import DEFAULTS, Configuration

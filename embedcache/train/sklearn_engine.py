@@ -20,14 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, FeatureError, SpecError, TrainingError
-from embedcache.heads.sklearn_kinds import (
-    Kind,
-    Setting,
-    checked_kind,
-    load_estimator,
-    outputs,
-    save_estimator,
-)
+from embedcache.heads.registry import checked_kind
+from embedcache.heads.sklearn_io import load_estimator, save_estimator
+from embedcache.heads.sklearn_kinds import Kind, Setting
+from embedcache.heads.sklearn_outputs import outputs
 from embedcache.spec import HeadSpec, TaskName
 from embedcache.train.data import rounding
 
