@@ -80,7 +80,7 @@ def strict_json(text: str | bytes, *, most: int = MOST_VALUES) -> Any:
 def read_json(path: Path | str, *, largest: int = 64 << 20, most: int = MOST_VALUES) -> Any:
     """Read a JSON file in UTF-8 as ``strict_json`` does.
 
-    Raises ``ValueError`` too for what is no plain file or has more than ``largest`` bytes, ``OSError`` as the system
+    Raises ``ValueError`` too for what is not a plain file or has more than ``largest`` bytes, ``OSError`` as the system
     does.
     """
     # Opening a pipe would wait for its other end, and a device never ends.
@@ -88,7 +88,7 @@ def read_json(path: Path | str, *, largest: int = 64 << 20, most: int = MOST_VAL
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no plain file")
+            raise ValueError("it is not a plain file")
         if status.st_size > largest:
             raise ValueError(f"it has {status.st_size:,} bytes, {largest:,} at most are expected")
         return strict_json(file.read(largest).decode("utf-8"), most=most)

@@ -29,6 +29,8 @@ from embedcache.journal import commit, explain, explained
 from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
+StoredRows = Array | tuple[Array, npt.NDArray[np.int64]]
+"""Rows of a feature set as they are stored: [n, D] or [n, L, D], or vectors [sum T, D] and offsets [n + 1]."""
 Kind = Literal["pooled", "layers", "tokens"]
 
 ALIGNMENT = 4096
@@ -46,6 +48,16 @@ class Column:
     shape: tuple[int | None, ...]
     dtype: np.dtype[Any]
     attributes: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, array: Placed) -> bool:
+        """Whether an array in a file is of this type and shape."""
+        return array.dtype == self.dtype.str and self.has_shape(array.shape)
+
+    def has_shape(self, shape: tuple[int, ...]) -> bool:
+        """Whether a shape is this one."""
+        return len(shape) == len(self.shape) and all(
+            expected in (None, length) for expected, length in zip(self.shape, shape, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -304,9 +316,8 @@ def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Pla
         if dataset.shape is None:
             raise _Foreign(f"{name} has no shape")
         shape = tuple(int(length) for length in dataset.shape)
-        wanted = column.shape
-        if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
-            raise _Foreign(f"{name} has the shape {shape}, expected {wanted}")
+        if not column.has_shape(shape):
+            raise _Foreign(f"{name} has the shape {shape}, expected {column.shape}")
         length = math.prod(shape) * column.dtype.itemsize
         offset = dataset.get_offset()
         if length and (offset is None or dataset.get_storage_size() != length or offset + length > size):

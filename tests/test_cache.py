@@ -638,6 +638,6 @@ def test_a_reader_keeps_what_it_mapped_when_the_dataset_is_replaced(tmp_path: Pa
 
 
 def test_every_error_of_a_cache_is_an_oserror_and_ours(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no feature cache") as caught:
+    with pytest.raises(OSError, match="not a feature cache") as caught:
         FeatureCache.open(tmp_path)
     assert isinstance(caught.value, EmbedcacheError)

@@ -216,7 +216,7 @@ def test_an_output_that_cannot_be_written(extract: Command, tmp_path: Path) -> N
     refused(extract(SAMPLE, "-o", "file"), "file is a file: choose a new or an empty directory")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
-    refused(extract(SAMPLE, "-o", "other"), "other exists and is no feature cache")
+    refused(extract(SAMPLE, "-o", "other"), "other exists and is not a feature cache")
     assert files(tmp_path / "other") == {"mine.txt": b"mine"}
     if os.geteuid():  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o555)
@@ -280,8 +280,8 @@ def test_a_truncated_shard(extract: Command, command: Command) -> None:
 @pytest.mark.parametrize("name", ["info", "verify", "relabel", "merge"])
 def test_no_cache(command: Command, name: str, tmp_path: Path) -> None:
     extra = {"relabel": [SAMPLE], "merge": ["-o", "out"]}.get(name, [])
-    refused(command(name, "nowhere", *extra), "nowhere is no feature cache")
-    refused(command(name, tmp_path, *extra), "is no feature cache")
+    refused(command(name, "nowhere", *extra), "nowhere is not a feature cache")
+    refused(command(name, tmp_path, *extra), "is not a feature cache")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@
 ``gather``      rows out of many shards, mapped or copied
 ``torch_data``  the same as a torch ``Dataset``
 ``join``        relabel and merge
+``damage``      what is wrong with the files of a cache
 ``repair``      damaged files set aside, to be computed again
 ``untrusted``   a stranger's cache, looked into by a limited child process
 ==============  ======================================================================
 """
 
+from embedcache.cache.damage import verify
 from embedcache.cache.join import merge, relabel
-from embedcache.cache.reader import FeatureCache, Ragged, verify
+from embedcache.cache.reader import FeatureCache, Ragged
 from embedcache.cache.writer import CacheWriter, known_rows, read_spec
 
 __all__ = ["CacheWriter", "FeatureCache", "Ragged", "known_rows", "merge", "read_spec", "relabel", "verify"]

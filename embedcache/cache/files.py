@@ -8,41 +8,33 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
-from embedcache.cache.index import Keys
+from embedcache.cache.gather import Piece
+from embedcache.cache.index import Keys, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
 from embedcache.journal import explain, explained
-from embedcache.shard import Column, FeatureSet, Placed, ShardFile, place
+from embedcache.shard import Array, Column, FeatureSet, Placed, ShardFile, place
 from embedcache.task import task_named
 
-Array = npt.NDArray[Any]
 Identity = tuple[int, int, int, int, int]
 
 _KNOWN: dict[tuple[str, Identity], dict[str, Placed]] = {}
 """What has been hashed and parsed in this process. A file that changes in any way gets another key here."""
 
-_SENSIBLE: set[tuple[DatasetEntry, int, Identity]] = set()
-"""Datasets in which this process found no nonsense."""
+_VALIDATED: set[tuple[DatasetEntry, int, Identity]] = set()
+"""Datasets in which this process found no fault."""
 
 _TICK = 20_000_000
-"""Nanoseconds; Linux stamps files every 1 to 10 ms."""
+"""Nanoseconds, more than there are between two times that Linux gives to files: 1 to 10 ms."""
 
 _ADVICE = "restore it from a copy, or extract into a new directory"
-
-
-def shard_columns(feature_sets: Sequence[FeatureSet], rows: int) -> dict[str, Column]:
-    """Return what a feature shard must hold."""
-    expected = {"row_key": Column((rows, 16), np.dtype("u1"))}
-    for each in feature_sets:
-        expected |= each.columns(rows)
-    return expected
 
 
 def dataset_columns(dataset: DatasetEntry) -> dict[str, Column]:
@@ -52,8 +44,8 @@ def dataset_columns(dataset: DatasetEntry) -> dict[str, Column]:
     if dataset.task is not None:
         task = task_named(dataset.task)
         expected["target"] = Column(task.target_shape(rows, dataset.targets), task.dtype)
-    for name, there in (("id", dataset.has_ids), ("input", dataset.has_inputs)):
-        if there:
+    for name, stored in (("id", dataset.has_ids), ("input", dataset.has_inputs)):
+        if stored:
             expected[f"{name}.values"] = Column((None,), np.dtype("u1"))
             expected[f"{name}.offsets"] = Column((rows + 1,), np.dtype("<i8"))
     if dataset.whole_rows is not None:
@@ -62,10 +54,10 @@ def dataset_columns(dataset: DatasetEntry) -> dict[str, Column]:
 
 
 def identity(path: Path, file: ShardFile) -> Identity:
-    """Return what tells a file from another and from itself after a change, once it has the committed size.
+    """Return what tells a file of the committed size from other files, and from itself after a change.
 
-    Raises ``CorruptCacheError`` when it is missing, no plain file, or of another size. A link is refused: the copy of
-    a cache must not depend on what was left behind.
+    Raises ``CorruptCacheError`` when it is missing, not a plain file, or of another size. A link is refused: the copy
+    of a cache must not depend on what was left behind.
     """
     try:
         status = os.lstat(path)
@@ -122,47 +114,104 @@ def dataset_arrays(path: Path, dataset: DatasetEntry, stored: int, *, again: boo
     Raises ``CorruptCacheError`` for anything that is not what was committed, or points outside of the ``stored`` rows.
     """
     with explained(f"cannot read {path}"), opened(path, dataset.file) as stream:
-        known = (dataset.file.sha256, _identified(path, dataset.file, os.fstat(stream.fileno())))
+        file_identity = _identified(path, dataset.file, os.fstat(stream.fileno()))
+        known = (dataset.file.sha256, file_identity)
         expected = dataset_columns(dataset)
         if again or known not in _KNOWN:
-            _settle(known[1])
-            digest = sha256_file(path, stream)
-            if digest != dataset.file.sha256:
+            _settle(file_identity)
+            if sha256_file(path, stream) != dataset.file.sha256:
                 raise CorruptCacheError(f"{path} is not what was committed (its sha256 differs): {_ADVICE}")
             placed = place(path, expected, stream)
             status = os.fstat(stream.fileno())
             # To remove its name changes the file's ctime, and nothing in it.
             compared = slice(0, 5 if status.st_nlink else 4)
-            if _identified(path, dataset.file, status)[compared] != known[1][compared]:
+            if _identified(path, dataset.file, status)[compared] != file_identity[compared]:
                 raise CorruptCacheError(f"{path} changed while it was being read: {_ADVICE}")
             _KNOWN[known] = placed
         placed = _agreeing(_KNOWN[known], expected) or place(path, expected, stream)
-        columns = {name: each.map(path, stream) for name, each in placed.items()}
-    if again or (dataset, stored, known[1]) not in _SENSIBLE:
-        if reason := nonsense(dataset, columns, stored):
-            raise CorruptCacheError(f"{path}: {reason}: embedcache did not write this file; do not use the cache")
-        _SENSIBLE.add((dataset, stored, known[1]))
+        columns = {name: array.map(path, stream) for name, array in placed.items()}
+    validated = (dataset, stored, file_identity)
+    if again or validated not in _VALIDATED:
+        if fault := find_fault(dataset, columns, stored):
+            raise CorruptCacheError(f"{path}: {fault}: embedcache did not write this file; do not use the cache")
+        _VALIDATED.add(validated)
     return columns
 
 
 def _agreeing(placed: dict[str, Placed], expected: Mapping[str, Column]) -> dict[str, Placed] | None:
-    """Return what was found in a file, or None: two manifests may name one file and disagree on what it holds."""
-    if placed.keys() != expected.keys() or not all(fits(placed[name], expected[name]) for name in expected):
+    """Return the arrays of a file if they are what is expected: two manifests may name one file and disagree."""
+    agree = placed.keys() == expected.keys() and all(expected[name].fits(array) for name, array in placed.items())
+    return placed if agree else None
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard that a manifest names, as it lies on disk: hashed once in a process, when it is first looked into.
+
+    Whatever reads it raises ``CorruptCacheError`` for a file that is not what was committed.
+    """
+
+    path: Path
+    entry: Shard
+    feature_sets: tuple[FeatureSet, ...]
+
+    @classmethod
+    def all_of(cls, directory: Path, manifest: Manifest) -> list[StoredShard]:
+        """Return the shards of a cache, in order."""
+        folder = directory / "features"
+        return [cls(folder / entry.file.name, entry, manifest.feature_sets) for entry in manifest.shards]
+
+    def _columns(self) -> dict[str, Column]:
+        expected = {"row_key": Column((self.entry.rows, 16), np.dtype("u1"))}
+        for feature in self.feature_sets:
+            expected |= feature.columns(self.entry.rows)
+        return expected
+
+    def is_known(self) -> bool:
+        """Whether this very file was hashed before in this process."""
+        return (self.entry.file.sha256, identity(self.path, self.entry.file)) in _KNOWN
+
+    def checked(self) -> dict[str, Placed]:
+        """Return where the arrays lie, after hashing the file unless it is known."""
+        file = self.entry.file
+        known = (file.sha256, identity(self.path, file))
+        if known not in _KNOWN:
+            _settle(known[1])
+            check(self.path, file)
+            placed = place(self.path, self._columns())
+            if identity(self.path, file) != known[1]:
+                raise CorruptCacheError(f"{self.path} changed while it was being read: {_ADVICE}")
+            _KNOWN[known] = placed
+        return _agreeing(_KNOWN[known], self._columns()) or place(self.path, self._columns())
+
+    def piece(self, name: str) -> Piece:
+        """Return where an array lies."""
+        placed = self.checked()[name]
+        return Piece(self.path, placed.offset, placed.shape, placed.dtype)
+
+    def tokens(self, feature: FeatureSet) -> tuple[Array, Rows]:
+        """Return the vectors of a token-level set as stored, and where each row's begin, int64 [rows + 1]; mapped."""
+        return self._rising(feature, self.checked())
+
+    def _rising(self, feature: FeatureSet, placed: Mapping[str, Placed]) -> tuple[Array, Rows]:
+        values, offsets = (placed[f"{feature.name}.{part}"].map(self.path) for part in ("values", "offsets"))
+        if not rises(offsets, len(values)):
+            raise CorruptCacheError(
+                f"{self.path}: {feature.name}.offsets do not rise from 0 to {len(values):,}; do not use the cache"
+            )
+        return values, np.asarray(offsets)
+
+    def damage(self) -> str | None:
+        """Hash the file again and look into it; return what is wrong, None for nothing."""
+        try:
+            check(self.path, self.entry.file)
+            placed = place(self.path, self._columns())
+            for feature in self.feature_sets:
+                if feature.kind == "tokens":
+                    self._rising(feature, placed)
+        except CacheError as error:
+            return str(error)
         return None
-    return placed
-
-
-def checked(path: Path, file: ShardFile, expected: Mapping[str, Column]) -> dict[str, Placed]:
-    """Return where a file's arrays lie, after hashing it, unless this very file was hashed before in this process."""
-    known = (file.sha256, identity(path, file))
-    if known not in _KNOWN:
-        _settle(known[1])
-        check(path, file)
-        placed = place(path, expected)
-        if identity(path, file) != known[1]:
-            raise CorruptCacheError(f"{path} changed while it was being read: {_ADVICE}")
-        _KNOWN[known] = placed
-    return _agreeing(_KNOWN[known], expected) or place(path, expected)
 
 
 def _settle(known: Identity) -> None:
@@ -172,65 +221,29 @@ def _settle(known: Identity) -> None:
         time.sleep((_TICK - age) / 1e9)
 
 
-def fits(placed: Placed, column: Column) -> bool:
-    """Whether an array that was found is what a manifest expects."""
-    return (
-        placed.dtype == column.dtype.str
-        and len(placed.shape) == len(column.shape)
-        and all(want in (None, have) for want, have in zip(column.shape, placed.shape, strict=True))
-    )
-
-
-def damage_of(path: Path, shard: Shard, feature_sets: Sequence[FeatureSet]) -> str | None:
-    """Hash a feature shard again and look into it; return what is wrong, None for nothing."""
-    try:
-        check(path, shard.file)
-        placed = place(path, shard_columns(feature_sets, shard.rows))
-        for each in feature_sets:
-            if each.kind == "tokens":
-                values, offsets = (placed[f"{each.name}.{part}"] for part in ("values", "offsets"))
-                refuse_offsets(path, each.name, offsets.map(path), values.shape[0])
-    except CacheError as error:
-        return str(error)
-    return None
-
-
-def check_all(directory: Path, manifest: Manifest) -> None:
+def check_all(shards: Sequence[StoredShard]) -> None:
     """Check every shard, several at a time. Raises ``CorruptCacheError`` for the first that is wrong."""
-
-    def one(index: int) -> None:
-        shard = manifest.shards[index]
-        path = directory / "features" / shard.file.name
-        checked(path, shard.file, shard_columns(manifest.feature_sets, shard.rows))
-
-    new = [at for at, shard in enumerate(manifest.shards) if not is_known(directory / "features", shard.file)]
+    new = [shard for shard in shards if not shard.is_known()]
     if len(new) > 1:  # starting threads costs more than looking up
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(one, new))
-    for index in range(len(manifest.shards)):
-        one(index)
+            list(pool.map(StoredShard.checked, new))
+    for shard in shards:
+        shard.checked()
 
 
-def is_known(folder: Path, file: ShardFile) -> bool:
-    """Whether this very file was hashed before in this process."""
-    return (file.sha256, identity(folder / file.name, file)) in _KNOWN
-
-
-def stored_keys(path: Path, manifest: Manifest) -> Keys:
+def stored_keys(shards: Sequence[StoredShard]) -> Keys:
     """Return the keys of every row in every shard, u1 [N, 16], in order."""
-    check_all(path, manifest)
-    keys = np.empty((manifest.rows, 16), np.uint8)
-    at = 0
-    for shard in manifest.shards:
-        file = path / "features" / shard.file.name
-        placed = checked(file, shard.file, shard_columns(manifest.feature_sets, shard.rows))
-        keys[at : at + shard.rows] = placed["row_key"].map(file)
-        at += shard.rows
+    check_all(shards)
+    keys = np.empty((sum(shard.entry.rows for shard in shards), 16), np.uint8)
+    start = 0
+    for shard in shards:
+        keys[start : start + shard.entry.rows] = shard.piece("row_key").map()
+        start += shard.entry.rows
     return keys
 
 
-def nonsense(dataset: DatasetEntry, columns: Mapping[str, Array], stored: int) -> str | None:
-    """Return what in a dataset's columns means nothing where ``stored`` rows are in the shards, or None."""
+def find_fault(dataset: DatasetEntry, columns: Mapping[str, Array], stored: int) -> str | None:
+    """Return which values of a dataset's columns are impossible where ``stored`` rows are in the shards, or None."""
     limits = {"row": (0, stored), "split": (0, len(dataset.split_names))}
     if dataset.task == "classification":
         limits["target"] = (-1, len(dataset.class_names))
@@ -257,9 +270,3 @@ def rises(offsets: Array, length: int) -> bool:
     """Whether offsets rise from 0 to ``length``."""
     # Compared, not subtracted: a difference of hostile numbers wraps around.
     return int(offsets[0]) == 0 and int(offsets[-1]) == length and not bool((offsets[1:] < offsets[:-1]).any())
-
-
-def refuse_offsets(path: Path, name: str, offsets: Array, length: int) -> None:
-    """Raise ``CorruptCacheError`` unless offsets rise from 0 to ``length``."""
-    if not rises(offsets, length):
-        raise CorruptCacheError(f"{path}: {name}.offsets do not rise from 0 to {length:,}; do not use the cache")

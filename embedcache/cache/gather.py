@@ -11,19 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from embedcache.cache.index import Rows
 from embedcache.errors import CorruptCacheError, InputError
-from embedcache.shard import FeatureSet, Pages, Placed
+from embedcache.shard import Array, FeatureSet, Pages, Placed
 
-Array = npt.NDArray[Any]
 _READERS = 4
 _POPULATE_READ = 22  # madvise, Linux 5.14: map the pages of a range now
-_AHEAD, _WORTH_IT = 8 << 20, 32 << 20
+_AHEAD = 8 << 20
+"""Bytes whose pages are mapped by one call."""
+_WORTH_IT = 32 << 20
+"""Bytes from which on a thread that maps pages ahead pays."""
 
 
 @dataclass(frozen=True)
@@ -68,35 +68,38 @@ def take(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], place
 
 
 def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], start: int, stop: int) -> Array:
+    """Return the stored rows ``start`` to ``stop``."""
     first, last = (int(np.searchsorted(starts, row, side="right")) - 1 for row in (start, stop - 1))
-    bounds = [int(each) for each in starts[first : last + 2]]
-    whole = [piece(shard) for shard in range(first, last + 1)]
+    bounds = [int(bound) for bound in starts[first : last + 2]]
+    pieces = [piece(shard) for shard in range(first, last + 1)]
     if feature.dtype == "float32":
-        if len(whole) == 1:
-            return whole[0].rows(start - bounds[0], stop - bounds[0]).map()
-        mapped = side_by_side(whole)
+        if len(pieces) == 1:
+            return pieces[0].rows(start - bounds[0], stop - bounds[0]).map()
+        mapped = side_by_side(pieces)
         if mapped is not None:
-            asked: Array = mapped[start - bounds[0] : stop - bounds[0]]
-            if asked.nbytes >= _WORTH_IT and all(_tells_residence(each.path) for each in whole):
+            rows: Array = mapped[start - bounds[0] : stop - bounds[0]]
+            if rows.nbytes >= _WORTH_IT and all(_tells_residence(piece.path) for piece in pieces):
                 with suppress(RuntimeError):  # no thread to be had: the pages come one by one
-                    threading.Thread(target=_map_ahead, args=(asked,), name="embedcache-pages", daemon=True).start()
-            return asked
+                    threading.Thread(target=_map_ahead, args=(rows,), name="embedcache-pages", daemon=True).start()
+            return rows
     out = np.empty((stop - start, *feature.row_shape), np.float32)
 
-    def read(at: int) -> None:
-        begin, end = max(start, bounds[at]), min(stop, bounds[at + 1])
+    def read(number: int) -> None:
+        begin, end = max(start, bounds[number]), min(stop, bounds[number + 1])
         into = out[begin - start : end - start]
-        mine = whole[at].rows(begin - bounds[at], end - bounds[at])
-        if feature.dtype == "float32" and np.dtype(mine.dtype).isnative:
-            read_into(into, mine)
+        part = pieces[number].rows(begin - bounds[number], end - bounds[number])
+        if feature.dtype == "float32" and np.dtype(part.dtype).isnative:
+            read_into(into, part)
         else:
-            decode(mine.map(), feature.dtype, into)
+            decode(part.map(), feature.dtype, into)
 
-    _parallel(read, range(len(whole)))
+    _parallel(read, range(len(pieces)))
     return out
 
 
 def _scattered(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], places: Rows) -> Array:
+    """Return the rows at any ``places``, a shard at a time: each shard is mapped once, and its rows are copied in one
+    call, which reads its pages in order."""
     out = np.empty((len(places), *feature.row_shape), np.float32)
     shards = np.searchsorted(starts, places, side="right") - 1
     ordered = bool((np.diff(shards) >= 0).all())
@@ -104,18 +107,18 @@ def _scattered(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece],
     cuts = np.flatnonzero(np.diff(shards[order])) + 1
     bounds = [0, *cuts.tolist(), len(places)]
 
-    def copy(at: int) -> None:
-        begin, end = bounds[at], bounds[at + 1]
-        mine = order[begin:end]
-        shard = int(shards[mine[0]])
-        wanted = places[mine] - starts[shard]
+    def copy(number: int) -> None:
+        begin, end = bounds[number], bounds[number + 1]
+        into = order[begin:end]
+        shard = int(shards[into[0]])
+        rows = places[into] - starts[shard]
         stored = piece(shard).map()
         if not ordered:
-            out[mine] = decode(stored[wanted], feature.dtype)
+            out[into] = decode(stored[rows], feature.dtype)
         elif feature.dtype == "float32":
-            np.take(stored, wanted, axis=0, out=out[begin:end], mode="clip")  # "raise" would copy through a buffer
+            np.take(stored, rows, axis=0, out=out[begin:end], mode="clip")  # "raise" would copy through a buffer
         else:
-            decode(stored[wanted], feature.dtype, out[begin:end])
+            decode(stored[rows], feature.dtype, out[begin:end])
 
     _parallel(copy, range(len(bounds) - 1))
     return out
@@ -145,10 +148,10 @@ def read_into(out: Array, piece: Piece) -> None:
     with open(piece.path, "rb", buffering=0) as file:
         file.seek(piece.offset)
         while len(view):
-            got = file.readinto(view)
-            if not got:
+            count = file.readinto(view)
+            if not count:
                 raise CorruptCacheError(f"{piece.path} ends early: restore it from a copy")
-            view = view[got:]
+            view = view[count:]
 
 
 def side_by_side(pieces: Sequence[Piece]) -> Array | None:
@@ -157,31 +160,31 @@ def side_by_side(pieces: Sequence[Piece]) -> Array | None:
     Every piece starts on a page of its file, and every one but the last is whole pages long.
     """
     page = mmap.PAGESIZE
-    if not (all(each.offset % page == 0 for each in pieces) and all(each.nbytes % page == 0 for each in pieces[:-1])):
+    if any(piece.offset % page for piece in pieces) or any(piece.nbytes % page for piece in pieces[:-1]):
         return None
-    pages = Pages.reserve(sum(each.nbytes for each in pieces))
+    pages = Pages.reserve(sum(piece.nbytes for piece in pieces))
     if pages is None:
         return None
-    at = 0
-    for each in pieces:
+    start = 0
+    for piece in pieces:
         try:
-            descriptor = os.open(each.path, os.O_RDONLY)
+            descriptor = os.open(piece.path, os.O_RDONLY)
         except OSError:
             return None
         try:
-            if os.fstat(descriptor).st_size < each.offset + each.nbytes:
-                raise CorruptCacheError(f"{each.path} ends early: restore it from a copy")
-            if not pages.lay(at, each.nbytes, descriptor, each.offset):
+            if os.fstat(descriptor).st_size < piece.offset + piece.nbytes:
+                raise CorruptCacheError(f"{piece.path} ends early: restore it from a copy")
+            if not pages.lay(start, piece.nbytes, descriptor, piece.offset):
                 return None
         finally:
             os.close(descriptor)
-        at += each.nbytes
-    shape = (sum(each.shape[0] for each in pieces), *pieces[0].shape[1:])
+        start += piece.nbytes
+    shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
     return np.frombuffer(pages.buffer, pieces[0].dtype, count=int(np.prod(shape))).reshape(shape)
 
 
 def _tells_residence(path: Path) -> bool:
-    """Whether the system says what it holds of a file in memory: of others' files it claims to hold everything."""
+    """Whether the system says which pages of a file it has in memory: of others' files it claims to have all."""
     return os.access(path, os.W_OK) or os.stat(path).st_uid == os.geteuid()
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import Array
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
@@ -19,6 +18,8 @@ from embedcache.cache.writer import CacheWriter
 from embedcache.dataset import Dataset, Examples, IdColumn, Packed
 from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
 from embedcache.journal import explained
+from embedcache.shard import Array
+from embedcache.spec import SPLITS
 
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
@@ -65,35 +66,36 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
     with explained(f"cannot read {output_dir}"):
         if Path(output_dir).exists() and any(Path(output_dir).resolve() == Path(part).resolve() for part in parts):
             raise CacheError(f"{output_dir} is one of the parts: choose another output directory")
-    found = [manifests.read(Path(part)) for part in parts]
-    for part, manifest in zip(parts, found, strict=True):
+    part_manifests = [manifests.read(Path(part)) for part in parts]
+    first = part_manifests[0]
+    for part, manifest in zip(parts, part_manifests, strict=True):
         if not manifest.complete:
             raise IncompleteCacheError(f"{part} is not finished: run the same extract command again, then merge")
-        manifest.refuse_other_spec(str(part), found[0].spec, found[0].feature_sets)
-    together = Manifest(found[0].spec, found[0].feature_sets)  # refused before anything is made
-    for part, manifest in zip(parts, found, strict=True):
-        together = replace(together.with_kinds(str(part), manifest.kinds, accept_numerics), shards=found[0].shards)
+        manifest.refuse_other_spec(str(part), first.spec, first.feature_sets)
+    together = Manifest(first.spec, first.feature_sets)  # refused before anything is made
+    for part, manifest in zip(parts, part_manifests, strict=True):
+        together = replace(together.with_kinds(str(part), manifest.kinds, accept_numerics), shards=first.shards)
     caches = [FeatureCache.open(part) for part in parts]
     dataset, order = _joined([cache.dataset for cache in caches])
     inputs = None
-    if any(manifest.examples is not None and manifest.examples.has_ids for manifest in found):
+    if any(manifest.examples is not None and manifest.examples.has_ids for manifest in part_manifests):
         ids = [name for cache in caches for name in cache.ids()]
         given = Packed.of(ids[row].encode("utf-8") for row in order.tolist())
         dataset = replace(dataset, ids=IdColumn(len(dataset), given))
-    if all(manifest.examples is not None and manifest.examples.has_inputs for manifest in found):
+    if all(manifest.examples is not None and manifest.examples.has_inputs for manifest in part_manifests):
         contents = [content for cache in caches for content in (cache.inputs() or ())]
         inputs = Packed.of(contents[row] for row in order.tolist())
-    with CacheWriter(output_dir, found[0].spec, found[0].feature_sets) as writer:
+    with CacheWriter(output_dir, first.spec, first.feature_sets) as writer:
         writer.admit_kinds(together.kinds, accept=accept_numerics)
-        for each in _missing(found, [cache.stored_keys() for cache in caches], writer):
-            keys, arrays = caches[each.part].shard(each.shard, each.rows)
-            writer.append(keys, arrays, found[each.part].shards[each.shard].provenance)
+        for lacking in _missing(part_manifests, [cache.stored_keys() for cache in caches], writer):
+            keys, arrays = caches[lacking.part].shard(lacking.shard, lacking.rows)
+            writer.append(keys, arrays, part_manifests[lacking.part].shards[lacking.shard].provenance)
         writer.commit_dataset(dataset, inputs)
     return FeatureCache.open(output_dir)
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Lacking:
     """Rows of one shard of one part, int64 increasing, that the merged cache lacks."""
 
     part: int
@@ -101,17 +103,17 @@ class _Wanted:
     rows: Rows
 
 
-def _missing(found: Sequence[Manifest], keys: Sequence[Keys], writer: CacheWriter) -> Iterator[_Wanted]:
+def _missing(part_manifests: Sequence[Manifest], keys: Sequence[Keys], writer: CacheWriter) -> Iterator[_Lacking]:
     """Yield what is to be copied, in the order of the parts; of several rows with one key, the first."""
     every = np.concatenate(keys)
     wanted = (RowIndex(every).lookup(every) == np.arange(len(every))) & (writer.lookup(every) < 0)
     start = 0
-    for part, manifest in enumerate(found):
+    for part, manifest in enumerate(part_manifests):
         for shard, entry in enumerate(manifest.shards):
             rows = np.flatnonzero(wanted[start : start + entry.rows])
             start += entry.rows
             if len(rows):
-                yield _Wanted(part, shard, rows)
+                yield _Lacking(part, shard, rows)
 
 
 def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
@@ -161,11 +163,11 @@ def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
 
 def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Return all names in their common order, or where parts differ in which they have, as a fresh pass sorts them."""
-    if all(tuple(each) == tuple(names[0]) for each in names):
+    if all(tuple(own) == tuple(names[0]) for own in names):
         return tuple(names[0])
-    every = {name for each in names for name in each}
-    if every <= {"train", "validation", "test"}:
-        return tuple(name for name in ("train", "validation", "test") if name in every)
+    every = {name for own in names for name in own}
+    if every <= set(SPLITS):
+        return tuple(name for name in SPLITS if name in every)
     if all(_INTEGER.fullmatch(name) for name in every):
         return tuple(sorted(every, key=int))
     return tuple(sorted(every))

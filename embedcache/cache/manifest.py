@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from embedcache.errors import (
     CacheError,
@@ -30,6 +30,9 @@ MAJOR, MINOR = 1, 1
 _LARGEST = 256 << 20
 _MOST_VALUES = 4_000_000  # 100,000 shards have two
 
+Fields = dict[str, Any]
+"""A JSON object of a manifest whose fields are still to be checked."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -37,7 +40,7 @@ class Shard:
 
     file: ShardFile
     rows: int
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Manifest:
     format wrote it: readable, but not to be written over.
     """
 
-    spec: Mapping[str, Any]
+    spec: Mapping[str, object]
     feature_sets: tuple[FeatureSet, ...]
     shards: tuple[Shard, ...] = ()
     examples: DatasetEntry | None = None
@@ -100,16 +103,17 @@ class Manifest:
         """How many feature rows there are in all shards."""
         return sum(shard.rows for shard in self.shards)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the manifest as it stands on disk, with its own hash."""
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "format": FORMAT,
             "version": f"{MAJOR}.{MINOR if self.numerics else 0}",
             "spec": dict(self.spec),
             "spec_hash": self.spec_hash,
-            "feature_sets": [asdict(each) for each in self.feature_sets],
+            "feature_sets": [asdict(feature) for feature in self.feature_sets],
             "shards": [
-                {**asdict(each.file), "rows": each.rows, "provenance": dict(each.provenance)} for each in self.shards
+                {**asdict(shard.file), "rows": shard.rows, "provenance": dict(shard.provenance)}
+                for shard in self.shards
             ],
             "examples": None,
             "complete": self.complete,
@@ -121,8 +125,8 @@ class Manifest:
             body["examples"] = {**asdict(self.examples.file), **facts, **lists}
         if self.numerics:
             body["numerics"] = [
-                {"probe": None if each.probe is None else each.probe.to_json(), "accepted": each.accepted}
-                for each in self.numerics
+                {"probe": None if kind.probe is None else kind.probe.to_json(), "accepted": kind.accepted}
+                for kind in self.numerics
             ]
         return {**body, "manifest_hash": hash_json(body)}
 
@@ -131,12 +135,12 @@ class Manifest:
         named = [("features", shard.file) for shard in self.shards]
         return named + ([("examples", self.examples.file)] if self.examples is not None else [])
 
-    def refuse_other_spec(self, where: str, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet]) -> None:
+    def refuse_other_spec(self, where: str, spec: Mapping[str, object], feature_sets: Sequence[FeatureSet]) -> None:
         """Raise ``SpecMismatchError`` unless features made by ``spec`` belong in this cache."""
-        mine, theirs = ([asdict(each) for each in sets] for sets in (self.feature_sets, feature_sets))
-        found = differences(self.spec, spec) or differences(mine, theirs, "feature_sets")
-        if found:
-            raise SpecMismatchError(where, found)
+        here, given = ([asdict(feature) for feature in sets] for sets in (self.feature_sets, feature_sets))
+        differing = differences(self.spec, spec) or differences(here, given, "feature_sets")
+        if differing:
+            raise SpecMismatchError(where, differing)
 
     @property
     def probe(self) -> Probe | None:
@@ -151,23 +155,25 @@ class Manifest:
     @property
     def common_probe(self) -> Probe | None:
         """The probe of all rows, None where some have other bits, or none."""
-        alike = all(difference(self.probe, each.probe).same_bits for each in self.kinds)
+        alike = all(difference(self.probe, kind.probe).same_bits for kind in self.kinds)
         return self.probe if alike else None
 
-    def with_kinds(self, where: str, kinds: Iterable[Numerics], accepted: bool) -> Manifest:
+    def with_kinds(self, where: str, added: Iterable[Numerics], accepted: bool) -> Manifest:
         """Return the manifest for rows that machines of these kinds add.
 
         Raises ``NumericsMismatchError`` where their bits are those of no rows there, and that is not ``accepted``.
         """
-        made = list(self.kinds) if self.shards else []
-        for each in kinds:
-            if any(known.probe == each.probe for known in made):
+        kinds = list(self.kinds) if self.shards else []
+        for kind in added:
+            if any(known.probe == kind.probe for known in kinds):
                 continue
-            found = [difference(known.probe, each.probe) for known in made]
-            if found and not accepted and not any(one.same_bits for one in found):
-                raise NumericsMismatchError(where, found[0].to_text(), known=found[0].status != "unknown")
-            made.append(Numerics(each.probe, bool(found) and not found[0].same_bits))
-        return replace(self, numerics=tuple(made) if any(each.probe is not None for each in made) else ())
+            from_known = [difference(known.probe, kind.probe) for known in kinds]
+            if from_known and not accepted and not any(known.same_bits for known in from_known):
+                first = from_known[0]
+                raise NumericsMismatchError(where, first.to_text(), known=first.status != "unknown")
+            kinds.append(Numerics(kind.probe, bool(from_known) and not from_known[0].same_bits))
+        recorded = any(kind.probe is not None for kind in kinds)
+        return replace(self, numerics=tuple(kinds) if recorded else ())
 
     def write(self, directory: Path) -> None:
         """Commit the manifest."""
@@ -178,7 +184,7 @@ class Manifest:
         return replace(self, shards=(*self.shards, shard), complete=False)
 
 
-def encoded(body: Mapping[str, Any]) -> bytes:
+def encoded(body: Mapping[str, object]) -> bytes:
     """Return the one form in which a manifest stands on disk."""
     return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
@@ -198,7 +204,7 @@ def read(directory: Path) -> Manifest:
                 raise CorruptCacheError(f"{linked} is a link: a cache must not depend on what lies elsewhere; copy it")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise CorruptCacheError(f"{path} is no plain file: restore it from a copy")
+            raise CorruptCacheError(f"{path} is not a plain file: restore it from a copy")
         if status.st_size > _LARGEST:
             raise CorruptCacheError(f"{path} has {status.st_size:,} bytes, which no manifest has: restore it")
         data = path.read_bytes()
@@ -206,7 +212,7 @@ def read(directory: Path) -> Manifest:
         with explained(f"cannot read {directory}"):
             what = f"it has no {NAME}" if directory.is_dir() else "there is no such directory"
         make = f"make one with embedcache extract INPUT -o {directory}"
-        raise CacheNotFoundError(f"{directory} is no feature cache ({what}): {make}") from None
+        raise CacheNotFoundError(f"{directory} is not a feature cache ({what}): {make}") from None
     except CacheError:
         raise
     except OSError as error:
@@ -228,75 +234,83 @@ def parse(data: bytes) -> Manifest:
     body = strict_json(data.decode("ascii"), most=_MOST_VALUES)
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CorruptCacheError("not an embedcache manifest: choose the directory of a cache")
-    said = body.get("version")
-    version = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", said) if isinstance(said, str) else None
+    written = body.get("version")
+    version = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", written) if isinstance(written, str) else None
     if version is None or int(version[1]) != MAJOR:
         raise CorruptCacheError(
-            f"this cache has format {said}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
+            f"this cache has format {written}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
         )
     claimed = body.get("manifest_hash")
     own = hash_json({key: value for key, value in body.items() if key != "manifest_hash"})
     # Comparing the bytes too leaves no room for a change that JSON does not see, such as the case of an escape.
     if claimed != own or encoded(body) != data:
         raise CorruptCacheError("it was changed after it was written (its own hash differs): restore it from a copy")
-    sets = tuple(FeatureSet(**_only(each, "name", "kind", "dim", "layers", "dtype")) for each in body["feature_sets"])
-    shards = tuple(Shard(_file(each), each["rows"], _mapping(each["provenance"])) for each in body["shards"])
-    # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on disk.
-    require(all(is_count(each.rows, 1) and each.rows * 16 <= each.file.bytes for each in shards), "the rows of a shard")
-    require(len({each.file.name for each in shards}) == len(shards), "a shard named twice")
-    require(isinstance(body["complete"], bool) and is_count(body["generation"], 0), "complete or generation")
+    sets = tuple(map(_feature_set, _list(body["feature_sets"])))
+    shards = tuple(map(_shard, _list(body["shards"])))
+    require(len({shard.file.name for shard in shards}) == len(shards), "a shard named twice")
+    require(is_count(body["generation"], 0), "generation")
     manifest = Manifest(
         spec=_mapping(body["spec"]),
         feature_sets=sets,
         shards=shards,
-        examples=_dataset(body["examples"]),
-        complete=body["complete"],
+        examples=None if body["examples"] is None else _dataset(_mapping(body["examples"])),
+        complete=_flag(body, "complete"),
         generation=body["generation"],
-        numerics=tuple(_numerics(each, sets) for each in _list(body["numerics"])) if "numerics" in body else (),
-        newer=said if int(version[2]) > MINOR else None,
+        numerics=tuple(_numerics(_mapping(kind), sets) for kind in _list(body["numerics"]))
+        if "numerics" in body
+        else (),
+        newer=written if int(version[2]) > MINOR else None,
     )
     require(manifest.spec_hash == body["spec_hash"], "spec_hash")
     return manifest
 
 
-def _numerics(body: Any, sets: Sequence[FeatureSet]) -> Numerics:
-    require(isinstance(body["accepted"], bool), "accepted")
-    if body["probe"] is None:
-        return Numerics(None, body["accepted"])
-    probe = Probe.from_json(body["probe"])
-    stored = {each.name: each.dtype for each in sets}
-    require({name: each.dtype for name, each in probe.outcomes.items()} == stored, "the feature sets of a probe")
-    return Numerics(probe, body["accepted"])
+def _feature_set(body: object) -> FeatureSet:
+    fields = _mapping(body)
+    return FeatureSet(**{name: fields[name] for name in ("name", "kind", "dim", "layers", "dtype")})
 
 
-def _list(body: Any) -> list[Any]:
-    require(isinstance(body, list), "a field that is no list")
-    return list(body)
+def _shard(body: object) -> Shard:
+    fields = _mapping(body)
+    shard = Shard(_file(fields), fields["rows"], _mapping(fields["provenance"]))
+    # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on disk.
+    require(is_count(shard.rows, 1) and shard.rows * 16 <= shard.file.bytes, "the rows of a shard")
+    return shard
 
 
-def _dataset(body: Any) -> DatasetEntry | None:
-    if body is None:
-        return None
-    names = ("rows", "task", "targets", "has_ids", "has_inputs", "whole_rows", "whole_hash")
-    found = DatasetEntry(
-        file=_file(body),
-        class_names=_names(body["class_names"]),
-        split_names=_names(body["split_names"]),
-        **{name: body[name] for name in names},
+def _numerics(fields: Fields, sets: Sequence[FeatureSet]) -> Numerics:
+    accepted = _flag(fields, "accepted")
+    if fields["probe"] is None:
+        return Numerics(None, accepted)
+    probe = Probe.from_json(fields["probe"])
+    stored = {feature.name: feature.dtype for feature in sets}
+    recorded = {name: outcome.dtype for name, outcome in probe.outcomes.items()}
+    require(recorded == stored, "the feature sets of a probe")
+    return Numerics(probe, accepted)
+
+
+def _dataset(fields: Fields) -> DatasetEntry:
+    names = ("rows", "task", "targets", "whole_rows", "whole_hash")
+    entry = DatasetEntry(
+        file=_file(fields),
+        class_names=_names(fields["class_names"]),
+        split_names=_names(fields["split_names"]),
+        has_ids=_flag(fields, "has_ids"),
+        has_inputs=_flag(fields, "has_inputs"),
+        **{name: fields[name] for name in names},
     )
-    require(is_count(found.rows, 0) and found.rows * 9 <= found.file.bytes, "the rows of the dataset")
-    columns = len(found.class_names) if found.task in ("multilabel", "regression") else 0
-    require(is_count(found.targets, 0) and found.targets == columns, "targets")
-    require(found.whole_rows is None or is_count(found.whole_rows, found.rows), "whole_rows")
-    hashed = isinstance(found.whole_hash, str) and re.fullmatch(r"[0-9a-f]{64}", found.whole_hash)
-    require(found.whole_hash is None or (found.whole_rows is not None and hashed), "whole_hash")
-    require(found.task is None or found.task in TASKS, f"task {found.task!r}")
-    require(isinstance(found.has_ids, bool) and isinstance(found.has_inputs, bool), "has_ids or has_inputs")
-    return found
+    require(is_count(entry.rows, 0) and entry.rows * 9 <= entry.file.bytes, "the rows of the dataset")
+    columns = len(entry.class_names) if entry.task in ("multilabel", "regression") else 0
+    require(is_count(entry.targets, 0) and entry.targets == columns, "targets")
+    require(entry.whole_rows is None or is_count(entry.whole_rows, entry.rows), "whole_rows")
+    hashed = isinstance(entry.whole_hash, str) and re.fullmatch(r"[0-9a-f]{64}", entry.whole_hash)
+    require(entry.whole_hash is None or (entry.whole_rows is not None and hashed), "whole_hash")
+    require(entry.task is None or entry.task in TASKS, f"task {entry.task!r}")
+    return entry
 
 
-def _file(body: Any) -> ShardFile:
-    file = ShardFile(body["name"], body["bytes"], body["sha256"])
+def _file(fields: Fields) -> ShardFile:
+    file = ShardFile(fields["name"], fields["bytes"], fields["sha256"])
     require(isinstance(file.name, str) and FILE_NAME.fullmatch(file.name), f"file name {file.name!r}")
     require(isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256), f"sha256 of {file.name}")
     agree = file.name.endswith(f"-{file.sha256[:16]}.h5") and is_count(file.bytes, 1)
@@ -304,18 +318,24 @@ def _file(body: Any) -> ShardFile:
     return file
 
 
-def _only(body: Any, *names: str) -> dict[str, Any]:
-    require(isinstance(body, dict), "a feature set that is no mapping")
-    return {name: body[name] for name in names}
+def _flag(fields: Fields, name: str) -> bool:
+    require(isinstance(fields[name], bool), name)
+    return bool(fields[name])
 
 
-def _mapping(body: Any) -> dict[str, Any]:
-    require(isinstance(body, dict), "a field that is no mapping")
-    return dict(body)
+def _list(value: object) -> list[object]:
+    require(isinstance(value, list), "a field that is not a list")
+    return cast("list[object]", value)
 
 
-def _names(body: Any) -> tuple[str, ...]:
-    strings = isinstance(body, list) and all(isinstance(name, str) for name in body)
-    require(strings and len(set(body)) == len(body), "a list of names")
-    "".join(body).encode("utf-8")  # a lone surrogate cannot be printed
-    return tuple(body)
+def _mapping(value: object) -> Fields:
+    require(isinstance(value, dict), "a field that is not a mapping")
+    return cast("Fields", value)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    names = _list(value)
+    strings = [name for name in names if isinstance(name, str)]
+    require(len(set(strings)) == len(names), "a list of names")
+    "".join(strings).encode("utf-8")  # a lone surrogate cannot be printed
+    return tuple(strings)

@@ -14,31 +14,19 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import (
-    check_all,
-    checked,
-    damage_of,
-    dataset_arrays,
-    identity,
-    refuse_offsets,
-    shard_columns,
-    stored_keys,
-)
-from embedcache.cache.gather import Piece, decode, take
+from embedcache.cache.damage import PATIENCE, verify
+from embedcache.cache.files import StoredShard, check_all, dataset_arrays, identity, stored_keys
+from embedcache.cache.gather import decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
-from embedcache.errors import CacheError, CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
-from embedcache.journal import exists, explained, is_locked
+from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import FeatureSet, Placed
+from embedcache.shard import Array, FeatureSet, StoredRows
 from embedcache.spec import feature_name, find_name, split_name
-from embedcache.wording import counted, shown
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
-
-Array = npt.NDArray[Any]
-_PATIENCE = 100  # how often a writer may replace the dataset just after its name was read
 
 
 @dataclass(frozen=True)
@@ -70,17 +58,18 @@ class FeatureCache:
 
     def __init__(self, path: Path, manifest: manifests.Manifest) -> None:
         self.path = path
-        # What extract or relabel had to say of the rows, which no file keeps.
+        # What extract or relabel noted about the rows, which no file keeps.
         self.notes: tuple[str, ...] = ()
         self._manifest = manifest
         self.spec: dict[str, Any] = dict(manifest.spec)
         self.spec_hash = manifest.spec_hash
-        self.feature_sets: dict[str, FeatureSet] = {each.name: each for each in manifest.feature_sets}
+        self.feature_sets = {feature.name: feature for feature in manifest.feature_sets}
         assert manifest.examples is not None
         self._entry = manifest.examples
         self.task = self._entry.task
         self.class_names, self.split_names = self._entry.class_names, self._entry.split_names
         self.n_rows = self._entry.rows
+        self._shards = StoredShard.all_of(path, manifest)
         self._starts = np.concatenate([[0], np.cumsum([shard.rows for shard in manifest.shards], dtype=np.int64)])
         self.n_stored = int(self._starts[-1])
         self._columns = dataset_arrays(path / "examples" / self._entry.file.name, self._entry, self.n_stored)
@@ -102,7 +91,7 @@ class FeatureCache:
             CorruptCacheError: a byte is not what was committed.
         """
         directory = Path(path)
-        for attempt in range(_PATIENCE):
+        for attempt in range(PATIENCE):
             manifest = manifests.read(directory)
             if manifest.examples is None:
                 raise IncompleteCacheError(
@@ -114,12 +103,12 @@ class FeatureCache:
                 break
             except CorruptCacheError:
                 # Readers never wait: a writer may have replaced the dataset since its name was read.
-                if attempt == _PATIENCE - 1 or manifests.read(directory).examples == manifest.examples:
+                if attempt == PATIENCE - 1 or manifests.read(directory).examples == manifest.examples:
                     raise
-        for shard in manifest.shards:
-            identity(directory / "features" / shard.file.name, shard.file)
+        for shard in cache._shards:
+            identity(shard.path, shard.entry.file)
         if verify:
-            check_all(directory, manifest)
+            check_all(cache._shards)
         if not manifest.complete:
             message = (
                 f"{directory} is being extended, or was interrupted while it was: this is the dataset before that; "
@@ -154,18 +143,18 @@ class FeatureCache:
         """Return the kinds of machine that computed rows: each one's probe by its hash, and how it differs."""
         return [
             {
-                "probe": None if each.probe is None else each.probe.hash,
-                "prepared_by": {} if each.probe is None else dict(each.probe.versions),
-                "accepted": each.accepted,
-                **difference(self.probe, each.probe).to_json(),
+                "probe": None if kind.probe is None else kind.probe.hash,
+                "prepared_by": {} if kind.probe is None else dict(kind.probe.versions),
+                "accepted": kind.accepted,
+                **difference(self.probe, kind.probe).to_json(),
             }
-            for each in self._manifest.numerics
+            for kind in self._manifest.numerics
         ]
 
     def numerics_of(self, probe: Probe | None) -> Difference:
         """Return how a machine with this probe differs from those that computed the rows: from the one farthest off."""
-        found = [difference(each.probe, probe) for each in self._manifest.kinds]
-        return max(found, key=lambda each: (not each.same_bits, each.largest), default=difference(None, probe))
+        by_kind = [difference(kind.probe, probe) for kind in self._manifest.kinds]
+        return max(by_kind, key=lambda kind: (not kind.same_bits, kind.largest), default=difference(None, probe))
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -202,10 +191,10 @@ class FeatureCache:
 
         Raises ``InputError`` for a split that is not here.
         """
-        found = find_name(written, self.split_names, split_name)
-        if found is None:
+        name = find_name(written, self.split_names, split_name)
+        if name is None:
             raise InputError(f"{self.path} has no split {written!r}: it has {', '.join(self.split_names)}")
-        return found
+        return name
 
     def split_codes(self) -> npt.NDArray[np.uint8]:
         """Return each row's split, u1 [N], an index into ``split_names``."""
@@ -234,7 +223,7 @@ class FeatureCache:
 
     def keys(self, split: str | None = None) -> Keys:
         """Return the row keys, u1 [N, 16]."""
-        keys: Keys = self.stored_keys()[self._row[self._selected(split)]]
+        keys: Keys = self.stored_keys()[self.places(split)]
         return keys
 
     def ids(self, split: str | None = None) -> list[str]:
@@ -243,7 +232,7 @@ class FeatureCache:
         if self._entry.has_ids:
             packed = Packed(self._columns["id.values"], self._columns["id.offsets"], rows)
             try:
-                return [each.decode("utf-8") for each in packed]
+                return [name.decode("utf-8") for name in packed]
             except UnicodeDecodeError:
                 raise CorruptCacheError(f"{self.path}: an id is not UTF-8: embedcache did not write this") from None
         return [str(number) for number in self.numbers()[rows]]
@@ -268,22 +257,22 @@ class FeatureCache:
 
     def features(self, split: str | None = None, feature: str | None = None) -> Array:
         """Return the features of a split, as ``arrays`` does, labels or not."""
-        each = self.feature(feature)
-        if each.kind == "tokens":
+        chosen = self.feature(feature)
+        if chosen.kind == "tokens":
             raise FeatureError(
-                f"{each.name} is a token-level set, one vector per token: "
+                f"{chosen.name} is a token-level set, one vector per token: "
                 "use ragged(), or train a head such as attention"
             )
-        return self.take(self._row[self._selected(split)], each.name)
+        return self.take(self.places(split), chosen.name)
 
     def feature(self, name: str | None = None) -> FeatureSet:
         """Return a feature set by name, in any form that ``extract`` takes; None for the first."""
         if name is None:
             return next(iter(self.feature_sets.values()))
-        found = find_name(name, self.feature_sets, feature_name)
-        if found is None:
+        stored = find_name(name, self.feature_sets, feature_name)
+        if stored is None:
             raise FeatureError(f"{self.path} has no feature set {name!r}: it has {', '.join(self.feature_sets)}")
-        return self.feature_sets[found]
+        return self.feature_sets[stored]
 
     def places(self, split: str | None = None) -> Rows:
         """Return where in the shards each row of a split is, int64 [N]; see ``take``."""
@@ -295,53 +284,53 @@ class FeatureCache:
 
     def take(self, places: Rows, feature: str | None = None) -> Array:
         """Return the features at ``places`` in the shards [n], as float32 [n, D] or [n, L, D]; see ``lookup``."""
-        each = self.feature(feature)
-        if each.kind == "tokens":
-            raise FeatureError(f"{each.name} is a token-level set, one vector per token: use ragged() or another set")
-        return take(each, self._starts, lambda shard: self._piece(shard, each.name), np.asarray(places, np.int64))
+        chosen = self.feature(feature)
+        if chosen.kind == "tokens":
+            raise FeatureError(f"{chosen.name} is a token-level set, one vector per token: use ragged() or another set")
+        return take(
+            chosen, self._starts, lambda shard: self._shards[shard].piece(chosen.name), np.asarray(places, np.int64)
+        )
 
     def ragged(self, split: str | None = None, feature: str | None = None) -> Ragged:
         """Return a token-level set of a split; a memory map where its rows lie together in one shard."""
-        names = [each.name for each in self.feature_sets.values() if each.kind == "tokens"]
-        each = self.feature(feature if feature is not None else (names[0] if names else "tokens"))
-        if each.kind != "tokens":
+        names = [name for name, each in self.feature_sets.items() if each.kind == "tokens"]
+        chosen = self.feature(feature if feature is not None else (names[0] if names else "tokens"))
+        if chosen.kind != "tokens":
             raise FeatureError(
-                f"{each.name} is not a token-level set: use arrays(); "
+                f"{chosen.name} is not a token-level set: use arrays(); "
                 f"token-level sets here: {', '.join(names) or 'none'}"
             )
-        places = self._row[self._selected(split)]
+        places = self.places(split)
         shards = np.searchsorted(self._starts, places, side="right") - 1
         # Rows that follow one another in a shard are one run, copied as a whole.
         cuts = np.flatnonzero((np.diff(places) != 1) | (np.diff(shards) != 0)) + 1
         bounds = [0, *cuts.tolist(), len(places)] if len(places) else [0]
         lengths = np.zeros(len(places), np.int64)
         runs: list[Array] = []
-        opened: dict[int, tuple[Array, Array]] = {}
+        opened: dict[int, tuple[Array, Rows]] = {}
         for begin, end in pairwise(bounds):
             shard = int(shards[begin])
             if shard not in opened:
-                values, offsets = (self._piece(shard, f"{each.name}.{part}").map() for part in ("values", "offsets"))
-                refuse_offsets(self._shard_path(shard), each.name, offsets, len(values))
-                opened[shard] = values, np.asarray(offsets)
+                opened[shard] = self._shards[shard].tokens(chosen)
             values, offsets = opened[shard]
-            at = int(places[begin] - self._starts[shard])
-            mine = offsets[at : at + end - begin + 1]
-            lengths[begin:end] = np.diff(mine)
-            runs.append(values[int(mine[0]) : int(mine[-1])])
+            first = int(places[begin] - self._starts[shard])
+            ends_of_rows = offsets[first : first + end - begin + 1]
+            lengths[begin:end] = np.diff(ends_of_rows)
+            runs.append(values[int(ends_of_rows[0]) : int(ends_of_rows[-1])])
         ends = np.concatenate([[0], np.cumsum(lengths)])
         if len(runs) == 1:
-            return Ragged(decode(runs[0], each.dtype), ends)
-        out = np.empty((int(ends[-1]), each.dim), np.float32)
+            return Ragged(decode(runs[0], chosen.dtype), ends)
+        out = np.empty((int(ends[-1]), chosen.dim), np.float32)
         for begin, run in zip(bounds, runs, strict=False):
-            decode(run, each.dtype, out[ends[begin] : ends[begin] + len(run)])
+            decode(run, chosen.dtype, out[ends[begin] : ends[begin] + len(run)])
         return Ragged(out, ends)
 
     def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Any]:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""
         from embedcache.cache.torch_data import CachedDataset
 
-        each = self.feature(feature)
-        x = self.ragged(split, each.name) if each.kind == "tokens" else self.features(split, each.name)
+        chosen = self.feature(feature)
+        x = self.ragged(split, chosen.name) if chosen.kind == "tokens" else self.features(split, chosen.name)
         return CachedDataset(x, self.targets(split) if self.task is not None else None)
 
     def provenance(self) -> list[dict[str, Any]]:
@@ -371,7 +360,7 @@ class FeatureCache:
             "task": self.task,
             "class_names": list(self.class_names),
             "splits": splits,
-            "feature_sets": [asdict(each) for each in self.feature_sets.values()],
+            "feature_sets": [asdict(feature) for feature in self.feature_sets.values()],
             "spec": self.spec,
             "spec_hash": self.spec_hash,
             "provenance": self.provenance(),
@@ -383,84 +372,21 @@ class FeatureCache:
         """Hash every file again and return what is wrong, one line each; an empty list means sound."""
         return verify(self.path)
 
-    def _shard_path(self, shard: int) -> Path:
-        return self.path / "features" / self._manifest.shards[shard].file.name
-
-    def _piece(self, shard: int, name: str) -> Piece:
-        """Return where an array of a shard lies."""
-        entry, path = self._manifest.shards[shard], self._shard_path(shard)
-        placed: Placed = checked(path, entry.file, shard_columns(self._manifest.feature_sets, entry.rows))[name]
-        return Piece(path, placed.offset, placed.shape, placed.dtype)
-
     def stored_keys(self) -> Keys:
         """Return the keys of every row in every shard, u1 [N, 16], in order, whether the dataset has it or not."""
-        return stored_keys(self.path, self._manifest)
+        return stored_keys(self._shards)
 
-    def shard(self, shard: int, rows: Rows) -> tuple[Keys, dict[str, Any]]:
+    def shard(self, number: int, rows: Rows) -> tuple[Keys, dict[str, StoredRows]]:
         """Return some rows, int64 increasing, of one shard as they are stored: keys, and what ``append`` takes."""
-        arrays: dict[str, Any] = {}
-        for each in self.feature_sets.values():
-            if each.kind != "tokens":
-                arrays[each.name] = self._piece(shard, each.name).map()[rows]
+        shard = self._shards[number]
+        arrays: dict[str, StoredRows] = {}
+        for feature in self.feature_sets.values():
+            if feature.kind != "tokens":
+                arrays[feature.name] = shard.piece(feature.name).map()[rows]
                 continue
-            values, offsets = (self._piece(shard, f"{each.name}.{part}").map() for part in ("values", "offsets"))
-            refuse_offsets(self._shard_path(shard), each.name, offsets, len(values))
+            values, offsets = shard.tokens(feature)
             lengths = np.diff(offsets)
             kept = np.zeros(len(lengths), bool)
             kept[rows] = True
-            arrays[each.name] = (values[np.repeat(kept, lengths)], np.concatenate([[0], np.cumsum(lengths[rows])]))
-        return np.asarray(self._piece(shard, "row_key").map()[rows]), arrays
-
-
-def verify(path: Path | str) -> list[str]:
-    """Hash every file of a cache again and return what is wrong, one line each, left-over files included.
-
-    While another process writes to the cache, its temporary files are no left-overs, and a dataset that it replaced
-    meanwhile is looked at in its new form.
-
-    Raises ``CacheNotFoundError`` when there is no cache.
-    """
-    directory = Path(path)
-    found: dict[str, str | None] = {}  # shards never change, and are looked at once
-    for _ in range(_PATIENCE):
-        try:
-            manifest = manifests.read(directory)
-        except CorruptCacheError as error:
-            return [str(error)]
-        problems = _damage(directory, manifest, found)
-        if not problems or manifests.read(directory).examples == manifest.examples:
-            break
-    with explained(f"cannot read {directory}"):
-        return problems + [
-            shown(f"{stray} is left over: the manifest does not name it, so it is never read")
-            for stray in _strays(directory)
-        ]
-
-
-def _damage(directory: Path, manifest: manifests.Manifest, found: dict[str, str | None]) -> list[str]:
-    """Return what is wrong with the files that a manifest names; ``found`` is what is known of shards, by name."""
-    problems = []
-    if (dataset := manifest.examples) is not None:  # first: a writer may remove it
-        try:
-            dataset_arrays(directory / "examples" / dataset.file.name, dataset, manifest.rows, again=True)
-        except CacheError as error:
-            problems.append(str(error))
-    for shard in manifest.shards:
-        if shard.file.name not in found:
-            found[shard.file.name] = damage_of(directory / "features" / shard.file.name, shard, manifest.feature_sets)
-    return [said for shard in manifest.shards if (said := found[shard.file.name]) is not None] + problems
-
-
-def _strays(directory: Path) -> list[Path]:
-    """Return what no manifest names, unless a writer is at work, which may have made it."""
-    if is_locked(directory):
-        return []
-    named = {Path(folder, file.name) for folder, file in manifests.read(directory).files()} | {Path(manifests.NAME)}
-    strays = []
-    for found in sorted(directory.rglob("*")):
-        inside = found.relative_to(directory)
-        folder = str(inside) in manifests.FOLDERS and found.is_dir()
-        if not folder and inside not in named:
-            strays.append(found)
-    # What a writer made since, or has removed again, is nothing that was left over.
-    return [] if is_locked(directory) else [found for found in strays if exists(found)]
+            arrays[feature.name] = (values[np.repeat(kept, lengths)], np.concatenate([[0], np.cumsum(lengths[rows])]))
+        return np.asarray(shard.piece("row_key").map()[rows]), arrays

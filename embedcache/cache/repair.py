@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import damage_of, dataset_arrays
+from embedcache.cache.damage import dataset_damage
+from embedcache.cache.files import StoredShard
 from embedcache.errors import CacheError
 from embedcache.journal import commit, exists, explained, lock, make_folder, sync_directory
 
@@ -43,19 +44,10 @@ def repair(path: Path | str) -> Repair:
         manifest = manifests.read(directory)
         if manifest.newer is not None:
             raise CacheError(f"{path} was written in format {manifest.newer}: upgrade embedcache to repair it")
-        problems: list[str] = []
-        damaged = []
-        for shard in manifest.shards:
-            said = damage_of(directory / "features" / shard.file.name, shard, manifest.feature_sets)
-            if said is not None:
-                problems.append(said)
-                damaged.append(shard)
-        dataset = manifest.examples
-        if dataset is not None:
-            try:
-                dataset_arrays(directory / "examples" / dataset.file.name, dataset, manifest.rows, again=True)
-            except CacheError as error:
-                problems.append(str(error))
+        damage = [(shard.entry, shard.damage()) for shard in StoredShard.all_of(directory, manifest)]
+        damaged = [shard for shard, problem in damage if problem is not None]
+        every = [*(problem for _, problem in damage), dataset_damage(directory, manifest)]
+        problems = tuple(problem for problem in every if problem is not None)
         if not problems:
             return Repair((), None, manifest.rows, 0)
         aside = _new_folder(directory)
@@ -66,14 +58,14 @@ def repair(path: Path | str) -> Repair:
         changed = replace(manifest, shards=kept, examples=None, complete=False)
         changed.write(directory)
         moved = [("features", shard.file.name) for shard in damaged]
-        moved += [] if dataset is None else [("examples", dataset.file.name)]
+        moved += [] if manifest.examples is None else [("examples", manifest.examples.file.name)]
         for folder, name in moved:
             if exists(directory / folder / name):
                 make_folder(aside / folder)
                 with explained(f"cannot move {directory / folder / name}"):
                     os.replace(directory / folder / name, aside / folder / name)
                     sync_directory(aside / folder)
-        return Repair(tuple(problems), aside, changed.rows, manifest.rows - changed.rows)
+        return Repair(problems, aside, changed.rows, manifest.rows - changed.rows)
 
 
 def _new_folder(directory: Path) -> Path:

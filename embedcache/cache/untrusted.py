@@ -38,13 +38,13 @@ def examine(path: Path | str) -> list[str]:
         size = sum(os.lstat(file).st_size for file in directory.rglob("*")) if directory.is_dir() else 0
     seconds = SECONDS + size // BYTES_PER_SECOND
     # Isolated: a stranger's folder that is the working directory has no say in what is imported.
-    found = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
-    command = [sys.executable, "-I", "-B", "-c", _CODE, str(directory), str(seconds), json.dumps(found)]
+    folders = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    command = [sys.executable, "-I", "-B", "-c", _CODE, str(directory), str(seconds), json.dumps(folders)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
     try:
         answer = json.loads(done.stdout)
-        problems, error = [str(each) for each in answer["problems"]], answer["error"]
+        problems, error = [str(problem) for problem in answer["problems"]], answer["error"]
     except (ValueError, KeyError, TypeError):
         why = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
         raise CorruptCacheError(
@@ -75,7 +75,8 @@ def _limit(seconds: int) -> None:
 
 def main() -> None:
     """Verify and open a cache under limits, and print what was found as JSON."""
-    from embedcache.cache.reader import FeatureCache, verify
+    from embedcache.cache.damage import verify
+    from embedcache.cache.reader import FeatureCache
 
     directory, seconds = sys.argv[1], int(sys.argv[2])
     _limit(seconds)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import Array, check, dataset_arrays, nonsense, rises, stored_keys
+from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, rises, stored_keys
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Numerics, Shard
 from embedcache.dataset import Dataset, Packed
@@ -27,7 +27,7 @@ from embedcache.errors import (
 from embedcache.fingerprint import canonical_json, sha256_bytes
 from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, build, publish
+from embedcache.shard import FILE_NAME, Array, Column, FeatureSet, ShardFile, StoredRows, build, publish
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
@@ -43,7 +43,7 @@ class CacheWriter:
         CacheError: the directory cannot be written.
     """
 
-    def __init__(self, path: Path | str, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet]) -> None:
+    def __init__(self, path: Path | str, spec: Mapping[str, object], feature_sets: Sequence[FeatureSet]) -> None:
         self.path = Path(path)
         self._spec, self._sets = dict(spec), tuple(feature_sets)
         self._lock: contextlib.ExitStack | None = None
@@ -62,12 +62,12 @@ class CacheWriter:
         self._lock = lock(self.path)
         try:
             with explained(f"cannot read {self.path}"):
-                found = self._read()
-                self._manifest = found or self._manifest
-                self._sweep()
-            if found is None:
+                existing = self._read()
+                self._manifest = existing or self._manifest
+                self._remove_strays()
+            if existing is None:
                 self._commit(self._manifest)
-            self._keys = [stored_keys(self.path, self._manifest)]
+            self._keys = [stored_keys(StoredShard.all_of(self.path, self._manifest))]
         except BaseException:
             self.__exit__()
             raise
@@ -76,17 +76,17 @@ class CacheWriter:
     def _read(self) -> Manifest | None:
         """Return the manifest to go on from, None for a fresh start. Raises ``SpecMismatchError``."""
         try:
-            found = manifests.read(self.path)
+            manifest = manifests.read(self.path)
         except CacheNotFoundError:
             if self.path.exists():
                 refuse_foreign(self.path)
             return None
-        if found.newer is not None:
-            raise CacheError(f"{self.path} was written in format {found.newer}: upgrade embedcache to write to it")
-        if not found.shards and (found.spec != self._spec or found.feature_sets != self._sets):
+        if manifest.newer is not None:
+            raise CacheError(f"{self.path} was written in format {manifest.newer}: upgrade embedcache to write to it")
+        if not manifest.shards and (manifest.spec != self._spec or manifest.feature_sets != self._sets):
             return None  # no row was ever committed, so there is nothing to mix up
-        found.refuse_other_spec(str(self.path), self._spec, self._sets)
-        return found
+        manifest.refuse_other_spec(str(self.path), self._spec, self._sets)
+        return manifest
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
@@ -108,16 +108,16 @@ class CacheWriter:
 
         Raises ``NumericsMismatchError`` when bits differ and that is not to be accepted; nothing is then changed.
         """
-        there = bool(self._manifest.shards)
-        found = difference(self._manifest.probe, probe) if there else None
+        has_rows = bool(self._manifest.shards)
+        from_first = difference(self._manifest.probe, probe) if has_rows else None
         self._manifest = self._manifest.with_kinds(str(self.path), [Numerics(probe)], accept)
-        return found
+        return from_first
 
     def admit_kinds(self, kinds: Iterable[Numerics], *, accept: bool = False) -> None:
         """Do what ``admit`` does for rows of another cache, which may be of several kinds already."""
         self._manifest = self._manifest.with_kinds(str(self.path), kinds, accept)
 
-    def append(self, keys: Keys, arrays: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    def append(self, keys: Keys, arrays: Mapping[str, StoredRows], provenance: Mapping[str, object]) -> None:
         """Commit one shard of rows that are not in the cache yet.
 
         ``keys`` is u1 [n, 16]; ``arrays`` has [n, D], [n, L, D] or (values [sum T, D], offsets int64 [n + 1]) for each
@@ -130,27 +130,27 @@ class CacheWriter:
         self._refuse_closed()
         if not len(keys):
             return
-        if set(arrays) != {each.name for each in self._sets}:
-            raise FeatureError(f"got {sorted(arrays)}, expected {sorted(each.name for each in self._sets)}")
-        refuse_misfit("row_key", keys, (len(keys), 16), np.dtype("u1"))
+        if set(arrays) != {feature.name for feature in self._sets}:
+            raise FeatureError(f"got {sorted(arrays)}, expected {sorted(feature.name for feature in self._sets)}")
+        refuse_misfit("row_key", keys, Column((len(keys), 16), np.dtype("u1")))
         canonical_json(dict(provenance))  # what JSON cannot hold is refused here, not after the shard is on disk
         contents: dict[str, Array] = {"row_key": keys}
         attributes = {}
-        for each in self._sets:
-            value = arrays[each.name]
-            parts = value if isinstance(value, tuple) else (value,)
-            columns = each.columns(len(keys))
+        for feature in self._sets:
+            rows = arrays[feature.name]
+            parts: tuple[Array, ...] = rows if isinstance(rows, tuple) else (rows,)
+            columns = feature.columns(len(keys))
             if len(parts) != len(columns):
-                raise FeatureError(f"{each.name}: got {len(parts)} arrays, expected {len(columns)}")
+                raise FeatureError(f"{feature.name}: got {len(parts)} arrays, expected {len(columns)}")
             for (name, column), array in zip(columns.items(), parts, strict=True):
-                refuse_misfit(name, array, column.shape, column.dtype)
+                refuse_misfit(name, array, column)
                 contents[name], attributes[name] = array, column.attributes
-            offsets = parts[1] if len(parts) == 2 else None
-            if offsets is not None and not rises(offsets, len(parts[0])):
-                raise FeatureError(f"{each.name}: offsets must rise from 0 to {len(parts[0])}")
-            wrong = each.first_non_finite(parts[0], offsets)
-            if wrong is not None:
-                raise FeatureError(f"{each.name}: row {wrong} holds NaN or infinity, which no head can use")
+            values, offsets = parts[0], parts[1] if len(parts) == 2 else None
+            if offsets is not None and not rises(offsets, len(values)):
+                raise FeatureError(f"{feature.name}: offsets must rise from 0 to {len(values)}")
+            row = feature.first_non_finite(values, offsets)
+            if row is not None:
+                raise FeatureError(f"{feature.name}: row {row} holds NaN or infinity, which no head can use")
         file = self._publish("features", len(self._manifest.shards), build(contents, attributes))
         self._commit(self._manifest.with_shard(Shard(file, len(keys), dict(provenance))))
         self._keys.append(np.array(keys))
@@ -172,12 +172,12 @@ class CacheWriter:
                 f"this input lacks {counted(rows, 'row')} of the {former.rows:,} in {self.path}, which leave its "
                 "dataset (their features stay): give old and new rows together to have both"
             )
-        had = np.bincount(columns["split"], minlength=len(former.split_names)).tolist()
-        has = {dataset.split_names[code] for code in np.unique(dataset.split).tolist()}
+        sizes = np.bincount(columns["split"], minlength=len(former.split_names)).tolist()
+        kept = {dataset.split_names[code] for code in np.unique(dataset.split).tolist()}
         lost = [
             f"{name!r} ({counted(size, 'row')})"
-            for name, size in zip(former.split_names, had, strict=True)
-            if size and name not in has
+            for name, size in zip(former.split_names, sizes, strict=True)
+            if size and name not in kept
         ]
         if lost:
             notes.append(f"{self.path} loses {'the split' if len(lost) == 1 else 'the splits'} {', '.join(lost)}")
@@ -224,8 +224,8 @@ class CacheWriter:
             whole_rows=None if whole is None else whole.rows,
             whole_hash=None if whole is None else whole.hash,
         )
-        if reason := nonsense(entry, contents, len(self._keys[0])):
-            raise InputError(reason)
+        if fault := find_fault(entry, contents, len(self._keys[0])):
+            raise InputError(fault)
         data = build(contents)
         former = self._manifest.examples
         if former is not None and self._manifest.complete:
@@ -268,46 +268,45 @@ class CacheWriter:
         if self._lock is None:
             raise CacheError(f"{self.path} is not open for writing: use the writer in a with block")
 
-    def _sweep(self) -> None:
+    def _remove_strays(self) -> None:
         """Remove what a killed writer can have left: temporaries, and what it published but did not come to name.
 
         Anything else that the manifest does not name is left alone: it may be what is left of a better manifest.
         """
         named = {(folder, file.name) for folder, file in self._manifest.files()}
         for folder in ("", *manifests.FOLDERS):
-            for found in (self.path / folder).iterdir():
-                stray = folder != "" and FILE_NAME.fullmatch(found.name) and (folder, found.name) not in named
+            for path in (self.path / folder).iterdir():
+                stray = folder != "" and FILE_NAME.fullmatch(path.name) and (folder, path.name) not in named
                 if stray and folder == "features":
-                    stray = int(found.name.split("-")[0]) == len(self._manifest.shards)
-                if (stray or _TEMPORARY.fullmatch(found.name)) and not found.is_dir():
+                    stray = int(path.name.split("-")[0]) == len(self._manifest.shards)
+                if (stray or _TEMPORARY.fullmatch(path.name)) and not path.is_dir():
                     with contextlib.suppress(OSError):
-                        os.unlink(found)
+                        os.unlink(path)
 
 
 def refuse_foreign(path: Path) -> None:
     """Raise ``CacheError`` unless a path without a manifest may become a cache: empty, or of a killed first run."""
     if not path.is_dir():
         raise CacheError(f"{path} is a file: choose a new or an empty directory")
-    for found in path.iterdir():
-        if found.name in manifests.FOLDERS and found.is_dir() and not found.is_symlink():
-            if any(FILE_NAME.fullmatch(inside.name) for inside in found.iterdir()):
+    for inside in path.iterdir():
+        if inside.name in manifests.FOLDERS and inside.is_dir() and not inside.is_symlink():
+            if any(FILE_NAME.fullmatch(file.name) for file in inside.iterdir()):
                 raise CacheError(
-                    f"{path} holds {found.name} but no {manifests.NAME}: "
+                    f"{path} holds {inside.name} but no {manifests.NAME}: "
                     "restore that from a copy, or choose another directory"
                 )
-        elif not _TEMPORARY.fullmatch(found.name) and found.name != LOCK:
-            raise CacheError(f"{path} exists and is no feature cache: choose a new or an empty directory")
+        elif not _TEMPORARY.fullmatch(inside.name) and inside.name != LOCK:
+            raise CacheError(f"{path} exists and is not a feature cache: choose a new or an empty directory")
 
 
-def refuse_misfit(name: str, array: Any, shape: tuple[int | None, ...], dtype: np.dtype[Any]) -> None:
-    """Raise ``FeatureError`` unless an array has the shape (None: any length) and type its feature set declares."""
-    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
-    if not fits or array.dtype != dtype:
-        raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {dtype} {shape}")
+def refuse_misfit(name: str, array: Array, column: Column) -> None:
+    """Raise ``FeatureError`` unless an array has the shape and type that its feature set declares."""
+    if not column.has_shape(array.shape) or array.dtype != column.dtype:
+        raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {column.dtype} {column.shape}")
 
 
 def known_rows(
-    path: Path | str | None, spec: Mapping[str, Any], feature_sets: Sequence[FeatureSet], keys: Keys
+    path: Path | str | None, spec: Mapping[str, object], feature_sets: Sequence[FeatureSet], keys: Keys
 ) -> Rows:
     """Return what ``CacheWriter.lookup`` would, without a lock and without writing; all -1 where there is no cache."""
     if path is None:
@@ -317,7 +316,7 @@ def known_rows(
     except CacheNotFoundError:
         return np.full(len(keys), -1, np.int64)
     manifest.refuse_other_spec(str(path), spec, feature_sets)
-    return RowIndex(stored_keys(Path(path), manifest)).lookup(keys)
+    return RowIndex(stored_keys(StoredShard.all_of(Path(path), manifest))).lookup(keys)
 
 
 def read_spec(path: Path | str) -> tuple[ExtractionSpec, dict[str, Any]] | None:
@@ -328,5 +327,6 @@ def read_spec(path: Path | str) -> tuple[ExtractionSpec, dict[str, Any]] | None:
         return None
     spec = dict(manifest.spec)
     if isinstance(features := spec.get("features"), dict):  # JSON on disk has sorted keys; the sets have their order
-        spec["features"] = {each.name: features[each.name] for each in manifest.feature_sets if each.name in features}
+        names = [feature.name for feature in manifest.feature_sets]
+        spec["features"] = {name: features[name] for name in names if name in features}
     return ExtractionSpec(spec), dict(manifest.shards[-1].provenance) if manifest.shards else {}

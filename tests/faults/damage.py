@@ -220,8 +220,8 @@ SAID = {
     "linked_dataset": "not a plain file",
     "linked_features": "is a link: a cache must not depend on what lies elsewhere",
     "linked_manifest": "is a link: a cache must not depend on what lies elsewhere",
-    "pipe_in_place_of_the_manifest": "is no plain file",
-    "directory_in_place_of_the_manifest": "is no plain file",
+    "pipe_in_place_of_the_manifest": "is not a plain file",
+    "directory_in_place_of_the_manifest": "is not a plain file",
     "signed_pickle_in_place_of_a_shard": "HDF5 cannot read it",
     "signed_pickle_in_place_of_the_dataset": "HDF5 cannot read it",
 }

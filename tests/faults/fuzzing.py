@@ -58,7 +58,7 @@ def quick() -> Iterator[Path]:
 def outcome(read: Callable[[], Any]) -> tuple[Any, str | None]:
     """Return what reading gave, or None where it was refused; and what is wrong with the way it was refused."""
     files._KNOWN.clear()
-    files._SENSIBLE.clear()
+    files._VALIDATED.clear()
     try:
         return read(), None
     except EmbedcacheError as error:
