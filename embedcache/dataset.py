@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from embedcache.errors import InputError
 from embedcache.fingerprint import KEY_BYTES
+from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import task_named
 from embedcache.wording import counted
@@ -144,7 +145,7 @@ class Dataset:
     split: NDArray[np.uint8]
     split_names: tuple[str, ...]
     task: TaskName | None = None
-    targets: NDArray[Any] | None = None
+    targets: Array | None = None
     class_names: tuple[str, ...] = ()
     ids: IdColumn | None = None
     whole: Whole | None = None
@@ -253,7 +254,7 @@ class Examples(Dataset):
         return iter(self.packed_contents.select(wanted))
 
 
-def exactly(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+def exactly(name: str, values: Array, dtype: np.dtype[Any]) -> Array:
     """Return a column in the type that is stored. Raises ``InputError`` when that would change its values."""
     given = np.asarray(values)
     if given.dtype == dtype:

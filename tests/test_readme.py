@@ -51,7 +51,7 @@ def test_the_python_blocks_run(folder: Path, minilm_path: Path) -> None:
 
 
 def test_a_command_that_fails_would_be_seen(folder: Path) -> None:
-    with pytest.raises(AssertionError, match="no feature cache"):
+    with pytest.raises(AssertionError, match="not a feature cache"):
         run(["embedcache", "info", "nothing.cache"], folder)
 
 

@@ -28,6 +28,8 @@ from embedcache.wording import counted
 if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
+    from embedcache.cache.torch_data import Item
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -139,7 +141,7 @@ class FeatureCache:
         """What the machines of all rows compute, None where some have other bits, or no probe."""
         return self._manifest.common_probe
 
-    def numerics(self) -> list[dict[str, Any]]:
+    def numerics(self) -> list[dict[str, object]]:
         """Return the kinds of machine that computed rows: each one's probe by its hash, and how it differs."""
         return [
             {
@@ -325,7 +327,7 @@ class FeatureCache:
             decode(run, chosen.dtype, out[ends[begin] : ends[begin] + len(run)])
         return Ragged(out, ends)
 
-    def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Any]:
+    def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Item]:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""
         from embedcache.cache.torch_data import CachedDataset
 
@@ -341,9 +343,9 @@ class FeatureCache:
                 seen.append(dict(shard.provenance))
         return seen
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return what is in the cache, as JSON values."""
-        splits: dict[str, Any] = {}
+        splits: dict[str, dict[str, object]] = {}
         for name, rows in self.split_sizes().items():
             splits[name] = {"rows": rows}
             if self.task == "classification":

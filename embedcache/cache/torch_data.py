@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-if TYPE_CHECKING:
-    from embedcache.cache.reader import Ragged
+from embedcache.shard import Array
+
+Item = Tensor | tuple[Tensor, Tensor]
+"""One row: x, or x and y where there are labels."""
 
 
-class CachedDataset(Dataset[Any]):
+class Rows(Protocol):
+    """Features by row: an array, or the vectors of token-level rows."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Array: ...
+
+
+class CachedDataset(Dataset[Item]):
     """``(x, y)`` pairs; a sampler's whole batch is read at once through ``__getitems__``."""
 
-    def __init__(self, x: Any | Ragged, y: Any | None) -> None:
+    def __init__(self, x: Rows, y: Array | None) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, row: int) -> Any:
+    def __getitem__(self, row: int) -> Item:
         # Copied, because what is mapped is read-only, and torch has no such tensors.
         x = torch.from_numpy(np.array(self.x[row]))
         return x if self.y is None else (x, torch.from_numpy(np.array(self.y[row])))
 
-    def __getitems__(self, rows: Sequence[int]) -> list[Any]:
+    def __getitems__(self, rows: Sequence[int]) -> list[Item]:
         if not isinstance(self.x, np.ndarray):
             return [self[row] for row in rows]
         x = torch.from_numpy(self.x[np.asarray(rows)])

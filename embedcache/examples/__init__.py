@@ -11,6 +11,7 @@ splits) and the contents, in memory as long as they are few, else in a temporary
 ``objects``        lists of dicts, DataFrames, Datasets -> sources
 ``source``         what a source is: blocks of records
 ``columns``        which column is what; what is guessed becomes a note
+``cells``          what is missing, what cannot be written; the judged cells of a column
 ``content``        a cell -> the canonical bytes of a row; the only place that knows about text
 ``labels``         label cells -> targets: classes and numbers
 ``class_sets``     label cells that hold several classes

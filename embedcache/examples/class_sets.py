@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError
-from embedcache.examples.content import Faults, is_missing
+from embedcache.examples.cells import Faults, Parsed, is_missing, parsed
 from embedcache.examples.labels import (
     MAX_CLASSES,
     Codebook,
@@ -21,6 +20,7 @@ from embedcache.examples.labels import (
     name_fault,
     one_name_each,
 )
+from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import MULTILABEL
 from embedcache.wording import counted
@@ -41,11 +41,11 @@ class ClassSets:
         self._separator = separator
         self._required = required
         self._codes = Codebook()
-        self._members: list[NDArray[Any]] = []
+        self._members: list[Array] = []
         self._counts = bytearray()
         self._ordered = True
 
-    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
+    def parse(self, columns: Sequence[Sequence[object]]) -> Parsed:
         sets: list[list[str] | None] = []
         faults: Faults = {}
         for position, value in enumerate(columns[0]):
@@ -55,7 +55,7 @@ class ClassSets:
             except ValueError as error:
                 faults[position] = str(error)
             sets.append(members)
-        return sets, faults
+        return parsed(sets, faults, self._append)
 
     def _parse(self, value: object) -> list[str] | None:
         if isinstance(value, str):
@@ -89,12 +89,12 @@ class ClassSets:
             return None
         raise ValueError(f"the label {self._column!r} is {value!r}, expected a list of labels")
 
-    def append(self, parsed: Any) -> None:
-        codes = b"".join(codes_of(self._codes, members) for members in parsed if members)
+    def _append(self, sets: Sequence[list[str] | None]) -> None:
+        codes = b"".join(codes_of(self._codes, members) for members in sets if members)
         # A vector has an entry for each class, most of them 0: the codes of a block take the bytes they need.
         narrow = np.uint8 if len(self._codes) <= 256 else np.int32
         self._members.append(np.frombuffer(codes, np.int32).astype(narrow))
-        self._counts += np.array([-1 if members is None else len(members) for members in parsed], np.int32).tobytes()
+        self._counts += np.array([-1 if members is None else len(members) for members in sets], np.int32).tobytes()
         if len(self._codes) > MAX_CLASSES:
             raise InputError(
                 f"the label column {self._column!r} has more than {MAX_CLASSES:,} different labels: "
@@ -130,7 +130,7 @@ class ClassSets:
         return known.declared[:2].index(name) if name in known.declared[:2] else _BIT.get(name)
 
     def _columns_of_vectors(
-        self, counts: NDArray[np.int32], members: NDArray[Any], written: Sequence[str], known: KnownClasses
+        self, counts: NDArray[np.int32], members: Array, written: Sequence[str], known: KnownClasses
     ) -> tuple[str, ...] | None:
         """Return the names of the classes where the lists are vectors of 0 and 1; None where they are lists of names.
 

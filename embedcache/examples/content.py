@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
-Kind = Literal["text", "number", "other"]
-"""What a column of the input holds, as far as its source declares or shows it."""
-
-Faults = dict[int, str]
-"""Why records of a block cannot be used: position in the block -> reason."""
+from embedcache.examples.cells import Faults, Kind, is_missing, unicode_fault
 
 
 class Content(Protocol):
@@ -67,13 +63,6 @@ class TextContent:
 CONTENTS: dict[str, Content] = {"text": TextContent()}
 
 
-def is_missing(value: object) -> bool:
-    """Whether ``value`` is None, NaN, pandas' NA or NaT."""
-    if isinstance(value, float):
-        return value != value
-    return value is None or type(value).__name__ in ("NAType", "NaTType")
-
-
 def text_fault(column: str, value: object) -> str | None:
     """Return why ``value`` is not a usable text, or None when it is."""
     if is_missing(value):
@@ -85,19 +74,6 @@ def text_fault(column: str, value: object) -> str | None:
     if value.isspace():
         return f"{column!r} is blank"
     return unicode_fault(column, value)
-
-
-def unicode_fault(column: str, value: str) -> str | None:
-    """Return why ``value`` cannot be written as UTF-8, or None when it can."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        where = f"at character {error.start + 1} of {column!r}"
-        if 0xDC80 <= code <= 0xDCFF:  # how errors="surrogateescape" carries a byte that is not UTF-8
-            return f"undecodable byte 0x{code - 0xDC00:02x} {where}, expected UTF-8"
-        return f"lone surrogate U+{code:04X} {where}"
-    return None
 
 
 def _short(value: object) -> str:

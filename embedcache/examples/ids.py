@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from embedcache.dataset import IdColumn
-from embedcache.examples.content import Faults, is_missing, unicode_fault
+from embedcache.examples.cells import Faults, Parsed, is_missing, parsed, unicode_fault
 from embedcache.examples.packing import Packing
 from embedcache.wording import counted
 
@@ -21,8 +21,8 @@ class IdCollector:
         self._packing = Packing()
         self._digests = bytearray()
 
-    def parse(self, values: Sequence[object]) -> tuple[list[bytes], Faults]:
-        """Return the ids as UTF-8 and the faults of one block."""
+    def parse(self, values: Sequence[object]) -> Parsed:
+        """Judge the cells of one block."""
         ids: list[bytes] = []
         faults: Faults = {}
         for position, value in enumerate(values):
@@ -39,10 +39,9 @@ class IdCollector:
             else:
                 encoded = value.encode()
             ids.append(encoded)
-        return ids, faults
+        return parsed(ids, faults, self._append)
 
-    def append(self, ids: Sequence[bytes]) -> None:
-        """Add the ids of usable rows."""
+    def _append(self, ids: Sequence[bytes]) -> None:
         self._packing.append(ids)
         self._digests += b"".join([blake2b(id, digest_size=8).digest() for id in ids])
 

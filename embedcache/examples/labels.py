@@ -1,7 +1,7 @@
 """Label cells -> targets: classes, sets of classes, or numbers.
 
-Every collector is fed block by block: ``parse`` judges the cells of a block, ``append`` adds those of the rows that
-turned out usable (so a row that is set aside never creates a class), ``finish`` gives the targets of all rows.
+Every collector is fed block by block: ``parse`` judges the cells of a block, what it returns adds those of the rows
+that turned out usable, ``finish`` gives the targets of all rows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError
-from embedcache.examples.content import Faults, is_missing, unicode_fault
+from embedcache.examples.cells import Faults, Parsed, is_missing, parsed, unicode_fault
+from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import MULTILABEL
 from embedcache.wording import counted
@@ -37,7 +38,7 @@ class Targets:
 
     task: TaskName
     class_names: tuple[str, ...]
-    values: NDArray[Any]
+    values: Array
     notes: tuple[str, ...]
 
 
@@ -57,12 +58,8 @@ class KnownClasses:
 class Labels(Protocol):
     """A collector of labels."""
 
-    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
-        """Return one parsed value per row of the block, and the faults."""
-        ...
-
-    def append(self, parsed: Any) -> None:
-        """Add the parsed values of usable rows."""
+    def parse(self, columns: Sequence[Sequence[object]]) -> Parsed:
+        """Judge the cells of one block, a list for each label column."""
         ...
 
     def finish(self, known: KnownClasses) -> Targets:
@@ -90,17 +87,17 @@ class Classes:
         self._whole_floats = False
         self._numbers: Numbers | None = None
 
-    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
+    def parse(self, columns: Sequence[Sequence[object]]) -> Parsed:
         if self._numbers is not None:
             return self._numbers.parse(columns)
         values = columns[0]
         types = set(map(type, values))
         if types == {int}:
-            return list(map(str, values)), {}
+            return parsed(list(map(str, values)), {}, self._append)
         if types == {str}:
             texts = [str(value) for value in values]
             if all(name in self._codes or not name_fault(self._column, name) for name in set(texts)):
-                return texts, {}
+                return parsed(texts, {}, self._append)
         names: list[str | None] = []
         faults: Faults = {}
         for position, value in enumerate(values):
@@ -115,13 +112,10 @@ class Classes:
                 elif isinstance(value, float) and name is not None:
                     self._whole_floats = self._whole_floats or value.is_integer()
             names.append(name)
-        return names, faults
+        return parsed(names, faults, self._append)
 
-    def append(self, parsed: Any) -> None:
-        if self._numbers is not None:
-            self._numbers.append(parsed)
-            return
-        self._buffer += codes_of(self._codes, parsed)
+    def _append(self, names: Sequence[str | None]) -> None:
+        self._buffer += codes_of(self._codes, names)
         if len(self._codes) > MAX_CLASSES:
             if not self._are_fractions():
                 raise InputError(
@@ -196,20 +190,20 @@ class Numbers:
         self._required = required
         self._buffer = bytearray()
 
-    def parse(self, columns: Sequence[Sequence[object]]) -> tuple[Any, Faults]:
-        parsed = np.empty((len(columns[0]), len(columns)))
+    def parse(self, columns: Sequence[Sequence[object]]) -> Parsed:
+        targets = np.empty((len(columns[0]), len(columns)))
         faults: Faults = {}
         for place, (column, values) in enumerate(zip(self._columns, columns, strict=True)):
             numbers = _plain_numbers(values)
             if numbers is not None and self._task != "multilabel" and np.isfinite(numbers).all():
-                parsed[:, place] = numbers
+                targets[:, place] = numbers
                 continue
             for position, value in enumerate(values):
                 try:
-                    parsed[position, place] = self._number(column, value)
+                    targets[position, place] = self._number(column, value)
                 except ValueError as error:
                     faults.setdefault(position, str(error))
-        return parsed, faults
+        return Parsed(faults, lambda keep: self.append(targets if keep is None else targets[keep]))
 
     def _number(self, column: str, value: object) -> float:
         if is_missing(value) and not isinstance(value, float):
@@ -245,8 +239,9 @@ class Numbers:
             raise ValueError(f"the target {column!r} is missing")
         return math.nan
 
-    def append(self, parsed: Any) -> None:
-        self._buffer += np.asarray(parsed, np.float64).tobytes()
+    def append(self, targets: NDArray[np.float64]) -> None:
+        """Add the targets of usable rows, [n, columns]."""
+        self._buffer += targets.tobytes()
 
     def finish(self, known: KnownClasses) -> Targets:
         values = np.frombuffer(self._buffer, np.float64).reshape(-1, len(self._columns))

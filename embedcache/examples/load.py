@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,9 @@ from embedcache.arguments import checks_arguments
 from embedcache.dataset import Examples, IdColumn
 from embedcache.errors import BadRowsError, InputError, SpecError, warn
 from embedcache.examples import findings
+from embedcache.examples.cells import Faults, parsed
 from embedcache.examples.class_sets import ClassSets
 from embedcache.examples.columns import Roles, choose_columns
-from embedcache.examples.content import Faults
 from embedcache.examples.ids import IdCollector
 from embedcache.examples.inputs import GivenSource, open_inputs
 from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets
@@ -38,15 +38,15 @@ _MOST_OPEN = 64
 
 @checks_arguments()
 def load_examples(
-    inputs: Any = None,
+    inputs: object = None,
     *,
     text_column: str | None = None,
     label_column: str | Sequence[str] | None = None,
     id_column: str | None = None,
     split_column: str | None = None,
-    train: Any = None,
-    validation: Any = None,
-    test: Any = None,
+    train: object = None,
+    validation: object = None,
+    test: object = None,
     split: str | None = None,
     split_seed: int = 0,
     task: TaskName | None = None,
@@ -207,24 +207,21 @@ class _Pass:
     def _take(self, cells: Mapping[str, Sequence[object]], label_cells: Sequence[Sequence[object]]) -> Faults:
         """Add the usable rows of a block; return why the others are not usable."""
         roles = self._roles
-        contents, faults = self._options.content.encode(roles.content, cells[roles.content])
-        parsed: list[tuple[Callable[[Any], None], Sequence[Any]]] = [(self._append_contents, contents)]
-        columns: list[tuple[IdCollector | SplitColumn | Labels | None, Any]] = [
-            (self._ids, cells.get(roles.id or "")),
-            (self._splits, cells.get(roles.split or "")),
-            (self._labels, label_cells),
-        ]
-        for column, values in columns:
-            if column is not None:
-                result, column_faults = column.parse(values)
-                parsed.append((column.append, result))
-                faults = {**column_faults, **faults}
-        if faults:
-            keep = [place for place in range(len(contents)) if place not in faults]
-            parsed = [(append, [values[place] for place in keep]) for append, values in parsed]
-        if len(faults) < len(contents):
-            for append, values in parsed:
-                append(values)
+        contents, content_faults = self._options.content.encode(roles.content, cells[roles.content])
+        columns = [parsed(contents, content_faults, self._append_contents)]
+        if self._ids is not None and roles.id is not None:
+            columns.append(self._ids.parse(cells[roles.id]))
+        if self._splits is not None and roles.split is not None:
+            columns.append(self._splits.parse(cells[roles.split]))
+        if self._labels is not None:
+            columns.append(self._labels.parse(label_cells))
+        faults: Faults = {}
+        for column in reversed(columns):  # of several faults of a row, the first column's is told
+            faults |= column.faults
+        keep = [place for place in range(len(contents)) if place not in faults] if faults else None
+        if keep is None or keep:
+            for column in columns:
+                column.add(keep)
         return faults
 
     def _append_contents(self, contents: Sequence[bytes]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from embedcache.errors import InputError
-from embedcache.examples.content import Kind
+from embedcache.examples.cells import Kind
 from embedcache.examples.source import (
     BLOCK_ROWS,
     SAMPLE_ROWS,

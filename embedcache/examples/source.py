@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from embedcache.errors import InputError
-from embedcache.examples.content import Kind, is_missing
+from embedcache.examples.cells import Kind, is_missing
 
 BLOCK_ROWS = 4096
 SAMPLE_ROWS = 100

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError, SpecError
-from embedcache.examples.content import Faults, is_missing, unicode_fault
+from embedcache.examples.cells import Faults, Parsed, is_missing, parsed, unicode_fault
 from embedcache.spec import SPLITS, split_name
 
 _PART = re.compile(r"\d+(\.\d*)?|\.\d+")
@@ -86,8 +86,8 @@ class SplitColumn:
         self._codes: dict[str, int] = {}
         self._buffer = bytearray()
 
-    def parse(self, values: Sequence[object]) -> tuple[list[str], Faults]:
-        """Return the normalised names (``""`` for a faulty one) and the faults of one block."""
+    def parse(self, values: Sequence[object]) -> Parsed:
+        """Judge the cells of one block."""
         known: dict[str, str] = {}
         faults: Faults = {}
         names: list[str] = []
@@ -104,10 +104,9 @@ class SplitColumn:
                 shown = "missing" if missing else f"{value!r} of type {type(value).__name__}, expected a name"
                 faults[position] = f"the split {self.column!r} is {shown}"
             names.append(name)
-        return names, faults
+        return parsed(names, faults, self._append)
 
-    def append(self, names: Sequence[str]) -> None:
-        """Add the names of usable rows."""
+    def _append(self, names: Sequence[str]) -> None:
         for name in dict.fromkeys(names):
             self._codes.setdefault(name, len(self._codes))
         if len(self._codes) > 255:
