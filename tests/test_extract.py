@@ -5,11 +5,15 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,8 @@ from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.cache import FeatureCache, merge, relabel
 from embedcache.errors import FeatureError, IncompleteCacheError, Interrupted, SpecError, SpecMismatchError
 from embedcache.examples import load_examples
-from embedcache.extract import extract, forecast, parse_part, run
+from embedcache.extract import Computed, Window, extract, forecast, parse_part, run, work
+from embedcache.extract import windows as cutting
 
 
 def rows(texts: list[str], labels: list[str] | None = None) -> list[dict[str, str]]:
@@ -264,6 +269,76 @@ def test_a_backbone_that_looks_at_its_neighbours_is_found(tmp_path: Path) -> Non
     one = extract(rows(words(23)), output_dir=tmp_path / "a", backbone=Neighbourly())
     other = extract(rows(words(11)), output_dir=tmp_path / "b", backbone=Neighbourly())
     assert any(by_key(one)[key] != value for key, value in by_key(other).items())
+
+
+# Who does the work
+
+
+class Elsewhere:
+    """An engine of other machines: windows go there and come back as bytes, the later ones sooner."""
+
+    def __init__(self, backbone: Callable[[], Any], ahead: int) -> None:
+        self.backbone, self.ahead, self.closed = backbone, ahead, False
+
+    def probe(self, backbone: Any) -> None:
+        return None
+
+    def _there(self, window: bytes, wait: float) -> bytes:
+        time.sleep(wait)
+        return pickle.dumps(work(self.backbone(), pickle.loads(window)))
+
+    def map(self, backbone: Any, windows: Iterator[Window], watch: Any) -> Iterator[Computed]:
+        running: deque[Future[bytes]] = deque()
+        try:
+            with ThreadPoolExecutor(self.ahead) as pool:
+                for number, window in enumerate(windows):
+                    running.append(pool.submit(self._there, pickle.dumps(window), 0.02 * (number % self.ahead == 0)))
+                    if len(running) == self.ahead:
+                        yield pickle.loads(running.popleft().result())
+                while running:
+                    yield pickle.loads(running.popleft().result())
+        finally:
+            self.closed = True
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_whoever_does_the_work_the_files_are_the_same(tmp_path: Path, tokens: bool) -> None:
+    examples = load_examples(rows(words(41) + words(3)))
+    here = run(examples, CountingBackbone(tokens=tokens), tmp_path / "here", rows_per_shard=6)
+    driver, others = CountingBackbone(tokens=tokens), [CountingBackbone(tokens=tokens) for _ in range(9)]
+    engine = Elsewhere(iter(others).__next__, 3)
+    there = run(examples, driver, tmp_path / "there", engine=engine, rows_per_shard=6)
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+    assert (driver.forward_calls, sum(len(each.rows_seen) for each in others)) == (0, 41)
+    assert replace(there, seconds=0) == replace(here, seconds=0)
+
+
+def test_an_engine_that_fails_keeps_what_came_before(tmp_path: Path) -> None:
+    examples = load_examples(rows(words(40)))
+    workers = [CountingBackbone(), CountingBackbone(), Breaks(0, RuntimeError("a machine is gone"))]
+    engine = Elsewhere(iter(workers).__next__, 1)
+    with pytest.raises(RuntimeError, match="a machine is gone"):
+        run(examples, CountingBackbone(), tmp_path / "c", engine=engine, rows_per_shard=6)
+    assert engine.closed
+    backbone = CountingBackbone()
+    run(examples, backbone, tmp_path / "c", rows_per_shard=6)
+    assert len(backbone.rows_seen) == 40 - 12
+
+
+@given(sizes=st.lists(st.integers(1, 17), min_size=1, max_size=29), data=st.data())
+def test_where_a_window_ends_depends_on_the_rows_from_its_start_on(sizes: list[int], data: st.DataObject) -> None:
+    """Whatever was committed before: a run that goes on cuts the rest as the first one would have."""
+    texts = [f"{at:02d}".ljust(2 + size, "x") for at, size in enumerate(sizes)]
+    examples, todo = load_examples([{"text": text} for text in texts], labels="none"), np.arange(len(texts))
+    backbone = CountingBackbone(tokens=data.draw(st.booleans()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "CONTENT_BYTES", 41)
+        patch.setattr(cutting, "RAGGED_BYTES", 31 * 3 * 4)
+        whole = [window.rows.tolist() for window in cutting.windows(examples, todo, backbone, 5)]
+        assert [row for rows_of_window in whole for row in rows_of_window] == todo.tolist()
+        done = data.draw(st.integers(0, len(whole) - 1))
+        rest = todo[sum(map(len, whole[:done])) :]
+        assert [window.rows.tolist() for window in cutting.windows(examples, rest, backbone, 5)] == whole[done:]
 
 
 # Interruptions

@@ -24,7 +24,7 @@ from embedcache.backbone.model import Recipe
 from embedcache.batching import plan
 from embedcache.errors import BackboneError
 from embedcache.examples import load_examples
-from embedcache.extract import run
+from embedcache.extract import Here, run
 from embedcache.numerics import Outcome, Probe
 from embedcache.spec import ModelSource
 
@@ -199,11 +199,11 @@ def test_processes_compute_what_one_does(
     """More passes than one process keeps busy are run in others: the same bytes; their faults are one line."""
     for name in ("compute", "processes"):
         monkeypatch.setattr(f"embedcache.backbone.{name}.MOST_PASSES", 1)
-    monkeypatch.setattr(import_module("embedcache.extract.run"), "PROCESS_ROWS", 1)
+    monkeypatch.setattr(import_module("embedcache.extract.work"), "PROCESS_ROWS", 1)
     features_asked = ["mean", "tokens", "cls@all"]
     backbone = load_backbone(str(folder_of("bert")), features=features_asked, device="cpu", positions=32)
     examples = load_examples(texts(43), labels="none")
-    run(examples, backbone, tmp_path / "one", threads=2, rows_per_shard=17)
+    run(examples, backbone, tmp_path / "one", engine=Here(2), rows_per_shard=17)
     passes: list[int] = []
     together = Workers.run_plan
 
@@ -212,7 +212,7 @@ def test_processes_compute_what_one_does(
         return together(self, prepared, batches, done)
 
     monkeypatch.setattr(Workers, "run_plan", counted)
-    run(examples, backbone, tmp_path / "two", threads=2, rows_per_shard=17, processes=True)
+    run(examples, backbone, tmp_path / "two", engine=Here(2, processes=True), rows_per_shard=17)
     assert len(passes) == 3
     files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")}
     assert {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")} == files

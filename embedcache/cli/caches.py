@@ -92,7 +92,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     if not inputs and not any(options[name] for name in ("train", "validation", "test")):
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
     from embedcache.errors import warn
-    from embedcache.extract import compile_hint, forecast, load_for, parse_part, part_of, run
+    from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, run
     from embedcache.spec import BackboneSettings, ModelSource
 
     poolings = list(options.pop("poolings"))
@@ -114,8 +114,8 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
         warn([hint])
     report = run(
-        examples, backbone, output_dir, rows_per_shard=rows_per_shard, keep_inputs=keep, threads=threads,
-        accept_numerics=accept, processes=True,
+        examples, backbone, output_dir, engine=Here(threads, processes=True), rows_per_shard=rows_per_shard,
+        keep_inputs=keep, accept_numerics=accept,
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())

@@ -1,6 +1,7 @@
-"""Examples + backbone -> cache: plan, resume, deduplicate, commit.
+"""Examples + backbone -> cache: ``windows`` cuts new rows, ``work`` computes them, ``commit`` keeps them in order.
 
-``run`` is the pipeline, ``forecast`` the dry run, ``extract`` the one call that does it all.
+``run`` is the pipeline, ``forecast`` the dry run, ``extract`` the one call that does it all. An ``Engine`` says who
+does the work.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from embedcache.backbone import Backbone, load_backbone
 from embedcache.cache import FeatureCache, read_spec
 from embedcache.errors import SpecError, warn
 from embedcache.examples import Examples, load_examples
+from embedcache.extract.commit import run
 from embedcache.extract.forecast import Forecast, compile_hint, forecast
-from embedcache.extract.run import Bar, ExtractionReport, Progress, new_rows, run
+from embedcache.extract.progress import Bar, Progress
+from embedcache.extract.report import ExtractionReport
+from embedcache.extract.windows import Window, new_rows
+from embedcache.extract.work import Computed, Engine, Here, work
 from embedcache.spec import BackboneSettings, ModelSource
 
 if TYPE_CHECKING:
@@ -27,9 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bar",
+    "Computed",
+    "Engine",
     "ExtractionReport",
     "Forecast",
+    "Here",
     "Progress",
+    "Window",
     "compile_hint",
     "extract",
     "forecast",
@@ -38,6 +47,7 @@ __all__ = [
     "parse_part",
     "part_of",
     "run",
+    "work",
 ]
 
 
@@ -138,11 +148,10 @@ def extract(
         examples,
         backbone,
         output_dir,
+        engine=Here(threads, processes),
         rows_per_shard=rows_per_shard,
         keep_inputs=keep_inputs,
-        threads=threads,
         accept_numerics=accept_numerics,
-        processes=processes,
         progress=progress,
     )
     cache = FeatureCache.open(output_dir)

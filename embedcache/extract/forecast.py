@@ -14,7 +14,7 @@ from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
-from embedcache.extract.run import new_rows, row_bytes_of, shard_rows, unique_count
+from embedcache.extract.windows import new_rows, row_bytes_of, shard_rows, unique_count
 from embedcache.wording import counted
 
 SAMPLE = 20_000

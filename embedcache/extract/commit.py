@@ -1,0 +1,140 @@
+"""Examples + backbone -> cache: what is new is cut into windows, computed, and committed in order.
+
+Five things overlap: a thread reads and prepares the next window of rows, the main thread runs the backbone, on a GPU
+the copy back trails one batch behind, and another thread builds, writes and commits the last window as a shard. At
+most three windows are in memory, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from embedcache.backbone import Backbone
+from embedcache.cache import CacheWriter
+from embedcache.dataset import Examples
+from embedcache.errors import FeatureError, Interrupted, warn
+from embedcache.extract.progress import Bar, Progress, Watch
+from embedcache.extract.report import ExtractionReport
+from embedcache.extract.windows import new_rows, shard_rows, unique_count, windows
+from embedcache.extract.work import Computed, Costs, Engine, Here
+
+
+def run(
+    examples: Examples,
+    backbone: Backbone,
+    output_dir: Path | str,
+    *,
+    engine: Engine | None = None,
+    rows_per_shard: int | None = None,
+    keep_inputs: bool = False,
+    accept_numerics: bool = False,
+    progress: Progress | None = None,
+) -> ExtractionReport:
+    """Bring a cache up to date with ``examples``: run the backbone over the rows it does not hold, and nothing else.
+
+    ``engine`` says who computes, None for ``Here()``. Where there are new rows, the backbone's probe is run first: rows
+    are added only to rows of the same bits, or with ``accept_numerics`` to others, which the cache then records.
+
+    Raises:
+        SpecMismatchError: the cache there holds features made another way.
+        NumericsMismatchError: the cache there holds rows that another kind of machine computed.
+        CacheLockedError: another process writes to it.
+        Interrupted: Ctrl-C; what was committed stays, and the same call goes on from there.
+    """
+    start = time.perf_counter()
+    engine = Here() if engine is None else engine
+    costs, numerics = Costs(), None
+    provenance = dict(backbone.provenance)
+    with (
+        CacheWriter(Path(output_dir), dict(backbone.identity), backbone.feature_sets) as writer,
+        contextlib.closing(Bar() if progress is None else progress) as display,
+    ):
+        known = writer.lookup(examples.keys)
+        todo = new_rows(examples, known)
+        source = windows(examples, todo, backbone, shard_rows(backbone.feature_sets, rows_per_shard))
+        try:
+            if len(todo):
+                probe = engine.probe(backbone)
+                numerics = writer.admit(probe, accept=accept_numerics)
+                provenance |= {} if probe is None else {"probe": probe.hash}
+            with (
+                Commits(writer, examples, backbone, provenance) as commits,
+                contextlib.closing(engine.map(backbone, source, Watch(display, len(todo)))) as computed_windows,
+            ):
+                for computed in computed_windows:
+                    commits.add(computed)
+                    costs += computed.costs
+            notes = writer.dropped(examples)
+            writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
+        except KeyboardInterrupt:
+            kept = int((writer.lookup(examples.keys[todo]) >= 0).sum())
+            raise Interrupted(
+                f"interrupted: {kept:,} of {len(todo):,} new rows are committed in {output_dir} and stay; "
+                "run the same command again to go on from there"
+            ) from None
+    warn(notes)
+    return ExtractionReport(
+        rows=len(examples.keys),
+        unique=unique_count(examples),
+        reused=int((known >= 0).sum()),
+        seconds=time.perf_counter() - start,
+        numerics=numerics,
+        notes=tuple(notes),
+        **vars(costs),
+    )
+
+
+class Commits:
+    """Commits windows as shards, in the order they come, in a thread of its own and at most one window behind."""
+
+    def __init__(
+        self, writer: CacheWriter, examples: Examples, backbone: Backbone, provenance: Mapping[str, object]
+    ) -> None:
+        self._writer, self._examples, self._backbone, self._provenance = writer, examples, backbone, provenance
+        self._thread = ThreadPoolExecutor(1, "embedcache-commit")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Commits:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What was computed is committed also when a later window failed; that failure is then the one to tell of.
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self._wait()
+
+    def add(self, computed: Computed) -> None:
+        """Commit a window once the one before it is; raises what that one met with."""
+        self._wait()
+        self._last = self._thread.submit(self._commit, computed)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def _commit(self, computed: Computed) -> None:
+        refuse_non_finite(computed, self._backbone, self._examples)
+        self._writer.append(self._examples.keys[computed.rows], computed.arrays, self._provenance)
+
+
+def refuse_non_finite(computed: Computed, backbone: Backbone, examples: Examples) -> None:
+    """Raise ``FeatureError`` naming the first row whose features hold NaN or infinity."""
+    for feature in backbone.feature_sets:
+        arrays = computed.arrays[feature.name]
+        values, offsets = arrays if isinstance(arrays, tuple) else (arrays, None)
+        row = feature.first_non_finite(values, offsets)
+        if row is None:
+            continue
+        compute_dtype = backbone.identity.get("compute_dtype", "float32")
+        advice = "compute in bfloat16 or float32" if compute_dtype == "float16" else "check the model's weights"
+        raise FeatureError(
+            f"the backbone gave NaN or infinity for row {examples.ids[int(computed.rows[row])]} "
+            f"in the set {feature.name}: {advice}"
+        )

@@ -1,0 +1,112 @@
+"""Which rows are new, and how they are cut into windows: by their content alone, so that resuming cuts them alike."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.backbone import Backbone, Prepared, vectors_of
+from embedcache.dataset import Dataset, Examples
+from embedcache.errors import SpecError
+from embedcache.shard import STORED, FeatureSet
+
+SHARD_ROWS = 16384
+SHARD_BYTES = 64 << 20
+CONTENT_BYTES = 64 << 20
+RAGGED_BYTES = 256 << 20
+"""Token-level windows may be larger than a pooled shard: small ones have too few rows of a length to fill batches."""
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive new rows that are computed and committed together, as one shard.
+
+    ``contents`` are there until the rows are ``prepared``, which may be done anywhere.
+    """
+
+    rows: Rows
+    contents: Sequence[bytes]
+    prepared: Prepared | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def ready(self, backbone: Backbone) -> Window:
+        """Return the window with its rows prepared; their contents need no memory any more."""
+        prepared = backbone.prepare(self.contents) if self.prepared is None else self.prepared
+        return replace(self, contents=(), prepared=prepared)
+
+
+def new_rows(dataset: Dataset, known: Rows) -> Rows:
+    """Return the rows whose content is not in the cache yet, each content once, in the order of the input.
+
+    ``known`` [N] holds each row's place in the cache, -1 for none.
+    """
+    missing = np.flatnonzero(known < 0)
+    keys = np.ascontiguousarray(dataset.keys[missing]).view("V16").ravel()
+    _, first = np.unique(keys, return_index=True)
+    first.sort()
+    return missing[first]
+
+
+def unique_count(dataset: Dataset) -> int:
+    """Return how many different contents there are."""
+    return len(np.unique(np.ascontiguousarray(dataset.keys).view("V16").ravel()))
+
+
+def row_bytes_of(feature: FeatureSet) -> int:
+    """Return the bytes of one row of a feature set, or of one token's vector."""
+    return int(np.prod(feature.row_shape)) * STORED[feature.dtype].itemsize
+
+
+def shard_rows(feature_sets: Sequence[FeatureSet], asked: int | None = None) -> int:
+    """Return rows per shard: ``asked``, else 16,384 or fewer so that a shard of pooled features is at most 64 MB.
+
+    A multiple of 1,024 rows makes every set's bytes a multiple of a memory page.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise SpecError(f"rows per shard is {asked}: expected at least 1")
+        return asked
+    row_bytes = sum(row_bytes_of(feature) for feature in feature_sets if feature.kind != "tokens")
+    return max(1024, min(SHARD_ROWS, SHARD_BYTES // max(row_bytes, 1) // 1024 * 1024))
+
+
+def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> Iterator[Window]:
+    """Read ``rows`` (increasing) window by window, of ``most`` rows each or fewer.
+
+    Where a window ends depends only on the rows from its start on, so a run resumed at a window's start cuts the
+    rest exactly as the interrupted one would have. Rows are prepared here only where a token-level set must be
+    measured.
+    """
+    vector_bytes = sum(row_bytes_of(feature) for feature in backbone.feature_sets if feature.kind == "tokens")
+    contents = examples.contents(rows)
+    waiting: deque[bytes] = deque()
+    start = 0
+    while start < len(rows):
+        size = sum(len(content) for content in waiting)
+        while len(waiting) < min(most, len(rows) - start) and (not waiting or size <= CONTENT_BYTES):
+            waiting.append(next(contents))
+            size += len(waiting[-1])
+        count = _fitting(np.fromiter((len(content) for content in waiting), np.int64, len(waiting)), CONTENT_BYTES)
+        window = Window(rows[start : start + count], [waiting[place] for place in range(count)])
+        if vector_bytes:
+            whole = window.ready(backbone)
+            assert whole.prepared is not None
+            count = min(count, _fitting(vectors_of(whole.prepared) * vector_bytes, RAGGED_BYTES))
+            window = whole if count == len(whole) else Window(window.rows[:count], window.contents[:count])
+        for _ in range(count):
+            waiting.popleft()
+        yield window
+        start += count
+
+
+def _fitting(sizes: Rows, limit: int) -> int:
+    """Return how many of ``sizes`` from the start fit in ``limit``, at least 1."""
+    return max(1, int(np.searchsorted(np.cumsum(sizes), limit, side="right")))
