@@ -16,9 +16,10 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 from embedcache.errors import CacheError, CacheLockedError, EmbedcacheError
 
@@ -34,6 +35,7 @@ TEMPORARY = r"(\.[0-9a-f]+)+\.tmp"
 """What stands after ``.NAME`` in the name of a temporary: older versions had the number of the process."""
 
 Kind = type[EmbedcacheError]
+R = TypeVar("R")
 
 
 def commit(path: Path, data: bytes, kind: Kind = CacheError) -> None:
@@ -135,6 +137,84 @@ def recover(path: Path, kind: Kind = CacheError) -> tuple[bytes, bool]:
     if len(whole) < len(data) or status.st_nlink != 1:
         commit(path, whole, kind)
     return whole, len(whole) < len(data)
+
+
+@dataclass(frozen=True)
+class Journal(Generic[R]):
+    """Records in a file that only grows, one a line, synced when they are added: a crash loses none that was kept.
+
+    ``parse`` reads the bytes of a line (``ValueError``, ``TypeError`` or ``KeyError`` for one that is damaged), and
+    ``dump`` writes a record without its line break. ``remedy`` says what becomes of a line that a user deletes.
+    Whoever adds holds the lock on the folder (see ``writing``); reading needs none.
+    """
+
+    path: Path
+    parse: Callable[[bytes], R]
+    dump: Callable[[R], str]
+    kind: Kind
+    remedy: str
+
+    def read(self) -> list[R]:
+        """Return the records; half a line at the end is one that is being written. Raises ``kind``, naming the line."""
+        return self._records(read(self.path, self.kind) or b"")
+
+    def recover(self) -> tuple[list[R], bool]:
+        """Return the records and whether half a line was removed after them; for the one who holds the lock."""
+        data, half = recover(self.path, self.kind)
+        return self._records(data), half
+
+    def append(self, records: Sequence[R]) -> None:
+        """Add records, and wait until they are on the disk. Raises ``kind``."""
+        if records:
+            append(self.path, "".join(f"{self.dump(record)}\n" for record in records).encode("utf-8"), self.kind)
+
+    def _records(self, data: bytes) -> list[R]:
+        records = []
+        # Only b"\n" ends a line: str.splitlines would also split at characters that stand in texts from data.
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+            try:
+                records.append(self.parse(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise self.kind(
+                    f"{self.path}, line {number} is damaged ({error}): delete that line, and {self.remedy}"
+                ) from None
+        return records
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, kind: Kind = CacheError, *, parts: Sequence[str] = (), fresh: bool, needed: bool = True
+) -> Iterator[None]:
+    """Make an output folder with its ``parts`` (folders inside), and be its one writer while the block runs.
+
+    What killed processes left half written is removed once the lock is held. ``fresh`` and ``needed`` are those of
+    ``make_output`` and ``lock``. Raises ``kind``, and ``CacheLockedError`` where another process writes.
+    """
+    make_output(path, kind, fresh=fresh)
+    for name in parts:
+        make_folder(path / name, kind)
+    with lock(path, needed=needed):
+        for folder in (path, *(path / name for name in parts)):
+            remove_temporaries(folder, kind)
+        yield
+
+
+def refuse_foreign(path: Path, what: str, marker: str, parts: Collection[str], kind: Kind = CacheError) -> None:
+    """Raise ``kind`` unless a path is free or holds ``what`` (such as "a sweep"), which its file ``marker`` shows.
+
+    A process that was killed before it wrote the marker leaves only ``parts``, a lock file and the marker's temporary.
+    """
+    if not exists(path, kind):
+        return
+    if not path.is_dir():
+        raise kind(f"{path} is a file: choose a new or an empty directory")
+    if exists(path / marker, kind):
+        return
+    with explained(f"cannot read {path}", kind):
+        names = os.listdir(path)
+    strangers = [name for name in names if name not in (*parts, LOCK) and not name.startswith(f".{marker}.")]
+    if strangers:
+        raise kind(f"{path} exists and is not {what} (it holds {strangers[0]}): choose a new or an empty directory")
 
 
 def read(path: Path, kind: Kind = CacheError) -> bytes | None:

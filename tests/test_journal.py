@@ -6,17 +6,30 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_caches import tiny_disk
 
 from embedcache import journal
-from embedcache.errors import CacheError, SweepError
-from embedcache.journal import append, commit, explain, make_folder, recover, replacing
+from embedcache.errors import CacheError, CacheLockedError, SweepError
+from embedcache.journal import (
+    Journal,
+    append,
+    commit,
+    explain,
+    make_folder,
+    recover,
+    refuse_foreign,
+    replacing,
+    writing,
+)
 
 
 @contextmanager
@@ -212,6 +225,74 @@ def test_a_journal_that_is_a_link_is_refused_and_one_with_two_names_copied(tmp_p
     append(tmp_path / "j", b"2\n")
     assert victim.read_bytes() == b"1\nhalf"
     assert sorted(os.listdir(tmp_path)) == ["j", "victim"]
+
+
+def numbers(path: Path) -> Journal[int]:
+    return Journal(path, int, str, SweepError, "it is counted again")
+
+
+@given(kept=st.lists(st.integers(), min_size=1, max_size=7), cut=st.integers(0, 19))
+def test_records_survive_a_crash_that_cuts_the_last_line(kept: list[int], cut: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        records = numbers(Path(folder) / "j")
+        assert (records.read(), records.recover()) == ([], ([], False))
+        records.append(kept)
+        last = f"{kept[-1]}\n".encode()
+        cut = min(cut, len(last))
+        whole = records.path.read_bytes()
+        records.path.write_bytes(whole[: len(whole) - cut])
+        left = kept[:-1] if cut else kept
+        assert records.read() == left
+        assert records.recover() == (left, 0 < cut < len(last))
+        records.append(kept[len(left) :])
+        assert records.read() == kept
+        assert records.path.read_bytes() == whole
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    records = numbers(tmp_path / "j")
+    records.append([2, 3, 5])
+    records.path.write_bytes(b"2\nthree\n5\n")
+    for read in (records.read, records.recover):
+        with pytest.raises(SweepError, match=r"j, line 2 is damaged \(.*\): delete that line, and it is counted again"):
+            read()
+    assert records.path.read_bytes() == b"2\nthree\n5\n"
+
+
+def test_one_writer_makes_a_folder_and_tidies_it_up(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    with writing(path, SweepError, parts=["part"], fresh=True):
+        assert (path / "part").is_dir()
+        (path / "part" / ".left.0123456789abcdef.tmp").touch()
+        (path / ".left.0123456789abcdef.tmp").touch()
+        with pytest.raises(CacheLockedError), writing(path, SweepError, fresh=False):
+            pass
+        assert (path / ".left.0123456789abcdef.tmp").exists(), "only the one who has the lock removes anything"
+    with writing(path, SweepError, parts=["part"], fresh=False):
+        assert sorted(each.name for each in path.rglob("*")) == ["part"]
+    with pytest.raises(ZeroDivisionError), writing(path, SweepError, fresh=False):
+        raise ZeroDivisionError
+    with writing(path, SweepError, fresh=False):  # the lock was given back
+        pass
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        refuse_foreign(path, "a sweep", "sweep.json", ["parts"], SweepError)
+
+    refuse(tmp_path / "free")
+    refuse(tmp_path)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".sweep.json.0123456789abcdef.tmp").touch()
+    refuse(tmp_path)  # of a process that was killed at its start
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SweepError, match=r"is not a sweep \(it holds thesis.tex\): choose a new or an empty directory"):
+        refuse(tmp_path)
+    with pytest.raises(SweepError, match=r"is a file: choose"):
+        refuse(tmp_path / "thesis.tex")
+    (tmp_path / "sweep.json").touch()
+    refuse(tmp_path)
 
 
 def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:

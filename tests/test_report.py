@@ -270,7 +270,7 @@ def test_damaged_summaries(run: Run, tmp_path: Path, summary: Any, said: str) ->
 
 def test_folders_that_are_no_sweep(run: Run, tmp_path: Path) -> None:
     assert "is not there" in run("report", tmp_path / "nowhere")[2]
-    assert "is no sweep's folder" in run("report", tmp_path)[2]
+    assert "is not a sweep's folder" in run("report", tmp_path)[2]
     (tmp_path / "sweep.json").write_text("{}")
     assert "has no results yet" in run("report", tmp_path)[2]
 

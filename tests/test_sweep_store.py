@@ -101,19 +101,22 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         pass
     (tmp_path / "x").mkdir()
     (tmp_path / "x/thesis.tex").touch()
-    with pytest.raises(SweepError, match=r"no sweep \(it holds thesis.tex\)"), SweepFolder(tmp_path / "x", IDENTITY):
+    with (
+        pytest.raises(SweepError, match=r"not a sweep \(it holds thesis.tex\)"),
+        SweepFolder(tmp_path / "x", IDENTITY),
+    ):
         pass
     (tmp_path / "f").touch()
     with pytest.raises(SweepError, match="is a file"), SweepFolder(tmp_path / "f", IDENTITY):
         pass
     for text, message in [
-        ("", "is damaged"), ('{"format": "x", "version": 1, "identity": {}}', "is no sweep's"),
+        ("", "is damaged"), ('{"format": "x", "version": 1, "identity": {}}', "is not a sweep's"),
         ('{"format": "embedcache-sweep", "version": 9, "identity": {}}', "has version 9"),
     ]:  # fmt: skip
         (tmp_path / "s/sweep.json").write_text(text)
         with pytest.raises(SweepError, match=message):
             read_identity(tmp_path / "s")
-    with pytest.raises(SweepError, match="no sweep"):
+    with pytest.raises(SweepError, match="is not a sweep"):
         read_identity(tmp_path)
 
 

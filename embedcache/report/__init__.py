@@ -27,7 +27,7 @@ Form = Literal["html", "markdown", "json"]
 def report(sweep: Path | str, output: Path | str | None = None, form: Form = "html") -> str:
     """Return the report of a sweep's folder, and write it to ``output`` where that is given.
 
-    Raises ``SweepError`` for a folder that is no sweep or has no finished summary, and when ``output`` cannot be
+    Raises ``SweepError`` for a folder that is not a sweep or has no finished summary, and when ``output`` cannot be
     written; ``MissingExtraError`` without jinja2, for HTML.
     """
     summary = read_summary(Path(sweep))

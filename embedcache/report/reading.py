@@ -20,7 +20,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
                 raise SweepError(f"{folder} is not there: make a sweep with embedcache sweep CACHE -o {folder}")
             if (folder / "sweep.json").is_file():
                 raise SweepError(f"{folder} has no results yet: run the same sweep command again to go on")
-            raise SweepError(f"{folder} is no sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
+            raise SweepError(f"{folder} is not a sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
     try:
         summary = read_json(path, largest=256 << 20, most=8_000_000)
     except (ValueError, OSError) as error:

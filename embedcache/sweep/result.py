@@ -63,7 +63,7 @@ class SweepResult:
     def __init__(self, path: Path | str, *, temporary: bool = False) -> None:
         """Open a folder; a ``temporary`` one is removed together with this object.
 
-        Raises ``SweepError`` when it is no sweep, or no part of one is finished.
+        Raises ``SweepError`` when it is not a sweep, or no part of one is finished.
         """
         self.path = Path(path)
         if temporary:
@@ -71,7 +71,7 @@ class SweepResult:
         try:
             self.summary: dict[str, Any] = read_json(self.path / "summary.json", largest=256 << 20, most=8_000_000)
         except OSError:
-            raise SweepError(f"{path} has no summary.json: it is no sweep, or none that has finished a head") from None
+            raise SweepError(f"{path} has no summary.json: it is not a sweep, or has not finished a head") from None
         except ValueError as error:
             raise SweepError(f"{path}/summary.json is damaged ({error}): run the same sweep again") from None
         if problem := damage_of(self.summary):

@@ -5,8 +5,8 @@
     SWEEP/
     ├── sweep.json                     what is compared on what: written once, refused when it differs
     ├── results.jsonl                  one line a configuration and fold, appended and synced
-    ├── predictions/ID.safetensors     what each configuration said of the rows of each fold, for paired tests
-    ├── summary.json                   everything found; see ``summary``
+    ├── predictions/ID.safetensors     each configuration's outputs on the rows of each fold, for paired tests
+    ├── summary.json                   all findings; see ``summary``
     └── best/                          the chosen head's bundle
 
 A result counts only with its predictions, which are written first.
@@ -15,7 +15,6 @@ A result counts only with its predictions, which are written first.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,23 +26,21 @@ import numpy.typing as npt
 from embedcache.errors import SweepError
 from embedcache.fingerprint import canonical_json, differences, hash_json, read_json, strict_json
 from embedcache.journal import (
-    LOCK,
-    append,
+    Journal,
     commit,
     exists,
     explain,
-    explained,
-    lock,
-    make_folder,
-    make_output,
     read,
-    recover,
+    refuse_foreign,
     refuse_link,
-    remove_temporaries,
+    writing,
 )
 
 FORMAT, VERSION = "embedcache-sweep", 1
+IDENTITY, PREDICTIONS = "sweep.json", "predictions"
 Outputs = npt.NDArray[np.float32]
+Key = tuple[str, int, int | None]
+"""What there can be only one result of: configuration, fold, point of a learning curve."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ class Result:
     error: str | None = None
 
     @property
-    def key(self) -> tuple[str, int, int | None]:
-        """What there can be only one of: configuration, fold, point of a learning curve."""
+    def key(self) -> Key:
+        """Configuration, fold, point of a learning curve."""
         return self.id, self.fold, self.curve
 
     @classmethod
@@ -101,34 +98,31 @@ class SweepFolder:
         self.path = Path(path)
         self.identity = dict(identity)
         self.notes: list[str] = []
-        self.results: dict[tuple[str, int, int | None], Result] = {}
-        self._lock: contextlib.ExitStack | None = None
+        self.results: dict[Key, Result] = {}
+        self._journal = _journal(self.path)
+        self._writing = contextlib.ExitStack()
 
     def __enter__(self) -> SweepFolder:
-        refuse_foreign(self.path)
-        make_output(self.path, SweepError, fresh=not exists(self.path / "sweep.json", SweepError))
-        make_folder(self.path / "predictions", SweepError)
+        refuse_foreign(self.path, "a sweep", IDENTITY, [PREDICTIONS], SweepError)
+        fresh = not exists(self.path / IDENTITY, SweepError)
         refuse_link(self.path / "best", SweepError)  # now, not after hours
-        self._lock = lock(self.path)
-        try:
-            for folder in (self.path, self.path / "predictions"):
-                remove_temporaries(folder, SweepError)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(writing(self.path, SweepError, parts=[PREDICTIONS], fresh=fresh))
             self._identify()
-            self.results = self._read()
-        except BaseException:
-            self.__exit__()
-            raise
+            records, half = self._journal.recover()
+            self._writing = stack.pop_all()
+        if half:
+            self.notes.append("the last line of results.jsonl was half written; it was dropped and is computed again")
+        self.results = _by_key(records)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._writing.close()
 
     def _identify(self) -> None:
-        if not exists(self.path / "sweep.json", SweepError):
+        if not exists(self.path / IDENTITY, SweepError):
             body = {"format": FORMAT, "version": VERSION, "identity": self.identity}
-            commit(self.path / "sweep.json", (canonical_json(body) + "\n").encode(), SweepError)
+            commit(self.path / IDENTITY, (canonical_json(body) + "\n").encode(), SweepError)
             return
         found = read_identity(self.path)
         differ = differences(found, self.identity)
@@ -145,28 +139,13 @@ class SweepFolder:
         """The hash of what is compared on what."""
         return hash_json(self.identity)
 
-    def _read(self) -> dict[tuple[str, int, int | None], Result]:
-        file = self.path / "results.jsonl"
-        data, half = recover(file, SweepError)
-        if half:
-            self.notes.append("the last line of results.jsonl was half written; it was dropped and is computed again")
-        found: dict[tuple[str, int, int | None], Result] = {}
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):
-            result = _parse(file, number, line)
-            found.setdefault(result.key, result)
-        return found
-
     def add(self, results: Sequence[Result], outputs: Mapping[str, Mapping[int, Outputs]] | None = None) -> None:
         """Keep results: the predictions of each configuration by fold first, then the lines, synced."""
         for name, by_fold in (outputs or {}).items():
             self._write_predictions(name, by_fold)
         new = [each for each in results if each.key not in self.results]
-        lines = "".join(canonical_json(asdict(each)) + "\n" for each in new).encode("ascii")
-        if not lines:
-            return
-        append(self.path / "results.jsonl", lines, SweepError)
-        for each in new:
-            self.results[each.key] = each
+        self._journal.append(new)
+        self.results |= {result.key: result for result in new}
 
     def _write_predictions(self, name: str, by_fold: Mapping[int, Outputs]) -> None:
         from safetensors.numpy import save
@@ -177,10 +156,10 @@ class SweepFolder:
         commit(self._prediction_file(name), save(tensors), SweepError)
 
     def _prediction_file(self, name: str) -> Path:
-        return self.path / "predictions" / f"{name}.safetensors"
+        return self.path / PREDICTIONS / f"{name}.safetensors"
 
     def predictions(self, name: str) -> dict[int, Outputs]:
-        """Return what a configuration said, by fold: float32 [rows, C] each. {} where the file is gone or damaged."""
+        """Return a configuration's outputs by fold: float32 [rows, C] each. {} where the file is gone or damaged."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -210,46 +189,35 @@ class SweepFolder:
         commit(self.path / name, data, SweepError)
 
 
-def _parse(file: Path, number: int, line: bytes) -> Result:
-    try:
-        return Result.from_json(strict_json(line))
-    except (ValueError, TypeError) as error:
-        raise SweepError(
-            f"{file}, line {number} is damaged ({error}): delete that line, and what it held is computed again"
-        ) from None
+def _journal(path: Path) -> Journal[Result]:
+    return Journal(
+        path / "results.jsonl", lambda line: Result.from_json(strict_json(line)),
+        lambda result: canonical_json(asdict(result)), SweepError, "what it held is computed again",
+    )  # fmt: skip
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise ``SweepError`` unless a path may become a sweep's folder or is one."""
-    if not exists(path, SweepError):
-        return
-    if not path.is_dir():
-        raise SweepError(f"{path} is a file: choose a new or an empty directory")
-    if not exists(path / "sweep.json", SweepError):
-        # A process killed between making the folder and naming it leaves only this.
-        with explained(f"cannot read {path}", SweepError):
-            strangers = [name for name in os.listdir(path) if name not in ("predictions", LOCK)]
-        strangers = [name for name in strangers if not name.startswith(".sweep.json.")]
-        if strangers:
-            raise SweepError(
-                f"{path} exists and is no sweep (it holds {strangers[0]}): choose a new or an empty directory"
-            )
+def _by_key(results: Iterable[Result]) -> dict[Key, Result]:
+    """Return results by their keys; of two with one key the first counts, for predictions were kept with it."""
+    by_key: dict[Key, Result] = {}
+    for result in results:
+        by_key.setdefault(result.key, result)
+    return by_key
 
 
 def read_identity(path: Path | str) -> dict[str, Any]:
-    """Return what a sweep's folder compares. Raises ``SweepError`` when it is no sweep, or of another version."""
-    file = Path(path) / "sweep.json"
+    """Return what a sweep's folder compares. Raises ``SweepError`` when it is not a sweep, or of another version."""
+    file = Path(path) / IDENTITY
     try:
         body = read_json(file)
         name, version, identity = body["format"], body["version"], body["identity"]
     except (FileNotFoundError, NotADirectoryError):
-        raise SweepError(f"{path} is no sweep: it has no sweep.json") from None
+        raise SweepError(f"{path} is not a sweep: it has no sweep.json") from None
     except OSError as error:
         raise SweepError(f"cannot read {file}: {explain(error)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise SweepError(f"{file} is damaged ({error}): restore it, or sweep into a new folder") from None
     if name != FORMAT or not isinstance(identity, dict):
-        raise SweepError(f"{file} is no sweep's: expected format {FORMAT!r}")
+        raise SweepError(f"{file} is not a sweep's: expected format {FORMAT!r}")
     if version != VERSION:
         raise SweepError(f"{file} has version {version!r}, this embedcache reads {VERSION}: use the one that wrote it")
     return identity
@@ -260,16 +228,7 @@ def read_results(path: Path | str) -> list[Result]:
 
     Raises ``SweepError`` for a damaged line.
     """
-    file = Path(path) / "results.jsonl"
-    lines = (read(file, SweepError) or b"").split(b"\n")[:-1]
-    return _unique(_parse(file, number, line) for number, line in enumerate(lines, 1))
-
-
-def _unique(results: Iterable[Result]) -> list[Result]:
-    found: dict[tuple[str, int, int | None], Result] = {}
-    for each in results:
-        found.setdefault(each.key, each)
-    return list(found.values())
+    return list(_by_key(_journal(Path(path)).read()).values())
 
 
 def _short(value: Any) -> str:
