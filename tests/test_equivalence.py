@@ -43,7 +43,7 @@ from embedcache.extract import extract
 from embedcache.heads.registry import build_head
 from embedcache.shard import STORED, FeatureSet, rounded
 from embedcache.spec import HeadSpec
-from embedcache.train.data import Data
+from embedcache.train.data import LabelledRows
 
 HEADS = ("linear", "mlp", "residual", "attention", "attention-pooling")
 ENDINGS = ("", "in the film", "and the plot", "of the old actor")
@@ -559,8 +559,8 @@ def test_standardised_by_other_moments_and_other_dropout(
 ) -> None:
     honest = examination.train_live
 
-    def moved(data: Data, *rest: Any, **options: Any) -> Any:
-        return honest(replace(data, x=data.x[:-1]), *rest, **options)
+    def moved(data: LabelledRows, *rest: Any, **options: Any) -> Any:
+        return honest(replace(data, x=data.x.take(np.arange(len(data) - 1))), *rest, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(examination, "train_live", moved)

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import embedcache
 from embedcache.errors import FeatureError, InputError, SpecError
+from embedcache.features import Ragged, features_of, refuse_non_finite
 from embedcache.heads import STACKED_OPTIONS, TrainedHead, build_head, engine_of, kinds, register_head, stack_key
 from embedcache.heads.attention import AttentionPooling, SelfAttention, number_of_heads
 from embedcache.heads.layers import Affine, Dropout
 from embedcache.heads.modules import MLP, Head, Linear, ResidualMLP, choose_heads, stack_heads
 from embedcache.heads.registry import TORCH
-from embedcache.heads.trained import PASS_ROWS, checked_features, pad, padded_length, passes, refuse_non_finite
+from embedcache.heads.trained import PASS_ROWS, padded_length, passes
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec
 
@@ -446,13 +447,14 @@ def test_rows_are_padded_little(length: int) -> None:
 
 
 def test_a_pass_covers_each_row_once() -> None:
-    x = raw(TOKENS, 101)
+    x = features_of(raw(TOKENS, 101), TOKENS)
+    assert isinstance(x, Ragged)
     places = np.concatenate([places for places, _, _ in passes(x)])
     assert sorted(places) == list(range(101))
     shapes = {tuple(batch.shape) for _, batch, _ in passes(x)}
     assert len({shape[1] for shape in shapes}) == len(shapes), "one number of rows for each length"
     with pytest.raises(InputError, match="row 1 has no tokens"):
-        pad(np.zeros((3, 7), np.float32), np.array([0, 2, 2, 3]), np.arange(3))
+        Ragged(np.zeros((3, 7), np.float32), np.array([0, 2, 2, 3]), TOKENS).padded(np.arange(3))
 
 
 def test_features_read_from_disk_give_the_same() -> None:
@@ -529,7 +531,7 @@ def test_probabilities_and_decisions_by_hand() -> None:
 )
 def test_features_of_another_shape_are_refused(feature: FeatureSet, x: Any, said: str) -> None:
     with pytest.raises(FeatureError, match=said):
-        checked_features(x, feature)
+        features_of(x, feature)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -537,7 +539,7 @@ def test_non_finite_features_name_the_row_and_the_set(bad: float) -> None:
     x = np.ones((23, 5), np.float32)
     x[17, 3] = bad
     with pytest.raises(FeatureError, match="mean of validation: row 17 holds NaN or infinity"):
-        checked_features(x, POOLED, where="validation")
+        features_of(x, POOLED, where="validation")
     x[18] = -x[17]  # infinities that cancel out
     with pytest.raises(FeatureError, match="row 17"):
         trained("linear").logits(x)

@@ -18,8 +18,10 @@ from sklearn import metrics as oracle
 
 from embedcache.errors import SpecError, TrainingError
 from embedcache.spec import TASKS
+from embedcache.task import task_named
 from embedcache.train import metrics
-from embedcache.train.metrics import METRICS, interval, judged, measure, metrics_of, score, scores
+from embedcache.train.metrics import METRICS, interval, measure, metrics_of, score, scores
+from embedcache.train.metrics.predictions import Predictions, Ranked, areas
 
 N, C, R, K = 97, 5, 3, 7
 
@@ -119,7 +121,7 @@ def test_two_ways_to_rank_are_one(seed: int, rows: int, share: float, steps: int
     """The short way, for rows of equal weight, gives the areas of the long one; with many ties and with none."""
     generator = np.random.default_rng(seed)
     positive, score_ = generator.random(rows) < share, generator.integers(0, steps, rows) / steps
-    short, ranked = judged.areas(positive, score_), judged.Ranked(positive, score_)
+    short, ranked = areas(positive, score_), Ranked(positive, score_)
     ones = np.ones(rows)
     np.testing.assert_allclose(short, [ranked.roc_auc(ones), ranked.average_precision(ones)], rtol=1e-12)
 
@@ -350,7 +352,7 @@ def test_an_interval_is_quick(name: str) -> None:
 
 
 def test_default_metrics_and_directions() -> None:
-    assert {task: metrics.default_metric(task) for task in TASKS} == {
+    assert {task: task_named(task).default_metric for task in TASKS} == {
         "classification": "log_loss",
         "multilabel": "log_loss",
         "regression": "rmse",
@@ -400,12 +402,12 @@ def test_an_unknown_metric_names_the_nearest(name: str, task: str, message: str)
 )
 def test_shapes_that_do_not_fit_are_refused(task: str, y: Any, outputs: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        judged.Judged(task, y, outputs)
+        Predictions(task, y, outputs)
 
 
 @pytest.mark.parametrize("outputs", [[[3.0, -1.0], [0.5, 0.5]], [[0.9, 0.9], [0.5, 0.5]]])
 def test_logits_are_no_probabilities(outputs: Any) -> None:
-    with pytest.raises(TrainingError, match="outputs are no probabilities"):
+    with pytest.raises(TrainingError, match="outputs are not probabilities"):
         measure("classification", np.array([0, 1]), np.array(outputs), ["a", "b"])
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,27 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.utils.class_weight import compute_class_weight
 
-from embedcache.errors import BundleError, EmbedcacheError, FeatureError, MissingExtraError, SpecError, TrainingError
+from embedcache.errors import (
+    BundleError,
+    EmbedcacheError,
+    FeatureError,
+    InputError,
+    MissingExtraError,
+    SpecError,
+    TrainingError,
+)
 from embedcache.heads import sklearn_io
 from embedcache.heads.registry import checked_kind, option_names
+from embedcache.heads.sklearn_io import load_estimator, save_estimator
 from embedcache.heads.sklearn_kinds import KINDS, Setting
-from embedcache.spec import HeadSpec
-from embedcache.train.sklearn_engine import NEVER, FittedSklearn, fit_sklearn, load_estimator, outputs, save_estimator
+from embedcache.heads.sklearn_outputs import outputs
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.task import task_named
+from embedcache.train import sklearn_engine
+from embedcache.train.data import labelled_rows_of
+from embedcache.train.sklearn_engine import NEVER
 
 N, D, C, R = 97, 7, 5, 3
 QUICK = {"mlp": {"max_iter": 3, "hidden": [11]}, "hist-gradient-boosting": {"max_iter": 3, "min_samples_leaf": 5}}
@@ -50,6 +65,38 @@ def data(task: str, seed: int = 0, rows: int = N, dim: int = D) -> tuple[Any, An
     if task == "multilabel":
         return x, (score > 0.3).astype(np.uint8), C
     return x, 100 * score[:, :R] + 7, R
+
+
+@dataclass(frozen=True)
+class FittedSklearn:
+    """What an engine's result amounts to: a matrix (weight [C, D], bias [C]) or an estimator, and their outputs."""
+
+    task: Any
+    classes: int
+    linear: Any
+    estimator: Any
+    notes: tuple[str, ...] = ()
+
+    def outputs(self, x: Any) -> Any:
+        """Uncalibrated probabilities float64 [N, C], or values [N, R]."""
+        if self.linear is None:
+            return outputs(self.estimator, x, self.task, self.classes)
+        weight, bias = self.linear
+        return task_named(self.task).probabilities(np.asarray(x, np.float64) @ weight.T + bias)
+
+
+def fit_sklearn(
+    head: HeadSpec, x: Any, y: Any, *, task: Any, classes: int, class_weight: Any = None, sample_weight: Any = None,
+    **settings: Any,
+) -> FittedSklearn:  # fmt: skip
+    """Fit a head on labelled rows whose C classes or R targets have numbers for names."""
+    names = [str(number) for number in range(classes)]
+    if isinstance(class_weight, np.ndarray):
+        class_weight = {str(number): weight for number, weight in enumerate(class_weight.tolist())}
+    rows = labelled_rows_of(x, y, task, names, weight=sample_weight)
+    fitted = sklearn_engine.fit_sklearn(rows, head, TrainSpec(class_weight=class_weight, **settings))
+    linear = (fitted.state["output.weight"], fitted.state["output.bias"]) if fitted.state else None
+    return FittedSklearn(task, classes, linear, fitted.estimator, fitted.notes)
 
 
 def head(kind: str, **options: Any) -> HeadSpec:
@@ -167,7 +214,7 @@ def test_l2_is_one_over_c_and_options_overrule_it() -> None:
 @pytest.mark.parametrize("weights", [None, "w"])
 def test_majority_equals_the_dummies(weights: str | None) -> None:
     generator = np.random.default_rng(0)
-    rows = None if weights is None else generator.random(N)
+    rows = None if weights is None else generator.random(N).astype(np.float32).astype(float)
     for task, dummy in (("classification", DummyClassifier(strategy="prior")), ("regression", DummyRegressor())):
         x, y, classes = data(task)
         y = np.where(y == 3, 2, y) if task == "classification" else y
@@ -300,9 +347,10 @@ def test_class_weights_are_scikit_learns(kind: str) -> None:
     x, y, classes = data("classification")
     y = np.where(np.arange(N) < 60, 0, y)
     scale = kind != "hist-gradient-boosting"
+    balanced = compute_class_weight("balanced", classes=np.unique(y), y=y)
     for mine, theirs in (
-        ("balanced", "balanced"),
-        (np.array([1, 2, 3, 0.5, 0.1]), dict(enumerate([1, 2, 3, 0.5, 0.1]))),
+        ("balanced", dict(enumerate(balanced.astype(np.float32).astype(float)))),  # weights are float32
+        (np.array([1, 2, 3, 0.5, 0.125]), dict(enumerate([1, 2, 3, 0.5, 0.125]))),
     ):
         found = fit_sklearn(head(kind), x, y, task="classification", classes=classes, class_weight=mine)
         own = pipeline(kind, "classification", x, scale)
@@ -333,14 +381,12 @@ def test_a_row_of_weight_two_is_two_rows(kind: str, task: str) -> None:
 
 def test_weights_of_rows_and_of_classes_multiply() -> None:
     x, y, _ = data("classification")
-    rows, classes = np.random.default_rng(1).random(N), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    rows, classes = np.random.default_rng(1).integers(1, 9, N), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     found = fit_sklearn(
         head("majority"), x, y, task="classification", classes=C, sample_weight=rows, class_weight=classes
     )
     np.testing.assert_allclose(found.outputs(x)[0], np.bincount(y, rows * classes[y]) / (rows * classes[y]).sum())
-    even = fit_sklearn(
-        head("majority"), x, y, task="classification", classes=C, sample_weight=rows, class_weight="balanced"
-    )
+    even = fit_sklearn(head("majority"), x, y, task="classification", classes=C, class_weight="balanced")
     np.testing.assert_allclose(even.outputs(x), 1 / C)
 
 
@@ -657,14 +703,12 @@ def test_what_cannot_be_is_said(kind: str, task: str, options: Any, message: str
         fit_sklearn(HeadSpec(kind, "sklearn", options), x, y, task=task, classes=classes)
 
 
-class Ragged:
-    values, offsets = np.ones((5, D)), np.array([0, 2, 5])
-
-
-@pytest.mark.parametrize("x", [np.ones((N, 3, D)), (np.ones((5, D)), np.array([0, 2, 5])), Ragged(), np.ones(N)])
+@pytest.mark.parametrize("x", [np.ones((N, 3, D)), (np.ones((2 * N, D)), 2 * np.arange(N + 1))])
 def test_several_vectors_a_row_need_attention(x: Any) -> None:
-    with pytest.raises(FeatureError, match=r"reads one vector a row .* or the head attention or attention-pooling"):
+    with pytest.raises(FeatureError, match=r"reads one vector a row,.* or the head attention or attention-pooling"):
         fit_sklearn(head("linear"), x, data("classification")[1], task="classification", classes=C)
+    with pytest.raises(FeatureError, match=r"shape \[97\]: expected \[N, D\]"):
+        fit_sklearn(head("linear"), np.ones(N), data("classification")[1], task="classification", classes=C)
 
 
 def test_bad_data_is_refused() -> None:
@@ -672,33 +716,34 @@ def test_bad_data_is_refused() -> None:
     bad = x.copy()
     bad[13, 2] = np.nan
     lost = y.copy()
-    lost[3] = -1
+    lost[3] = -2
     many, several = data("regression")[1].copy(), data("multilabel")[1].copy()
     many[5, 1] = np.inf
-    several[2] = 255
+    several[2, 1] = 255
 
     def with_weights(kind: str, **weights: Any) -> Callable[[], Any]:
         return lambda: fit_sklearn(head(kind), x, y, task="classification", classes=classes, **weights)
 
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (FeatureError, "row 13", lambda: fit_sklearn(head("linear"), bad, y, task="classification", classes=C)),
-        (TrainingError, "from -1 to 4", lambda: fit_sklearn(head("linear"), x, lost, task="classification", classes=C)),
-        (TrainingError, "from 0 to 4", lambda: fit_sklearn(head("linear"), x, y, task="classification", classes=4)),
-        (TrainingError, "to 255", lambda: fit_sklearn(head("linear"), x, several, task="multilabel", classes=C)),
-        (TrainingError, "row 5 has no finite", lambda: fit_sklearn(
+        (InputError, "row 3 has the class -2", lambda: fit_sklearn(
+            head("linear"), x, lost, task="classification", classes=C)),
+        (InputError, "expected 0 to 3", lambda: fit_sklearn(head("linear"), x, y, task="classification", classes=4)),
+        (InputError, "row 2 has labels other than 0 and 1", lambda: fit_sklearn(
+            head("linear"), x, several, task="multilabel", classes=C)),
+        (InputError, "row 5 has an infinite target", lambda: fit_sklearn(
             head("ridge"), x, many, task="regression", classes=R)),
-        (SpecError, r"shape \[97, 3\], expected \[97, 4\]", lambda: fit_sklearn(
+        (InputError, "targets are 3 wide, and there are 4 names", lambda: fit_sklearn(
             head("ridge"), x, data("regression")[1], task="regression", classes=4)),
-        (SpecError, "expected", lambda: fit_sklearn(head("linear"), x[:5], y, task="classification", classes=C)),
-        (TrainingError, "no training row", lambda: fit_sklearn(
-            head("linear"), x[:0], y[:0], task="classification", classes=C)),
+        (InputError, "5 rows of features and 97 of targets", lambda: fit_sklearn(
+            head("linear"), x[:5], y, task="classification", classes=C)),
         (SpecError, "lda cannot weigh", with_weights("lda", sample_weight=np.arange(N))),
         (SpecError, "knn cannot weigh", with_weights("knn", class_weight="balanced")),
-        (SpecError, "sample_weight", with_weights("linear", sample_weight=np.ones(3))),
-        (SpecError, "sample_weight", with_weights("linear", sample_weight=-np.ones(N))),
-        (SpecError, "sample_weight", with_weights("linear", sample_weight=np.zeros(N))),
+        (InputError, "sample weights must be 97", with_weights("linear", sample_weight=np.ones(3))),
+        (InputError, "of 0 or more", with_weights("linear", sample_weight=-np.ones(N))),
+        (InputError, "every sample weight is 0", with_weights("linear", sample_weight=np.zeros(N))),
         (SpecError, "class_weight is 'even'", with_weights("linear", class_weight="even")),
-        (SpecError, "expected 5 numbers", with_weights("linear", class_weight=np.ones(3))),
+        (SpecError, "names '5', which is", with_weights("linear", class_weight=np.ones(6))),
         (TrainingError, "leaves no row", with_weights("linear", class_weight=np.zeros(C))),
         (SpecError, "this is a regression", lambda: fit("ridge", "regression", class_weight="balanced")),
         (SpecError, "cannot weigh labels", lambda: fit("mlp", "multilabel", class_weight="balanced")),
@@ -732,15 +777,18 @@ import embedcache.heads, embedcache.train.sklearn_engine as engine
 from embedcache.heads.registry import option_names
 from embedcache.heads.sklearn_kinds import KINDS
 print([option_names(kind, 'sklearn') for kind in KINDS] and 'sklearn' in sys.modules, 'torch' in sys.modules)
-from embedcache.spec import HeadSpec
+from embedcache.heads.sklearn_io import load_estimator, save_estimator
+from embedcache.heads.sklearn_outputs import outputs
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.train.data import labelled_rows_of
 x = np.random.default_rng(0).normal(size=(20, 3)).astype('f4')
 for kind in ('linear', 'knn'):
-    fitted = engine.fit_sklearn(HeadSpec(kind, 'sklearn'), x, np.arange(20) % 2, task='classification', classes=2)
-    fitted.outputs(x)
+    rows = labelled_rows_of(x, np.arange(20) % 2, 'classification', ['a', 'b'])
+    fitted = engine.fit_sklearn(rows, HeadSpec(kind, 'sklearn'), TrainSpec())
 print('torch' in sys.modules, 'skops' in sys.modules)
 path = tempfile.mktemp()
-engine.save_estimator(path, fitted.estimator)
-engine.outputs(engine.load_estimator(path), x, 'classification', 2)
+save_estimator(path, fitted.estimator)
+outputs(load_estimator(path), x, 'classification', 2)
 print('torch' in sys.modules)
 print('sklearn.externals.array_api_compat.torch' in sys.modules)  # kept out for a moment, not for good
 """

@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
+from embedcache.features import MappedRows, OnDisk, Ragged, features_of
 from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName, TrainSpec
+from embedcache.task import CLASSIFICATION, REGRESSION
 from embedcache.train import Masks, train_head, train_stack
-from embedcache.train.batches import Batch, InMemory, InMemoryRagged, OnDisk, block_order, order
-from embedcache.train.data import Data, class_weights, moments
+from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, order
+from embedcache.train.data import class_weights, labelled_rows_of, moments
 from embedcache.train.ending import still_improving
-from embedcache.train.loop import fit
+from embedcache.train.loop import Stopping, fit
 from embedcache.train.losses import Loss
-from embedcache.train.minibatch import train_minibatch
-from embedcache.train.readers import MappedRows, fits_in_memory
-from embedcache.train.run import checked_data
+from embedcache.train.memory import fits_in_memory
+from embedcache.train.minibatch import PassOptions, fit_minibatch
 from embedcache.train.stack import HeadStack, schedule_factors
 from embedcache.train.start import start_biases
 
@@ -110,13 +111,13 @@ def test_balanced_weights_are_scikit_learns() -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     y = np.array([0, 0, 0, 1, 2, 2, 2, 2], np.int64)
-    mine = class_weights([TrainSpec(class_weight="balanced")], y, "classification", NAMES)
+    mine = class_weights([TrainSpec(class_weight="balanced")], y, CLASSIFICATION, NAMES)
     assert mine is not None
     np.testing.assert_allclose(mine[0], compute_class_weight("balanced", classes=np.arange(3), y=y), rtol=1e-6)
-    with pytest.raises(SpecError, match="'d', which is no class"):
-        class_weights([TrainSpec(class_weight={"d": 1.0})], y, "classification", NAMES)
+    with pytest.raises(SpecError, match="'d', which is not a class"):
+        class_weights([TrainSpec(class_weight={"d": 1.0})], y, CLASSIFICATION, NAMES)
     with pytest.raises(SpecError, match="regression"):
-        class_weights([TrainSpec(class_weight="balanced")], y, "regression", NAMES)
+        class_weights([TrainSpec(class_weight="balanced")], y, REGRESSION, NAMES)
 
 
 # optimizer -----------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
     folds = np.arange(67) % 3
     train = np.stack([folds != fold for fold in range(3)])
     of = np.array([draw(st.integers(0, 2)) for _ in range(count)])
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
     if not masked:
         options |= {"x_eval": x[:20], "y_eval": y[:20]}
 
@@ -212,21 +213,21 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
         alone = train_stack(
             x, y, heads[place : place + 1], specs[place : place + 1], **options, **masks(of[place : place + 1])
         )
-        mine, other = together.history[place], alone.history[0]
+        mine, other = together[place].history, alone[0].history
         assert len(mine) == len(other)
         for a, b in zip(mine, other, strict=True):
             assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
             assert a["validation_log_loss"] == pytest.approx(b["validation_log_loss"], abs=1e-4)
-        for name, value in alone.heads[0].state.items():
-            np.testing.assert_allclose(together.heads[place].state[name], value, atol=2e-3, rtol=1e-3)
+        for name, value in alone[0].head.state.items():
+            np.testing.assert_allclose(together[place].head.state[name], value, atol=2e-3, rtol=1e-3)
 
 
 def test_a_head_with_another_seed_is_seen_to_differ() -> None:
     x, y = made()
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
     heads = [HeadSpec("mlp", "torch", {"hidden": [5]})]
     losses = [
-        train_stack(x, y, heads, [TrainSpec(epochs=1, seed=seed, shuffle_seed=0)], **options).history[0][0][
+        train_stack(x, y, heads, [TrainSpec(epochs=1, seed=seed, shuffle_seed=0)], **options)[0].history[0][
             "train_loss"
         ]
         for seed in (0, 1)
@@ -239,13 +240,13 @@ def test_a_fold_is_trained_as_on_its_own_rows() -> None:
     x, y = made(60)
     train = (np.arange(60) % 4 != 0)[None]
     spec = [TrainSpec(epochs=5, batch_size=64, weight_decay=0.0, patience=0, clip=0.0)]
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
     masked = train_stack(x, y, [HeadSpec()], spec, masks=Masks(train, ~train, np.array([0])), **options)
     chosen = train_stack(x[train[0]], y[train[0]], [HeadSpec()], spec, **options)
-    for a, b in zip(masked.history[0], chosen.history[0], strict=True):
+    for a, b in zip(masked[0].history, chosen[0].history, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-6)
     # The folded mean multiplies what differs in the weights.
-    np.testing.assert_allclose(masked.heads[0].logits(x), chosen.heads[0].logits(x), atol=1e-4)
+    np.testing.assert_allclose(masked[0].head.logits(x), chosen[0].head.logits(x), atol=1e-4)
 
 
 def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
@@ -253,14 +254,14 @@ def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
     specs = [TrainSpec(epochs=40, patience=2, learning_rate=rate, shuffle_seed=0) for rate in (3.0, 1e-3)]
     found = train_stack(
         x[:150], y[:150], [HeadSpec("mlp")] * 2, specs, x_eval=x[150:], y_eval=y[150:],
-        task="classification", class_names=NAMES, progress=False,
+        task="classification", class_names=NAMES,
     )  # fmt: skip
-    assert len(found.history[0]) < len(found.history[1])
-    assert len(found.history[0]) == found.best_epoch[0] + 3
+    assert len(found[0].history) < len(found[1].history)
+    assert len(found[0].history) == found[0].fitted.best_epoch + 3
     from embedcache.train.metrics import score
 
-    measured = score("log_loss", "classification", y[150:], found.heads[0].probabilities(x[150:]))
-    assert measured == pytest.approx(min(each["validation_log_loss"] for each in found.history[0]), rel=1e-4)
+    measured = score("log_loss", "classification", y[150:], found[0].head.probabilities(x[150:]))
+    assert measured == pytest.approx(min(each["validation_log_loss"] for each in found[0].history), rel=1e-4)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -269,18 +270,21 @@ def test_a_stack_too_large_for_the_cache_is_trained_in_parts(monkeypatch: pytest
     heads = [HeadSpec("mlp", "torch", {"hidden": [5]})] * 5
     specs = [TrainSpec(epochs=3, seed=seed, shuffle_seed=0, learning_rate=1e-3 * (1 + seed)) for seed in range(5)]
     train = np.stack([np.arange(90) % 2 != fold for fold in range(2)])
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
     options |= {"masks": Masks(train, ~train, np.arange(5) % 2)} if masked else {"x_eval": x, "y_eval": y}
     whole = train_stack(x, y, heads, specs, **options)
-    monkeypatch.setattr("embedcache.train.minibatch.STACK_NUMBERS", 2 * whole.heads[0].parameters)
-    parts = train_stack(x, y, heads, specs, **options)
-    assert parts.steps == 3 * whole.steps
-    assert parts.best_epoch == whole.best_epoch
-    for mine, other, a, b in zip(parts.heads, whole.heads, parts.history, whole.history, strict=True):
-        assert a[-1]["train_loss"] == pytest.approx(b[-1]["train_loss"], abs=1e-5)
-        assert mine.training == other.training
-        for name in other.state:
-            np.testing.assert_allclose(mine.state[name], other.state[name], atol=1e-4)
+    monkeypatch.setattr("embedcache.train.minibatch.STACK_NUMBERS", 2 * whole[0].head.parameters)
+    stacks: list[int] = []
+    watched = PassOptions(watch=lambda stack: stacks.append(len(stack)))
+    parts = train_stack(x, y, heads, specs, options=watched, **options)
+    assert stacks == [2, 2, 1]
+    for mine, other in zip(parts, whole, strict=True):
+        assert mine.fitted.best_epoch == other.fitted.best_epoch
+        assert mine.fitted.steps == other.fitted.steps
+        assert mine.history[-1]["train_loss"] == pytest.approx(other.history[-1]["train_loss"], abs=1e-5)
+        assert mine.head.training == other.head.training
+        for name in other.head.state:
+            np.testing.assert_allclose(mine.head.state[name], other.head.state[name], atol=1e-4)
 
 
 def test_features_on_disk_are_read_once_a_pass_however_many_heads() -> None:
@@ -295,13 +299,13 @@ def test_features_on_disk_are_read_once_a_pass_however_many_heads() -> None:
     for heads in (1, 7):
         reader = Counted(x)
         specs = [TrainSpec(epochs=2, seed=seed, shuffle_seed=0, standardize=False) for seed in range(heads)]
-        train_stack(reader, y, [HeadSpec()] * heads, specs, task="classification", class_names=NAMES, progress=False)
+        train_stack(reader, y, [HeadSpec()] * heads, specs, task="classification", class_names=NAMES)
         assert reader.rows == 2 * 300
 
 
 def test_what_cannot_be_stacked_is_refused() -> None:
     x, y = made()
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
     with pytest.raises(SpecError, match="share epochs"):
         train_stack(x, y, [HeadSpec()] * 2, [TrainSpec(epochs=1), TrainSpec(epochs=2)], **options)
     with pytest.raises(SpecError, match="one kind and shape"):
@@ -339,36 +343,36 @@ class Scripted:
         self.alive = [self.alive[place] for place in places]
 
 
-def batches(rows: int = 4) -> InMemory:
-    return InMemory(torch.zeros(rows, 1), rows, 0)
+def batches(rows: int = 4) -> TensorBatches:
+    return TensorBatches(torch.zeros(rows, 1), rows, 0)
 
 
 def test_early_stopping_waits_for_patience_and_remembers_the_best() -> None:
     learner = Scripted([0.5, 0.7, 0.6, 0.65, 0.9])
-    found = fit(learner, batches(), epochs=5, patience=2, progress=False, metric="accuracy")
+    found = fit(learner, batches(), Stopping(5, patience=2, metric="accuracy"), progress=False)
     assert [entry["validation_accuracy"] for entry in found.history[0]] == [0.5, 0.7, 0.6, 0.65]
     assert found.best_epoch == [1]
     assert learner.kept == [1, 2]
 
 
 def test_a_metric_that_is_better_when_lower() -> None:
-    found = fit(Scripted([0.5, 0.7, 0.4]), batches(), epochs=3, greater_is_better=False, progress=False)
+    found = fit(Scripted([0.5, 0.7, 0.4]), batches(), Stopping(3, greater_is_better=False), progress=False)
     assert found.best_epoch == [2]
 
 
 def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
-    found = fit(Scripted([math.nan, 0.1, math.nan]), batches(), epochs=3, progress=False)
+    found = fit(Scripted([math.nan, 0.1, math.nan]), batches(), Stopping(3), progress=False)
     assert found.best_epoch == [1]
 
 
 def test_a_loss_that_explodes_is_an_error() -> None:
     with pytest.raises(TrainingError, match="lower learning rate"):
-        fit(Scripted([0.5], losses=math.inf), batches(), epochs=1, progress=False)
+        fit(Scripted([0.5], losses=math.inf), batches(), Stopping(1), progress=False)
 
 
 def test_ctrl_c_keeps_the_best_weights_so_far() -> None:
     learner = Scripted([0.5, 0.7, 0.6], wait=threading.Event())
-    found = fit(learner, batches(), epochs=9, progress=False)
+    found = fit(learner, batches(), Stopping(9), progress=False)
     assert found.interrupted
     assert found.best_epoch == [1]
 
@@ -387,6 +391,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 # batches -------------------------------------------------------------------------------------------------------------
 
 
+def on_disk(x: Any, reader: type[MappedRows] = MappedRows) -> OnDisk:
+    features = features_of(reader(x))
+    assert isinstance(features, OnDisk)
+    return features
+
+
 def rows_seen(source: Any, epoch: int) -> Iterator[tuple[Batch, list[int]]]:
     for batch in source.epoch(epoch):
         yield batch, batch.rows.tolist()
@@ -399,9 +409,9 @@ def test_every_source_gives_each_row_once_with_its_own_features(rows: int, size:
     offsets = np.concatenate([[0], np.cumsum(1 + np.arange(rows) % 5)])
     values = np.repeat(x, np.diff(offsets), axis=0)
     sources = [
-        InMemory(torch.from_numpy(x), size, 7),
-        OnDisk(MappedRows(x), size, 7, window_bytes=12 * 100),
-        InMemoryRagged(values, offsets, size, 7, "cpu"),
+        TensorBatches(torch.from_numpy(x), size, 7),
+        DiskBatches(on_disk(x), size, 7, window_bytes=12 * 100),
+        RaggedBatches(Ragged(values, offsets, FeatureSet("tokens", "tokens", 3, 1, "float32")), size, 7, "cpu"),
     ]
     for source in sources:
         seen: list[int] = []
@@ -433,14 +443,12 @@ def test_orders_depend_on_seed_and_epoch_alone() -> None:
 
 def test_features_on_disk_train_the_same_head_as_features_in_memory() -> None:
     x, y = made(500)
-    feature = POOLED
-    data = checked_data(x, y, feature, "classification")
-    on_disk = checked_data(MappedRows(x), y, feature, "classification")
+    rows, read = (labelled_rows_of(source, y, "classification", NAMES) for source in (x, MappedRows(x)))
     spec = TrainSpec(epochs=2, batch_size=32)
-    source = OnDisk(MappedRows(x), 32, 0)
-    mine = train_minibatch(data, None, [HeadSpec()], [spec], feature, "classification", NAMES, batches=source)
-    other = train_minibatch(on_disk, None, [HeadSpec()], [spec], feature, "classification", NAMES)
-    assert all(np.array_equal(mine.states[0][name], other.states[0][name]) for name in mine.states[0])
+    source = DiskBatches(on_disk(x), 32, 0)
+    (mine,) = fit_minibatch(rows, None, [HeadSpec()], [spec], batches=source)
+    (other,) = fit_minibatch(read, None, [HeadSpec()], [spec])
+    assert all(np.array_equal(mine.state[name], other.state[name]) for name in mine.state)
 
 
 def test_rows_that_may_not_be_written_are_trained_on_without_a_word() -> None:
@@ -473,7 +481,7 @@ def test_a_reader_that_fails_is_heard() -> None:
             raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        list(OnDisk(Broken(np.zeros((100, 3), np.float32)), 10, 0).epoch(0))
+        list(DiskBatches(on_disk(np.zeros((100, 3), np.float32), Broken), 10, 0).epoch(0))
 
 
 def test_memory_is_what_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,7 +494,7 @@ def test_memory_is_what_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_moments_are_numpys(rows: int, shift: float, spread: float) -> None:
     x = (np.random.default_rng(rows).normal(size=(rows, 7)) * spread + shift).astype(np.float32)
     x[:, 3] = np.float32(shift)
-    mean, scale = moments(x, POOLED)
+    mean, scale = moments(features_of(x, POOLED))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-5, atol=1e-5)
     assert scale[3] == 1.0
@@ -695,12 +703,11 @@ def test_heads_start_alike_alone_in_a_stack_on_folds_and_on_disk(task: TaskName,
 
     def start(rows: Any, heads: int, source: Any = None, masks: Masks | None = None) -> list[dict[str, Any]]:
         seen.clear()
-        data = Data(x[rows] if source is None else source, y[rows], np.float32(np.arange(90) % 4 + 1)[rows])
+        weight = np.float32(np.arange(90) % 4 + 1)[rows]
+        data = labelled_rows_of(x[rows] if source is None else source, y[rows], task, NAMES, weight=weight)
         spec = TrainSpec(label_smoothing=0.1, class_weight=None if task == "regression" else "balanced", epochs=1)
-        train_minibatch(
-            data, None, [HeadSpec(kind)] * heads, [spec] * heads, POOLED, task, NAMES, masks=masks, max_steps=1,
-            progress=False, watch=watch,
-        )  # fmt: skip
+        options = PassOptions(max_steps=1, progress=False, watch=watch)
+        fit_minibatch(data, None, [HeadSpec(kind)] * heads, [spec] * heads, masks=masks, options=options)
         return list(seen)
 
     everything = np.ones(90, bool)
@@ -739,7 +746,7 @@ def test_training_on_few_rows_of_rare_labels_ends_near_their_rate() -> None:
 
 def test_no_head_stops_before_the_least_number_of_steps() -> None:
     learner = Scripted([0.5] * 9)
-    found = fit(learner, InMemory(torch.zeros(8, 1), 4, 0), epochs=9, patience=2, progress=False, min_steps=11)
+    found = fit(learner, TensorBatches(torch.zeros(8, 1), 4, 0), Stopping(9, patience=2, min_steps=11), progress=False)
     assert len(found.history[0]) == 6, "2 steps an epoch: 12 are the first that are enough"
 
 
@@ -770,5 +777,5 @@ def test_a_head_that_still_improves_is_told_from_one_that_has_come_to_its_end(sc
 def test_stacks_say_which_of_their_heads_still_improve() -> None:
     x, y = made(200)
     specs = [TrainSpec(epochs=40, learning_rate=rate, shuffle_seed=0, weight_decay=1.0) for rate in (1e-4, 0.1)]
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "progress": False}
-    assert train_stack(x, y, [HeadSpec()] * 2, specs, **options).improving == [True, False]
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
+    assert [each.fitted.improving for each in train_stack(x, y, [HeadSpec()] * 2, specs, **options)] == [True, False]

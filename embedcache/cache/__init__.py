@@ -17,7 +17,7 @@
 
 from embedcache.cache.damage import verify
 from embedcache.cache.join import merge, relabel
-from embedcache.cache.reader import FeatureCache, Ragged
+from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, known_rows, read_spec
 
-__all__ = ["CacheWriter", "FeatureCache", "Ragged", "known_rows", "merge", "read_spec", "relabel", "verify"]
+__all__ = ["CacheWriter", "FeatureCache", "known_rows", "merge", "read_spec", "relabel", "verify"]

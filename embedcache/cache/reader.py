@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from embedcache.cache.gather import decode, take
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
+from embedcache.features import Ragged
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet, StoredRows
 from embedcache.spec import feature_name, find_name, split_name
@@ -29,24 +30,6 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
     from embedcache.cache.torch_data import Item
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Vectors of rows of different lengths: row i has ``values[offsets[i]:offsets[i + 1]]``.
-
-    ``values`` is float32 [sum T, D], ``offsets`` int64 [n + 1].
-    """
-
-    values: Array
-    offsets: Rows
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> Array:
-        row = range(len(self))[row]
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
 class FeatureCache:
@@ -321,11 +304,11 @@ class FeatureCache:
             runs.append(values[int(ends_of_rows[0]) : int(ends_of_rows[-1])])
         ends = np.concatenate([[0], np.cumsum(lengths)])
         if len(runs) == 1:
-            return Ragged(decode(runs[0], chosen.dtype), ends)
+            return Ragged(decode(runs[0], chosen.dtype), ends, chosen)
         out = np.empty((int(ends[-1]), chosen.dim), np.float32)
         for begin, run in zip(bounds, runs, strict=False):
             decode(run, chosen.dtype, out[ends[begin] : ends[begin] + len(run)])
-        return Ragged(out, ends)
+        return Ragged(out, ends, chosen)
 
     def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Item]:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""

@@ -14,7 +14,7 @@ from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_bytes
 from embedcache.spec import TaskName
-from embedcache.train.metrics import labelled_rows
+from embedcache.task import task_named
 
 Rows = npt.NDArray[np.int64]
 
@@ -167,4 +167,4 @@ def read_rows(file: Path, task: TaskName, class_names: Sequence[str]) -> Example
 
 def labelled(task: TaskName, y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return which rows have a label, bool [N]."""
-    return np.asarray(labelled_rows(task, y))
+    return task_named(task).labelled(y)

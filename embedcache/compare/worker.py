@@ -254,7 +254,7 @@ def standardized(module: Any, cache: FeatureCache, split: Split, feature: Featur
     from embedcache.train.cached import rows_of
     from embedcache.train.data import moments
 
-    mean, scale = moments(rows_of(cache, split.train, feature), feature)
+    mean, scale = moments(rows_of(cache, split.train, feature))
     module.standardize(torch.from_numpy(mean), torch.from_numpy(scale))
 
 

@@ -36,12 +36,14 @@ from embedcache.equivalence.tolerance import (
 )
 from embedcache.equivalence.training import Record, cached_batches, compare, differences_of, train
 from embedcache.errors import FeatureError, TrainingError, quiet
+from embedcache.features import features_of as checked_features
 from embedcache.fingerprint import differences
 from embedcache.shard import FeatureSet, rounded
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
+from embedcache.task import task_named
 from embedcache.train import train_head
-from embedcache.train.data import Data
-from embedcache.train.metrics import default_metric, score
+from embedcache.train.data import LabelledRows
+from embedcache.train.metrics import score
 from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
@@ -213,14 +215,14 @@ class Examination:
         self.x_evaluate = stored(self.cache, evaluation, self.feature)
         self.y = self.cache.targets()[train_rows]
         self.y_evaluate = self.cache.targets()[evaluation]
-        self.cached = self._train(self.x, cached_batches(self.x, self.spec), self.y, "cached")
+        self.cached = self._train(self.x, self.y, "cached")
         self.cached.logits = _logits(self.cached, self.x_evaluate)
         if self.tolerances is not None:
             tolerance = self.tolerances[self.feature.name]
 
             def again(draw: int) -> Record:
                 x = noisy(self.x, tolerance, draw)
-                record = self._train(x, cached_batches(x, self.spec), self.y, "tolerance")
+                record = self._train(x, self.y, "tolerance")
                 record.logits = _logits(record, noisy(self.x_evaluate, tolerance, draw + 100))
                 return record
 
@@ -234,8 +236,8 @@ class Examination:
         )
         live = LiveBatches(contents, self.backbone, self.feature, self.spec.batch_size, self.spec.order_seed)
         record = train_live(
-            Data(x, self.raw.targets[self.rows.train]), live, self.head, self.spec, self.feature, self.task,
-            self.cache.class_names, self.steps, progress=self.progress, title="canonical",
+            self._labelled(x, self.raw.targets[self.rows.train]), live, self.head, self.spec, self.steps,
+            progress=self.progress, title="canonical",
         )  # fmt: skip
         record.logits = _logits(record, x_evaluate)
         tolerances = self.training_tolerances if self.environment_differs and self.tolerances is not None else None
@@ -361,7 +363,7 @@ class Examination:
         x, x_evaluate = (
             gathered(self.recomputed.wanted, rows, exact) for rows in (self.rows.train, self.rows.evaluate)
         )
-        record = self._train(x, cached_batches(x, self.spec), self.y, "unrounded")
+        record = self._train(x, self.y, "unrounded")
         record.logits = _logits(record, x_evaluate)
         found = difference(self.cached.logits, record.logits)
         self.comparisons.append(Comparison("unrounded", "logits", found, self._place(found.where), None, "cost", "-"))
@@ -369,7 +371,7 @@ class Examination:
             same = (_labels(self.cached, self.cached.logits) == _labels(record, record.logits)).mean()
             self.costs["label agreement"] = f"{same:.2%}"
         self.costs["largest difference of a logit"] = f"{found.largest:.2e}"
-        names = [default_metric(self.task), *(["accuracy"] if self.task == "classification" else [])]
+        names = [task_named(self.task).default_metric, *(["accuracy"] if self.task == "classification" else [])]
         for metric in dict.fromkeys(names):
             values = []
             for each, features in ((self.cached, self.x_evaluate), (record, x_evaluate)):
@@ -380,11 +382,16 @@ class Examination:
                 f"({values[0] - values[1]:+.4f})"
             )
 
-    def _train(self, x: Any, batches: Any, y: Array, title: str) -> Record:
+    def _train(self, x: Any, y: Array, title: str) -> Record:
+        rows = self._labelled(x, y)
         return train(
-            Data(x, y), batches, self.head, self.spec, self.feature, self.task, self.cache.class_names, self.steps,
+            rows, cached_batches(rows.x, self.spec), self.head, self.spec, self.steps,
             progress=self.progress and title == "cached", title=title,
         )  # fmt: skip
+
+    def _labelled(self, x: Any, y: Array) -> LabelledRows:
+        features = checked_features(x, self.feature, finite=False)
+        return LabelledRows(features, y, task_named(self.task), tuple(self.cache.class_names))
 
     def _place(self, where: tuple[int, ...] | None) -> str:
         if where is None:

@@ -15,8 +15,8 @@ from embedcache.backbone import Backbone, run_plan
 from embedcache.batching import plan
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Difference, difference
+from embedcache.features import Ragged
 from embedcache.shard import FeatureSet, decoded, rounded
-from embedcache.train.data import choose
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -79,7 +79,8 @@ def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Any:
         values.append(decoded(arrays[feature.name][0]))
         lengths.append(np.diff(arrays[feature.name][1]))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return choose((np.concatenate(values), offsets), back.astype(np.int64))
+    ragged = Ragged(np.concatenate(values), offsets, feature).take(back.astype(np.int64))
+    return ragged.values, ragged.offsets
 
 
 def recompute(
@@ -132,8 +133,8 @@ def _add(report: SetReport, live: Any, cached: Any, rows: Rows, lengths: Rows, i
             place = (at, 0, 0)
             lost = Difference(int(counts[at]), 0, math.inf, 0, place)
             report.total = report.total.joined(lost, first)
-        (exact, offsets), (kept, _) = choose(live, equal), choose(cached, equal)
-        owner = np.repeat(equal, np.diff(offsets))
+        again, stored = (Ragged(pair[0], pair[1], report.feature).take(equal) for pair in (live, cached))
+        exact, kept, owner = again.values, stored.values, np.repeat(equal, again.lengths)
     else:
         exact, kept, owner = live, cached, np.arange(len(rows))
     exact = np.ascontiguousarray(exact, np.float32)

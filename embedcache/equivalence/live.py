@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from embedcache.backbone import Backbone, features_of
-from embedcache.heads.trained import pad
+from embedcache.features import Ragged
 from embedcache.shard import FeatureSet, rounded
 from embedcache.train.batches import Batch, order
 
@@ -38,7 +38,8 @@ class LiveBatches:
             mine = rows[start : start + self._size]
             x = features_of(self._backbone, [self._contents[row] for row in mine], self._feature.name)
             if isinstance(x, tuple):
-                values, mask = pad(rounded(x[0], self._feature.dtype), x[1], np.arange(len(mine)))
+                stored = Ragged(rounded(x[0], self._feature.dtype), x[1], self._feature)
+                values, mask = stored.padded(np.arange(len(mine)))
                 yield Batch(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(mine))
             else:
                 x = np.ascontiguousarray(rounded(x, self._feature.dtype))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from embedcache.equivalence.bits import Difference, difference
 from embedcache.equivalence.result import Comparison, judged
+from embedcache.features import Dense, Features, Ragged
 from embedcache.heads import TrainedHead
 from embedcache.heads.layers import Dropout
-from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TaskName, TrainSpec
-from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged
-from embedcache.train.data import Data
-from embedcache.train.minibatch import train_minibatch
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.train.batches import Batch, Batches, RaggedBatches, TensorBatches
+from embedcache.train.data import LabelledRows
+from embedcache.train.minibatch import PassOptions, fit_minibatch
 from embedcache.train.stack import HeadStack
 
 Array = npt.NDArray[Any]
@@ -61,21 +61,19 @@ class _Seen:
             yield batch
 
 
-def cached_batches(x: Any, spec: TrainSpec) -> Batches:
-    """Return the source of batches for features in memory: float32 [N, ...], or (values, offsets)."""
-    if isinstance(x, tuple):
-        return InMemoryRagged(x[0], x[1], spec.batch_size, spec.order_seed, "cpu")
-    return InMemory(torch.from_numpy(np.array(x, np.float32)), spec.batch_size, spec.order_seed)
+def cached_batches(x: Features, spec: TrainSpec) -> Batches:
+    """Return the source of batches for features in memory."""
+    if isinstance(x, Ragged):
+        return RaggedBatches(x, spec.batch_size, spec.order_seed, "cpu")
+    assert isinstance(x, Dense)
+    return TensorBatches(torch.from_numpy(np.array(x.values, np.float32)), spec.batch_size, spec.order_seed)
 
 
 def train(
-    data: Data,
+    data: LabelledRows,
     batches: Batches,
     head: HeadSpec,
     spec: TrainSpec,
-    feature: FeatureSet,
-    task: TaskName,
-    class_names: Sequence[str],
     steps: int,
     *,
     progress: bool = False,
@@ -104,13 +102,11 @@ def train(
 
         stack.gradients = observed  # type: ignore[method-assign, assignment]
 
-    trained = train_minibatch(
-        data, None, [head], [spec], feature, task, class_names, batches=_Seen(batches, record.batches),
-        progress=progress, title=title, keep_losses=True, max_steps=steps, watch=watch,
-    )  # fmt: skip
+    options = PassOptions(progress=progress, title=title, keep_losses=True, max_steps=steps, watch=watch)
+    (fitted,) = fit_minibatch(data, None, [head], [spec], batches=_Seen(batches, record.batches), options=options)
     stack = stacks[0]
     moments = stack.optimizer_state()
-    record.losses = torch.stack(trained.fitted.losses).cpu().numpy()
+    record.losses = torch.stack(list(fitted.losses)).cpu().numpy()
     record.norms = np.array(norms, np.float32)
     record.final = _numpy(stack.state(0))
     record.first_moments = _numpy({name: each[0] for name, each in moments.items()})
@@ -118,7 +114,7 @@ def train(
     dropouts = [each for each in stack.module.modules() if isinstance(each, Dropout)]
     if dropouts and dropouts[0].generators is not None:
         record.draws = dropouts[0].generators[0].get_state().numpy()
-    record.head = TrainedHead(head, task, tuple(class_names), feature, state=trained.states[0])
+    record.head = TrainedHead(head, data.task.name, data.class_names, data.feature, state=fitted.state)
     return record
 
 

@@ -17,8 +17,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 
 from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.heads import TrainedHead, head_named
-from embedcache.heads.trained import Array, Floats
 from embedcache.spec import HeadSpec, TaskName, TrainSpec, declared
+from embedcache.task import Array, Floats
 from embedcache.train import train_head
 from embedcache.wording import shortened
 

@@ -20,14 +20,14 @@ from embedcache.batching import Batch as Shape
 from embedcache.errors import InputError, SpecError, warn
 from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
-from embedcache.shard import FeatureSet
 from embedcache.spec import TaskName, TrainSpec
+from embedcache.task import CLASSIFICATION, REGRESSION, Task, task_named
 from embedcache.train.batches import Batch, order
-from embedcache.train.data import Data, checked_data, class_weights, refuse_untrainable
+from embedcache.train.data import checked_targets, class_weights, refuse_untrainable, target_moments
 from embedcache.train.ending import STILL_IMPROVING, still_improving
-from embedcache.train.loop import Fitted, Scores, fit
+from embedcache.train.loop import Scores, Stopping, fit
 from embedcache.train.losses import Loss
-from embedcache.train.metrics import default_metric, measure, metric_named, scores
+from embedcache.train.metrics import measure, scores
 from embedcache.train.stack import BETA1, BETA2, EPSILON, schedule_factors
 from embedcache.train.start import start_at, start_biases
 
@@ -234,19 +234,21 @@ def _judged_outputs(logits: Array, task: TaskName, target: tuple[Array, Array]) 
     return np.asarray(said * target[1] + target[0]) if task == "regression" else said
 
 
-class _Rows:
-    """Texts, as rows that are read when they are needed."""
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """Contents that have a label, and their targets."""
 
-    row_shape = ()
+    contents: list[bytes]
+    y: Array
 
-    def __init__(self, contents: Sequence[bytes]) -> None:
-        self._contents = contents
-
-    def __len__(self) -> int:
-        return len(self._contents)
-
-    def read(self, rows: npt.NDArray[np.int64]) -> list[bytes]:
-        return [self._contents[row] for row in rows.tolist()]
+    @classmethod
+    def of(cls, contents: Contents, y: npt.ArrayLike, task: Task, where: str) -> _Labelled:
+        """Raise ``InputError`` for targets that do not fit."""
+        if isinstance(contents, (str, bytes)):
+            raise InputError(f"{where}: expected a list of texts, got one text")
+        content = _bytes(contents)
+        targets, kept = checked_targets(y, len(content), task, where=where)
+        return cls([content[row] for row in np.flatnonzero(kept).tolist()], targets[kept])
 
 
 def fine_tune(
@@ -285,44 +287,40 @@ def fine_tune(
     """
     if spec.solver == "convex" or spec.optimizer != "adamw":
         raise SpecError(f"a live model is trained by minibatch AdamW, not {spec.solver} {spec.optimizer}")
-    data = _labelled(contents, y, task, "training")
-    refuse_untrainable(data, task, class_names)
-    judged = None if eval_contents is None or y_eval is None else _labelled(eval_contents, y_eval, task, "validation")
-    judged = judged if judged is not None and len(judged) else None
-    name = spec.metric or default_metric(task)
-    greater = metric_named(name, task).greater_is_better
-    target = _target_moments(data.y, task)
+    kind = task_named(task)
+    data = _Labelled.of(contents, y, kind, "training")
+    refuse_untrainable(data.y, kind, class_names)
+    judged = None
+    if eval_contents is not None and y_eval is not None:
+        judged = _Labelled.of(eval_contents, y_eval, kind, "validation")
+        judged = judged if judged.contents else None
+    target = target_moments(data.y, kind)
     with _seeded(spec.seed, model):
-        tokens = model.extractor.prepare(data.x.read(np.arange(len(data))))
-        judge = None
-        if judged is not None:
-            judge = _Judge(model, judged, task, name, target)
+        tokens = model.extractor.prepare(data.contents)
         batches = LiveBatches(model, tokens, spec.batch_size, spec.order_seed)
-        weights = class_weights([spec], data.y, task, class_names)
+        stopping = Stopping.of(spec, kind, batches.steps)
+        judge = None if judged is None else _Judge(model, judged, kind, stopping.metric, target)
+        weights = class_weights([spec], data.y, kind, class_names)
         device = model.extractor.device
-        epochs = spec.epochs_of(batches.steps)
-        loss = Loss(task, len(class_names), [spec.label_smoothing], weights, device=str(device))
-        targets = (data.y - target[0]) / target[1] if task == "regression" else data.y
+        loss = Loss(kind, len(class_names), [spec.label_smoothing], weights, device=str(device))
+        targets = (data.y - target[0]) / target[1] if kind is REGRESSION else data.y
         if new_head and isinstance(model.head, Head):
             weight = None if weights is None else weights[0]
             start_at(
                 model.head,
-                start_biases(targets, task, len(class_names), smoothing=spec.label_smoothing, class_weight=weight),
+                start_biases(targets, kind, len(class_names), smoothing=spec.label_smoothing, class_weight=weight),
             )
-        targets = targets if task == "classification" else np.asarray(targets, np.float32)
+        targets = targets if kind is CLASSIFICATION else np.asarray(targets, np.float32)
         learner = LiveLearner(
             model, spec, backbone_learning_rate, loss, torch.from_numpy(targets).to(device),
-            epochs * batches.steps, judge,
+            stopping.epochs * batches.steps, judge,
         )  # fmt: skip
-        fitted: Fitted = fit(
-            learner, batches, epochs=epochs, patience=spec.patience, greater_is_better=greater, metric=name,
-            title=title, progress=progress, keep_losses=keep_losses, min_steps=spec.least_steps,
-        )  # fmt: skip
+        fitted = fit(learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses)
         learner.finish()
     metrics = {}
     if judge is not None and judged is not None:
-        metrics["validation"] = measure(task, judged.y, judge.outputs(), class_names)
-    still = still_improving(fitted.history[0], fitted.best_epoch[0], spec, epochs)
+        metrics["validation"] = measure(kind, judged.y, judge.outputs(), class_names)
+    still = still_improving(fitted.history[0], fitted.best_epoch[0], spec, stopping.epochs)
     notes = (STILL_IMPROVING,) if still else ()
     warn(notes)
     return FineTuned(
@@ -336,33 +334,16 @@ class _Judge:
     """The validation metric of a live model."""
 
     def __init__(
-        self, model: FeatureBasedModel, judged: Data, task: TaskName, metric: str, target: tuple[Array, Array]
+        self, model: FeatureBasedModel, judged: _Labelled, task: Task, metric: str, target: tuple[Array, Array]
     ) -> None:
         self._model, self._task, self._metric, self._target, self._y = model, task, metric, target, judged.y
-        self._tokens = model.extractor.prepare(judged.x.read(np.arange(len(judged))))
+        self._tokens = model.extractor.prepare(judged.contents)
 
     def outputs(self) -> npt.NDArray[np.float64]:
-        return _judged_outputs(_outputs(self._model, self._tokens), self._task, self._target)
+        return _judged_outputs(_outputs(self._model, self._tokens), self._task.name, self._target)
 
     def __call__(self) -> float:
         return float(scores(self._metric, self._task, self._y, self.outputs()[None])[0])
-
-
-def _labelled(contents: Contents, y: Any, task: TaskName, where: str) -> Data:
-    if isinstance(contents, (str, bytes)):
-        raise InputError(f"{where}: expected a list of texts, got one text")
-    return checked_data(_Rows(_bytes(contents)), y, _NO_FEATURES, task, where=where)
-
-
-_NO_FEATURES = FeatureSet("texts", "pooled", 1, 1, "float32")
-"""What ``checked_data`` asks for and, of rows that are read later, does not look at."""
-
-
-def _target_moments(y: Array, task: TaskName) -> tuple[Array, Array]:
-    if task != "regression":
-        return np.zeros(1), np.ones(1)
-    deviation = y.std(axis=0)
-    return y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
 
 
 @contextmanager

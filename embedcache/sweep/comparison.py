@@ -16,8 +16,9 @@ from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.statistics import Floats, Interval
 from embedcache.sweep.store import Outputs, Result, SweepFolder
+from embedcache.task import task_named
 from embedcache.train.metrics import metric_named, wilson
-from embedcache.train.metrics.judged import Judged, decided, right, row_log_loss
+from embedcache.train.metrics.predictions import Predictions
 
 Array = npt.NDArray[Any]
 DRAWS = 1000
@@ -44,7 +45,8 @@ class Scored:
     def right(self, task: TaskName, y: Array) -> Floats:
         """Return which rows are right, float64 [n], given the targets of all rows."""
         half = 0.5 if self.thresholds is None else self.thresholds
-        return right(task, y[self.rows], decided(task, self.outputs, half))
+        kind = task_named(task)
+        return kind.right(y[self.rows], kind.decide(self.outputs, half))
 
 
 class Resampler:
@@ -62,10 +64,10 @@ class Resampler:
         """Return the resampled scores of M heads, float64 [M, B]."""
         if self._metric in _ROW_METRICS:
             return self._of_rows(heads)
-        prepare = metric_named(self._metric, self._task).prepare[self._task]
+        prepare = metric_named(self._metric, self._task).prepare
         parts = [
             [
-                (each.rows, prepare(Judged(self._task, self._y[each.rows], each.outputs, each.thresholds)))
+                (each.rows, prepare(Predictions(self._task, self._y[each.rows], each.outputs, each.thresholds)))
                 for each in head
             ]
             for head in heads
@@ -105,7 +107,7 @@ class Resampler:
 
     def _values(self, each: Scored) -> Floats:
         if self._metric == "log_loss":
-            return row_log_loss(self._task, self._y[each.rows], each.outputs)
+            return task_named(self._task).row_loss(self._y[each.rows], each.outputs)
         return each.right(self._task, self._y)
 
 

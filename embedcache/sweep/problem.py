@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError, SweepError
+from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import sha256_bytes
 from embedcache.spec import TaskName
 from embedcache.sweep import folds
 from embedcache.sweep.folds import Fold, Strata
-from embedcache.train.metrics import labelled_rows, metric_named
+from embedcache.task import task_named
+from embedcache.train.metrics import metric_named
 from embedcache.wording import counted
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Problem:
         name = metric or DEFAULT_METRIC[task]
         metric_named(name, task)
         targets, codes = cache.targets(), cache.split_codes()
-        labelled = labelled_rows(task, targets)
+        labelled = task_named(task).labelled(targets)
         by_name = {split: codes == code for code, split in enumerate(cache.split_names)}
         none = np.zeros(len(codes), bool)
         train, validation = by_name.get("train", none), by_name.get("validation", none)
@@ -173,15 +174,12 @@ class Problem:
             self.strata, stopping, 1.0, seed=self.protocol.seed, stopping=self.protocol.stopping_share
         )  # fmt: skip
 
-    def features(self, name: str, rows: Rows) -> Any:
-        """Return a feature set of some rows: float32 [n, D] or [n, L, D], a map where they lie together; or ragged."""
-        each = self.cache.feature(name)
-        if each.kind == "tokens":
-            from embedcache.train.data import choose
-
-            ragged = self.cache.ragged(None, name)
-            return choose((ragged.values, ragged.offsets), rows)
-        return self.cache.take(self.cache.places()[rows], name)
+    def features(self, name: str, rows: Rows) -> Dense | Ragged:
+        """Return a feature set of some rows in memory: a map where they lie together."""
+        feature = self.cache.feature(name)
+        if feature.kind == "tokens":
+            return self.cache.ragged(None, name).take(rows)
+        return Dense(self.cache.take(self.cache.places()[rows], name), feature)
 
     @cached_property
     def dataset_hash(self) -> str:
@@ -203,10 +201,6 @@ class Problem:
         }
 
 
-def part(x: Any, rows: Sequence[int] | Rows | npt.NDArray[np.bool_]) -> Any:
-    """Return some rows of features, dense or ragged; a mask or numbers."""
-    from embedcache.train.data import choose
-
-    numbers = np.asarray(rows)
-    numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers.astype(np.int64)
-    return choose(x, numbers)
+def part(x: Dense | Ragged, mask: npt.NDArray[np.bool_]) -> Dense | Ragged:
+    """Return the features of the rows in a mask, bool [N]."""
+    return x.take(np.flatnonzero(mask))

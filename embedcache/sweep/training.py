@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
+from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
-from embedcache.heads.trained import count
 from embedcache.spec import MIN_STEPS
 from embedcache.sweep.configuration import DEFAULTS, Configuration
 from embedcache.sweep.folds import Fold
@@ -179,13 +179,15 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
             yield from train_batch(problem, Batch(batch.how, (job,)))
 
 
-def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -> Iterator[Trained]:
+def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, title: str) -> Iterator[Trained]:
     from embedcache.train import Masks, train_stack
+    from embedcache.train.minibatch import PassOptions
+    from embedcache.train.result import Origin
 
     jobs = batch.jobs
     shared: dict[str, Any] = {
-        "task": problem.task, "class_names": problem.class_names, "progress": progress, "title": title or batch.title,
-        "feature": problem.cache.feature(jobs[0].configuration.feature), **_origin(problem),
+        "task": problem.task, "class_names": problem.class_names, "origin": Origin.of(problem.cache),
+        "options": PassOptions(progress=progress, title=title or batch.title),
     }  # fmt: skip
     heads, specs = [job.configuration.head for job in jobs], [job.configuration.train for job in jobs]
     stopping = bool(specs[0].patience)
@@ -193,10 +195,12 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
     if _alone(problem, jobs[0]):
         fold = jobs[0].fold
         learn, stop = _learn_and_stop(fold, stopping)
-        judged = {"x_eval": part(x, stop), "y_eval": problem.y[stop]} if stop.any() else {}
+        judged = (part(x, stop), problem.y[stop]) if stop.any() else (None, None)
         # A part of the rows has fewer steps in as many epochs: what is compared is rows, not steps.
         specs = [replace(spec, min_steps=max(MIN_STEPS, spec.least_steps)) for spec in specs]
-        found = train_stack(part(x, learn), problem.y[learn], heads, specs, **judged, **shared)
+        found = train_stack(
+            part(x, learn), problem.y[learn], heads, specs, x_eval=judged[0], y_eval=judged[1], **shared
+        )
     else:
         numbers = list(dict.fromkeys(job.number for job in jobs))
         by_number = {job.number: _learn_and_stop(job.fold, stopping) for job in jobs}
@@ -206,22 +210,18 @@ def _stack(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -
             np.array([numbers.index(job.number) for job in jobs], np.int64),
         )
         found = train_stack(x, problem.y, heads, specs, masks=masks, **shared)
-    if found.interrupted:
+    if any(result.interrupted for result in found):
         raise Interruption
     seconds = time.perf_counter() - begun
-    ran = [max(1, len(history)) for history in found.history]
-    for at, (job, head) in enumerate(zip(jobs, found.heads, strict=True)):
+    ran = [max(1, len(result.history)) for result in found]
+    for job, result, epochs in zip(jobs, found, ran, strict=True):
         yield Trained(
-            job,
-            head,
-            seconds * ran[at] / sum(ran),
-            float(ran[at]),
-            history=found.history[at],
-            improving=found.improving[at],
-        )
+            job, result.head, seconds * epochs / sum(ran), float(epochs), history=result.history,
+            improving=result.fitted.improving,
+        )  # fmt: skip
 
 
-def _convex(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) -> Iterator[Trained]:
+def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, title: str) -> Iterator[Trained]:
     """Solve all penalties on all folds side by side: a path from the strongest penalty to the weakest."""
     from embedcache.train.convex import path_folds
 
@@ -238,7 +238,7 @@ def _convex(problem: Problem, batch: Batch, x: Any, progress: bool, title: str) 
         rows = masks[0]
         x, y, masks = part(x, rows), y[rows], np.ones((1, int(rows.sum())), bool)
     found = path_folds(
-        x, y, penalties, masks, task=problem.task, outputs=len(problem.class_names),
+        x.values, y, penalties, masks, task=problem.task, outputs=len(problem.class_names),
         standardize=first.train.standardize,
     )  # fmt: skip
     seconds = (time.perf_counter() - begun) / len(batch.jobs)
@@ -267,7 +267,7 @@ def _origin(problem: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _one(problem: Problem, job: Job, x: Any, y: npt.NDArray[Any]) -> Trained:
+def _one(problem: Problem, job: Job, x: Dense | Ragged, y: npt.NDArray[Any]) -> Trained:
     """Train one head by itself, on features of its own rows."""
     from embedcache.train import train_head
 
@@ -284,24 +284,24 @@ def _one(problem: Problem, job: Job, x: Any, y: npt.NDArray[Any]) -> Trained:
     return Trained(job, result.head, time.perf_counter() - begun, history=result.history)
 
 
-def _one_by_one(problem: Problem, batch: Batch, x: Any) -> Iterator[Trained]:
+def _one_by_one(problem: Problem, batch: Batch, x: Dense | Ragged) -> Iterator[Trained]:
     for job in batch.jobs:
         learn, _ = _learn_and_stop(job.fold, False)
         yield _one(problem, job, part(x, learn), problem.y[learn])
 
 
-def _sklearn(problem: Problem, batch: Batch, x: Any) -> Iterator[Trained]:
+def _sklearn(problem: Problem, batch: Batch, x: Dense | Ragged) -> Iterator[Trained]:
     here = [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS]
     yield from _one_by_one(problem, Batch("sklearn", tuple(here)), x)
     rest = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
     workers = min(len(rest), os.cpu_count() or 1)
-    if workers < 2 or len(rest) < 3 or np.size(x) * len(rest) < _WORTH_PROCESSES:
+    if workers < 2 or len(rest) < 3 or np.size(x.values) * len(rest) < _WORTH_PROCESSES:
         yield from _one_by_one(problem, Batch("sklearn", tuple(rest)), x)
         return
     from joblib import Parallel, delayed
 
     # joblib hands arrays over 1 MB to its processes as one memory map.
-    array = np.ascontiguousarray(x)
+    array = np.ascontiguousarray(x.values)
     run = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1, prefer="processes")
     about = (problem.task, problem.class_names, problem.cache.feature(rest[0].configuration.feature), _origin(problem))
     for at, head, seconds, error in run(
@@ -358,10 +358,8 @@ def _estimator_size(estimator: Any) -> int:
     return size(estimator, 0)
 
 
-def outputs_of(head: TrainedHead, x: Any) -> Outputs:
+def outputs_of(head: TrainedHead, x: object) -> Outputs:
     """Return what an uncalibrated head says of rows: probabilities, or values of a regression; float32 [n, C]."""
-    if not count(x if isinstance(x, tuple) else np.asarray(x)):
-        return np.zeros((0, len(head.class_names)), np.float32)
     return np.asarray(head.calibrated(head.logits(x)), np.float32)
 
 

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from embedcache.train.cached import evaluate_on_cache, train_on_cache
     from embedcache.train.minibatch import Masks
-    from embedcache.train.result import TrainingResult
-    from embedcache.train.run import StackResult, train_head, train_stack
+    from embedcache.train.result import Origin, TrainingResult
+    from embedcache.train.run import train_head, train_stack
 
 _WHERE = {
     "Masks": "minibatch",
-    "StackResult": "run",
+    "Origin": "result",
     "TrainingResult": "result",
     "evaluate_on_cache": "cached",
     "train_head": "run",
@@ -39,7 +39,7 @@ _WHERE = {
 }
 
 __all__ = [
-    "Masks", "StackResult", "TrainingResult", "evaluate_on_cache", "train_head", "train_on_cache", "train_stack",
+    "Masks", "Origin", "TrainingResult", "evaluate_on_cache", "train_head", "train_on_cache", "train_stack",
 ]  # fmt: skip
 
 

@@ -10,14 +10,13 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.heads.trained import pad
-from embedcache.train.readers import Reader, Rows
+from embedcache.features import Array, OnDisk, Ragged, Rows
 
 BLOCK_ROWS, BLOCK_BYTES = 64, 96 << 10
 """Rows that block shuffling keeps together on disk, fewer where they are wide; a disk reads them as one."""
@@ -73,7 +72,7 @@ def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> It
 _QUIET = threading.Lock()
 
 
-def lent(x: Any) -> Tensor:
+def lent(x: Array) -> Tensor:
     """Return an array as a tensor, without a copy.
 
     torch warns of arrays that may not be written, such as mapped ones; features are never written.
@@ -85,7 +84,7 @@ def lent(x: Any) -> Tensor:
         return torch.from_numpy(x)
 
 
-class InMemory:
+class TensorBatches:
     """Features in memory as one tensor [N, ...], rows picked out by index."""
 
     def __init__(self, x: Tensor, batch_size: int, seed: int) -> None:
@@ -94,43 +93,42 @@ class InMemory:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
-        rows = torch.from_numpy(order(len(self._x), self._seed, number)).to(self._x.device)
-        for start in range(0, len(rows), self._size):
-            mine = rows[start : start + self._size]
-            yield Batch(self._x.index_select(0, mine), None, mine)
+        shuffled = torch.from_numpy(order(len(self._x), self._seed, number)).to(self._x.device)
+        for start in range(0, len(shuffled), self._size):
+            rows = shuffled[start : start + self._size]
+            yield Batch(self._x.index_select(0, rows), None, rows)
 
 
-class InMemoryRagged:
-    """Token-level features in memory: values [sum T, D] and offsets [N + 1], padded batch by batch."""
+class RaggedBatches:
+    """Token-level features in memory, padded batch by batch."""
 
-    def __init__(self, values: Any, offsets: Rows, batch_size: int, seed: int, device: str) -> None:
-        self._values, self._offsets, self._size, self._seed, self._device = values, offsets, batch_size, seed, device
-        self.steps = -(-(len(offsets) - 1) // batch_size)
+    def __init__(self, x: Ragged, batch_size: int, seed: int, device: str) -> None:
+        self._x, self._size, self._seed, self._device = x, batch_size, seed, device
+        self.steps = -(-len(x) // batch_size)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
-        rows = order(len(self._offsets) - 1, self._seed, number)
-        for start in range(0, len(rows), self._size):
-            mine = rows[start : start + self._size]
-            x, mask = (torch.from_numpy(each).to(self._device) for each in pad(self._values, self._offsets, mine))
-            yield Batch(x, mask, torch.from_numpy(mine).to(self._device))
+        shuffled = order(len(self._x), self._seed, number)
+        for start in range(0, len(shuffled), self._size):
+            rows = shuffled[start : start + self._size]
+            x, mask = (torch.from_numpy(part).to(self._device) for part in self._x.padded(rows))
+            yield Batch(x, mask, torch.from_numpy(rows).to(self._device))
 
 
-def _owned(x: Any) -> Tensor:
+def _owned(x: Array) -> Tensor:
     return torch.from_numpy(x if x.flags.writeable else x.copy())  # warnings cannot be silenced in one thread alone
 
 
-class OnDisk:
+class DiskBatches:
     """Features that stay on disk: block-shuffled windows, one trained on while the next is read."""
 
     def __init__(
-        self, reader: Reader, batch_size: int, seed: int, device: str = "cpu", *, window_bytes: int = WINDOW_BYTES
+        self, x: OnDisk, batch_size: int, seed: int, device: str = "cpu", *, window_bytes: int = WINDOW_BYTES
     ) -> None:
-        self._reader, self._size, self._seed, self._device = reader, batch_size, seed, device
-        row_bytes = 4 * int(np.prod(reader.row_shape))
-        self._block = max(1, min(BLOCK_ROWS, BLOCK_BYTES // row_bytes))
-        self._window = max(1, window_bytes // row_bytes // self._block) * self._block
-        self.steps = -(-len(reader) // batch_size)
+        self._x, self._size, self._seed, self._device = x, batch_size, seed, device
+        self._block = max(1, min(BLOCK_ROWS, BLOCK_BYTES // x.row_bytes))
+        self._window = max(1, window_bytes // x.row_bytes // self._block) * self._block
+        self.steps = -(-len(x) // batch_size)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Yield the batches of one epoch."""
@@ -148,9 +146,9 @@ class OnDisk:
 
         def read() -> None:
             try:
-                for rows, shuffled in block_order(len(self._reader), self._seed, number, self._window, self._block):
+                for rows, shuffled in block_order(len(self._x), self._seed, number, self._window, self._block):
                     # No name may keep a window here: the next one is read while this one trains.
-                    if not put((rows, shuffled, _owned(self._reader.read(rows)))):
+                    if not put((rows, shuffled, _owned(self._x.read(rows)))):
                         return
                 put(None)
             except BaseException as error:  # handed to the thread that can act on it

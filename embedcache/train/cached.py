@@ -12,22 +12,20 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError, warn
+from embedcache.features import Array, Dense, Features, OnDisk, Rows
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_class, head_named
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec, differences_text
-from embedcache.train.data import checked_data, choose
-from embedcache.train.metrics import default_metric, measure
-from embedcache.train.readers import CachedRows, fits_in_memory
-from embedcache.train.result import TrainingResult
-from embedcache.train.run import train_head
+from embedcache.train.data import labelled_rows_of
+from embedcache.train.memory import fits_in_memory
+from embedcache.train.result import Origin, TrainingResult
+from embedcache.train.run import measured, train_head
 from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
-
-Rows = npt.NDArray[np.int64]
 
 HELD_OUT = 10
 """Without a validation split, one content in so many is held out for early stopping and calibration."""
@@ -74,14 +72,13 @@ def train_on_cache(
     targets = cache.targets()
     if not allow_unseen:
         refuse_unseen(cache, train)
-    where = cache.provenance()[-1] if cache.provenance() else {}
+    origin = Origin.of(cache)
     result = train_head(
         rows_of(cache, train, chosen), targets[train],
         rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
         head, spec, task=cache.task or "classification", class_names=cache.class_names, feature=chosen,
-        extraction=cache.spec, model=where.get("model"), revision=where.get("revision"), probe=cache.common_probe,
-        device=device,
-        progress=progress, notes=notes,
+        extraction=origin.extraction, model=origin.model, revision=origin.revision, probe=origin.probe,
+        device=device, progress=progress, notes=notes,
     )  # fmt: skip
     facts = {"features": f"{chosen.name} of a cache with spec {cache.spec_hash[:16]}", **result.facts}
     return replace(result, facts=facts)
@@ -121,20 +118,36 @@ def held_out(cache: FeatureCache) -> npt.NDArray[np.bool_]:
     return np.asarray(numbers % HELD_OUT == 0)
 
 
-def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Any:
-    """Return the features of some rows of a cache: in memory, mapped, ragged, or a reader of what does not fit."""
+class CachedRows:
+    """Some rows of a cache, read when they are asked for; see ``features.Reader``."""
+
+    def __init__(self, cache: FeatureCache, places: Rows, feature: FeatureSet) -> None:
+        self._cache, self._places, self._feature = cache, places, feature
+        self.row_shape = feature.row_shape
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return some rows."""
+        return self._cache.take(self._places[rows], self._feature.name)
+
+
+def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Features:
+    """Return the features of some rows of a cache, on disk where they do not fit in memory.
+
+    Raises ``FeatureError`` naming the row that holds NaN or infinity.
+    """
     places = cache.places()[rows]
     together = len(places) > 0 and bool((np.diff(places) == 1).all())
     if feature.kind == "tokens":
         ragged = cache.ragged(None, feature.name)
-        if len(rows) == len(cache) or not len(rows):
-            return ragged.values, ragged.offsets
-        return choose((ragged.values, ragged.offsets), rows)
+        return ragged if len(rows) == len(cache) or not len(rows) else ragged.take(rows)
     size = 4 * len(rows) * int(np.prod(feature.row_shape))
     # Training makes a standardised copy, so a mapped array has to fit as much as one that is read.
     if not fits_in_memory(size * (1 if together else 2)):
-        return CachedRows(cache, rows, feature.name)
-    return cache.take(places, feature.name)
+        return OnDisk(CachedRows(cache, places, feature), feature)
+    return Dense(cache.take(places, feature.name), feature)
 
 
 def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
@@ -172,15 +185,14 @@ def evaluate_on_cache(
     if not len(rows):
         raise InputError(f"the split {split} of {cache.path} is empty")
     x = rows_of(cache, rows, cache.feature(head.feature.name))
-    data = checked_data(x, targets_for(head, cache)[rows], head.feature, head.task, where=split)
-    if not len(data):
+    targets = targets_for(head, cache)[rows]
+    labelled = labelled_rows_of(x, targets, head.task, head.class_names, feature=head.feature, where=split)
+    if not len(labelled):
         raise InputError(f"no row of the split {split} of {cache.path} has a label")
-    outputs = head.probabilities(data.x)
-    thresholds = head.thresholds if head.task == "multilabel" else None
-    return measure(head.task, data.y, outputs, head.class_names, intervals=intervals, thresholds=thresholds)
+    return measured(head, labelled, intervals=intervals)
 
 
-def targets_for(head: TrainedHead, cache: FeatureCache) -> npt.NDArray[Any]:
+def targets_for(head: TrainedHead, cache: FeatureCache) -> Array:
     """Return the targets of a cache in the head's own order of classes.
 
     Raises ``InputError`` for another task or a class that the head does not know.
@@ -210,6 +222,3 @@ def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
     if found:
         shown = differences_text(found, "trained on", "the cache has")
         raise BackboneMismatchError(f"the head was trained on other features than {cache.path} holds ({shown})")
-
-
-__all__ = ["default_metric", "evaluate_on_cache", "train_on_cache"]

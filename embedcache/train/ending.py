@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ STILL_IMPROVING = "the head was still improving when training ended: more epochs
 LAST_FIFTH, STILL = 0.8, 0.05
 
 
-def still_improving(history: Sequence[Mapping[str, Any]], best: int, spec: TrainSpec, epochs: int) -> bool:
+def still_improving(history: Sequence[Mapping[str, float]], best: int, spec: TrainSpec, epochs: int) -> bool:
     """Return whether training had not come to an end in its last epoch.
 
     That is so where the last fifth of the way still took more than a twentieth of what the training loss fell by, and
@@ -28,7 +27,7 @@ def still_improving(history: Sequence[Mapping[str, Any]], best: int, spec: Train
         return False
     way = np.cumsum(schedule_factors(spec, 0, 16 * epochs, 16 * epochs).reshape(epochs, 16).sum(axis=1))
     most = LAST_FIFTH * way[-1]
-    losses = np.array([each["train_loss"] for each in history])
+    losses = np.array([epoch["train_loss"] for epoch in history])
     before = min(float(np.interp(most, way, losses)), *losses[way <= most])  # not what only swings up and down
     fallen, lately = losses[0] - losses[-1], before - losses[-1]
     return bool(lately > STILL * fallen > 0) and (best < 0 or way[best] > most)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from embedcache.errors import TrainingError
+from embedcache.spec import TrainSpec
+from embedcache.task import Task
 from embedcache.train.batches import Batch, Batches
+from embedcache.train.metrics import metric_named
+from embedcache.train.result import Epoch
 
 Scores = npt.NDArray[np.float64]
 
@@ -47,41 +51,60 @@ class Learner(Protocol):
         ...
 
 
-@dataclass
-class Fitted:
-    """What the loop did: for each model a dict an epoch, and its best epoch, -1 for none.
+@dataclass(frozen=True)
+class Stopping:
+    """When the loop ends, and which epoch is the best.
 
-    ``epochs`` is how many there were to be; ``improving`` says of each model whether it had not come to an end in them.
+    Attributes:
+        epochs: how many there are at most.
+        patience: end after so many epochs in which no model has become better; 0 never ends early.
+        min_steps: no model stops early before so many steps.
+        max_steps: end after so many steps, also within an epoch; None for no limit.
+        metric: what ``Learner.evaluate`` measures.
+        greater_is_better: its direction.
     """
 
-    history: list[list[dict[str, Any]]]
+    epochs: int
+    patience: int = 0
+    min_steps: int = 0
+    max_steps: int | None = None
+    metric: str = ""
+    greater_is_better: bool = True
+
+    @classmethod
+    def of(cls, spec: TrainSpec, task: Task, steps: int, max_steps: int | None = None) -> Stopping:
+        """Return what settings say of a task, in epochs of so many steps. Raises ``SpecError`` as ``metric_named``."""
+        metric = metric_named(spec.metric or task.default_metric, task)
+        return cls(
+            spec.epochs_of(steps), spec.patience, spec.least_steps, max_steps, metric.name, metric.greater_is_better
+        )
+
+
+@dataclass
+class LoopResult:
+    """What the loop did: for each model an entry for each epoch, and its best epoch, -1 for none.
+
+    ``losses`` has one [] or [K] for each step, where they were to be kept.
+    """
+
+    history: list[list[Epoch]]
     best_epoch: list[int]
     steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
     losses: list[Tensor] = field(default_factory=list)
-    epochs: int = 0
-    improving: list[bool] = field(default_factory=list)
 
 
 def fit(
     learner: Learner,
     batches: Batches,
+    stopping: Stopping,
     *,
-    epochs: int,
-    patience: int = 0,
-    greater_is_better: bool = True,
-    metric: str = "",
     title: str = "train",
     progress: bool = True,
     keep_losses: bool = False,
-    max_steps: int | None = None,
-    min_steps: int = 0,
-    on_epoch: Callable[[int, Scores | None], None] | None = None,
-) -> Fitted:
-    """Train until the last epoch, or until no model has become better for ``patience`` epochs (0: never stop early).
-
-    No model stops early before ``min_steps`` steps.
+) -> LoopResult:
+    """Train until the loop ends; see ``Stopping``.
 
     Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set.
 
@@ -90,18 +113,18 @@ def fit(
     from tqdm import tqdm
 
     models = len(learner.alive)
-    result = Fitted([[] for _ in range(models)], [-1] * models, epochs=epochs)
+    result = LoopResult([[] for _ in range(models)], [-1] * models)
     best = np.full(models, -np.inf)
     waited = np.zeros(models, np.int64)
-    sign = 1.0 if greater_is_better else -1.0
+    sign = 1.0 if stopping.greater_is_better else -1.0
     bar = tqdm(
-        total=epochs * batches.steps, desc=title, unit="step", mininterval=0.2,
+        total=stopping.epochs * batches.steps, desc=title, unit="step", mininterval=0.2,
         disable=None if progress and sys.stderr.isatty() else True,
     )  # fmt: skip
     begun = time.perf_counter()
     try:
-        for epoch in range(epochs):
-            if not learner.alive or (max_steps is not None and result.steps >= max_steps):
+        for epoch in range(stopping.epochs):
+            if not learner.alive or (stopping.max_steps is not None and result.steps >= stopping.max_steps):
                 break
             start, total, seen = time.perf_counter(), None, 0
             for batch in batches.epoch(epoch):
@@ -113,7 +136,7 @@ def fit(
                 seen += len(batch.rows)
                 result.steps += 1
                 bar.update()
-                if max_steps is not None and result.steps >= max_steps:
+                if stopping.max_steps is not None and result.steps >= stopping.max_steps:
                     break
             mean = np.atleast_1d((total / seen).double().cpu().numpy()) if total is not None else np.zeros(models)
             if not np.isfinite(mean).all() and len(mean) == 1:
@@ -125,11 +148,12 @@ def fit(
             seconds = time.perf_counter() - start
             alive = list(learner.alive)
             for place, model in enumerate(alive):
-                entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": float(mean[place]), "seconds": seconds}
+                entry: Epoch = {"epoch": epoch + 1, "train_loss": float(mean[place]), "seconds": seconds}
                 if scores is not None:
-                    entry[f"validation_{metric}"] = float(scores[place])
+                    entry[f"validation_{stopping.metric}"] = float(scores[place])
                 result.history[model].append(entry)
             if scores is not None:
+                # A model whose loss or score is not a number never counts as better, and does not go on.
                 now = np.where(np.isfinite(scores) & np.isfinite(mean), sign * scores, -np.inf)
                 better = [place for place, model in enumerate(alive) if now[place] > best[model]]
                 for place in better:
@@ -140,14 +164,14 @@ def fit(
                 waited[[alive[place] for place in better]] = 0
                 going = [
                     place for place, model in enumerate(alive)
-                    if (not patience or waited[model] < patience or result.steps < min_steps)
+                    if (
+                        not stopping.patience or waited[model] < stopping.patience or result.steps < stopping.min_steps
+                    )
                     and np.isfinite(mean[place])
                 ]  # fmt: skip
                 if len(going) < len(alive):
                     learner.keep(going)
-                bar.set_postfix_str(f"epoch {epoch + 1}, {metric} {sign * best.max():.4f}", refresh=False)
-            if on_epoch is not None:
-                on_epoch(epoch, scores)
+                bar.set_postfix_str(f"epoch {epoch + 1}, {stopping.metric} {sign * best.max():.4f}", refresh=False)
     except KeyboardInterrupt:
         result.interrupted = True
     finally:

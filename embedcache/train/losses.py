@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from embedcache.spec import TaskName
+from embedcache.task import Task, task_named
 
 
 class Loss:
@@ -30,14 +31,19 @@ class Loss:
 
     def __init__(
         self,
-        task: TaskName,
+        task: Task | TaskName,
         outputs: int,
         smoothing: Sequence[float] = (0.0,),
         class_weight: npt.NDArray[np.float32] | None = None,
         *,
         device: str = "cpu",
     ) -> None:
-        self.task = task
+        self.task = task_named(task)
+        self._of_logits = {
+            "cross_entropy": self._cross_entropy,
+            "binary_cross_entropy": self._binary_cross_entropy,
+            "squared_error": self._squared_error,
+        }[self.task.loss]
         self.outputs = outputs
         self._smoothing = torch.tensor(smoothing, dtype=torch.float32, device=device)
         self._weight = None if class_weight is None else torch.tensor(class_weight, device=device)
@@ -54,9 +60,9 @@ class Loss:
 
         ``y`` is int64 [B], or float32 [B, C] or [B, R]; ``rows`` are weights of rows, [B] or [K, B], None for equal.
         """
-        return getattr(self, f"_{self.task}")(logits, y, rows)  # type: ignore[no-any-return]
+        return self._of_logits(logits, y, rows)
 
-    def _classification(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         log_p = functional.log_softmax(logits, dim=-2)
         if self._plain:  # nothing but the log probability of each row's own class
             own_class = y.expand(*logits.shape[:-2], 1, -1)
@@ -84,7 +90,7 @@ class Loss:
         total = total.masked_fill(total <= 0, math.inf)  # a batch of which no row counts moves nothing
         return loss.sum(dim=-1) / total, gradient / total[..., None, None]
 
-    def _multilabel(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _binary_cross_entropy(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         target, stacked = y.t(), logits.dim() == 3
         if self._smoothing.any():
             epsilon = self._smoothing[:, None, None] if stacked else self._smoothing[0]
@@ -99,7 +105,7 @@ class Loss:
         gradient = (p * (on + off) - on) / self.outputs
         return _mean(loss, gradient, rows)
 
-    def _regression(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _squared_error(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         error = logits - y.t()
         return _mean(error.square().mean(dim=-2), error * (2 / self.outputs), rows)
 

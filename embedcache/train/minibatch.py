@@ -1,11 +1,10 @@
-"""Training by minibatches on torch: one head, or K of one shape as a stack."""
+"""The engine of minibatches, on torch: one head, or K of one shape as a stack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +12,25 @@ import torch
 from torch import Tensor
 
 from embedcache.errors import SpecError
+from embedcache.features import Array, Dense, OnDisk, Ragged
 from embedcache.heads import build_head, stack_key
-from embedcache.heads.modules import Linear
-from embedcache.heads.trained import blocks, count
-from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TaskName, TrainSpec
-from embedcache.train.batches import Batch, Batches, InMemory, InMemoryRagged, OnDisk, lent
-from embedcache.train.data import Data, choose, class_weights, moments
+from embedcache.heads.modules import Head, Linear
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.task import CLASSIFICATION, REGRESSION, Floats
+from embedcache.train.batches import Batch, Batches, DiskBatches, RaggedBatches, TensorBatches, lent
+from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
 from embedcache.train.ending import still_improving
-from embedcache.train.loop import Fitted, Scores, fit
+from embedcache.train.loop import Scores, Stopping, fit
 from embedcache.train.losses import Loss
-from embedcache.train.metrics import default_metric, metric_named, scores
+from embedcache.train.metrics import scores
+from embedcache.train.result import Fitted
 from embedcache.train.stack import MAY_DIFFER, HeadStack
 from embedcache.train.start import start_at, start_biases
 from embedcache.wording import counted
 
-Array = npt.NDArray[Any]
+Vectors = npt.NDArray[np.float32]
+Start = Mapping[str, Array]
+"""The arrays that a head starts with, by name."""
 
 STACK_NUMBERS = 1_600_000
 """Numbers that a stack may hold: past about 6 MB of weights its passes run at the memory's pace, not the cache's."""
@@ -37,15 +39,11 @@ SMALL_STEP = 3e7
 """Floating-point operations of a step up to which one thread is enough: about a fifth of a millisecond."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Mean and scale of features for each of M sets of training rows, float32 [M, D]; and of targets, [R]."""
-
-    mean: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.float32]
+_EVALUATED_ROWS, _EVALUATED_TOKENS = 8192, 1 << 17
+"""How much is judged at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Masks:
     """Which rows each head trains on and is judged by, for heads that share one pass: folds, or subsets.
 
@@ -58,23 +56,70 @@ class Masks:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The arrays of each head, the history of each, and which loop made them."""
+class PassOptions:
+    """How a pass is carried out, beside what it trains.
 
-    states: list[dict[str, Array]]
-    fitted: Fitted
+    Attributes:
+        device: where: ``cpu``, ``cuda`` or ``mps``.
+        progress: whether a bar is shown on a terminal.
+        title: what the bar is called.
+        keep_losses: keep the loss of each step.
+        max_steps: end after so many steps; None for no limit.
+        watch: is shown the stack before its first step.
+    """
+
+    device: str = "cpu"
+    progress: bool = True
+    title: str = "train"
+    keep_losses: bool = False
+    max_steps: int | None = None
+    watch: Callable[[HeadStack], None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Standardisation:
+    """What features are standardised by: mean and scale of all training rows, float32 [D].
+
+    Heads on folds each have training rows of their own. Their features are standardised by all rows together, once, and
+    what is left is each head's difference: ``own_mean`` and ``own_scale``, float32 [M, D], of what is standardised.
+    ``applied`` says that the features are standardised already; otherwise the heads' first layers do it.
+    """
+
+    mean: Vectors
+    scale: Vectors
+    applied: bool
+    masks: Masks | None = None
+    own_mean: Vectors | None = None
+    own_scale: Vectors | None = None
+
+    def of(self, head: int) -> tuple[Vectors, Vectors]:
+        """Return mean and scale of one head, [D]."""
+        if self.masks is None or self.own_mean is None or self.own_scale is None:
+            return self.mean, self.scale
+        mask = int(self.masks.of[head])
+        return self.mean + self.own_mean[mask] / self.scale, self.scale * self.own_scale[mask]
+
+    def tell(self, stack: HeadStack, device: str) -> None:
+        """Give the heads what is left for their first layers to do."""
+        if self.masks is not None and self.own_mean is not None and self.own_scale is not None:
+            of = self.masks.of if stack.stacked else self.masks.of[0]
+            mean, scale = self.own_mean[of], self.own_scale[of]
+        elif not self.applied:
+            mean, scale = self.mean, self.scale
+        else:
+            return
+        stack.module.standardize(torch.from_numpy(mean).to(device), torch.from_numpy(scale).to(device))
+
+
+Prepared = Tensor | Ragged | OnDisk
+"""Features as a pass reads them: a tensor on the device, or rows that are brought there batch by batch."""
 
 
 class HeadLearner:
     """K heads learning from batches of features; see ``loop.Learner``."""
 
     def __init__(
-        self,
-        stack: HeadStack,
-        y: Tensor,
-        weight: Tensor | None,
-        masks: Masks | None,
-        judge: Judge | None,
+        self, stack: HeadStack, y: Tensor, weight: Tensor | None, masks: Masks | None, judge: Judge | None
     ) -> None:
         self.stack = stack
         self._y, self._weight, self._judge = y, weight, judge
@@ -94,9 +139,10 @@ class HeadLearner:
         weight = None if self._weight is None else self._weight[rows]
         if self._train is None or self._masks is None:
             return weight
-        mine = self._train[:, rows][torch.from_numpy(self._masks.of[self.stack.alive])]
-        mine = mine if weight is None else mine * weight
-        return mine if self.stack.stacked else mine[0]
+        # Heads on folds read the same batches: the rows that a head's fold holds out weigh nothing in its loss.
+        by_head = self._train[:, rows][torch.from_numpy(self._masks.of[self.stack.alive])]
+        by_head = by_head if weight is None else by_head * weight
+        return by_head if self.stack.stacked else by_head[0]
 
     def evaluate(self) -> Scores | None:
         """Return the validation metric of each head still in training."""
@@ -111,69 +157,74 @@ class HeadLearner:
         self.stack.keep(places)
 
 
+@dataclass(frozen=True, eq=False)
 class Judge:
-    """The validation metric of every head in a stack, on rows of its own."""
+    """The validation metric of every head in a stack, on rows of its own.
 
-    def __init__(
-        self, data: Data, task: TaskName, metric: str, masks: Masks | None, target: tuple[Array, Array], device: str
-    ) -> None:
-        self._data, self._task, self._metric, self._masks, self._target = data, task, metric, masks, target
-        self._device = device
+    ``x`` are the features of the ``rows``, prepared; ``target`` mean and deviation of the targets that were trained on.
+    """
+
+    rows: LabelledRows
+    x: Prepared
+    metric: str
+    masks: Masks | None
+    target: tuple[Floats, Floats]
+    device: str
 
     def __call__(self, stack: HeadStack) -> Scores:
         """Return [K]."""
-        if self._masks is None:
-            return self._scores(stack, None, self._data)
+        if self.masks is None:
+            return self._scores(stack, None, self.x, self.rows.y)
         out = np.empty(len(stack))
-        mine = self._masks.of[stack.alive]
-        for mask in np.unique(mine):
-            places = np.flatnonzero(mine == mask)
-            rows = np.flatnonzero(self._masks.evaluate[mask])
-            part = Data(_pick(self._data.x, rows), self._data.y[rows])
-            out[places] = self._scores(stack, torch.from_numpy(places) if stack.stacked else None, part)
+        of = self.masks.of[stack.alive]
+        for mask in np.unique(of):
+            places = np.flatnonzero(of == mask)
+            rows = np.flatnonzero(self.masks.evaluate[mask])
+            x = self.x[torch.from_numpy(rows)] if isinstance(self.x, Tensor) else self.x.take(rows)
+            heads = torch.from_numpy(places) if stack.stacked else None
+            out[places] = self._scores(stack, heads, x, self.rows.y[rows])
         return out
 
-    def _scores(self, stack: HeadStack, heads: Tensor | None, data: Data) -> Scores:
-        said = outputs_of(stack, data.x, heads, self._device)
-        if self._task == "regression":
-            said = said * self._target[1] + self._target[0]
-        return scores(self._metric, self._task, data.y, said)
+    def _scores(self, stack: HeadStack, heads: Tensor | None, x: Prepared, y: Array) -> Scores:
+        outputs = outputs_of(stack, x, heads, self.device)
+        if self.rows.task is REGRESSION:
+            outputs = outputs * self.target[1] + self.target[0]
+        return scores(self.metric, self.rows.task, y, outputs)
 
 
-def _pick(x: Any, rows: Array) -> Any:
-    return x[torch.from_numpy(rows)] if isinstance(x, Tensor) else choose(x, rows)
-
-
-def outputs_of(stack: HeadStack, x: Any, heads: Tensor | None = None, device: str = "cpu") -> Array:
+def outputs_of(stack: HeadStack, x: Prepared, heads: Tensor | None = None, device: str = "cpu") -> Array:
     """Return probabilities (values for a regression) of K heads on rows of features, float32 [K, N, C]."""
     parts = []
-    for batch, mask in _blocks(x):
+    for batch, mask in _evaluation_batches(x):
         z = stack.logits(batch.to(device), None if mask is None else mask.to(device), heads)
-        if stack.loss.task == "classification":
+        if stack.loss.task.link == "softmax":
             z = z.softmax(dim=-1)
-        elif stack.loss.task == "multilabel":
+        elif stack.loss.task.link == "sigmoid":
             z = z.sigmoid()
         parts.append(z.cpu())
     return torch.cat(parts, dim=1).numpy()
 
 
-def _blocks(x: Any) -> Any:
+def _evaluation_batches(x: Prepared) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (x, mask) of all rows in their order, in tensors of a manageable size."""
     if isinstance(x, Tensor):
-        for start in range(0, len(x), 8192):
-            yield x[start : start + 8192], None
-    elif hasattr(x, "read"):
-        size = max(1, (16 << 20) // (4 * int(np.prod(x.row_shape))))
-        for start in range(0, len(x), size):
-            yield lent(x.read(np.arange(start, min(start + size, len(x))))), None
+        for start in range(0, len(x), _EVALUATED_ROWS):
+            yield x[start : start + _EVALUATED_ROWS], None
+    elif isinstance(x, OnDisk):
+        for block in x.blocks():
+            yield lent(block.values), None
     else:
-        for _, _, part, mask in blocks(x):
-            yield part, mask
-
-
-def metric_of(spec: TrainSpec, task: TaskName) -> tuple[str, bool]:
-    """Return the metric that validation is judged by, and whether more of it is better."""
-    name = spec.metric or default_metric(task)
-    return name, metric_named(name, task).greater_is_better
+        start = 0
+        while start < len(x):
+            stop, longest = start, 0
+            while stop < len(x):
+                longest = max(longest, int(x.offsets[stop + 1] - x.offsets[stop]))
+                if stop > start and longest * (stop + 1 - start) > _EVALUATED_TOKENS:
+                    break
+                stop += 1
+            values, mask = x.padded(np.arange(start, stop))
+            yield torch.from_numpy(values), torch.from_numpy(mask)
+            start = stop
 
 
 def refuse_unstackable(heads: Sequence[HeadSpec], specs: Sequence[TrainSpec]) -> None:
@@ -190,169 +241,147 @@ def refuse_unstackable(heads: Sequence[HeadSpec], specs: Sequence[TrainSpec]) ->
         raise SpecError("the heads of a stack are all clipped or none is: clip is 0 for some of them")
 
 
-def train_minibatch(
-    data: Data,
-    judged: Data | None,
+def fit_minibatch(
+    rows: LabelledRows,
+    judged: LabelledRows | None,
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
-    feature: FeatureSet,
-    task: TaskName,
-    class_names: Sequence[str],
     *,
     masks: Masks | None = None,
     batches: Batches | None = None,
-    start: Sequence[Mapping[str, Array]] | None = None,
-    **options: Any,
-) -> Trained:
-    """Train K heads of one shape on ``data``, in one pass or, where they outgrow the processor's cache, a few.
+    start: Sequence[Start] | None = None,
+    options: PassOptions = PassOptions(),
+) -> list[Fitted]:
+    """Train K heads of one shape in one pass or, where they outgrow the processor's cache, a few.
 
-    ``judged`` are validation rows; with ``masks`` they must be ``data`` itself. ``batches`` replaces the source of
-    features, of which ``data`` then gives only targets and moments. ``start`` replaces initial weights. ``options``
-    are those of the pass: ``device``, ``progress``, ``title``, ``keep_losses``, ``max_steps``, ``watch``.
+    ``judged`` are validation rows; with ``masks`` they must be ``rows`` itself. ``batches`` replaces the source of
+    features, of which ``rows`` then gives only targets and moments. ``start`` replaces initial weights.
     """
     refuse_unstackable(heads, specs)
-    size = sum(each.numel() for each in build_head(heads[0], feature, len(class_names)).parameters())
+    size = sum(weight.numel() for weight in build_head(heads[0], rows.feature, rows.outputs).parameters())
     most = max(1, STACK_NUMBERS // size) if batches is None else len(heads)
-    parts = []
+    results: list[Fitted] = []
     for begin in range(0, len(heads), most):
-        mine = slice(begin, begin + most)
-        own = None if masks is None else Masks(masks.train, masks.evaluate, masks.of[mine])
-        parts.append(
-            _one_pass(
-                data, judged, heads[mine], specs[mine], feature, task, class_names, masks=own, batches=batches,
-                start=None if start is None else start[mine], **options,
-            )
-        )  # fmt: skip
-        if parts[-1].fitted.interrupted and begin + most < len(heads):
+        part = slice(begin, begin + most)
+        results += _Pass(
+            rows, judged, heads[part], specs[part],
+            None if masks is None else replace(masks, of=masks.of[part]),
+            batches, None if start is None else start[part], options,
+        ).run()  # fmt: skip
+        if results[-1].interrupted and begin + most < len(heads):
             raise KeyboardInterrupt  # some heads have not begun
-    if len(parts) == 1:
-        return parts[0]
-    fits = [part.fitted for part in parts]
-    return Trained(
-        [state for part in parts for state in part.states],
-        Fitted(
-            history=[each for fit in fits for each in fit.history],
-            best_epoch=[each for fit in fits for each in fit.best_epoch],
-            steps=sum(fit.steps for fit in fits),
-            seconds=sum(fit.seconds for fit in fits),
-            interrupted=fits[-1].interrupted,
-            losses=[each for fit in fits for each in fit.losses],
-            epochs=fits[0].epochs,
-            improving=[each for fit in fits for each in fit.improving],
-        ),
-    )
+    return results
 
 
-def _one_pass(
-    data: Data,
-    judged: Data | None,
-    heads: Sequence[HeadSpec],
-    specs: Sequence[TrainSpec],
-    feature: FeatureSet,
-    task: TaskName,
-    class_names: Sequence[str],
-    *,
-    masks: Masks | None = None,
-    batches: Batches | None = None,
-    start: Sequence[Mapping[str, Array]] | None = None,
-    device: str = "cpu",
-    progress: bool = True,
-    title: str = "train",
-    keep_losses: bool = False,
-    max_steps: int | None = None,
-    watch: Callable[[HeadStack], None] | None = None,
-) -> Trained:
-    """Train K heads of one shape in one pass over ``data``.
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """K heads of one shape and the rows that they are trained on in one pass; arguments as in ``fit_minibatch``."""
 
-    ``judged`` are validation rows; with ``masks`` they must be ``data`` itself. ``batches`` replaces the source of
-    features, of which ``data`` then gives only targets and moments. ``start`` replaces initial weights. ``watch`` is
-    shown the stack before its first step.
-    """
-    spec = specs[0]
-    metric, greater = metric_of(spec, task)
-    outputs = len(class_names)
-    modules = [
-        build_head(head, feature, outputs, seed=each.seed).to(device) for head, each in zip(heads, specs, strict=True)
-    ]
-    target = _target_moments(data.y, task)
-    weights = _class_weights(specs, data.y, task, class_names, masks)
-    if start is not None:
-        for module, values in zip(modules, start, strict=True):
-            module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
-    else:
-        for at, (module, each) in enumerate(zip(modules, specs, strict=True)):
-            start_at(module, _biases(at, each, data, task, outputs, target, weights, masks))
-    mean, scale = moments(data.x, feature, data.weight) if spec.standardize else (None, None)
-    # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
-    plain = batches is None and all(isinstance(each.x, np.ndarray) for each in (data, judged) if each is not None)
-    x: Any = _tensor(data.x, *((mean, scale) if plain else (None, None)), device)
-    judge_x: Any = None
-    if judged is not None:
-        judge_x = x if judged is data else _tensor(judged.x, *((mean, scale) if plain else (None, None)), device)
-    source = batches or _source(x, spec, device)
-    relative: Moments | None = None
-    if masks is not None and spec.standardize:
-        if not plain:
-            raise SpecError("heads that share a pass over different rows need features that are arrays in memory")
-        relative = _masked_moments(x, masks)
-    loss = Loss(task, outputs, [each.label_smoothing for each in specs], weights, device=device)
-    epochs = spec.epochs_of(source.steps)
-    stack = HeadStack(modules, specs, loss, epochs * source.steps)
-    if relative is not None and masks is not None:
-        # The features are standardised already, by all rows together; what is left is each head's own difference.
-        of = masks.of if stack.stacked else masks.of[0]
-        own = (torch.from_numpy(each[of]).to(device) for each in (relative.mean, relative.scale))
-        stack.module.standardize(*own)
-    elif not plain and mean is not None and scale is not None:
-        stack.module.standardize(torch.from_numpy(mean).to(device), torch.from_numpy(scale).to(device))
-    if watch is not None:
-        watch(stack)
-    y = _targets(data.y, task, target, device)
-    weight = None if data.weight is None else torch.from_numpy(data.weight).to(device)
-    judge = None
-    if judged is not None and len(judged):
-        judge = Judge(Data(judge_x, judged.y), task, metric, masks, target, device)
-    learner = HeadLearner(stack, y, weight, masks, judge)
-    with _threads_for(stack, data, spec) if batches is None else nullcontext():
-        fitted = fit(
-            learner, source, epochs=epochs, patience=spec.patience, greater_is_better=greater, metric=metric,
-            title=title, progress=progress, keep_losses=keep_losses, max_steps=max_steps, min_steps=spec.least_steps,
-        )  # fmt: skip
-    fitted.improving = [
-        still_improving(history, best, each, epochs)
-        for history, best, each in zip(fitted.history, fitted.best_epoch, specs, strict=True)
-    ]
-    first = [name for name, module in modules[0].named_modules() if module in set(modules[0].first_layers())]
-    states = []
-    for at, state in enumerate(stack.finish()):
-        own_mean, own_scale = mean, scale
-        if relative is not None and masks is not None and mean is not None and scale is not None:
-            mask = int(masks.of[at])
-            own_mean, own_scale = mean + relative.mean[mask] / scale, scale * relative.scale[mask]
-        states.append(_finished(state, type(modules[0]) is Linear, first, own_mean, own_scale, target, task))
-    return Trained(states, fitted)
+    rows: LabelledRows
+    judged: LabelledRows | None
+    heads: Sequence[HeadSpec]
+    specs: Sequence[TrainSpec]
+    masks: Masks | None
+    batches: Batches | None
+    start: Sequence[Start] | None
+    options: PassOptions
 
+    def run(self) -> list[Fitted]:
+        """Train the heads."""
+        rows, spec, options = self.rows, self.specs[0], self.options
+        device = options.device
+        modules = [
+            build_head(head, rows.feature, rows.outputs, seed=own.seed).to(device)
+            for head, own in zip(self.heads, self.specs, strict=True)
+        ]
+        target = target_moments(rows.y, rows.task)
+        weights = self._class_weights()
+        self._set_start(modules, target, weights)
+        mean, scale = moments(rows.x, rows.weight) if spec.standardize else (None, None)
+        # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
+        dense = isinstance(rows.x, Dense) and (self.judged is None or isinstance(self.judged.x, Dense))
+        plain = self.batches is None and dense
+        applied = (mean, scale) if plain and mean is not None and scale is not None else None
+        x = _prepared(rows, applied, device)
+        source = self.batches or _source(x, spec, device)
+        standardisation: Standardisation | None = None
+        if mean is not None and scale is not None:
+            standardisation = Standardisation(mean, scale, plain)
+            if self.masks is not None:
+                if not isinstance(x, Tensor) or not plain:
+                    raise SpecError("heads that share a pass over different rows need arrays in memory as features")
+                own_mean, own_scale = _masked_moments(x, self.masks)
+                standardisation = replace(standardisation, masks=self.masks, own_mean=own_mean, own_scale=own_scale)
+        loss = Loss(rows.task, rows.outputs, [own.label_smoothing for own in self.specs], weights, device=device)
+        stopping = Stopping.of(spec, rows.task, source.steps, options.max_steps)
+        stack = HeadStack(modules, self.specs, loss, stopping.epochs * source.steps)
+        if standardisation is not None:
+            standardisation.tell(stack, device)
+        if options.watch is not None:
+            options.watch(stack)
+        judge = None
+        if self.judged is not None and len(self.judged):
+            judged_x = x if self.judged is rows else _prepared(self.judged, applied, device)
+            judge = Judge(self.judged, judged_x, stopping.metric, self.masks, target, device)
+        weight = None if rows.weight is None else torch.from_numpy(rows.weight).to(device)
+        learner = HeadLearner(stack, _targets(rows, target, device), weight, self.masks, judge)
+        with _threads_for(stack, rows, spec) if self.batches is None else nullcontext():
+            result = fit(
+                learner, source, stopping, title=options.title, progress=options.progress,
+                keep_losses=options.keep_losses,
+            )  # fmt: skip
+        real = target if rows.task is REGRESSION else None
+        states = [
+            _in_real_units(state, modules[0], None if standardisation is None else standardisation.of(head), real)
+            for head, state in enumerate(stack.finish())
+        ]
+        return [
+            Fitted(
+                state, history=history, epochs=stopping.epochs, best_epoch=best, steps=result.steps,
+                seconds=result.seconds, interrupted=result.interrupted,
+                improving=still_improving(history, best, own, stopping.epochs), losses=result.losses,
+            )
+            for state, history, best, own in zip(states, result.history, result.best_epoch, self.specs, strict=True)
+        ]  # fmt: skip
 
-def _biases(
-    at: int, spec: TrainSpec, data: Data, task: TaskName, outputs: int, target: tuple[Array, Array],
-    weights: npt.NDArray[np.float32] | None, masks: Masks | None,
-) -> npt.NDArray[np.float64]:  # fmt: skip
-    """Return the biases that head ``at`` starts with: those of its own training rows, as if it were alone."""
-    y = (data.y - target[0]) / target[1] if task == "regression" else data.y
-    rows = data.weight
-    if masks is not None:
-        mine = masks.train[masks.of[at]]
-        y, rows = y[mine], None if rows is None else rows[mine]
-    weight = None if weights is None else weights[at if len(weights) > 1 else 0]
-    return start_biases(y, task, outputs, smoothing=spec.label_smoothing, class_weight=weight, rows=rows)
+    def _class_weights(self) -> Vectors | None:
+        """Return the class weights of each head, [K, C], of its own training rows; None where no head has any."""
+        y, task, names = self.rows.y, self.rows.task, self.rows.class_names
+        if self.masks is None:
+            return class_weights(self.specs, y, task, names)
+        by_head = [
+            class_weights([spec], y[self.masks.train[self.masks.of[head]]], task, names)
+            for head, spec in enumerate(self.specs)
+        ]
+        if all(weights is None for weights in by_head):
+            return None
+        ones = np.ones((1, len(names)), np.float32)
+        return np.concatenate([ones if weights is None else weights for weights in by_head])
+
+    def _set_start(self, modules: Sequence[Head], target: tuple[Floats, Floats], weights: Vectors | None) -> None:
+        """Give each head the weights it starts with, or the biases of its own training rows, as if it were alone."""
+        if self.start is not None:
+            for module, values in zip(modules, self.start, strict=True):
+                module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
+            return
+        rows = self.rows
+        y = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
+        for head, (module, spec) in enumerate(zip(modules, self.specs, strict=True)):
+            own = slice(None) if self.masks is None else self.masks.train[self.masks.of[head]]
+            biases = start_biases(
+                y[own], rows.task, rows.outputs, smoothing=spec.label_smoothing,
+                class_weight=None if weights is None else weights[head if len(weights) > 1 else 0],
+                rows=None if rows.weight is None else rows.weight[own],
+            )  # fmt: skip
+            start_at(module, biases)
 
 
 @contextmanager
-def _threads_for(stack: HeadStack, data: Data, spec: TrainSpec) -> Iterator[None]:
+def _threads_for(stack: HeadStack, rows: LabelledRows, spec: TrainSpec) -> Iterator[None]:
     """Run small steps on one thread: waking a second costs more than it does, and far more on a busy machine."""
-    vectors = len(data.x[0]) / max(len(data), 1) if isinstance(data.x, tuple) else 1.0
-    vectors *= data.x.shape[1] if isinstance(data.x, np.ndarray) and data.x.ndim == 3 else 1
-    operations = 4 * spec.batch_size * vectors * sum(each.numel() for each in stack.parameters)
+    vectors = len(rows.x.values) / max(len(rows), 1) if isinstance(rows.x, Ragged) else 1.0
+    vectors *= rows.feature.layers if isinstance(rows.x, Dense) else 1
+    operations = 4 * spec.batch_size * vectors * sum(weight.numel() for weight in stack.parameters)
     before = torch.get_num_threads()
     if operations < SMALL_STEP:
         torch.set_num_threads(1)
@@ -362,27 +391,29 @@ def _threads_for(stack: HeadStack, data: Data, spec: TrainSpec) -> Iterator[None
         torch.set_num_threads(before)
 
 
-def _source(x: Any, spec: TrainSpec, device: str) -> Batches:
+def _source(x: Prepared, spec: TrainSpec, device: str) -> Batches:
     if isinstance(x, Tensor):
-        return InMemory(x, spec.batch_size, spec.order_seed)
-    if isinstance(x, tuple):
-        values, offsets = x
-        return InMemoryRagged(values, offsets, spec.batch_size, spec.order_seed, device)
-    return OnDisk(x, spec.batch_size, spec.order_seed, device)
+        return TensorBatches(x, spec.batch_size, spec.order_seed)
+    if isinstance(x, Ragged):
+        return RaggedBatches(x, spec.batch_size, spec.order_seed, device)
+    return DiskBatches(x, spec.batch_size, spec.order_seed, device)
 
 
-def _tensor(x: Any, mean: Array | None, scale: Array | None, device: str) -> Any:
-    """Return an array as a tensor, standardised where moments are given; ragged rows and readers as they are."""
-    if not isinstance(x, np.ndarray):
+def _prepared(rows: LabelledRows, standardise: tuple[Vectors, Vectors] | None, device: str) -> Prepared:
+    """Return an array as a tensor, standardised where moments are given; ragged rows and rows on disk as they are."""
+    x = rows.x
+    if isinstance(x, Ragged | OnDisk):
         return x
-    if mean is None or scale is None:
-        return lent(np.ascontiguousarray(x, np.float32)).to(device)
-    out = np.subtract(x, mean, dtype=np.float32)
+    assert isinstance(x, Dense)
+    if standardise is None:
+        return lent(np.ascontiguousarray(x.values, np.float32)).to(device)
+    mean, scale = standardise
+    out = np.subtract(x.values, mean, dtype=np.float32)
     out *= scale
     return torch.from_numpy(out).to(device)
 
 
-def _masked_moments(x: Tensor, masks: Masks) -> Moments:
+def _masked_moments(x: Tensor, masks: Masks) -> tuple[Vectors, Vectors]:
     """Return the moments of standardised features over the training rows of each mask, by two matrix products."""
     flat = x.reshape(len(x), -1, x.shape[-1])
     chosen = torch.from_numpy(masks.train.astype(np.float32)).to(x.device)
@@ -392,57 +423,35 @@ def _masked_moments(x: Tensor, masks: Masks) -> Moments:
     mean = total / rows
     deviation = (squares / rows - mean.square()).clamp_min(0).sqrt()
     scale = torch.where(deviation > 1e-4, 1 / deviation.clamp_min(1e-4), torch.ones_like(deviation))
-    return Moments(mean.float().cpu().numpy(), scale.float().cpu().numpy())
+    return mean.float().cpu().numpy(), scale.float().cpu().numpy()
 
 
-def _target_moments(y: Array, task: TaskName) -> tuple[Array, Array]:
-    if task != "regression":
-        return np.zeros(1), np.ones(1)
-    deviation = y.std(axis=0)
-    return y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
-
-
-def _targets(y: Array, task: TaskName, target: tuple[Array, Array], device: str) -> Tensor:
-    if task == "classification":
-        return torch.from_numpy(y).to(device)
-    values = (y - target[0]) / target[1] if task == "regression" else y
+def _targets(rows: LabelledRows, target: tuple[Floats, Floats], device: str) -> Tensor:
+    if rows.task is CLASSIFICATION:
+        return torch.from_numpy(rows.y).to(device)
+    values = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
     return torch.from_numpy(np.asarray(values, np.float32)).to(device)
 
 
-def _class_weights(
-    specs: Sequence[TrainSpec], y: Array, task: TaskName, class_names: Sequence[str], masks: Masks | None
-) -> npt.NDArray[np.float32] | None:
-    if masks is None:
-        return class_weights(specs, y, task, class_names)
-    each = [class_weights([spec], y[masks.train[masks.of[at]]], task, class_names) for at, spec in enumerate(specs)]
-    if all(weights is None for weights in each):
-        return None
-    ones = np.ones((1, len(class_names)), np.float32)
-    return np.concatenate([ones if weights is None else weights for weights in each])
-
-
-def _finished(
+def _in_real_units(
     state: Mapping[str, Tensor],
-    linear: bool,
-    first: Sequence[str],
-    mean: Array | None,
-    scale: Array | None,
-    target: tuple[Array, Array],
-    task: TaskName,
+    head: Head,
+    standardised: tuple[Vectors, Vectors] | None,
+    target: tuple[Floats, Floats] | None,
 ) -> dict[str, Array]:
     """Return a head's arrays in real units: targets scaled back, standardisation folded in or beside its layer."""
-    arrays = {name: value.cpu().numpy().astype(np.float64) for name, value in state.items()}
-    if task == "regression":
+    arrays: dict[str, Array] = {name: value.cpu().numpy().astype(np.float64) for name, value in state.items()}
+    if target is not None:
         arrays["output.weight"] *= target[1][:, None]
         arrays["output.bias"] = arrays["output.bias"] * target[1] + target[0]
-    if mean is not None and scale is not None:
-        if linear:
+    if standardised is not None:
+        mean, scale = standardised
+        if type(head) is Linear:
             arrays["output.weight"] *= scale
             arrays["output.bias"] -= arrays["output.weight"] @ mean.astype(np.float64)
         else:
-            for layer in first:
-                arrays[f"{layer}.mean"], arrays[f"{layer}.scale"] = mean, scale
+            first_layers = set(head.first_layers())
+            for name, module in head.named_modules():
+                if module in first_layers:
+                    arrays[f"{name}.mean"], arrays[f"{name}.scale"] = mean, scale
     return {name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}
-
-
-__all__ = ["HeadLearner", "Masks", "Trained", "count", "outputs_of", "train_minibatch"]

@@ -1,4 +1,4 @@
-"""What training gives back."""
+"""What training gives back: what an engine made of the rows, and the head with everything known about its training."""
 
 from __future__ import annotations
 
@@ -8,26 +8,90 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedcache.heads import TrainedHead
+from embedcache.numerics import Probe
+from embedcache.task import Array
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from embedcache.cache import FeatureCache
     from embedcache.heads.folder import RunFolder
+
+Epoch = dict[str, float]
+"""What is known of one epoch: ``epoch`` from 1 on, ``train_loss``, ``seconds``, ``validation_METRIC``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """One head as an engine (minibatch, convex, sklearn) made it.
+
+    Attributes:
+        state: its arrays by name; empty for an estimator that is not linear.
+        estimator: that estimator.
+        history: what is known of each epoch; of the convex solver one entry, with its iterations.
+        notes: one-line facts to print.
+        epochs: how many there were to be; 0 for engines without epochs.
+        best_epoch: the best on validation, counted from 0; -1 where nothing was measured.
+        steps: steps that were taken.
+        seconds: what the pass took, for all heads that shared it.
+        interrupted: whether Ctrl-C ended it early, with the best weights so far.
+        improving: whether it had not come to an end in its last epoch.
+        losses: [] or [K] of each step, where they were to be kept.
+    """
+
+    state: Mapping[str, Array] = field(default_factory=dict)
+    estimator: Any = None
+    history: Sequence[Epoch] = ()
+    notes: tuple[str, ...] = ()
+    epochs: int = 0
+    best_epoch: int = -1
+    steps: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    improving: bool = False
+    losses: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where features come from: the spec of the cache, the backbone's name, and what its machine computed."""
+
+    extraction: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    revision: str | None = None
+    probe: Probe | None = None
+
+    @classmethod
+    def of(cls, cache: FeatureCache) -> Origin:
+        """Return where the features of a cache come from."""
+        last = cache.provenance()[-1] if cache.provenance() else {}
+        return cls(cache.spec, last.get("model"), last.get("revision"), cache.common_probe)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
     """A trained head and what is known about its training.
 
-    ``metrics`` are by split, ``history`` has a dict for each epoch, ``notes`` are one-line facts to print.
-    ``interrupted`` says that Ctrl-C ended it early with the best weights so far.
+    ``metrics`` are by split, ``notes`` are one-line facts to print, ``facts`` stand in the model card; ``fitted`` is
+    what the engine made, ``seconds`` what it and the calibration took.
     """
 
     head: TrainedHead
-    metrics: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]] = ()
+    fitted: Fitted = field(repr=False)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     seconds: float = 0.0
-    interrupted: bool = False
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def history(self) -> Sequence[Epoch]:
+        """A dict for each epoch."""
+        return self.fitted.history
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it early, with the best weights so far."""
+        return self.fitted.interrupted
 
     def save(self, directory: Path | str | RunFolder) -> None:
         """Write the head bundle: head, metrics, history, model card; see ``TrainedHead.save_pretrained``."""

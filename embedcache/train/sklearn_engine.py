@@ -1,7 +1,7 @@
 """Heads that scikit-learn fits: from features to one matrix, or to an estimator where it is none.
 
 Whatever is linear becomes a weight [C, D] and a bias [C] with the standardisation, and any projection, folded in. What
-such a head says are logits, and their softmax (their sigmoid for each label) is its probability. For logistic
+such a head gives are logits, and their softmax (their sigmoid for each label) is its probability. For logistic
 regression and LDA that is the estimator's own ``predict_proba``. Of two classes scikit-learn has one decision value z;
 it becomes the logits (-z/2, z/2), whose softmax is sigmoid(z). A support vector machine and ridge classification know
 no probabilities: theirs are a softmax of decision values, right in their order, and worth something only at the
@@ -11,114 +11,87 @@ temperature that is fitted on validation.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import EmbedcacheError, FeatureError, SpecError, TrainingError
+from embedcache.errors import EmbedcacheError, SpecError, TrainingError
 from embedcache.heads.registry import checked_kind
-from embedcache.heads.sklearn_io import load_estimator, save_estimator
 from embedcache.heads.sklearn_kinds import Kind, Setting
-from embedcache.heads.sklearn_outputs import outputs
-from embedcache.spec import HeadSpec, TaskName
-from embedcache.train.data import rounding
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
+from embedcache.train.data import LabelledRows, class_weights, rounding
+from embedcache.train.result import Fitted
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 Matrix = tuple[Floats, Floats]
 
 NEVER = -1e4
 """The logit of a class that training never saw: its probability is 0, at any temperature there may be."""
 
 
-@dataclass(frozen=True, eq=False)
-class FittedSklearn:
-    """What scikit-learn made of the features.
+def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
+    """Fit a head that scikit-learn has. The same arguments give the same bits.
 
-    Attributes:
-        task: what it was fitted to.
-        classes: how many outputs it has.
-        linear: weight float64 [C, D] and bias float64 [C], for raw features; None where the head is not linear.
-        estimator: the fitted pipeline where it is not, for ``save_estimator``.
-        notes: what people should know: no convergence, labels that never change.
+    ``head`` is a kind and its options, see ``embedcache.heads.sklearn_kinds``; of ``spec`` it reads ``seed``,
+    ``standardize``, ``class_weight`` and ``l2``. What is linear is fitted in float64, and becomes a weight [C, D] and a
+    bias [C] for raw features.
+
+    Raises ``SpecError`` for a kind, option or weight that cannot be, ``FeatureError`` for features with several vectors
+    a row, ``TrainingError`` for labels from which nothing can be learned.
     """
-
-    task: TaskName
-    classes: int
-    linear: Matrix | None
-    estimator: Any
-    notes: tuple[str, ...]
-
-    def outputs(self, x: Array) -> Floats:
-        """Return uncalibrated probabilities float64 [N, C], or values [N, R], for features [N, D]."""
-        if self.linear is None:
-            return outputs(self.estimator, x, self.task, self.classes)
-        weight, bias = self.linear
-        logits = np.asarray(x, np.float64) @ weight.T + bias
-        if self.task == "regression":
-            return np.asarray(logits)
-        if self.task == "multilabel":
-            return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)))
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(p / p.sum(axis=1, keepdims=True))
-
-
-def fit_sklearn(
-    head: HeadSpec,
-    x: Array,
-    y: Array,
-    *,
-    task: TaskName,
-    classes: int,
-    seed: int = 0,
-    standardize: bool = True,
-    class_weight: str | Array | None = None,
-    sample_weight: Array | None = None,
-    l2: float = 1.0,
-) -> FittedSklearn:
-    """Fit a head. The same arguments give the same bits.
-
-    Args:
-        head: kind and options, see ``embedcache.heads.sklearn_kinds``.
-        x: features float32 [N, D]; what is linear is fitted in float64.
-        y: int64 [N], uint8 [N, C] or float64 [N, R], without unlabelled rows.
-        classes: C, or R.
-        standardize: whether features get mean 0 and variance 1 first.
-        class_weight: ``balanced``, or float [C]: the weight of each class, for several labels of each that is on.
-        sample_weight: float [N].
-        l2: strength of the penalty of linear heads, ``l2 / 2 ||W||^2`` beside the sum of losses.
-
-    Raises ``SpecError`` for a kind, option or weight that cannot be, ``FeatureError`` for features of another shape or
-    that are not finite, ``TrainingError`` for labels from which nothing can be learnt.
-    """
-    kind, options = checked_kind(head, task)
-    x = _features(head.kind, x)
-    y = _targets(y, len(x), task, classes)
-    if task == "classification" and head.kind != "majority" and len(np.unique(y)) < 2:
+    kind, options = checked_kind(head, rows.task.name)
+    x = rows.matrix(head.kind)
+    problem = _Problem(head.kind, rows, np.asarray(rows.y, np.float64 if rows.task is REGRESSION else np.int64))
+    if rows.task is CLASSIFICATION and head.kind != "majority" and len(np.unique(problem.y)) < 2:
         raise TrainingError("every training row is of the same class: a head needs rows of two or more")
-    rows, labels = _weights(head.kind, kind, y, task, classes, class_weight, sample_weight)
-    setting = Setting(task, float(l2), seed, len(x), x.shape[1])
+    weights = _weights(problem, kind, spec)
+    setting = Setting(rows.task.name, float(spec.l2), spec.seed, len(x), x.shape[1])
     if head.kind == "majority":
-        return FittedSklearn(task, classes, _majority(y, task, classes, x.shape[1], rows, labels), None, ())
-
-    def build() -> Any:
-        return kind.build(setting, options)
-
-    notes: list[str] = []
-    linear, estimator = None, None
-    with _heard(notes):
+        weight, bias = _majority(problem, x.shape[1], weights)
+        return Fitted({"output.weight": weight, "output.bias": bias})
+    fitting = _Fitting(problem, weights, lambda: kind.build(setting, options), spec.standardize and kind.scaled)
+    with _heard(fitting.notes):
         if kind.linear:
-            linear = _linear(build, x, y, task, classes, standardize, rows, labels, notes, sample_weight)
+            weight, bias = fitting.linear(x, spec.standardize)
+            fitted = Fitted({"output.weight": weight, "output.bias": bias})
         else:
-            scaled = standardize and kind.scaled
-            estimator = _estimator(build, x, y, task, classes, scaled, rows, labels, sample_weight)
+            fitted = Fitted(estimator=fitting.estimator(x))
     if head.kind == "knn" and options["n_neighbors"] > len(x):
-        notes.append(f"knn asks for {options['n_neighbors']} neighbours and has {len(x)} rows: it uses them all")
-    return FittedSklearn(task, classes, linear, estimator, tuple(dict.fromkeys(notes)))
+        asked = options["n_neighbors"]
+        fitting.notes.append(f"knn asks for {asked} neighbours and has {len(x)} rows: it uses them all")
+    return replace(fitted, notes=tuple(dict.fromkeys(fitting.notes)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What is to be fitted: the name of the head, the rows, and their targets as scikit-learn takes them."""
+
+    head: str
+    rows: LabelledRows
+    y: Array
+
+    @property
+    def outputs(self) -> int:
+        """How many classes, labels or targets there are."""
+        return self.rows.outputs
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """The weight of each row [N], classes considered, and of several labels that of each that is on [C]; None for 1."""
+
+    rows: Floats | None
+    labels: Floats | None
+
+    def of_label(self, label: int, on: Array) -> Floats | None:
+        """Return the weights of rows [N] for one label, given where it is on (0 or 1, [N])."""
+        if self.labels is None:
+            return self.rows
+        return np.where(on == 1, self.labels[label], 1.0) * (1.0 if self.rows is None else self.rows)
 
 
 @contextmanager
@@ -137,83 +110,24 @@ def _heard(notes: list[str]) -> Iterator[None]:
         notes.append(" ".join(text.split()))
 
 
-def _features(kind: str, x: Any) -> Array:
-    shape = getattr(x, "shape", None)
-    if isinstance(x, tuple) or hasattr(x, "offsets") or (shape is not None and len(shape) != 2):
-        what = f"an array {list(shape)}" if shape is not None else "tokens"
-        raise FeatureError(
-            f"{kind} of scikit-learn reads one vector a row [N, D], and got {what}: choose a feature set such as mean, "
-            "or the head attention or attention-pooling"
-        )
-    rows: Array = np.asarray(x)
-    if not len(rows):
-        raise TrainingError("there is no training row")
-    if rows.dtype not in (np.float32, np.float64):
-        rows = rows.astype(np.float32)
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        raise FeatureError(f"features are NaN or infinite in row {int(finite.argmin())}: extract them again")
-    return rows
-
-
-def _targets(given: Any, rows: int, task: TaskName, classes: int) -> Array:
-    y: Array = np.asarray(given)
-    y = y[:, None] if task == "regression" and y.ndim == 1 else y
-    expected = (rows,) if task == "classification" else (rows, classes)
-    if y.shape != expected:
-        raise SpecError(f"y has the shape {list(y.shape)}, expected {list(expected)} for {task}")
-    if task == "regression":
-        y = y.astype(np.float64)
-        if not np.isfinite(y).all():
-            raise TrainingError(f"row {int((~np.isfinite(y)).any(axis=1).argmax())} has no finite target")
-        return y
-    y = y.astype(np.int64)
-    if y.min() < 0 or y.max() >= (classes if task == "classification" else 2):
-        raise TrainingError(f"labels go from {y.min()} to {y.max()}: leave rows without label out")
-    return y
-
-
-def _weights(
-    name: str, kind: Kind, y: Array, task: TaskName, classes: int, class_weight: str | Array | None, rows: Array | None
-) -> tuple[Floats | None, Floats | None]:
-    """Return the weight of each row [N], and of several labels that of each that is on [C]; None for equal ones."""
-    if rows is not None:
-        rows = np.asarray(rows, np.float64)
-        if rows.shape != y.shape[:1] or not np.isfinite(rows).all() or rows.min() < 0 or not rows.any():
-            raise SpecError(f"sample_weight: expected {len(y)} numbers of 0 or more, and one above 0")
-    labels: Floats | None = None
-    if class_weight is not None:
-        if task == "regression":
-            raise SpecError("class_weight is for classes, and this is a regression: drop it")
-        labels = _class_weights(y, task, classes, class_weight, rows)
-        if task == "classification":
-            own, labels = labels[y], None
-            rows = own if rows is None else own * rows
-            if not rows.any():
-                raise TrainingError("class_weight leaves no row with a weight: give some class a weight above 0")
+def _weights(problem: _Problem, kind: Kind, spec: TrainSpec) -> _Weights:
+    """Return what rows and labels weigh. Raises ``SpecError`` where the head cannot weigh them."""
+    given, task, y = problem.rows, problem.rows.task, problem.y
+    rows = None if given.weight is None else np.asarray(given.weight, np.float64)
+    by_class = class_weights([spec], given.y, task, given.class_names)
+    labels = None if by_class is None else np.asarray(by_class[0], np.float64)
+    if labels is not None and task is CLASSIFICATION:
+        own, labels = labels[y], None
+        rows = own if rows is None else own * rows
+        if not rows.any():
+            raise TrainingError("class_weight leaves no row with a weight: give some class a weight above 0")
     if rows is not None and (rows == rows[0]).all() and (rows[0] == 1 or not kind.weights):
-        rows = None
+        rows = None  # equal weights are no weights: a head that cannot weigh takes them
     if (rows is not None or labels is not None) and not kind.weights:
-        raise SpecError(f"{name} cannot weigh rows or classes: drop class_weight and sample weights")
-    if labels is not None and name == "mlp" and classes > 1:
+        raise SpecError(f"{problem.head} cannot weigh rows or classes: drop class_weight and sample weights")
+    if labels is not None and problem.head == "mlp" and problem.outputs > 1:
         raise SpecError("mlp of scikit-learn cannot weigh labels: drop class_weight, or use the engine torch")
-    return rows, labels
-
-
-def _class_weights(y: Array, task: TaskName, classes: int, given: str | Array, rows: Floats | None) -> Floats:
-    if isinstance(given, str):
-        if given != "balanced":
-            raise SpecError(f"class_weight is {given!r}: expected balanced, or a weight for each class")
-        one = np.ones(len(y)) if rows is None else rows
-        if task == "multilabel":
-            on = one @ y
-            return np.asarray((one.sum() - on) / np.where(on > 0, on, 1))
-        mass = np.bincount(y, one, classes)
-        return np.asarray(mass.sum() / ((mass > 0).sum() * np.where(mass > 0, mass, 1)))
-    weights = np.asarray(given, np.float64)
-    if weights.shape != (classes,) or not np.isfinite(weights).all() or weights.min() < 0:
-        raise SpecError(f"class_weight: expected {classes} numbers of 0 or more")
-    return weights
+    return _Weights(rows, labels)
 
 
 @contextmanager
@@ -224,13 +138,13 @@ def _in_one_line() -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, EmbedcacheError):
             raise
-        said = " ".join(str(error).split())
-        if "least populated class" in said:  # heads that hold rows out for their own early stopping
-            said = (
+        reason = " ".join(str(error).split())
+        if "least populated class" in reason:  # heads that hold rows out for their own early stopping
+            reason = (
                 "a class has a single row, and early_stopping holds some of each class out: "
                 "add rows of it, or leave early_stopping out"
             )
-        raise TrainingError(said) from None
+        raise TrainingError(reason) from None
 
 
 def _fit(estimator: Any, x: Array, y: Array, rows: Floats | None) -> Any:
@@ -250,38 +164,91 @@ def _fit(estimator: Any, x: Array, y: Array, rows: Floats | None) -> Any:
         raise SpecError("this version of scikit-learn cannot weigh rows for that head: upgrade it") from None
 
 
-def _linear(
-    build: Any, x: Array, y: Array, task: TaskName, classes: int, standardize: bool, rows: Floats | None,
-    labels: Floats | None, notes: list[str], sample_weight: Array | None,
-) -> Matrix:  # fmt: skip
-    stored, x = x.dtype, x.astype(np.float64)
-    dim = x.shape[1]
-    mean, scale = np.zeros(dim), np.ones(dim)
-    if standardize:
-        scaler = _scaler(x, sample_weight, stored, copy=False)
-        mean, scale = scaler.mean_, scaler.scale_
-        x = scaler.transform(x)
-    if task == "classification":
-        weight, bias = _one_of(build(), x, y, classes, rows)
-    elif task == "regression":
-        weight, bias = _matrix(_fit(build(), x, y, rows), classes)
-    else:
-        weight, bias = np.zeros((classes, dim)), np.zeros(classes)
-        constant = []
-        for label in range(classes):
+@dataclass(eq=False)
+class _Fitting:
+    """One head being fitted: ``build`` makes an estimator, ``scaled`` says whether its features are scaled first."""
+
+    problem: _Problem
+    weights: _Weights
+    build: Callable[[], Any]
+    scaled: bool
+    notes: list[str] = field(default_factory=list)
+
+    def linear(self, x: Array, standardize: bool) -> Matrix:
+        """Fit a linear head and return its matrix for raw features."""
+        problem, rows = self.problem, self.problem.rows
+        stored, x = x.dtype, x.astype(np.float64)
+        dim = x.shape[1]
+        mean, scale = np.zeros(dim), np.ones(dim)
+        if standardize:
+            scaler = _scaler(x, rows.weight, stored, copy=False)
+            mean, scale = scaler.mean_, scaler.scale_
+            x = scaler.transform(x)
+        if rows.task is CLASSIFICATION:
+            weight, bias = _one_of(self.build(), x, problem.y, problem.outputs, self.weights.rows)
+        elif rows.task is REGRESSION:
+            weight, bias = _matrix(_fit(self.build(), x, problem.y, self.weights.rows), problem.outputs)
+        else:
+            weight, bias = np.zeros((problem.outputs, dim)), np.zeros(problem.outputs)
+            constant = []
+            for label in range(problem.outputs):
+                on = problem.y[:, label]
+                if on.min() == on.max():
+                    constant.append(label)
+                    bias[label] = _log_odds(float(on.sum()), float(len(on)))
+                    continue
+                fitted = _fit(self.build(), x, on, self.weights.of_label(label, on))
+                (weight[label],), (bias[label],) = _matrix(fitted, 1)
+            if constant:
+                self.notes.append(
+                    f"{len(constant)} of {problem.outputs} labels are the same in every training row: nothing is learnt"
+                )
+        weight = weight / scale
+        return weight, bias - weight @ mean
+
+    def estimator(self, x: Array) -> Any:
+        """Fit a head that is not linear and return its pipeline."""
+        from sklearn.pipeline import Pipeline
+
+        task, y, rows = self.problem.rows.task, self.problem.y, self.weights.rows
+        steps: list[tuple[str, Any]] = []
+        if self.scaled:
+            scaler = _scaler(x, self.problem.rows.weight, x.dtype, copy=True)
+            steps, x = [("scale", scaler)], scaler.transform(x)
+        head = self.build()
+        one_output_only = type(head).__name__.startswith("HistGradientBoosting")
+        if self.problem.outputs == 1 and task is not CLASSIFICATION:
+            y = y[:, 0]
+            rows = self.weights.of_label(0, y)
+            if task is MULTILABEL and y.min() == y.max():
+                raise TrainingError("the only label is the same in every training row: nothing can be learnt")
+        if one_output_only and y.ndim == 2:
+            head = self._one_by_one(x)
+        else:
+            _fit(head, x, y, rows)
+        _forget_training(head)
+        return Pipeline([*steps, ("head", head)])
+
+    def _one_by_one(self, x: Array) -> Any:
+        """Fit one estimator to each column of targets; a label that never changes gets a constant."""
+        from sklearn.dummy import DummyClassifier
+        from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor
+
+        task, y = self.problem.rows.task, self.problem.y
+        several = (MultiOutputRegressor if task is REGRESSION else MultiOutputClassifier)(self.build())
+        several.estimators_ = []
+        for label in range(y.shape[1]):
             on = y[:, label]
-            if on.min() == on.max():
-                constant.append(label)
-                bias[label] = _log_odds(float(on.sum()), float(len(on)))
+            if task is MULTILABEL and on.min() == on.max():
+                several.estimators_.append(DummyClassifier().fit(x, on))
                 continue
-            mine = rows
-            if labels is not None:
-                mine = np.where(on == 1, labels[label], 1.0) * (1.0 if rows is None else rows)
-            (weight[label],), (bias[label],) = _matrix(_fit(build(), x, on, mine), 1)
-        if constant:
-            notes.append(f"{len(constant)} of {classes} labels are the same in every training row: nothing is learnt")
-    weight = weight / scale
-    return weight, bias - weight @ mean
+            fitted = _fit(self.build(), x, on, self.weights.of_label(label, on))
+            _forget_training(fitted)
+            several.estimators_.append(fitted)
+        several.n_features_in_ = x.shape[1]
+        if task is MULTILABEL:
+            several.classes_ = [fitted.classes_ for fitted in several.estimators_]
+        return several
 
 
 def _one_of(estimator: Any, x: Array, y: Array, classes: int, rows: Floats | None) -> Matrix:
@@ -314,18 +281,20 @@ def _log_odds(on: float, rows: float) -> float:
     return float(np.log(on) - np.log(rows - on))
 
 
-def _majority(y: Array, task: TaskName, classes: int, dim: int, rows: Floats | None, labels: Floats | None) -> Matrix:
-    one = np.ones(len(y)) if rows is None else rows
-    if task == "regression":
-        bias = one @ y / one.sum()
-    elif task == "classification":
-        share = np.bincount(y, one, classes) / one.sum()
+def _majority(problem: _Problem, dim: int, weights: _Weights) -> Matrix:
+    """Return a head that reads no feature: shares of classes, odds of labels, means of targets."""
+    y, task, outputs = problem.y, problem.rows.task, problem.outputs
+    mass = np.ones(len(y)) if weights.rows is None else weights.rows
+    if task is REGRESSION:
+        bias = mass @ y / mass.sum()
+    elif task is CLASSIFICATION:
+        share = np.bincount(y, mass, outputs) / mass.sum()
         bias = np.where(share > 0, np.log(np.maximum(share, 1e-300)), NEVER)
     else:
-        weight = np.ones(classes) if labels is None else labels
-        on, off = (one @ y) * weight, one @ (1 - y)
+        label_weight = np.ones(outputs) if weights.labels is None else weights.labels
+        on, off = (mass @ y) * label_weight, mass @ (1 - y)
         bias = np.array([_log_odds(float(a), float(a + b)) for a, b in zip(on, off, strict=True)])
-    return np.zeros((classes, dim)), np.asarray(bias, np.float64)
+    return np.zeros((outputs, dim)), np.asarray(bias, np.float64)
 
 
 def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> Any:
@@ -338,54 +307,6 @@ def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool
     return scaler
 
 
-def _estimator(
-    build: Any, x: Array, y: Array, task: TaskName, classes: int, standardize: bool, rows: Floats | None,
-    labels: Floats | None, sample_weight: Array | None,
-) -> Any:  # fmt: skip
-    from sklearn.pipeline import Pipeline
-
-    steps: list[tuple[str, Any]] = []
-    if standardize:
-        scaler = _scaler(x, sample_weight, x.dtype, copy=True)
-        steps, x = [("scale", scaler)], scaler.transform(x)
-    head = build()
-    alone = type(head).__name__.startswith("HistGradientBoosting")
-    if classes == 1 and task != "classification":
-        y = y[:, 0]
-        rows = rows if labels is None else np.where(y == 1, labels[0], 1.0) * (1.0 if rows is None else rows)
-        if task == "multilabel" and y.min() == y.max():
-            raise TrainingError("the only label is the same in every training row: nothing can be learnt")
-    if alone and y.ndim == 2:
-        head = _one_by_one(build, x, y, task, rows, labels)
-    else:
-        _fit(head, x, y, rows)
-    _forget_training(head)
-    return Pipeline([*steps, ("head", head)])
-
-
-def _one_by_one(build: Any, x: Array, y: Array, task: TaskName, rows: Floats | None, labels: Floats | None) -> Any:
-    """Fit an estimator that has one output to each column of ``y``; a label that never changes gets a constant."""
-    from sklearn.dummy import DummyClassifier
-    from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor
-
-    several = (MultiOutputRegressor if task == "regression" else MultiOutputClassifier)(build())
-    several.estimators_ = []
-    for label in range(y.shape[1]):
-        mine, weights = y[:, label], rows
-        if labels is not None:
-            weights = np.where(mine == 1, labels[label], 1.0) * (1.0 if rows is None else rows)
-        if task == "multilabel" and mine.min() == mine.max():
-            several.estimators_.append(DummyClassifier().fit(x, mine))
-            continue
-        one = _fit(build(), x, mine, weights)
-        _forget_training(one)
-        several.estimators_.append(one)
-    several.n_features_in_ = x.shape[1]
-    if task == "multilabel":
-        several.classes_ = [each.classes_ for each in several.estimators_]
-    return several
-
-
 _ONLY_FOR_TRAINING = (
     "_optimizer", "_random_state", "_best_coefs", "_best_intercepts", "loss_curve_", "validation_scores_",
     "_feature_subsample_rng",
@@ -394,10 +315,7 @@ _ONLY_FOR_TRAINING = (
 
 def _forget_training(estimator: Any) -> None:
     """Drop what only training needs: Adam's moments are twice the size of the weights, and would go into the file."""
-    for each in (estimator, getattr(estimator, "regressor_", None)):
+    for part in (estimator, getattr(estimator, "regressor_", None)):
         for name in _ONLY_FOR_TRAINING:
-            if each is not None and name in vars(each):
-                delattr(each, name)
-
-
-__all__ = ["NEVER", "FittedSklearn", "fit_sklearn", "load_estimator", "outputs", "save_estimator"]
+            if part is not None and name in vars(part):
+                delattr(part, name)

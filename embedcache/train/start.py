@@ -6,33 +6,32 @@ which default training of a few hundred rows never got to: it ended before it be
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from embedcache.heads.modules import Head
 from embedcache.spec import TaskName
-
-Floats = npt.NDArray[np.float64]
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task, task_named
 
 
 def start_biases(
-    y: Any, task: TaskName, outputs: int, *, smoothing: float = 0.0, class_weight: Any = None, rows: Any = None
-) -> Floats:
+    y: Array, task: Task | TaskName, outputs: int, *, smoothing: float = 0.0,
+    class_weight: npt.ArrayLike | None = None, rows: Array | None = None,
+) -> Floats:  # fmt: skip
     """Return the biases [C] that make the loss of ``train.losses`` least in a head that reads no feature.
 
     These are log shares of classes (their mean 0), log-odds of labels, means of targets. ``y`` is int64 [N], uint8
     [N, C] or, in the units of training, float [N, R]; ``class_weight`` [C] and ``rows`` [N] are weights, None for
     equal. What never occurs, or always, counts as half a row: no bias is infinite.
     """
+    task = task_named(task)
     mass = np.ones(len(y)) if rows is None else np.asarray(rows, np.float64)
-    if task == "regression":
+    if task is REGRESSION:
         return np.asarray((mass[:, None] * y).sum(axis=0) / mass.sum())
     weight = np.ones(outputs) if class_weight is None else np.asarray(class_weight, np.float64)
     least = 0.5 * mass.sum() / len(y)
-    if task == "classification":
+    if task is CLASSIFICATION:
         own = np.bincount(y, mass, outputs)
         target = weight * ((1 - smoothing) * own + smoothing / outputs * mass.sum())
         logs = np.log(np.maximum(target, least * (target.sum() / mass.sum() or 1.0)))

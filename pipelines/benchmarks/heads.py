@@ -38,7 +38,7 @@ def stack(heads: int, kind: str, options: dict[str, Any], x: Any, y: Any, names:
         for at in range(heads)
     ]  # fmt: skip
     head = ec.HeadSpec(kind, "torch", options)
-    return train_stack(x, y, [head] * heads, specs, task="classification", class_names=names, progress=False)
+    return train_stack(x, y, [head] * heads, specs, task="classification", class_names=names)
 
 
 def plain_loop(x: Any, y: Any, batches: Callable[[int], Any], start: Any) -> list[float]:
@@ -69,13 +69,13 @@ def heads() -> None:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
+    from embedcache.features import features_of
     from embedcache.heads import build_head
     from embedcache.train.batches import order
-    from embedcache.train.run import feature_set_of
 
     x, y, names = data()
     features, labels = torch.from_numpy(x), torch.from_numpy(y)
-    head = build_head(ec.HeadSpec(), feature_set_of(x), CLASSES, seed=0)
+    head = build_head(ec.HeadSpec(), features_of(x).feature, CLASSES, seed=0)
     shares = np.log(np.bincount(y, minlength=CLASSES))  # the biases our heads start with: log shares, their mean 0
     start = {
         "weight": head.state_dict()["output.weight"],
@@ -97,7 +97,7 @@ def heads() -> None:
         },
         rounds=5,
     )
-    ours = stack(1, "linear", {}, x, y, names).history[0]
+    ours = stack(1, "linear", {}, x, y, names)[0].history
     apart = max(abs(a["train_loss"] - b) for a, b in zip(ours, plain_loop(x, y, slices, start), strict=True))
     what = f"one linear head, minibatch AdamW, {ROWS:,} x {WIDTH}"
     said = f"{times['loader'] / times['ours']:.1f}x, losses {apart:.0e} apart"
@@ -110,7 +110,7 @@ import resource, sys, time
 import numpy as np
 import torch
 import embedcache as ec
-from embedcache.train.readers import MappedRows
+from embedcache.features import MappedRows
 path, rows, width, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 x = np.memmap(path, np.float32, "r", shape=(rows, width))
 y = np.random.default_rng(0).integers(0, 6, rows)

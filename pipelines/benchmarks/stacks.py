@@ -69,7 +69,7 @@ def stacks() -> None:
 
 def read_by(heads: int, x: Any, y: Any, names: list[str]) -> float:
     """Return how often a pass with so many heads reads the features, in bytes read for each byte there is."""
-    from embedcache.train.readers import MappedRows
+    from embedcache.features import MappedRows
 
     read = 0
 

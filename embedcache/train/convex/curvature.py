@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedcache.train.convex.design import Array, Design, Floats
+from embedcache.task import Array, Floats
+from embedcache.train.convex.design import Design
 from embedcache.train.convex.workers import Workers
 
 Inverse = Callable[[Floats], Floats]

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from embedcache.task import Floats
 from embedcache.train.convex.curvature import Curvature, Inverse
-from embedcache.train.convex.design import Floats
 from embedcache.train.convex.objective import Objective
 
 _MEMORY = 20

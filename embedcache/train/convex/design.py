@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
-from embedcache.spec import TASKS, TaskName
+from embedcache.spec import TaskName
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
 from embedcache.train.convex.workers import blocks
 from embedcache.train.data import rounding
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 NEVER = -1e4
 """The bias of a class that no training row has: its probability is 0. The optimum itself would be minus infinity."""
@@ -148,10 +146,10 @@ def design(
     x: Any,
     y: Any,
     *,
-    task: TaskName,
+    task: Task | TaskName,
     outputs: int,
-    sample_weight: Any = None,
-    class_weight: Any = None,
+    sample_weight: npt.ArrayLike | None = None,
+    class_weight: npt.ArrayLike | str | None = None,
     masks: npt.NDArray[np.bool_] | None = None,
     standardize: bool = False,
 ) -> Design:
@@ -159,9 +157,7 @@ def design(
 
     Raises ``FeatureError``, ``InputError``, ``SpecError`` and ``TrainingError`` as ``solve`` does.
     """
-    if task not in TASKS:
-        raise SpecError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    x = _rows(x)
+    task, x = task_named(task), _rows(x)
     y = _targets(y, len(x), task, outputs)
     rows = _row_weights(sample_weight, len(x))
     masses, on = _masses(y, rows, task, outputs, class_weight, masks)
@@ -173,10 +169,10 @@ def design(
         mean, scale = _moments(x, mean, np.ones((1, len(x))) if unclassed is None else np.atleast_2d(unclassed))
         scale = np.broadcast_to(scale, (len(absent), x.shape[1]))
     x, shift = _without_offset(x, mean)
-    softmax = task == "classification" and outputs > 2
+    softmax = task is CLASSIFICATION and outputs > 2
     target: Array = y
     if not softmax:
-        target = np.asarray(y == 1, np.float64)[:, None] if task == "classification" else np.asarray(y, np.float64)
+        target = np.asarray(y == 1, np.float64)[:, None] if task is CLASSIFICATION else np.asarray(y, np.float64)
     columns = outputs if softmax else target.shape[1]
     return Design(x, mean, shift, scale, target, masses, on, softmax, columns, len(absent), absent)
 
@@ -192,25 +188,25 @@ def _rows(x: Any) -> Array:
     return np.ascontiguousarray(x, x.dtype if x.dtype in (np.float32, np.float64) else np.float32)
 
 
-def _targets(y: Any, n: int, task: TaskName, outputs: int) -> Array:
+def _targets(y: Any, n: int, task: Task, outputs: int) -> Array:
     y = np.asarray(y)
-    shape = (n,) if task == "classification" else (n, outputs)
-    if task == "regression" and y.ndim == 1 and outputs == 1:
+    shape = task.target_shape(n, outputs)
+    if task is REGRESSION and y.ndim == 1 and outputs == 1:
         y = y[:, None]
     if y.shape != shape:
         raise InputError(f"targets of {task} are {list(shape)} for {n} rows and {outputs} outputs, got {list(y.shape)}")
-    if task == "regression":
+    if task is REGRESSION:
         values: Array = y.astype(np.float64)
         if not np.isfinite(values).all():
             bad = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             raise InputError(f"row {bad} has a target that is not finite: give it a number, or leave the row out")
         return values
-    if task == "classification" and outputs < 2:
+    if task is CLASSIFICATION and outputs < 2:
         raise SpecError(f"a classification has two classes or more, and outputs is {outputs}")
-    most = outputs - 1 if task == "classification" else 1
+    most = outputs - 1 if task is CLASSIFICATION else 1
     if y.dtype.kind not in "iub" or (y.size and (y.min() < 0 or y.max() > most)):
         raise InputError(f"targets of {task} are whole numbers from 0 to {most}, got {y.dtype} {y.min()} to {y.max()}")
-    return np.asarray(y, np.int64 if task == "classification" else np.uint8)
+    return np.asarray(y, np.int64 if task is CLASSIFICATION else np.uint8)
 
 
 def _row_weights(sample_weight: Any, n: int) -> Floats | None:
@@ -223,7 +219,7 @@ def _row_weights(sample_weight: Any, n: int) -> Floats | None:
 
 
 def _masses(
-    y: Array, rows: Floats | None, task: TaskName, outputs: int, given: Any, masks: npt.NDArray[np.bool_] | None
+    y: Array, rows: Floats | None, task: Task, outputs: int, given: Any, masks: npt.NDArray[np.bool_] | None
 ) -> tuple[Floats | None, Floats | None]:
     """Return the weights of rows [K, N] in each problem, classes considered, and those of labels that are on [C]."""
     mass = None if rows is None else rows[None]
@@ -231,10 +227,10 @@ def _masses(
         mass = masks.astype(np.float64) if mass is None else masks * mass
     if given is None:
         return mass, None
-    if task == "regression":
+    if task is REGRESSION:
         raise SpecError("class_weight is for classes, and this is a regression: drop it")
     if isinstance(given, str):
-        if given != "balanced" or task != "classification":
+        if given != "balanced" or task is not CLASSIFICATION:
             raise SpecError(f"class_weight is {given!r}: expected a weight for each class (or, of one label, balanced)")
         mass = np.ones((1, len(y))) if mass is None else mass
         counts = np.stack([np.bincount(y, each, outputs) for each in mass])
@@ -244,19 +240,19 @@ def _masses(
     weights = np.asarray(given, np.float64)
     if weights.shape != (outputs,) or not np.isfinite(weights).all() or weights.min() < 0:
         raise SpecError(f"class_weight: expected {outputs} numbers of 0 or more")
-    if task == "multilabel":
+    if task is MULTILABEL:
         return mass, weights
     return (weights[y][None] if mass is None else mass * weights[y]), None
 
 
-def _absent(y: Array, masses: Floats | None, task: TaskName, outputs: int) -> npt.NDArray[np.bool_]:
+def _absent(y: Array, masses: Floats | None, task: Task, outputs: int) -> npt.NDArray[np.bool_]:
     masses = np.ones((1, len(y))) if masses is None else masses
     absent = np.zeros((len(masses), outputs), bool)
     for at, mass in enumerate(masses):
         where = f"fold {at}: " if len(masses) > 1 else ""
         if not mass.any():
             raise TrainingError(f"{where}there is no training row with a weight above 0")
-        if task == "classification":
+        if task is CLASSIFICATION:
             absent[at] = np.bincount(y, mass, outputs) == 0
             if outputs - absent[at].sum() < 2:
                 only = int(np.flatnonzero(~absent[at])[0])
@@ -335,7 +331,7 @@ def checked_masks(folds: Any, n: int) -> npt.NDArray[np.bool_]:
     return np.asarray(folds[None] != np.arange(count)[:, None])
 
 
-def every(values: Sequence[Any]) -> list[float]:
+def checked_l2s(values: Sequence[Any]) -> list[float]:
     """Return the strengths of a path, checked. Raises ``SpecError`` for none."""
     strengths = [checked_l2(value) for value in values]
     if not strengths:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from embedcache.train.convex.design import Array, Design, Floats
+from embedcache.task import Array, Floats
+from embedcache.train.convex.design import Design
 from embedcache.train.convex.workers import Workers
 
 _SAFE = 60.0  # exp of logits within this range neither overflows nor vanishes in float32, so no maximum is subtracted

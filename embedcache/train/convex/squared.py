@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.train.convex.design import Design, Floats, Solution
+from embedcache.task import Floats
+from embedcache.train.convex.design import Design, Solution
 from embedcache.train.convex.workers import Workers
 
 _WIDE = 1024

@@ -12,18 +12,14 @@ threshold.
 """
 
 from embedcache.train.metrics.formulas import BINS
-from embedcache.train.metrics.judged import decided, labelled_rows
 from embedcache.train.metrics.measuring import interval, measure, reliability, resampled_scores, score, scores, wilson
-from embedcache.train.metrics.table import METRICS, Metric, default_metric, metric_named, metrics_of
+from embedcache.train.metrics.table import METRICS, Metric, metric_named, metrics_of
 
 __all__ = [
     "BINS",
     "METRICS",
     "Metric",
-    "decided",
-    "default_metric",
     "interval",
-    "labelled_rows",
     "measure",
     "metric_named",
     "metrics_of",

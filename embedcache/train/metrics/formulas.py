@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.train.metrics.judged import EPSILON, Floats, Judged, row_log_loss, weighted_mean
+from embedcache.task import CLASSIFICATION, EPSILON, MULTILABEL, Floats
+from embedcache.train.metrics.predictions import Predictions, weighted_mean
 
 Prepared = Callable[[Floats], float]
 
@@ -27,52 +28,52 @@ def mean_defined(values: Sequence[float] | Floats) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
-def accuracy(judged: Judged) -> Prepared:
+def accuracy(predictions: Predictions) -> Prepared:
     """The share of rows that are wholly right."""
-    return _over_rows(judged.right)
+    return _over_rows(predictions.right)
 
 
-def log_loss(judged: Judged) -> Prepared:
+def log_loss(predictions: Predictions) -> Prepared:
     """The mean of -log p of what is true, in nats."""
-    return _over_rows(row_log_loss(judged.task, judged.y, judged.outputs))
+    return _over_rows(predictions.task.row_loss(predictions.y, predictions.outputs))
 
 
-def brier(judged: Judged) -> Prepared:
+def brier(predictions: Predictions) -> Prepared:
     """The squared error of the probabilities (Brier 1950).
 
     Over classes summed, over labels averaged; halved for two classes.
     """
-    p = judged.outputs.astype(np.float64)
-    if judged.task == "multilabel":
-        return _over_rows(np.square(p - judged.y).mean(axis=1))
-    p[np.arange(len(p)), judged.y] -= 1
+    p = predictions.outputs.astype(np.float64)
+    if predictions.task is MULTILABEL:
+        return _over_rows(np.square(p - predictions.y).mean(axis=1))
+    p[np.arange(len(p)), predictions.y] -= 1
     return _over_rows(np.square(p).sum(axis=1) / (2 if p.shape[1] == 2 else 1))
 
 
-def hamming(judged: Judged) -> Prepared:
+def hamming(predictions: Predictions) -> Prepared:
     """The share of labels that are wrong."""
-    return _over_rows((judged.predicted != judged.y).mean(axis=1))
+    return _over_rows((predictions.predicted != predictions.y).mean(axis=1))
 
 
-def confidences(judged: Judged) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
+def confidences(predictions: Predictions) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
     """Return confidences, what came true, and bins, each flat: of the predicted class, or of every label."""
-    if judged.task == "classification":
-        confidence, came_true = judged.outputs.max(axis=1, initial=0.0).astype(np.float64), judged.right
+    if predictions.task is CLASSIFICATION:
+        confidence, came_true = predictions.outputs.max(axis=1, initial=0.0).astype(np.float64), predictions.right
     else:
-        confidence, came_true = judged.outputs.astype(np.float64).ravel(), judged.y.astype(np.float64).ravel()
+        confidence, came_true = predictions.outputs.astype(np.float64).ravel(), predictions.y.astype(np.float64).ravel()
     # Bins are (low, high], so that 1 belongs to the last; 0 goes to the first.
     return confidence, came_true, np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
-def ece(judged: Judged) -> Prepared:
+def ece(predictions: Predictions) -> Prepared:
     """The expected calibration error (Guo et al. 2017) over ``BINS`` bins of equal width."""
-    confidence, came_true, bins = confidences(judged)
-    gap, repeats = came_true - confidence, len(confidence) // max(1, len(judged.y))
+    confidence, came_true, bins = confidences(predictions)
+    gap, repeats = came_true - confidence, len(confidence) // max(1, len(predictions.y))
 
     def error(weights: Floats) -> float:
-        each = np.repeat(weights, repeats) if repeats > 1 else weights
-        total = float(each.sum())
-        return float(np.abs(np.bincount(bins, each * gap, BINS)).sum()) / total if total else math.nan
+        repeated = np.repeat(weights, repeats) if repeats > 1 else weights
+        total = float(repeated.sum())
+        return float(np.abs(np.bincount(bins, repeated * gap, BINS)).sum()) / total if total else math.nan
 
     return error
 
@@ -80,17 +81,17 @@ def ece(judged: Judged) -> Prepared:
 Counts = tuple[Floats, Floats, Floats]
 
 
-def counts_of(judged: Judged) -> Callable[[Floats], Counts]:
+def counts_of(predictions: Predictions) -> Callable[[Floats], Counts]:
     """Return a function from weights to (rows of each class, predicted rows, rightly predicted rows), each [C]."""
-    classes = judged.outputs.shape[1]
-    if judged.task == "multilabel":
-        true, predicted = judged.y.astype(np.float64), judged.predicted.astype(np.float64)
+    classes = predictions.outputs.shape[1]
+    if predictions.task is MULTILABEL:
+        true, predicted = predictions.y.astype(np.float64), predictions.predicted.astype(np.float64)
         hits = true * predicted
         return lambda weights: (weights @ true, weights @ predicted, weights @ hits)
 
     def counts(weights: Floats) -> Counts:
-        true, predicted = (_masses(each, weights, classes) for each in (judged.y, judged.predicted))
-        return true, predicted, _masses(judged.y, weights * judged.right, classes)
+        true, predicted = (_masses(each, weights, classes) for each in (predictions.y, predictions.predicted))
+        return true, predicted, _masses(predictions.y, weights * predictions.right, classes)
 
     return counts
 
@@ -99,11 +100,11 @@ def _masses(which: npt.NDArray[np.int64], weights: Floats, length: int) -> Float
     return np.asarray(np.bincount(which, weights, length), np.float64)
 
 
-def of_counts(function: Callable[[Floats, Floats, Floats], float]) -> Callable[[Judged], Prepared]:
+def of_counts(function: Callable[[Floats, Floats, Floats], float]) -> Callable[[Predictions], Prepared]:
     """Make a metric of a function of the counts of each class; NaN where no class has a row."""
 
-    def prepare(judged: Judged) -> Prepared:
-        counts = counts_of(judged)
+    def prepare(predictions: Predictions) -> Prepared:
+        counts = counts_of(predictions)
 
         def value(weights: Floats) -> float:
             true, predicted, hits = counts(weights)
@@ -150,45 +151,45 @@ def mcc(true: Floats, predicted: Floats, hits: Floats) -> float:
     return float((hits.sum() * rows - true @ predicted) / math.sqrt(spread))
 
 
-def of_ranks(name: Literal["roc_auc", "average_precision"]) -> Callable[[Judged], Prepared]:
+def of_ranks(name: Literal["roc_auc", "average_precision"]) -> Callable[[Predictions], Prepared]:
     """Make a metric of a method of ``Ranked``: the mean, one class against the rest, where it is defined."""
 
-    def prepare(judged: Judged) -> Prepared:
-        classes = judged.outputs.shape[1]
+    def prepare(predictions: Predictions) -> Prepared:
+        classes = predictions.outputs.shape[1]
         # As in scikit-learn, of two classes the second is the one looked for.
-        columns = [1] if judged.task == "classification" and classes == 2 else range(classes)
+        columns = [1] if predictions.task is CLASSIFICATION and classes == 2 else range(classes)
 
         def value(weights: Floats) -> float:
             if not weights.any():
                 return math.nan
             if (weights == 1).all():
-                return mean_defined([judged.areas(column)[name != "roc_auc"] for column in columns])
-            return mean_defined([getattr(judged.ranked(column), name)(weights) for column in columns])
+                return mean_defined([predictions.areas(column)[name != "roc_auc"] for column in columns])
+            return mean_defined([getattr(predictions.ranked(column), name)(weights) for column in columns])
 
         return value
 
     return prepare
 
 
-def of_targets(make: Callable[[Floats, Floats], Prepared]) -> Callable[[Judged], Prepared]:
+def of_targets(make: Callable[[Floats, Floats], Prepared]) -> Callable[[Predictions], Prepared]:
     """Average over targets, as scikit-learn's ``uniform_average``, those left out where it is not defined."""
 
-    def prepare(judged: Judged) -> Prepared:
-        y, outputs = judged.y.astype(np.float64), judged.outputs.astype(np.float64)
+    def prepare(predictions: Predictions) -> Prepared:
+        y, outputs = predictions.y.astype(np.float64), predictions.outputs.astype(np.float64)
         targets = [make(y[:, target], outputs[:, target]) for target in range(y.shape[1])]
         return lambda weights: mean_defined([target(weights) for target in targets])
 
     return prepare
 
 
-def mae(y: Floats, said: Floats) -> Prepared:
+def mae(y: Floats, outputs: Floats) -> Prepared:
     """The mean absolute error."""
-    return _over_rows(np.abs(y - said))
+    return _over_rows(np.abs(y - outputs))
 
 
-def rmse(y: Floats, said: Floats) -> Prepared:
+def rmse(y: Floats, outputs: Floats) -> Prepared:
     """The root of the mean squared error."""
-    squared = np.square(y - said)
+    squared = np.square(y - outputs)
     return lambda weights: math.sqrt(weighted_mean(squared, weights))
 
 
@@ -200,9 +201,9 @@ def _spread(values: Floats, weights: Floats) -> tuple[Floats, float]:
     return centred, 0.0 if squares <= weights.sum() * noise**2 else squares
 
 
-def r2(y: Floats, said: Floats) -> Prepared:
+def r2(y: Floats, outputs: Floats) -> Prepared:
     """The share of the variance that is explained; NaN where the targets are all the same."""
-    squared = np.square(y - said)
+    squared = np.square(y - outputs)
 
     def explained(weights: Floats) -> float:
         spread = _spread(y, weights)[1] if weights.any() else 0.0
@@ -211,23 +212,23 @@ def r2(y: Floats, said: Floats) -> Prepared:
     return explained
 
 
-def _correlation(y: Floats, said: Floats, weights: Floats) -> float:
+def _correlation(y: Floats, outputs: Floats, weights: Floats) -> float:
     if not weights.any():
         return math.nan
-    (y, of_y), (said, of_said) = _spread(y, weights), _spread(said, weights)
-    if not of_y or not of_said:
+    (y, of_y), (outputs, of_outputs) = _spread(y, weights), _spread(outputs, weights)
+    if not of_y or not of_outputs:
         return math.nan
-    return max(-1.0, min(1.0, float((weights * y * said).sum()) / math.sqrt(of_y) / math.sqrt(of_said)))
+    return max(-1.0, min(1.0, float((weights * y * outputs).sum()) / math.sqrt(of_y) / math.sqrt(of_outputs)))
 
 
-def pearson(y: Floats, said: Floats) -> Prepared:
+def pearson(y: Floats, outputs: Floats) -> Prepared:
     """The correlation; NaN where either side is all the same."""
-    return lambda weights: _correlation(y, said, weights)
+    return lambda weights: _correlation(y, outputs, weights)
 
 
-def spearman(y: Floats, said: Floats) -> Prepared:
+def spearman(y: Floats, outputs: Floats) -> Prepared:
     """The correlation of ranks, ties sharing their mean rank."""
-    groups = [np.unique(each, return_inverse=True)[1] for each in (y, said)]
+    groups = [np.unique(each, return_inverse=True)[1] for each in (y, outputs)]
 
     def correlation(weights: Floats) -> float:
         if not weights.any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -12,30 +12,15 @@ import numpy.typing as npt
 
 from embedcache.errors import SpecError, TrainingError
 from embedcache.spec import TaskName
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task, task_named
 from embedcache.train.metrics.formulas import BINS, confidences, counts_of, mean_defined
-from embedcache.train.metrics.judged import (
-    Array,
-    Floats,
-    Judged,
-    decided,
-    labelled_rows,
-    right,
-    row_log_loss,
-    weighted_mean,
-)
+from embedcache.train.metrics.predictions import Predictions, weighted_mean
 from embedcache.train.metrics.table import METRICS, metric_named, metrics_of
-
-LOOKED_AT: Mapping[TaskName, tuple[str, ...]] = {
-    "classification": ("accuracy", "f1_macro"),
-    "multilabel": ("subset_accuracy", "f1_macro"),
-    "regression": ("rmse", "r2"),
-}
-"""The metrics that ``measure`` gives intervals of."""
 
 
 def score(
     name: str,
-    task: TaskName,
+    task: Task | TaskName,
     y: Array,
     outputs: Array,
     *,
@@ -45,21 +30,20 @@ def score(
 
     ``y`` is int64 [N], uint8 [N, C] or float [N, R]; ``outputs`` are probabilities [N, C] or values [N, R].
     """
-    prepare = metric_named(name, task).prepare[task]
-    judged = Judged(task, y, outputs, thresholds)
-    return prepare(judged)(np.ones(len(judged.y))) if judged.finite else math.nan
+    metric, predictions = metric_named(name, task), Predictions(task, y, outputs, thresholds)
+    return metric.prepare(predictions)(np.ones(len(predictions.y))) if predictions.finite else math.nan
 
 
 def scores(
-    name: str, task: TaskName, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None
+    name: str, task: Task | TaskName, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None
 ) -> Floats:
     """Return one metric of K heads, float64 [K]: what ``score`` gives for each, bit by bit, only faster.
 
     ``outputs`` is [K, N, C]; ``masks`` bool [K, N] says which rows are each head's own.
     """
-    prepare = metric_named(name, task).prepare[task]
-    y = y[:, None] if task == "regression" and y.ndim == 1 else y
-    labelled = labelled_rows(task, y)
+    task, metric = task_named(task), metric_named(name, task)
+    y = y[:, None] if task is REGRESSION and y.ndim == 1 else y
+    labelled = task.labelled(y)
     if not labelled.all():
         y, outputs = y[labelled], outputs[:, labelled]
         masks = None if masks is None else masks[:, labelled]
@@ -68,19 +52,20 @@ def scores(
     if not finite.all():  # rows that are not a head's own must not spoil it
         outputs = np.where(finite[:, :, None], outputs, 0.0)
     if name in ("accuracy", "subset_accuracy"):
-        values = weighted_mean(right(task, y, decided(task, outputs)), weights)
+        values = weighted_mean(task.right(y, task.decide(outputs)), weights)
     elif name == "log_loss":
-        values = weighted_mean(row_log_loss(task, y, outputs), weights)
+        values = weighted_mean(task.row_loss(y, outputs), weights)
     elif name == "rmse":
         squared = np.square(np.moveaxis(y - outputs.astype(np.float64), 2, 1), order="C")
-        values = np.array([mean_defined(each) for each in np.sqrt(weighted_mean(squared, weights[:, None]))])
+        values = np.array([mean_defined(by_target) for by_target in np.sqrt(weighted_mean(squared, weights[:, None]))])
     else:
-        values = np.array([prepare(Judged(task, y, outputs[k]))(weights[k]) for k in range(len(outputs))])
+        heads = zip(outputs, weights, strict=True)
+        values = np.array([metric.prepare(Predictions(task, y, own))(weight) for own, weight in heads])
     return np.where((~finite & (weights > 0)).any(axis=1), math.nan, values)
 
 
 def measure(
-    task: TaskName,
+    task: Task | TaskName,
     y: Array,
     outputs: Array,
     class_names: Sequence[str],
@@ -99,33 +84,35 @@ def measure(
     Multi-label: ``log_loss`` and ``brier`` are means over rows and labels. Regression: means over targets, each target
     in ``per_target``. Raises ``TrainingError`` for outputs that are not finite, or are no probabilities.
     """
-    judged = Judged(task, y, outputs, thresholds)
-    _refuse_bad_outputs(judged)
-    ones = np.ones(len(judged.y))
+    task, predictions = task_named(task), Predictions(task, y, outputs, thresholds)
+    _refuse_bad_outputs(predictions)
+    ones = np.ones(len(predictions.y))
     measured: dict[str, Any] = {"rows": len(ones)}
     for name in metrics_of(task):
-        measured[name] = _json_number(METRICS[name].prepare[task](judged)(ones)) if len(ones) else None
+        measured[name] = _json_number(METRICS[name].prepare(predictions)(ones)) if len(ones) else None
     if intervals:
         # Of many rows the interval is narrow, and fewer draws find it well enough.
-        draws = min(1000, max(200, 10_000_000 // max(1, judged.outputs.size)))
+        draws = min(1000, max(200, 10_000_000 // max(1, predictions.outputs.size)))
         bounds = {
-            name: interval(task, y, outputs, name, draws=draws, thresholds=thresholds) for name in LOOKED_AT[task]
+            name: interval(task, y, outputs, name, draws=draws, thresholds=thresholds) for name in task.interval_metrics
         }
-        if measured.get(LOOKED_AT[task][0]) in (0.0, 1.0) and task != "regression":  # no draw can differ
-            bounds = {LOOKED_AT[task][0]: wilson(measured[LOOKED_AT[task][0]] * len(ones), len(ones))}
+        first = task.interval_metrics[0]
+        if measured.get(first) in (0.0, 1.0) and task is not REGRESSION:  # no draw can differ
+            bounds = {first: wilson(measured[first] * len(ones), len(ones))}
         measured["intervals"] = {
             name: [float(low), float(high)] for name, (low, high) in bounds.items() if math.isfinite(high - low)
         }
-    if task == "regression":
+    if task is REGRESSION:
+        targets = zip(class_names, predictions.y.T, predictions.outputs.T, strict=True)
         measured["per_target"] = [
             {"target": name, "rows": len(ones)}
-            | {key: _json_number(score(key, task, judged.y[:, at], judged.outputs[:, at])) for key in metrics_of(task)}
-            for at, name in enumerate(class_names)
+            | {key: _json_number(score(key, task, truth, output)) for key in metrics_of(task)}
+            for name, truth, output in targets
         ]
         return measured
-    true, predicted, hits = counts_of(judged)(ones)
-    if task == "classification":
-        cells = judged.y * len(true) + judged.predicted
+    true, predicted, hits = counts_of(predictions)(ones)
+    if task is CLASSIFICATION:
+        cells = predictions.y * len(true) + predictions.predicted
         measured["confusion_matrix"] = np.bincount(cells, minlength=len(true) ** 2).reshape(len(true), -1).tolist()
     measured["per_class"] = [
         {
@@ -145,35 +132,34 @@ def _json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _refuse_bad_outputs(judged: Judged) -> None:
-    outputs = judged.outputs
-    if not judged.finite or not np.isfinite(judged.y).all():
-        values, whose = (judged.y, "the targets") if judged.finite else (outputs, "the head's outputs")
+def _refuse_bad_outputs(predictions: Predictions) -> None:
+    outputs = predictions.outputs
+    if not predictions.finite or not np.isfinite(predictions.y).all():
+        values, whose = (predictions.y, "the targets") if predictions.finite else (outputs, "the head's outputs")
         bad: npt.NDArray[np.bool_] = np.asarray(~np.isfinite(values).all(axis=1))
         raise TrainingError(
             f"{whose} are not finite in {int(bad.sum())} of {len(bad)} rows, first in labelled row "
             f"{int(bad.argmax())}: train with a lower learning rate, and look at the features"
         )
-    if judged.task == "regression" or not len(outputs):
+    if predictions.task is REGRESSION or not len(outputs):
         return
     low, high = float(outputs.min()), float(outputs.max())
-    sums = outputs.sum(axis=1, dtype=np.float64) if judged.task == "classification" else np.ones(1)
+    sums = outputs.sum(axis=1, dtype=np.float64) if predictions.task is CLASSIFICATION else np.ones(1)
     if low < 0 or high > 1 + 1e-6 or float(np.abs(sums - 1).max()) > 1e-3:
         raise TrainingError(
-            f"outputs are no probabilities (they go from {low:.4g} to {high:.4g}): "
+            f"outputs are not probabilities (they go from {low:.4g} to {high:.4g}): "
             "expected those of a softmax or a sigmoid"
         )
 
 
-def reliability(task: TaskName, y: Array, outputs: Array) -> dict[str, Any]:
+def reliability(task: Task | TaskName, y: Array, outputs: Array) -> dict[str, Any]:
     """Return the calibration curve: ``ece`` and ``bins``, each {low, high, confidence, accuracy, rows}.
 
     Classification looks at the probability of the predicted class and how often it is the right one, multi-label at
     that of every label and how often it holds; both are None in an empty bin. Raises ``SpecError`` for a regression.
     """
-    prepare = metric_named("ece", task).prepare[task]
-    judged = Judged(task, y, outputs)
-    confidence, came_true, at = confidences(judged)
+    metric, predictions = metric_named("ece", task), Predictions(task, y, outputs)
+    confidence, came_true, at = confidences(predictions)
     rows, sums, hits = (np.bincount(at, weights, BINS) for weights in (None, confidence, came_true))
     bins = [
         {
@@ -185,11 +171,11 @@ def reliability(task: TaskName, y: Array, outputs: Array) -> dict[str, Any]:
         }
         for number in range(BINS)
     ]
-    return {"ece": _json_number(prepare(judged)(np.ones(len(judged.y)))), "bins": bins}
+    return {"ece": _json_number(metric.prepare(predictions)(np.ones(len(predictions.y)))), "bins": bins}
 
 
 def resampled_scores(
-    task: TaskName,
+    task: Task | TaskName,
     y: Array,
     outputs: Array,
     metric: str,
@@ -203,12 +189,11 @@ def resampled_scores(
     The samples depend on ``seed`` and N only: two heads measured on the same rows are resampled in step, so that the
     difference of their scores is a paired bootstrap.
     """
-    prepare = metric_named(metric, task).prepare[task]
-    judged = Judged(task, y, outputs, thresholds)
-    rows = len(judged.y)
-    if not rows or not judged.finite:
+    prepare, predictions = metric_named(metric, task).prepare, Predictions(task, y, outputs, thresholds)
+    rows = len(predictions.y)
+    if not rows or not predictions.finite:
         return np.full(draws, math.nan)
-    value, generator = prepare(judged), np.random.default_rng(seed)
+    value, generator = prepare(predictions), np.random.default_rng(seed)
     drawn = (np.bincount(generator.integers(0, rows, rows), minlength=rows) for _ in range(draws))
     return np.array([value(weights.astype(np.float64)) for weights in drawn])
 
@@ -223,7 +208,7 @@ def wilson(right: float, rows: float, alpha: float = 0.05) -> tuple[float, float
 
 
 def interval(
-    task: TaskName,
+    task: Task | TaskName,
     y: Array,
     outputs: Array,
     metric: str,

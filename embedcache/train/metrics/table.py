@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from embedcache.errors import SpecError
-from embedcache.spec import TASKS, TaskName
+from embedcache.spec import TaskName
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task, task_named
 from embedcache.train.metrics import formulas
 from embedcache.train.metrics.formulas import Prepared
-from embedcache.train.metrics.judged import Judged
+from embedcache.train.metrics.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,16 @@ class Metric:
     Attributes:
         name: how it is asked for.
         greater_is_better: its direction.
-        prepare: for each task that has it, a function from ``Judged`` to a function from weights float64 [N].
+        of: for each task that has it, a function from ``Predictions`` to a function from weights float64 [N].
     """
 
     name: str
     greater_is_better: bool
-    prepare: Mapping[TaskName, Callable[[Judged], Prepared]]
+    of: Mapping[Task, Callable[[Predictions], Prepared]]
+
+    def prepare(self, predictions: Predictions) -> Prepared:
+        """Return the metric of some predictions as a function of the weights of their rows, float64 [N]."""
+        return self.of[predictions.task](predictions)
 
     def better(self, new: float, old: float) -> bool:
         """Whether ``new`` is strictly better; NaN never is, and anything is better than NaN."""
@@ -36,8 +41,8 @@ class Metric:
 
 
 def _table() -> dict[str, Metric]:
-    one, many, value = TASKS
-    rows: list[tuple[str, bool, Mapping[TaskName, Callable[[Judged], Prepared]]]] = [
+    one, many, value = CLASSIFICATION, MULTILABEL, REGRESSION
+    rows: list[tuple[str, bool, Mapping[Task, Callable[[Predictions], Prepared]]]] = [
         ("accuracy", True, {one: formulas.accuracy}),
         ("subset_accuracy", True, {many: formulas.accuracy}),
         ("hamming_loss", False, {many: formulas.hamming}),
@@ -64,28 +69,20 @@ METRICS: Mapping[str, Metric] = _table()
 """Every metric by name."""
 
 
-def metrics_of(task: TaskName) -> tuple[str, ...]:
+def metrics_of(task: Task | TaskName) -> tuple[str, ...]:
     """Return the names of the metrics that a task has."""
-    return tuple(name for name, metric in METRICS.items() if task in metric.prepare)
+    task = task_named(task)
+    return tuple(name for name, metric in METRICS.items() if task in metric.of)
 
 
-def default_metric(task: TaskName) -> str:
-    """Return what training is judged by when nobody says: log loss, or the root mean squared error.
-
-    Both are smooth and proper: on a few hundred validation rows accuracy moves in steps, stands still for epochs in
-    which the head still learns, and ties half the epochs with one another. People are shown accuracy all the same.
-    """
-    return "rmse" if task == "regression" else "log_loss"
-
-
-def metric_named(name: str, task: TaskName) -> Metric:
+def metric_named(name: str, task: Task | TaskName) -> Metric:
     """Return a metric. Raises ``SpecError`` for a name that the task does not have, with the nearest ones."""
-    metric = METRICS.get(name)
-    if metric is not None and task in metric.prepare:
+    task, metric = task_named(task), METRICS.get(name)
+    if metric is not None and task in metric.of:
         return metric
     there = metrics_of(task)
     # A part of the name counts as near too: accuracy is subset_accuracy where rows have several labels.
-    near = [each for each in there if name in each] + get_close_matches(name, there, 2)
+    near = [known for known in there if name in known] + get_close_matches(name, there, 2)
     hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
     what = "there is no metric" if metric is None else f"{task} has no metric"
     raise SpecError(f"{what} {name!r}{hint}: expected one of {', '.join(there)}")

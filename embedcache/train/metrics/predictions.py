@@ -4,48 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
-from embedcache.spec import TASKS, TaskName
+from embedcache.spec import TaskName
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task, task_named
 from embedcache.wording import counted
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
-
-EPSILON = float(np.finfo(np.float64).eps)
-"""Probabilities are kept this far from 0 and 1 before their logarithm is taken."""
 KEEP = 1 << 23
 """Up to how many outputs the order of the rows is remembered, class by class."""
 
 
-class Judged:
-    """What a head said beside what is true, unlabelled rows left out.
+class Predictions:
+    """The outputs of a head beside the targets, unlabelled rows left out.
 
     Attributes:
+        task: what the targets mean.
         y: int64 [N], uint8 [N, C] or float64 [N, R].
         outputs: probabilities [N, C], or values [N, R].
         thresholds: [C], from which probability on a label of a multi-label row is on.
     """
 
     def __init__(
-        self, task: TaskName, y: Array, outputs: Array, thresholds: Sequence[float] | Array | None = None
+        self,
+        task: Task | TaskName,
+        y: npt.ArrayLike,
+        outputs: npt.ArrayLike,
+        thresholds: Sequence[float] | Array | None = None,
     ) -> None:
-        y, outputs = np.asarray(y), np.asarray(outputs)
-        if outputs.ndim == 1 and task == "regression":
-            outputs = outputs[:, None]
-        if y.ndim == 1 and task == "regression":
-            y = y[:, None]
-        expected = outputs.shape[:1] if task == "classification" else outputs.shape
-        if task not in TASKS or outputs.ndim != 2 or y.shape != expected:
+        task, y, outputs = task_named(task), np.asarray(y), np.asarray(outputs)
+        if task is REGRESSION:
+            outputs = outputs[:, None] if outputs.ndim == 1 else outputs
+            y = y[:, None] if y.ndim == 1 else y
+        if outputs.ndim != 2 or y.shape != task.target_shape(*outputs.shape):
             raise SpecError(f"{task}: y {y.shape} does not fit outputs {outputs.shape}: expected one row for each")
-        labelled = labelled_rows(task, y)
+        labelled = task.labelled(y)
         if not labelled.all():
             y, outputs = y[labelled], outputs[labelled]
-        if task == "classification":
+        if task is CLASSIFICATION:
             y = y.astype(np.int64, copy=False)
             if len(y) and (int(y.min()) < 0 or int(y.max()) >= outputs.shape[1]):
                 raise SpecError(f"a class is {int(y.max())} or {int(y.min())}, outputs have {outputs.shape[1]} columns")
@@ -66,63 +64,27 @@ class Judged:
     @cached_property
     def predicted(self) -> Array:
         """The class of each row int64 [N], the labels bool [N, C], or the values."""
-        return decided(self.task, self.outputs, self.thresholds)
+        return self.task.decide(self.outputs, self.thresholds)
 
     @cached_property
     def right(self) -> Array:
         """Which rows are classified rightly, float64 [N]."""
-        return right(self.task, self.y, self.predicted)
-
-    def _positive(self, column: int) -> npt.NDArray[np.bool_]:
-        return np.asarray(self.y == column if self.task == "classification" else self.y[:, column] == 1)
+        return self.task.right(self.y, self.predicted)
 
     def areas(self, column: int) -> tuple[float, float]:
         """Return ROC-AUC and average precision of one class, each row counting once."""
         if column not in self._areas:
-            self._areas[column] = areas(self._positive(column), self.outputs[:, column])
+            self._areas[column] = areas(self.task.positive(self.y, column), self.outputs[:, column])
         return self._areas[column]
 
     def ranked(self, column: int) -> Ranked:
         """Return the rows in the order of their output for one class."""
         if column not in self._ranked:
-            made = Ranked(self._positive(column), self.outputs[:, column])
+            made = Ranked(self.task.positive(self.y, column), self.outputs[:, column])
             if self.outputs.size > KEEP:
                 return made
             self._ranked[column] = made
         return self._ranked[column]
-
-
-def labelled_rows(task: TaskName, y: Array) -> npt.NDArray[np.bool_]:
-    """Return which rows have a label, bool [N]: classification has -1 for none, multi-label 255, regression NaN."""
-    if task == "classification":
-        return np.asarray(y != -1)
-    return np.asarray((y != 255).all(axis=1) if task == "multilabel" else ~np.isnan(y).any(axis=1))
-
-
-# What is computed row by row takes any axes in front of [N, C], so that one head and K of them share the code.
-
-
-def decided(task: TaskName, outputs: Array, thresholds: Array | float = 0.5) -> Array:
-    """Return the decisions: int64 [..., N], bool [..., N, C], or the values of a regression as they are."""
-    if task == "classification":
-        return np.asarray(outputs.argmax(axis=-1))
-    return np.asarray(outputs >= thresholds) if task == "multilabel" else outputs
-
-
-def right(task: TaskName, y: Array, predicted: Array) -> Floats:
-    """Return which rows are wholly right, float64 [..., N]."""
-    same = predicted == y
-    return np.asarray(same if task == "classification" else same.all(axis=-1), np.float64)
-
-
-def row_log_loss(task: TaskName, y: Array, outputs: Array) -> Floats:
-    """Return each row's loss, float64 [..., N]: -log p of its class, or the mean over labels of -log p of what is."""
-    if task == "classification":
-        p = outputs[..., np.arange(len(y)), y].astype(np.float64)
-        return np.ascontiguousarray(-np.log(np.clip(p, EPSILON, 1 - EPSILON)))
-    p = outputs.astype(np.float64)
-    p = np.clip(np.where(y == 1, p, 1 - p), EPSILON, 1 - EPSILON)
-    return np.asarray(-np.log(p).mean(axis=-1))
 
 
 def weighted_mean(values: Floats, weights: Floats) -> Floats:
@@ -157,9 +119,9 @@ class Ranked:
 
     def _curve(self, weights: Floats) -> tuple[Floats, Floats]:
         """Return the true and the false positives at every distinct score, from the highest down."""
-        mine = weights[self._order]
-        hits = np.cumsum(mine * self._positive)
-        return hits[self._ends], (np.cumsum(mine) - hits)[self._ends]
+        falling = weights[self._order]
+        hits = np.cumsum(falling * self._positive)
+        return hits[self._ends], (np.cumsum(falling) - hits)[self._ends]
 
     def roc_auc(self, weights: Floats) -> float:
         """Return the area under the ROC curve, NaN where one side has no weight."""

@@ -1,0 +1,362 @@
+"""Features as values that were checked once: dense, ragged, or on disk.
+
+=========  ==========================================================  ======================================
+type       what it holds                                               where it comes from
+=========  ==========================================================  ======================================
+`Dense`    one array, float32 or float64 [N, D] or [N, L, D]           pooled and multi-layer feature sets
+`Ragged`   values [sum T, D] and offsets [N + 1]                       token-level feature sets
+`OnDisk`   a reader that gives rows when it is asked for them          features that do not fit in memory
+=========  ==========================================================  ======================================
+
+``features_of`` makes one of them of whatever came in from outside, and is the only place that looks at what that is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import FeatureError, InputError
+from embedcache.shard import FeatureSet
+
+Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+LARGEST = 1e30
+"""The largest feature: what training makes of it is still a number in float32."""
+
+READ_BYTES = 16 << 20
+"""How much is read from disk at once where rows are read in their order."""
+_VECTOR_BYTES = 4 << 20
+_CHECK_BYTES = 16 << 20
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Features that are read when they are needed, by row."""
+
+    def __len__(self) -> int: ...
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row: (D,) or (L, D)."""
+        ...
+
+    def read(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return some rows (int64, in any order), float32 [n, ...]."""
+        ...
+
+
+class Features(ABC):
+    """Features of N rows. What is common to ``Dense``, ``Ragged`` and ``OnDisk``."""
+
+    feature: FeatureSet
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, rows: Rows) -> Features:
+        """Return some rows, int64 [n] in any order, as features of the same type."""
+
+    @abstractmethod
+    def blocks(self, multiple: int = 1) -> Iterator[Dense | Ragged]:
+        """Yield all rows in their order, in parts that are in memory; what is in memory already is one part.
+
+        A part that is read has a multiple of so many rows, but for the last.
+        """
+
+    @abstractmethod
+    def vectors(self) -> Iterator[Array]:
+        """Yield all vectors in their order, [n, D], in parts of a few megabytes."""
+
+    @abstractmethod
+    def of_vectors(self, weight: Array) -> Floats:
+        """Return the weight of each vector, given that of each row [N]: a row's vectors all have the row's."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing has to be read."""
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Features):
+    """One array ``values``, float32 or float64 [N, D] or [N, L, D].
+
+    ``checked`` says that every value has been seen to be one that heads can use.
+    """
+
+    values: Array
+    feature: FeatureSet
+    checked: bool = False
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, rows: Rows) -> Dense:
+        """Return some rows, copied."""
+        return replace(self, values=self.values[rows])
+
+    def blocks(self, multiple: int = 1) -> Iterator[Dense]:
+        """Yield all of it."""
+        yield self
+
+    def vectors(self) -> Iterator[Array]:
+        """Yield the vectors, [n, D]."""
+        for part in _slices(self.values):
+            yield part.reshape(-1, self.feature.dim)
+
+    def of_vectors(self, weight: Array) -> Floats:
+        """Return the weight of each vector."""
+        return np.repeat(np.asarray(weight, np.float64), self.feature.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Features):
+    """Vectors of rows of different lengths: row i has ``values[offsets[i]:offsets[i + 1]]``.
+
+    ``values`` is float32 [sum T, D], ``offsets`` int64 [N + 1]. ``checked`` says that every value has been seen to be
+    one that heads can use.
+    """
+
+    values: Array
+    offsets: Rows
+    feature: FeatureSet
+    checked: bool = False
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Array:
+        row = range(len(self))[row]
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> Rows:
+        """How many vectors each row has, int64 [N]."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: Rows) -> Ragged:
+        """Return some rows, copied."""
+        lengths = self.lengths[rows]
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        # Where each vector comes from: its place among those taken, moved by how far its row is moved.
+        moved = np.repeat(self.offsets[:-1][rows] - ends[:-1], lengths)
+        return replace(self, values=self.values[np.arange(int(ends[-1])) + moved], offsets=ends)
+
+    def blocks(self, multiple: int = 1) -> Iterator[Ragged]:
+        """Yield all of it."""
+        yield self
+
+    def vectors(self) -> Iterator[Array]:
+        """Yield the vectors, [n, D]."""
+        return _slices(self.values)
+
+    def of_vectors(self, weight: Array) -> Floats:
+        """Return the weight of each vector."""
+        return np.repeat(np.asarray(weight, np.float64), self.lengths)
+
+    def padded(
+        self, rows: Rows, shape: tuple[int, int] | None = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Lay some rows out as [B, T, D] with a mask [B, T], True = real.
+
+        ``shape`` is (B, T); without it B is the number of rows and T the longest of them. Rows beyond the given ones
+        are zeros with one token, as attention over no token is not a number.
+        """
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        if len(rows) and int(lengths.min()) < 1:
+            raise InputError(f"row {int(rows[int(lengths.argmin())])} has no tokens")
+        count, longest = shape or (len(rows), int(lengths.max()) if len(rows) else 1)
+        mask = np.arange(longest) < np.concatenate([lengths, np.ones(count - len(rows), np.int64)])[:, None]
+        x = np.zeros((count, longest, self.values.shape[1]), np.float32)
+        if len(rows):
+            x[: len(rows)][mask[: len(rows)]] = np.concatenate(
+                [self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]
+            )
+        return x, mask
+
+
+@dataclass(frozen=True, eq=False)
+class OnDisk(Features):
+    """Rows of a ``reader``, read when they are asked for; ``rows`` int64 [N] says which, None all of them.
+
+    What is read block by block is checked as it comes.
+    """
+
+    reader: Reader
+    feature: FeatureSet
+    rows: Rows | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader) if self.rows is None else len(self.rows)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing has to be read: no."""
+        return False
+
+    @property
+    def row_bytes(self) -> int:
+        """How large one row is in memory."""
+        return 4 * int(np.prod(self.feature.row_shape))
+
+    def take(self, rows: Rows) -> OnDisk:
+        """Return some rows; nothing is read yet."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def read(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return some rows, float32 [n, ...], not checked: training reads them again in every epoch."""
+        return np.asarray(self.reader.read(rows if self.rows is None else self.rows[rows]), np.float32)
+
+    def blocks(self, multiple: int = 1) -> Iterator[Dense]:
+        """Read all rows, checked, about ``READ_BYTES`` at once. Raises ``FeatureError`` naming the row."""
+        size = max(1, READ_BYTES // (multiple * self.row_bytes)) * multiple
+        for start in range(0, len(self), size):
+            yield self._checked(start, min(start + size, len(self)))
+
+    def vectors(self) -> Iterator[Array]:
+        """Read all vectors, [n, D]; see ``blocks``."""
+        for part in self.blocks():
+            yield part.values.reshape(-1, self.feature.dim)
+
+    def of_vectors(self, weight: Array) -> Floats:
+        """Return the weight of each vector."""
+        return np.repeat(np.asarray(weight, np.float64), self.feature.layers)
+
+    def whole(self) -> Dense:
+        """Read everything at once. Raises ``FeatureError`` as ``blocks`` does."""
+        return self._checked(0, len(self))
+
+    def _checked(self, start: int, stop: int) -> Dense:
+        values = self.read(np.arange(start, stop))
+        refuse_non_finite(values, self.feature.name, first=start)
+        return Dense(values, self.feature, checked=True)
+
+
+class MappedRows:
+    """Rows of an array that is not to be read whole, such as a memory map; see ``Reader``."""
+
+    def __init__(self, x: Array) -> None:
+        self._x = x
+        self.row_shape = tuple(x.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def read(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return some rows."""
+        return np.asarray(np.asarray(self._x).take(rows, axis=0), np.float32)
+
+
+def features_of(x: object, feature: FeatureSet | None = None, *, where: str = "", finite: bool = True) -> Features:
+    """Return features as a value, refusing what does not fit ``feature``; None goes by the shape.
+
+    ``x`` is an array [N, D] or [N, L, D] of numbers, a pair (values [sum T, D], offsets [N + 1]), a ``Reader`` of rows
+    on disk, or ``Features``, which are not looked through twice. ``where`` names the rows in messages. ``finite=False``
+    leaves out the look at every value.
+
+    Raises ``FeatureError`` saying what was expected, or which row holds NaN or infinity.
+    """
+    feature = feature or _feature_of(x)
+    of = f"{feature.name} of {where}" if where else feature.name
+    if isinstance(x, OnDisk) or (not isinstance(x, Features) and isinstance(x, Reader)):
+        reader = x.reader if isinstance(x, OnDisk) else x
+        if feature.kind == "tokens" or tuple(reader.row_shape) != feature.row_shape:
+            raise FeatureError(
+                f"{of}: got rows on disk of shape {tuple(reader.row_shape)}, expected {_expected(feature)}"
+            )
+        return x if isinstance(x, OnDisk) else OnDisk(x, feature)
+    if isinstance(x, Dense | Ragged) and x.checked and _same_shape(x.feature, feature):
+        return x
+    if feature.kind == "tokens":
+        ragged = _ragged(x, feature, of)
+        if finite:
+            refuse_non_finite(ragged.values, of, ragged.offsets)
+        return replace(ragged, checked=finite)
+    if isinstance(x, tuple | Ragged):
+        raise FeatureError(f"{of}: got ragged features, expected one array {_expected(feature)}")
+    rows = np.asarray(x.values if isinstance(x, Dense) else x)
+    if rows.dtype not in (np.float32, np.float64):
+        if rows.dtype.kind not in "fiub":
+            raise FeatureError(f"{of}: got features of type {rows.dtype}, expected float32")
+        rows = rows.astype(np.float32)
+    if rows.ndim != len(feature.row_shape) + 1 or rows.shape[1:] != feature.row_shape:
+        raise FeatureError(f"{of}: got features of shape {rows.shape}, expected {_expected(feature)}")
+    if finite:
+        refuse_non_finite(rows, of)
+    return Dense(rows, feature, checked=finite)
+
+
+def _ragged(x: object, feature: FeatureSet, of: str) -> Ragged:
+    pair = (x.values, x.offsets) if isinstance(x, Ragged) else x
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise FeatureError(f"{of} is a token-level set: expected values [sum T, D] and offsets [N + 1]")
+    values, offsets = np.asarray(pair[0], np.float32), np.asarray(pair[1], np.int64)
+    fits = values.ndim == 2 and values.shape[1] == feature.dim and offsets.ndim == 1 and len(offsets) > 0
+    if not fits or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+        raise FeatureError(
+            f"{of}: got values {values.shape} and offsets {offsets.shape}, expected [sum T, {feature.dim}] and "
+            "ascending offsets from 0 to sum T"
+        )
+    return Ragged(values, offsets, feature)
+
+
+def _feature_of(x: object) -> FeatureSet:
+    """Return the feature set that bare features amount to. Raises ``FeatureError`` for what are no features."""
+    if isinstance(x, Features):
+        return x.feature
+    if isinstance(x, tuple):
+        width = np.shape(x[0])[1:] if len(x) == 2 else ()
+        if len(width) != 1:
+            raise FeatureError("ragged features are a pair: values [sum T, D] and offsets [N + 1]")
+        return FeatureSet("features", "tokens", int(width[0]), 1, "float32")
+    shape = (len(x), *x.row_shape) if isinstance(x, Reader) else np.asarray(x).shape
+    if len(shape) == 2 and shape[1]:
+        return FeatureSet("features", "pooled", int(shape[1]), 1, "float32")
+    if len(shape) == 3 and shape[1] and shape[2]:
+        return FeatureSet("features", "layers", int(shape[2]), int(shape[1]), "float32")
+    raise FeatureError(f"features have the shape {list(shape)}: expected [N, D], or [N, L, D]")
+
+
+def refuse_non_finite(values: Array, name: str, offsets: Rows | None = None, *, first: int = 0) -> None:
+    """Raise ``FeatureError`` naming the first row that holds NaN, infinity or what may become that when it is squared.
+
+    Works block by block. ``offsets`` are those of ragged rows; ``first`` is the number of the first row there is.
+    """
+    block = max(1, _CHECK_BYTES // max(1, values[:1].nbytes))
+    for start in range(0, len(values), block):
+        part = values[start : start + block]
+        # Passes without a temporary; a NaN survives them, and is in no order with a number.
+        if not part.size or (part.min() >= -LARGEST and part.max() <= LARGEST):
+            continue
+        flat = part.reshape(len(part), -1)
+        wrong = int(np.flatnonzero(~(np.abs(flat) <= LARGEST).all(axis=1))[0])
+        row = start + wrong
+        row = first + (row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1)
+        if np.isfinite(flat[wrong]).all():
+            raise FeatureError(
+                f"{name}: row {row} holds a value beyond {LARGEST:g}, which no head can use: scale the features"
+            )
+        raise FeatureError(f"{name}: row {row} holds NaN or infinity, which no head can use: extract it again")
+
+
+def _slices(values: Array) -> Iterator[Array]:
+    size = max(1, _VECTOR_BYTES // max(1, values[:1].nbytes))
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _same_shape(one: FeatureSet, other: FeatureSet) -> bool:
+    return (one.kind, one.dim, one.layers) == (other.kind, other.dim, other.layers)
+
+
+def _expected(feature: FeatureSet) -> str:
+    named = ", ".join(str(length) for length in ("N", *feature.row_shape))
+    return f"[{named}]" if feature.kind != "tokens" else "values and offsets in memory"
