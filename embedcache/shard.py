@@ -110,8 +110,8 @@ class FeatureSet:
         wrong = (values & 0x7F80) == 0x7F80 if self.dtype == "bfloat16" else ~np.isfinite(values)
         if not wrong.any():
             return None
-        at = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
-        return at if offsets is None else int(np.searchsorted(offsets, at, side="right")) - 1
+        first = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
+        return first if offsets is None else int(np.searchsorted(offsets, first, side="right")) - 1
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ class Pages:
         except (ValueError, OSError):
             return None
 
-    def lay(self, at: int, size: int, descriptor: int, offset: int) -> bool:
-        """Put ``size`` bytes of a file from ``offset``, a multiple of the page, at ``at``. False where that fails."""
+    def lay(self, start: int, size: int, descriptor: int, offset: int) -> bool:
+        """Put ``size`` bytes of a file from ``offset``, whole pages, at ``start``. False where that fails."""
         call = ctypes.CDLL(None, use_errno=True).mmap
         call.restype = ctypes.c_void_p
         call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
         flags = mmap.MAP_SHARED | _MAP_FIXED
-        return bool(call(self.address + at, size, mmap.PROT_READ, flags, descriptor, offset) == self.address + at)
+        return bool(call(self.address + start, size, mmap.PROT_READ, flags, descriptor, offset) == self.address + start)
 
 
 def decoded(values: Array) -> npt.NDArray[np.float32]:
@@ -213,7 +213,7 @@ def rounded(values: Array, dtype: str) -> npt.NDArray[np.float32]:
 
 def refuse_colliding(sets: Sequence[FeatureSet]) -> None:
     """Raise ``SpecError`` unless there is a set and all arrays have names of their own."""
-    names = ["row_key", *(name for each in sets for name in each.columns(1))]
+    names = ["row_key", *(name for feature in sets for name in feature.columns(1))]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not sets:
         raise SpecError(f"two feature sets would both be stored as {twice[0]}" if twice else "there is no feature set")
@@ -258,7 +258,7 @@ def publish(directory: Path, stem: str, data: bytes) -> ShardFile:
 
 
 def place(path: Path, expected: Mapping[str, Column], file: IO[bytes] | None = None) -> dict[str, Placed]:
-    """Find each array of a file whose hash has been compared, refusing whatever a plain array is not.
+    """Find each array of a file whose hash has been compared, refusing whatever is not a plain array.
 
     Exactly the arrays of ``expected`` may be in the file. ``file`` is the file where it is open already: its name may
     be gone by now.
@@ -278,19 +278,19 @@ def place(path: Path, expected: Mapping[str, Column], file: IO[bytes] | None = N
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, SystemError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno:
             raise CacheError(f"cannot read {path}: {explain(error)}") from error
-        said = " ".join(str(error).split())
-        raise CorruptCacheError(f"{path}: HDF5 cannot read it ({said}): {_FOREIGN}") from None
+        message = " ".join(str(error).split())
+        raise CorruptCacheError(f"{path}: HDF5 cannot read it ({message}): {_FOREIGN}") from None
 
 
 _FOREIGN = "embedcache did not write this file; do not use the cache"
 
 
 class _Foreign(Exception):
-    """Why a file is none of ours."""
+    """Why embedcache did not write a file."""
 
 
 def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Placed]:
-    """Do what ``place`` says in an open file of ``size`` bytes."""
+    """Find the arrays of an open file of ``size`` bytes; see ``place``."""
     import h5py
 
     names = [name.decode("utf-8", "replace") for name in file]
@@ -298,7 +298,7 @@ def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Pla
         raise _Foreign(f"it holds {_some(names)}, expected {_some(expected)}")
     if h5py.h5a.get_num_attrs(file):
         raise _Foreign("it has attributes")
-    found = {}
+    placed = {}
     for name, column in expected.items():
         # The link is looked at before it is followed: following is what would read another file.
         if file.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
@@ -322,8 +322,8 @@ def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Pla
         offset = dataset.get_offset()
         if length and (offset is None or dataset.get_storage_size() != length or offset + length > size):
             raise _Foreign(f"{name} does not lie whole inside the file")
-        found[name] = Placed(int(offset or 0), shape, column.dtype.str)
-    return found
+        placed[name] = Placed(int(offset or 0), shape, column.dtype.str)
+    return placed
 
 
 def _some(names: Iterable[str], most: int = 12) -> str:
@@ -337,7 +337,7 @@ def _attributes(dataset: Any) -> dict[str, str] | None:
     """Return the short fixed-length strings an array is annotated with, or None when there is anything else."""
     import h5py
 
-    found = {}
+    attributes = {}
     for index in range(h5py.h5a.get_num_attrs(dataset)):
         attribute = h5py.h5a.open(dataset, index=index)
         kind = attribute.get_type()
@@ -346,5 +346,5 @@ def _attributes(dataset: Any) -> dict[str, str] | None:
             return None
         value = np.zeros((), f"S{kind.get_size()}")
         attribute.read(value, mtype=kind)
-        found[attribute.name.decode("utf-8", "replace")] = value.item().decode("utf-8", "replace")
-    return found
+        attributes[attribute.name.decode("utf-8", "replace")] = value.item().decode("utf-8", "replace")
+    return attributes

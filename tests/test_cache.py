@@ -388,6 +388,32 @@ def test_ids_and_contents(tmp_path: Path) -> None:
     assert list(cache.inputs("test") or ()) == [b"two"]
 
 
+def test_the_dataset_of_a_cache_is_the_value_that_was_committed(tmp_path: Path) -> None:
+    numbers = np.array([2, 5, 11])
+    ids = (np.frombuffer(b"abbccc", np.uint8), np.array([0, 1, 3, 6]))
+    path = write(
+        tmp_path / "c", 5, 2, SETS[:1], dataset=[4, 1, 4], ids=ids, numbers=numbers, whole_rows=13, whole_hash="0" * 64
+    )
+    cache = FeatureCache.open(path)
+    dataset = cache.dataset
+    assert np.array_equal(dataset.keys, small_caches.keys([4, 1, 4]))
+    assert dataset.targets is not None
+    assert dataset.targets.tolist() == [1, 1, 1]
+    assert (dataset.task, dataset.class_names, dataset.split_names) == (
+        "classification",
+        ("a", "b", "c"),
+        ("train", "test"),
+    )
+    assert dataset.split.tolist() == cache.split_codes().tolist() == [0, 0, 1]
+    assert list(dataset.ids or ()) == cache.ids() == ["a", "bb", "ccc"]
+    assert dataset.whole is not None
+    assert (dataset.whole.numbers.tolist(), dataset.whole.rows, dataset.whole.hash) == ([2, 5, 11], 13, "0" * 64)
+    before = small_caches.files(path)
+    with CacheWriter(path, small_caches.SPEC, SETS[:1]) as writer:
+        writer.commit_dataset(dataset)
+    assert small_caches.files(path) == before, "and committed again it changes no byte"
+
+
 @pytest.mark.parametrize(
     ("task", "targets", "dtype"),
     [

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import BadRowsError, InputError, InputNotFoundError, MissingExtraError, SpecError
-from embedcache.examples import Examples, assign_splits, delimited, labels, load, load_examples, parse_split
+from embedcache.examples import Examples, assign_splits, content, delimited, labels, load, load_examples, parse_split
 from embedcache.fingerprint import row_key
 
 HARD = [
@@ -284,6 +284,55 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(InputError, match="standard input is empty"):
         load_examples("-", labels="none")
+    with pytest.raises(InputError, match="standard input is empty"):
+        load_examples("-", labels="none", format="parquet")
+
+
+@pytest.mark.parametrize(("name", "write"), WRITERS, ids=[name for name, _ in WRITERS])
+def test_standard_input_in_every_format(
+    tmp_path: Path, name: str, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / name, [("text", "label"), ("one", "x"), ("two", "y"), ("three", "x")]).read_bytes()
+    name = name.lower()
+    data = gzip.decompress(data) if name.endswith(".gz") else data
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    examples = load_examples("-", format=name.removesuffix(".gz").split(".")[-1])
+    check_exact(examples, ["one", "two", "three"])
+    assert examples.class_names == ("x", "y")
+
+
+class Lengths:
+    """A kind of content that is no text: whole numbers, four bytes each."""
+
+    noun = "length"
+    column_names = frozenset(["length", "width"])
+    column_kind: content.Kind = "number"
+
+    def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], dict[int, str]]:
+        faults = {row: f"{column!r} is not a length" for row, value in enumerate(values) if not isinstance(value, int)}
+        return [value.to_bytes(4, "little") if isinstance(value, int) else b"" for value in values], faults
+
+    def show(self, content: bytes) -> str:
+        return f"{int.from_bytes(content, 'little')} mm"
+
+
+def test_another_kind_of_content_is_one_more_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(content.CONTENTS, "length", Lengths())
+    rows = [{"id": "a", "width": 7, "label": "x"}, {"id": "b", "width": 11, "label": "y"}]
+    examples = load_examples([*rows, {"id": "c", "width": 7, "label": "y"}], kind="length")
+    assert (examples.kind, list(examples.contents())) == ("length", [b"\x07\0\0\0", b"\x0b\0\0\0", b"\x07\0\0\0"])
+    assert said(examples, "length column: 'width' (guessed)")
+    assert said(examples, "different labels, for example 7 mm (x and y)")
+    for wrong, message in (
+        ({"name": "a", "label": "x"}, "cannot tell which column is the length: name it with --length-column"),
+        ({"length": "a", "label": "x"}, "input, row 1: 'length' is not a length"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_examples([{"length": 1, "label": "y"}, wrong] if "length" in wrong else [wrong], kind="length")
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"length": pandas.to_datetime(["2020-01-01"]), "label": ["x"]})
+    with pytest.raises(InputError, match=r"the column 'length' is of type datetime64.*, expected length"):
+        load_examples(frame, kind="length")
 
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from embedcache.cache.index import Rows
 from embedcache.errors import CorruptCacheError, InputError
+from embedcache.features import Ragged
 from embedcache.shard import Array, FeatureSet, Pages, Placed
 
 _READERS = 4
@@ -65,6 +67,37 @@ def take(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], place
     if last - first + 1 == len(places) and bool((np.diff(places) == 1).all()):
         return _together(feature, starts, piece, first, last + 1)
     return _scattered(feature, starts, piece, places)
+
+
+def take_tokens(feature: FeatureSet, starts: Rows, tokens: Callable[[int], tuple[Array, Rows]], places: Rows) -> Ragged:
+    """Return a token-level set of the rows at ``places`` int64 [n].
+
+    ``tokens`` gives a shard's vectors as stored and the offsets of its rows; see ``take`` for the rest. A memory map
+    where the rows follow one another in one shard and float32 is what is stored.
+    """
+    shards = np.searchsorted(starts, places, side="right") - 1
+    # Rows that follow one another in a shard are one run, copied as a whole.
+    cuts = np.flatnonzero((np.diff(places) != 1) | (np.diff(shards) != 0)) + 1
+    bounds = [0, *cuts.tolist(), len(places)] if len(places) else [0]
+    lengths = np.zeros(len(places), np.int64)
+    runs: list[Array] = []
+    opened: dict[int, tuple[Array, Rows]] = {}
+    for begin, end in pairwise(bounds):
+        shard = int(shards[begin])
+        if shard not in opened:
+            opened[shard] = tokens(shard)
+        values, offsets = opened[shard]
+        first = int(places[begin] - starts[shard])
+        of_run = offsets[first : first + end - begin + 1]
+        lengths[begin:end] = np.diff(of_run)
+        runs.append(values[int(of_run[0]) : int(of_run[-1])])
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    if len(runs) == 1:
+        return Ragged(decode(runs[0], feature.dtype), ends, feature)
+    out = np.empty((int(ends[-1]), feature.dim), np.float32)
+    for begin, run in zip(bounds, runs, strict=False):
+        decode(run, feature.dtype, out[ends[begin] : ends[begin] + len(run)])
+    return Ragged(out, ends, feature)
 
 
 def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], start: int, stop: int) -> Array:

@@ -30,7 +30,7 @@ def relabel(path: Path | str, examples: Examples, *, keep_inputs: bool | None = 
 
     ``keep_inputs`` stores the contents too; None keeps them where the cache does already.
 
-    Rows, splits or labels that the cache had and ``examples`` has not are an ``EmbedcacheWarning`` each, and in the
+    Rows, splits or labels that the cache had and ``examples`` lacks are an ``EmbedcacheWarning`` each, and in the
     ``notes`` of what is returned.
 
     Raises ``InputError`` saying how many rows are not in the cache; nothing is then changed.

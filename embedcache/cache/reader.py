@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
 from embedcache.cache.damage import PATIENCE, verify
 from embedcache.cache.files import StoredShard, check_all, dataset_arrays, identity, stored_keys
-from embedcache.cache.gather import decode, take
+from embedcache.cache.gather import take, take_tokens
 from embedcache.cache.index import Keys, RowIndex, Rows
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
@@ -285,30 +284,7 @@ class FeatureCache:
                 f"{chosen.name} is not a token-level set: use arrays(); "
                 f"token-level sets here: {', '.join(names) or 'none'}"
             )
-        places = self.places(split)
-        shards = np.searchsorted(self._starts, places, side="right") - 1
-        # Rows that follow one another in a shard are one run, copied as a whole.
-        cuts = np.flatnonzero((np.diff(places) != 1) | (np.diff(shards) != 0)) + 1
-        bounds = [0, *cuts.tolist(), len(places)] if len(places) else [0]
-        lengths = np.zeros(len(places), np.int64)
-        runs: list[Array] = []
-        opened: dict[int, tuple[Array, Rows]] = {}
-        for begin, end in pairwise(bounds):
-            shard = int(shards[begin])
-            if shard not in opened:
-                opened[shard] = self._shards[shard].tokens(chosen)
-            values, offsets = opened[shard]
-            first = int(places[begin] - self._starts[shard])
-            ends_of_rows = offsets[first : first + end - begin + 1]
-            lengths[begin:end] = np.diff(ends_of_rows)
-            runs.append(values[int(ends_of_rows[0]) : int(ends_of_rows[-1])])
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        if len(runs) == 1:
-            return Ragged(decode(runs[0], chosen.dtype), ends, chosen)
-        out = np.empty((int(ends[-1]), chosen.dim), np.float32)
-        for begin, run in zip(bounds, runs, strict=False):
-            decode(run, chosen.dtype, out[ends[begin] : ends[begin] + len(run)])
-        return Ragged(out, ends, chosen)
+        return take_tokens(chosen, self._starts, lambda shard: self._shards[shard].tokens(chosen), self.places(split))
 
     def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Item]:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""

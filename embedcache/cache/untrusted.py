@@ -27,10 +27,10 @@ main()
 
 
 def examine(path: Path | str) -> list[str]:
-    """Return what ``verify`` finds, found by a limited child process.
+    """Return the problems that ``verify`` finds, run in a limited child process.
 
     Raises:
-        CorruptCacheError: the child died, or what it says is no answer.
+        CorruptCacheError: the child died, or its answer cannot be read.
         CacheError: as ``verify`` does.
     """
     directory = Path(path)
@@ -52,7 +52,7 @@ def examine(path: Path | str) -> list[str]:
             f"{seconds} seconds): do not use the cache"
         ) from None
     if error is not None:
-        manifests.read(directory)  # which says in its own way that there is no cache
+        manifests.read(directory)  # whose error is clearer where there is no cache
         raise CorruptCacheError(str(error))
     return problems
 
@@ -74,7 +74,7 @@ def _limit(seconds: int) -> None:
 
 
 def main() -> None:
-    """Verify and open a cache under limits, and print what was found as JSON."""
+    """Verify and open a cache under limits, and print the problems as JSON."""
     from embedcache.cache.damage import verify
     from embedcache.cache.reader import FeatureCache
 

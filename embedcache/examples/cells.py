@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 Value = TypeVar("Value")
+
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+"""A number as text."""
 
 Kind = Literal["text", "number", "other"]
 """What a column of the input holds, as far as its source declares or shows it."""

@@ -134,8 +134,8 @@ class ClassSets:
     ) -> tuple[str, ...] | None:
         """Return the names of the classes where the lists are vectors of 0 and 1; None where they are lists of names.
 
-        Whoever lists names does not list one twice: what does so is a vector, or nothing we know. Raises
-        ``InputError`` for that.
+        A list of names does not name one twice: a list that does is a vector, or an error. Raises ``InputError`` for
+        that.
         """
         if not self._ordered or not written or any(self._bit(name, known) is None for name in written):
             return None

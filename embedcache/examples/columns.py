@@ -1,4 +1,4 @@
-"""Which column is what: named by the caller, or guessed and said aloud."""
+"""Which column is what: named by the caller, or guessed, which becomes a note."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_CONTENT = frozenset(["id", "idx", "index", "uid", "guid", "split", ""])
 
 @dataclass
 class Roles:
-    """The columns chosen, and what to say about the choice. ``labels`` is empty when there are none."""
+    """The columns chosen, and notes on the choice. ``labels`` is empty when there are no labels."""
 
     content: str
     labels: tuple[str, ...] = ()
@@ -114,14 +114,14 @@ def _label_columns(source: Source, given: str | Sequence[str]) -> tuple[str, ...
 
 
 def _guess(source: Source, candidates: frozenset[str], default: str, taken: set[str]) -> str | None:
-    found = [column for column in source.columns if column.strip().lower() in candidates and column not in taken]
-    named = [column for column in found if column.strip().lower() == default]
-    if len(found) > 1 and len(named) != 1:
+    likely = [column for column in source.columns if column.strip().lower() in candidates and column not in taken]
+    named = [column for column in likely if column.strip().lower() == default]
+    if len(likely) > 1 and len(named) != 1:
         raise InputError(
-            f"{source.name}: {' and '.join(map(repr, found))} could each be the {default} column: "
+            f"{source.name}: {' and '.join(map(repr, likely))} could each be the {default} column: "
             f"name it with --{default}-column; the columns are {_listed(source)}"
         )
-    return named[0] if named else found[0] if found else None
+    return next(iter(named or likely), None)
 
 
 def _guess_content(source: Source, content: Content, taken: set[str]) -> str:

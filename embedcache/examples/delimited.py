@@ -122,7 +122,7 @@ class CsvSource(TextSource[_RowBlock]):
                     try:
                         more = False
                         for row in reader:
-                            if row:  # a blank line is no row
+                            if row:  # a blank line is not a row
                                 rows.append(row)
                                 starts.append(end + 1)
                             end = reader.line_num

@@ -33,7 +33,7 @@ _FOREIGN = (
     (b"\xff\xfe", "UTF-16 text: save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text: save it as UTF-8"),
 )
-"""How files begin that are no text in UTF-8, and what to do about them."""
+"""How files begin that are not text in UTF-8, and what to do about them."""
 
 
 class _Guarded(io.RawIOBase):

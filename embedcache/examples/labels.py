@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError
-from embedcache.examples.cells import Faults, Parsed, is_missing, parsed, unicode_fault
+from embedcache.examples.cells import NUMBER, Faults, Parsed, is_missing, parsed, unicode_fault
 from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import MULTILABEL
@@ -25,7 +25,6 @@ from embedcache.wording import counted
 
 MAX_CLASSES = 100_000
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 _TRUTH = frozenset(["true", "false", "True", "False", "TRUE", "FALSE"])
 _ITEM = r"""(?:[+-]?\d+(?:\.\d*)?|'[^']*'|"[^"]*"|[Tt]rue|[Ff]alse)"""
@@ -127,7 +126,7 @@ class Classes:
     def _are_fractions(self) -> bool:
         if self._task is not None or not self._codes:
             return False
-        if not all(_NUMBER.fullmatch(name) for name in self._codes):
+        if not all(NUMBER.fullmatch(name) for name in self._codes):
             return False
         return any(not float(name).is_integer() for name in self._codes)
 
@@ -162,7 +161,7 @@ class Classes:
 
     def _doubts(self, names: Sequence[str]) -> list[str]:
         notes = [f"task: classification with {counted(len(names), 'class')} (guessed from the labels)"]
-        numeric = sum(1 for name in self._codes if _NUMBER.fullmatch(name))
+        numeric = sum(1 for name in self._codes if NUMBER.fullmatch(name))
         if self._whole_floats:
             notes.append(f"the labels in {self._column!r} are whole numbers in floating point: taken as classes")
         elif numeric == len(self._codes) > 50:
@@ -218,7 +217,7 @@ class Numbers:
         if isinstance(value, str) and value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity"):
             raise ValueError(f"the target {column!r} is {value.strip()!r}, expected a finite number")
         if isinstance(value, bool) or not (
-            isinstance(value, (int, float, np.number)) or (isinstance(value, str) and _NUMBER.fullmatch(value))
+            isinstance(value, (int, float, np.number)) or (isinstance(value, str) and NUMBER.fullmatch(value))
         ):
             shown = repr(value)[:40]
             raise ValueError(f"the target {column!r} is {shown} of type {type(value).__name__}, expected a number")
@@ -268,7 +267,7 @@ def _plain_numbers(values: Sequence[object]) -> list[float] | None:
     """Return cells as numbers where all of them are plain ones, None where some need a closer look."""
     types = set(map(type, values))
     plain = cast("Sequence[float | str]", values)
-    if types <= {int, float} or (types == {str} and all(_NUMBER.fullmatch(str(value)) for value in plain)):
+    if types <= {int, float} or (types == {str} and all(NUMBER.fullmatch(str(value)) for value in plain)):
         with suppress(OverflowError):
             return list(map(float, plain))
     return None
@@ -350,7 +349,7 @@ def one_name_each(names: Iterable[str], known: KnownClasses) -> list[str]:
     taken = {*(known.names or ()), *known.declared}
     if all(name in _TRUTH for name in seen):
         return [name if name in taken else name.lower() for name in seen]
-    if all(_INTEGER.fullmatch(name) or (_NUMBER.fullmatch(name) and repr(float(name)) == name) for name in seen):
+    if all(_INTEGER.fullmatch(name) or (NUMBER.fullmatch(name) and repr(float(name)) == name) for name in seen):
         return [name if name in taken else name.removesuffix(".0") for name in seen]
     return seen
 

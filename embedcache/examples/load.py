@@ -32,8 +32,8 @@ from embedcache.spec import TaskName
 from embedcache.wording import counted
 
 _SHOWN_BAD_ROWS = 10
-_MOST_OPEN = 64
-"""Files that are kept open between the look at their first rows and the reading of all."""
+_MOST_OPEN = 16
+"""Files that are kept open, with a block of rows each, between the look at their first rows and the reading of all."""
 
 
 @checks_arguments()
@@ -111,22 +111,22 @@ def read(inputs: object, by_split: Mapping[str, object], options: ReadingOptions
     """Do what ``load_examples`` does, but warn of nothing."""
     with ExitStack() as stack:
         given: list[GivenSource] = []
-        for each in open_inputs(inputs, by_split, options):
-            stack.callback(each.source.close)
-            given.append(each)
-            if len(given) > _MOST_OPEN and each.source.path is not None:
-                each.source.close()  # as a process may not have many open; it is opened again when its turn comes
-        sources = [each.source for each in given]
-        guess_split = options.labels != "none" and options.split is None and all(each.split is None for each in given)
+        for split, source in open_inputs(inputs, by_split, options):
+            stack.callback(source.close)
+            given.append(GivenSource(split, source))
+            if len(given) > _MOST_OPEN and source.path is not None:
+                source.close()  # as a process may not have many open; it is opened again when its turn comes
+        sources = [source for _, source in given]
+        guess_split = options.labels != "none" and options.split is None and all(split is None for split, _ in given)
         roles = choose_columns(sources, options, guess_split=guess_split)
         labels = _label_collector(sources, roles, options)
         quarantine = None
         if options.quarantine is not None:
             quarantine = stack.enter_context(Quarantine(options.quarantine, sources))
         reading = _Pass(roles, options, labels, quarantine)
-        for each in given:
-            reading.read(each)
-            each.source.close()
+        for split, source in given:
+            reading.read(source, split or "train")
+            source.close()
         known = KnownClasses(options.class_names, options.extend_classes, _declared(sources, roles))
         return reading.finish(known)
 
@@ -182,9 +182,9 @@ class _Pass:
         self._bad: list[tuple[str, str]] = []
         self._n_bad = 0
 
-    def read(self, given: GivenSource) -> None:
-        """Read one source to its end."""
-        roles, source = self._roles, given.source
+    def read(self, source: Source, split: str) -> None:
+        """Read one source to its end; ``split`` is that of its rows unless a column or the options say otherwise."""
+        roles = self._roles
         wanted = [roles.content, roles.id, roles.split, *(name for name in roles.labels if name in source.columns)]
         columns = [name for name in wanted if name is not None]
         first = self._rows
@@ -198,7 +198,7 @@ class _Pass:
                 block.bad += (BadRow(block.lines[place], reason, block.raw(place)) for place, reason in faults.items())
             if block.bad:
                 self._set_aside(source, block)
-        self._rows_given.append((given.split or "train", self._rows - first))
+        self._rows_given.append((split, self._rows - first))
 
     @property
     def _rows(self) -> int:

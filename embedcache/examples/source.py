@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from embedcache.errors import InputError
-from embedcache.examples.cells import Kind, is_missing
+from embedcache.examples.cells import NUMBER, Kind, is_missing
 
 BLOCK_ROWS = 4096
 SAMPLE_ROWS = 100
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 class BadRow(NamedTuple):
@@ -119,7 +117,7 @@ def kind_of(values: Sequence[object], numbers_are_written: bool) -> Kind:
     if len(texts) < len(present):
         return "number" if all(isinstance(value, (str, int, float)) for value in present) else "other"
     written = [text for text in texts if text.strip()]
-    if numbers_are_written and written and all(_NUMBER.fullmatch(text) for text in written):
+    if numbers_are_written and written and all(NUMBER.fullmatch(text) for text in written):
         return "number"
     return "text"
 
