@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
@@ -20,13 +21,15 @@ import pytest
 import small_summaries
 from hypothesis import given
 from hypothesis import strategies as st
-from small_summaries import EVERY, HOSTILE, IMAGES, full, many_classes
+from small_summaries import EVERY, HOSTILE, IMAGES, full, many_classes, multilabel, regression
 
 from embedcache import cli
 from embedcache.errors import SweepError
 from embedcache.report import charts, report, to_html, to_markdown
 from embedcache.report.markdown import plain
 from embedcache.report.page import source_hash
+from embedcache.sweep.schema import damage_of
+from embedcache.sweep.table import to_text
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -254,10 +257,10 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         ("[]", "is not the summary of a sweep"),
         ({"format": "other"}, "is not the summary of a sweep"),
         (spoiled(version=2), "version 2"),
-        ({"format": "embedcache-sweep", "version": 1}, "lacks task"),
+        ({"format": "embedcache-sweep", "version": 1}, "lacks complete"),
         (spoiled(leaderboard=[]), "no head that could be trained"),
         (spoiled(leaderboard={}), "leaderboard is not as"),
-        (spoiled(leaderboard=[{"id": 1}]), "row 1 of the leaderboard"),
+        (spoiled(leaderboard=[{"id": 1}]), "it lacks leaderboard[0].rank"),
     ],
 )
 def test_damaged_summaries(run: Run, tmp_path: Path, summary: Any, said: str) -> None:
@@ -266,6 +269,44 @@ def test_damaged_summaries(run: Run, tmp_path: Path, summary: Any, said: str) ->
     assert (status, out, err.count("\n")) == (1, "", 1), err
     assert said in err
     assert not (folder / "report.html").exists()
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value of a summary; of a list only the first and the last entry."""
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list):
+        children = list({number: value[number] for number in (0, len(value) - 1) if value}.items())
+    else:
+        return
+    for name, child in children:
+        yield (*path, name)
+        yield from places(child, (*path, name))
+
+
+@pytest.mark.parametrize("made", [full, regression, multilabel], ids=lambda made: made.__name__)
+def test_a_summary_that_lacks_anything_is_shown_or_refused(made: Any) -> None:
+    """Every value left out, and every value of another type, as a flipped bit may leave them."""
+    whole = made()
+    whole["leaderboard"] = whole["leaderboard"][:3]
+    tried = refused = 0
+    for path in places(whole):
+        for damage in ("left out", "a word", 7, None, {}):
+            summary = copy.deepcopy(whole)
+            parent = functools.reduce(lambda value, name: value[name], path[:-1], summary)
+            if damage != "left out":
+                parent[path[-1]] = damage
+            elif isinstance(parent, dict):
+                del parent[path[-1]]
+            tried += 1
+            if damage_of(summary) is not None:
+                refused += 1
+                continue
+            try:
+                to_html(summary), to_markdown(summary), to_text(summary)
+            except Exception as error:
+                raise AssertionError(f"{path}, {damage}: {error!r}") from error
+    assert 0 < refused < tried
 
 
 def test_folders_that_are_no_sweep(run: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
 from embedcache.journal import explained
-from embedcache.sweep.result import damage_of
+from embedcache.sweep.schema import damage_of
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

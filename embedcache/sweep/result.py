@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import shutil
 import weakref
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
 from embedcache.journal import commit
+from embedcache.sweep.schema import damage_of
 from embedcache.sweep.store import Result, read_results
 from embedcache.sweep.table import to_text
 from embedcache.wording import counted
@@ -22,29 +22,6 @@ if TYPE_CHECKING:
     import pandas
 
     from embedcache.heads import TrainedHead
-
-
-NEEDED: Mapping[str, type] = {
-    "task": str, "metric": dict, "data": dict, "protocol": dict, "leaderboard": list, "ran": dict, "notes": list,
-    "class_names": list, "failures": list,
-}  # fmt: skip
-ROW = {"id", "rank", "label", "score", "interval", "head", "varied", "seconds", "parameters", "distinguishable",
-       "p_adjusted", "layers", "normalize"}  # fmt: skip
-
-
-def damage_of(summary: Any) -> str | None:
-    """Return what in a sweep's summary is not as a sweep writes it, None for nothing."""
-    if not isinstance(summary, dict):
-        return "it is no mapping"
-    for name, kind in NEEDED.items():
-        if name not in summary:
-            return f"it lacks {name}"
-        if not isinstance(summary[name], kind):
-            return f"{name} is not as a sweep writes it"
-    for place, row in enumerate(summary["leaderboard"]):
-        if not isinstance(row, dict) or not row.keys() >= ROW:
-            return f"row {place + 1} of the leaderboard is damaged"
-    return None
 
 
 class SweepResult:

@@ -34,6 +34,7 @@ from embedcache.cache import FeatureCache, files, verify
 from embedcache.errors import EmbedcacheError
 from embedcache.examples import load_examples
 from embedcache.heads import TrainedHead
+from embedcache.report import report
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.sweep import SweepResult, sweep
 from embedcache.sweep.grid import parse, read_file
@@ -172,7 +173,8 @@ def flips_in_sweeps(count: int, seed: int) -> Result:
 
         def read(path: Path) -> object:
             result = SweepResult(path)
-            return result.to_text(), result.best, read_results(path)
+            text = result.to_text(), result.best, read_results(path)
+            return text, report(path), report(path, form="markdown")
 
         for _ in range(count):
             path = Path(shutil.copytree(folder / "sweep", folder / "s"))
