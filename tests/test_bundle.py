@@ -9,6 +9,7 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from embedcache.errors import BundleError, CacheLockedError, EmbedcacheError
+from embedcache.errors import BundleError, CacheLockedError, EmbedcacheError, FeatureError
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import TrainedHead, kinds
 from embedcache.heads.card import plain
@@ -615,6 +616,15 @@ def test_a_folder_that_is_no_run_is_refused(make: str, what: str, tmp_path: Path
         run.write_text("")
     with pytest.raises(BundleError, match=rf"{re.escape(str(run))} is no run folder \(it .*{what}.*embedcache train"):
         TrainedHead.from_pretrained(run)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_head_whose_numbers_overflow_is_refused(good: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Finite weights that a flipped bit has made huge: an infinite logit would become NaN, without a word."""
+    head = TrainedHead.from_pretrained(good[kind])
+    state = {name: np.where(value == 0, value, np.float32(3e38)) for name, value in head.state.items()}
+    with pytest.raises(FeatureError, match="no finite number for row 0"):
+        replace(head, state=state).predict(np.full((3, head.feature.dim), 7, np.float32))
 
 
 def test_every_error_is_an_embedcache_error_for_any_bytes(good: dict[str, Path], tmp_path_factory: Any) -> None:

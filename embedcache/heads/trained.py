@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import SpecError
+from embedcache.errors import FeatureError, SpecError
 from embedcache.features import Dense, Ragged, features_of
 from embedcache.heads.bundle import load
 from embedcache.heads.folder import RunFolder, save
@@ -74,12 +74,21 @@ class TrainedHead(HeadRecord):
 
         ``x`` is what ``features_of`` takes: float32 [N, D] or [N, L, D]; for a token-level set a ``Ragged`` or a pair
         (values, offsets); or a reader of rows on disk, which is read block by block.
-        Raises ``FeatureError`` for features of another shape, or that hold NaN or infinity.
+        Raises ``FeatureError`` for features of another shape, or that hold NaN or infinity, and where the head's own
+        numbers are so large that the result is not a number.
         """
-        parts = [self._logits(part) for part in features_of(x, self.feature).blocks(PASS_ROWS)]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # an overflow is refused below, not warned of
+            parts = [self._logits(part) for part in features_of(x, self.feature).blocks(PASS_ROWS)]
+        if not parts:
+            return np.zeros((0, len(self.class_names)), np.float32)
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if len(wrong):
+            raise FeatureError(
+                f"the head gives no finite number for row {wrong[0]}: its weights are damaged, or the features are "
+                "not of the kind that it was trained on"
+            )
+        return logits
 
     def _logits(self, rows: Dense | Ragged) -> Array:
         if isinstance(rows, Dense) and self.linear:

@@ -67,7 +67,7 @@ def kinds() -> dict[str, tuple[int, Run]]:
     counts = {
         "bits flipped in caches": 20_000,
         "bits flipped in run folders": 10_000,
-        "bits flipped in sweep folders": 10_000,
+        "bits flipped in sweep folders": 4_000,
         "files cut, swapped, left out": 10_000,
         "hostile caches": 10_000,
         "fuzzed manifests, signed": 20_000,
