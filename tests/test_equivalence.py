@@ -24,10 +24,11 @@ from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.backbone import load as load_module
 from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
-from embedcache.equivalence import EquivalenceResult, check, check_equivalence, examination
+from embedcache.equivalence import EquivalenceResult, check, check_equivalence, references
 from embedcache.equivalence.bits import Difference, difference, ordered_bits
-from embedcache.equivalence.plain import plain_head
 from embedcache.equivalence.result import Comparison
+from embedcache.equivalence.standard_heads import plain_head
+from embedcache.equivalence.subject import TrainingPlan
 from embedcache.equivalence.tolerance import (
     UNIT,
     conditioning,
@@ -40,10 +41,12 @@ from embedcache.equivalence.tolerance import (
 from embedcache.errors import BackboneError, InputError, NotEqualError, SpecError
 from embedcache.examples import load_examples
 from embedcache.extract import extract
+from embedcache.features import Dense
+from embedcache.heads import TrainedHead
 from embedcache.heads.registry import build_head
 from embedcache.shard import STORED, FeatureSet, rounded
 from embedcache.spec import HeadSpec
-from embedcache.train.data import LabelledRows
+from embedcache.task import CLASSIFICATION, MULTILABEL
 
 HEADS = ("linear", "mlp", "residual", "attention", "attention-pooling")
 ENDINGS = ("", "in the film", "and the plot", "of the old actor")
@@ -544,33 +547,33 @@ def test_a_head_trained_another_way(
     change: dict[str, Any], cause: str, cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch,
     command: Callable[..., Said],
 ) -> None:  # fmt: skip
-    honest = examination.train_live
+    honest = references.train_live
 
-    def other(data: Any, batches: Any, head: Any, spec: Any, *rest: Any, **options: Any) -> Any:
+    def other(plan: TrainingPlan, x: Any, y: Any, evaluation: Any, batches: Any, **options: Any) -> Any:
         batches._seed = change.get("shuffle_seed", 0)
-        return honest(data, batches, head, replace(spec, **change), *rest, **options)
+        return honest(replace(plan, spec=replace(plan.spec, **change)), x, y, evaluation, batches, **options)
 
-    monkeypatch.setattr(examination, "train_live", other)
+    monkeypatch.setattr(references, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "training, canonical reference: ", cause)
 
 
 def test_standardised_by_other_moments_and_other_dropout(
     cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
 ) -> None:
-    honest = examination.train_live
+    honest = references.train_live
 
-    def moved(data: LabelledRows, *rest: Any, **options: Any) -> Any:
-        return honest(replace(data, x=data.x.take(np.arange(len(data) - 1))), *rest, **options)
+    def moved(plan: TrainingPlan, x: Dense, *rest: Any, **options: Any) -> Any:
+        return honest(plan, x.take(np.arange(len(x) - 1)), *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(examination, "train_live", moved)
+        patched.setattr(references, "train_live", moved)
         fails(command(cache.path, csv, *QUICK), "standardisation differ at ", "another mean or scale")
 
-    def wetter(data: Any, batches: Any, head: HeadSpec, *rest: Any, **options: Any) -> Any:
-        return honest(data, batches, replace(head, options={"dropout": 0.2}), *rest, **options)
+    def wetter(plan: TrainingPlan, *rest: Any, **options: Any) -> Any:
+        return honest(replace(plan, head=replace(plan.head, options={"dropout": 0.2})), *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(examination, "train_live", wetter)
+        patched.setattr(references, "train_live", wetter)
         said = command(cache.path, csv, *QUICK[:2], "--head", "mlp", "--reference", "canonical")
         fails(said, "training, canonical reference: losses differ at step")
 
@@ -578,15 +581,16 @@ def test_standardised_by_other_moments_and_other_dropout(
 def test_predictions_that_read_features_another_way(
     cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
 ) -> None:
-    honest = examination.train_live
+    honest = references.train_live
 
-    def other(*arguments: Any, **options: Any) -> Any:
-        record = honest(*arguments, **options)
-        state = {name: value * np.float32(1.0001) for name, value in record.head.state.items()}
-        record.head = replace(record.head, state=state)
-        return record
+    def other(plan: TrainingPlan, x: Any, y: Any, evaluation: Dense, *rest: Any, **options: Any) -> Any:
+        record = honest(plan, x, y, evaluation, *rest, **options)
+        head = record.head
+        state = {name: value * np.float32(1.0001) for name, value in head.state.items()}
+        moved = TrainedHead(head.spec, head.task, head.class_names, head.feature, state=state)
+        return replace(record, logits=moved.logits(evaluation))
 
-    monkeypatch.setattr(examination, "train_live", other)
+    monkeypatch.setattr(references, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "logits differ at row r")
 
 
@@ -776,6 +780,6 @@ def test_the_tolerance_follows_its_formula() -> None:
     assert storage_tolerance(*both, "float32").tolist() == [0.0, 0.0]
     assert torch.equal(layer.weight, before)
     assert longest_axis(layer) == 307
-    close = labels_may_differ(np.array([[0.0, 1.0], [0.0, 0.1]]), 0.06, "classification")
+    close = labels_may_differ(np.array([[0.0, 1.0], [0.0, 0.1]]), 0.06, CLASSIFICATION)
     assert close.tolist() == [False, True]
-    assert labels_may_differ(np.array([[0.1, 1.0]]), 0.06, "multilabel").tolist() == [[True, False]]
+    assert labels_may_differ(np.array([[0.1, 1.0]]), 0.06, MULTILABEL).tolist() == [[True, False]]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _summed(differs: Array, apart: Array, ulps: Array) -> Difference:
     if not count:
         return Difference(differs.size, differs.size)
     apart = np.where(differs, apart, -1.0)
-    at = np.unravel_index(int(apart.argmax()), apart.shape) if apart.ndim else ()
-    where = tuple(int(each) for each in at) or (0,)
+    place = np.unravel_index(int(apart.argmax()), apart.shape) if apart.ndim else ()
+    where = tuple(map(int, place)) or (0,)
     largest = float(apart.max())
     return Difference(differs.size, differs.size - count, largest, int(np.where(differs, ulps, 0).max()), where)

@@ -1,78 +1,37 @@
-"""What is behind a difference: findings in words, from fields of the spec and from the pattern of what differs."""
+"""What is behind a difference: findings in words, from the pattern of what differs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from embedcache.equivalence.bits import Array
 from embedcache.equivalence.features import Recomputed, SetReport
 from embedcache.equivalence.result import Comparison
-from embedcache.fingerprint import differences
 
-FIELDS = (
-    ("backbone.weights", "weights: the model's weight files are not those that the cache was made with"),
-    ("backbone.architecture", "architecture: this is another kind of model"),
-    ("backbone.config", "configuration: the model's config.json says something else"),
-    ("backbone.code", "code: the model's own Python files have changed"),
-    ("preprocessing.files", "tokenizer: its files are not those that the cache was made with"),
-    ("preprocessing.lower_case", "lower-casing: texts are now lower-cased, or no longer"),
-    ("preprocessing.max_length", "maximum length: texts are cut at another length"),
-    ("preprocessing.truncation_side", "truncation: longer texts are cut at the other end"),
-    ("preprocessing.prompt", "prompt: another text is put before each row"),
-    ("preprocessing", "preprocessing: texts are prepared another way"),
-    ("features", "pooling: the feature set is made another way"),
-    ("compute_dtype", "compute type: the model computes in another precision"),
-    ("storage_dtype", "storage type: features are stored in another precision"),
-    ("attention", "attention: another attention kernel"),
-    ("execution", "execution: compiled in one of them and eager in the other"),
-    ("shapes", "shapes: batches have other canonical shapes"),
-)
-"""Which field of a spec is responsible for what; the first that fits."""
-
-
-def of_identity(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return what the backbone at hand is in another way than the cache's spec says, a finding a cause."""
-    found: dict[str, list[str]] = {}
-    for name, old, new in differences(recorded, here):
-        cause = next((said for prefix, said in FIELDS if name == prefix or name.startswith(prefix + ".")), "spec")
-        found.setdefault(cause, []).append(f"{name}: {_short(old)} in the cache, {_short(new)} here")
-    return [f"{cause} ({'; '.join(fields[:3])})" for cause, fields in found.items()]
-
-
-def _short(value: object) -> str:
-    text = repr(value) if not isinstance(value, str) else value
-    return text[:12] + "..." if len(text) == 64 else text[:60]
-
-
-def within(report: SetReport, tolerance: Any) -> bool:
-    """Whether no component differs by more than its tolerance, and every row has as many vectors as it should."""
-    return not report.other_lengths and bool((report.apart <= tolerance).all())
+Recompute = Callable[[Sequence[bytes]], Mapping[str, Array]]
+"""Makes features of some rows by every pooling that the model has, by name."""
 
 
 def of_features(
-    recomputed: Recomputed, ids: Sequence[str], tolerances: Mapping[str, Any] | None,
-    again: Callable[[Sequence[bytes]], Mapping[str, Any]] | None,
-) -> list[str]:  # fmt: skip
-    """Return a finding for each feature set that differs; ``again`` gives other features of some rows, by name."""
-    found = []
+    recomputed: Recomputed, ids: Sequence[str], tolerances: Mapping[str, Array] | None, other_poolings: Recompute
+) -> list[str]:
+    """Return a finding for each feature set that differs by more than the tolerances, if there are any."""
+    findings = []
     for name, report in recomputed.reports.items():
-        if report.total.same or (tolerances is not None and within(report, tolerances[name])):
+        if report.total.same or (tolerances is not None and report.within(tolerances[name])):
             continue
         rows = np.flatnonzero(report.differing)
         shown = ", ".join(ids[int(report.rows[row])] for row in rows[:3])
         more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
         what = f"features {name}: {len(rows):,} of {len(report.rows):,} rows differ (row {shown}{more})"
-        found.append(f"{what}: {_pattern(report, recomputed.contents, ids, again)}")
-    return found
+        findings.append(f"{what}: {_pattern(report, recomputed.contents, ids, other_poolings)}")
+    return findings
 
 
-def _pattern(
-    report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str],
-    again: Callable[[Sequence[bytes]], Mapping[str, Any]] | None,
-) -> str:  # fmt: skip
+def _pattern(report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str], other_poolings: Recompute) -> str:
     differs = report.differing > 0
     if swapped := _swapped(report, ids):
         return swapped
@@ -89,7 +48,7 @@ def _pattern(
             f"{values:,} {'value' if values == 1 else 'values'} by up to {report.total.ulps:,} ULP, "
             "and all other rows agree to the bit: what is stored was changed, not the model"
         )
-    if again is not None and (other := _alternative(report, contents, again)):
+    if other := _another_pooling(report, contents, other_poolings):
         return other
     if report.relative < 1e-2:
         return (
@@ -100,16 +59,13 @@ def _pattern(
 
 
 def _swapped(report: SetReport, ids: Sequence[str]) -> str | None:
-    stored = {value.tobytes(): at for at, value in report.there.items()}
-    moved = {at: stored[value.tobytes()] for at, value in report.here.items() if value.tobytes() in stored}
-    moved = {at: from_ for at, from_ in moved.items() if at != from_}
+    stored_at = {value.tobytes(): place for place, value in report.there.items()}
+    moved = {place: stored_at.get(value.tobytes(), place) for place, value in report.here.items()}
+    moved = {place: other for place, other in moved.items() if place != other}
     if not moved or len(moved) < len(report.here) // 2:
         return None
-    at, from_ = next(iter(moved.items()))
-    return (
-        f"what belongs to row {ids[int(report.rows[at])]} is stored at row {ids[int(report.rows[from_])]} "
-        f"({len(moved)} such rows): rows were swapped"
-    )
+    row, other = (ids[int(report.rows[place])] for place in next(iter(moved.items())))
+    return f"what belongs to row {row} is stored at row {other} ({len(moved)} such rows): rows were swapped"
 
 
 def _cut(report: SetReport) -> str | None:
@@ -124,10 +80,10 @@ def _cut(report: SetReport) -> str | None:
 
 def _word(report: SetReport, contents: Mapping[int, bytes]) -> str | None:
     """Return what all texts that differ have and no other has: upper case, or a word."""
-    known = [at for at, row in enumerate(report.rows.tolist()) if row in contents]
-    texts = {at: contents[int(report.rows[at])].decode("utf-8", "replace") for at in known}
-    wrong = [texts[at] for at in known if report.differing[at]]
-    right = [texts[at] for at in known if not report.differing[at]]
+    known = [place for place, row in enumerate(report.rows.tolist()) if row in contents]
+    texts = {place: contents[int(report.rows[place])].decode("utf-8", "replace") for place in known}
+    wrong = [texts[place] for place in known if report.differing[place]]
+    right = [texts[place] for place in known if not report.differing[place]]
     if len(wrong) < 2 or not right:
         return None
     if all(text != text.lower() for text in wrong) and all(text == text.lower() for text in right):
@@ -140,29 +96,26 @@ def _word(report: SetReport, contents: Mapping[int, bytes]) -> str | None:
     return None
 
 
-def _alternative(
-    report: SetReport, contents: Mapping[int, bytes], again: Callable[[Sequence[bytes]], Mapping[str, Any]]
-) -> str | None:
+def _another_pooling(report: SetReport, contents: Mapping[int, bytes], other_poolings: Recompute) -> str | None:
     """Try other poolings of the same model, and lower-casing."""
-    places = [at for at in report.there if int(report.rows[at]) in contents][:8]
-    texts = [contents[int(report.rows[at])] for at in places]
-    if not texts or report.feature.kind == "tokens":
+    places = [place for place in report.there if int(report.rows[place]) in contents][:8]
+    rows = [contents[int(report.rows[place])] for place in places]
+    if not rows or report.feature.kind == "tokens":
         return None
-    for lowered in (False, True):
-        raw = [text.decode("utf-8").lower().encode() for text in texts] if lowered else texts
-        for name, values in again(raw).items():
-            if lowered and name != report.feature.name:
-                continue
-            same = all(
-                np.asarray(values[at], np.float32).tobytes() == report.there[place].tobytes()
-                for at, place in enumerate(places)
-            )
-            if same:
-                return (
-                    "the cache holds the features of lower-cased texts: lower-casing differs"
-                    if lowered
-                    else f"the cache holds what the pooling {name} gives: another pooling"
-                )
+
+    def is_stored(values: Array) -> bool:
+        made = [np.asarray(value, np.float32).tobytes() for value in values]
+        return made == [report.there[place].tobytes() for place in places]
+
+    others = other_poolings(rows)
+    if not others:
+        return None
+    for name, values in others.items():
+        if is_stored(values):
+            return f"the cache holds what the pooling {name} gives: another pooling"
+    lowered = other_poolings([row.decode("utf-8").lower().encode() for row in rows])
+    if report.feature.name in lowered and is_stored(lowered[report.feature.name]):
+        return "the cache holds the features of lower-cased texts: lower-casing differs"
     return None
 
 
@@ -185,10 +138,10 @@ TRAINING = {
 
 def of_training(comparisons: Sequence[Comparison], reference: str, features_agree: bool) -> list[str]:
     """Return the first part of training that differs, where the features are not to blame."""
-    wrong = [each for each in comparisons if each.reference == reference and each.verdict == "different"]
+    wrong = [row for row in comparisons if row.reference == reference and row.verdict == "different"]
     if not wrong or (not features_agree and wrong[0].what not in ("initial head", "batch order")):
         return []
-    first = next((each for each in wrong if each.what in TRAINING), None)
+    first = next((row for row in wrong if row.what in TRAINING), None)
     if first is None:
         return []
     place = f" at {first.where}" if first.where else ""
@@ -198,5 +151,5 @@ def of_training(comparisons: Sequence[Comparison], reference: str, features_agre
 
 
 def _gradients_agree_at_first(wrong: Sequence[Comparison]) -> bool:
-    norms = [each for each in wrong if each.what == "gradient norms"]
+    norms = [row for row in wrong if row.what == "gradient norms"]
     return not norms or not norms[0].where.startswith("step 0 ")

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from embedcache.backbone import Backbone, run_plan
+from embedcache.backbone import Backbone, features_of, run_plan
 from embedcache.batching import plan
 from embedcache.cache import FeatureCache
-from embedcache.equivalence.bits import Difference, difference
-from embedcache.features import Ragged
+from embedcache.equivalence.bits import Array, Difference, Rows, difference
+from embedcache.equivalence.subject import Subject
+from embedcache.features import Dense, Ragged
 from embedcache.shard import FeatureSet, decoded, rounded
 
-Array = npt.NDArray[Any]
-Rows = npt.NDArray[np.int64]
+InMemory = Dense | Ragged
 WINDOW = 2048
 KEPT = 64
 
 
 @dataclass
 class SetReport:
-    """One feature set, row by row: n rows were compared, ``rows`` int64 [n] of the cache.
+    """One feature set, row by row, as it grows: n rows were compared, ``rows`` int64 [n] of the cache.
 
     ``differing`` [n] counts values that differ, ``lengths`` [n] are the rows' lengths as the backbone counts them now,
     ``here`` and ``there`` the first differing rows' features as recomputed and as stored, by place in ``rows``.
-    ``apart`` is the largest difference of each component, ``largest``
-    its largest size before rounding to the storage type. ``rounding`` is what storing them in fewer bits changes.
+    ``apart`` is the largest difference of each component, ``largest`` its largest size before rounding to the storage
+    type. ``rounding`` is what storing them in fewer bits changes. ``other_lengths`` has, by row, the numbers of vectors
+    in the cache and here, where they differ.
     """
 
     feature: FeatureSet
@@ -43,10 +43,8 @@ class SetReport:
     other_lengths: dict[int, tuple[int, int]] = field(default_factory=dict)
     here: dict[int, Array] = field(default_factory=dict)
     there: dict[int, Array] = field(default_factory=dict)
-    apart: Array = field(default_factory=lambda: np.zeros(0))
-    largest: Array = field(default_factory=lambda: np.zeros(0))
-    where: str = ""
-    rounding_where: str = ""
+    apart: Array = field(default_factory=lambda: np.zeros(1))
+    largest: Array = field(default_factory=lambda: np.zeros(1))
     square: float = 0.0
     square_apart: float = 0.0
 
@@ -55,21 +53,88 @@ class SetReport:
         """How large the differences are, of all values: root mean squares."""
         return math.sqrt(self.square_apart / self.square) if self.square else math.inf
 
+    def within(self, tolerance: Array) -> bool:
+        """Whether no component differs by more than its tolerance, and every row has as many vectors as it should."""
+        return not self.other_lengths and bool((self.apart <= tolerance).all())
 
-@dataclass
+    def place_of(self, found: Difference, ids: Sequence[str]) -> str:
+        """Say where the largest difference of ``total`` or ``rounding`` is."""
+        if found.where is None:
+            return ""
+        place, *inside = found.where
+        row = f"row {ids[int(self.rows[place])]}"
+        return f"{row} [{', '.join(map(str, inside))}]" if inside else row
+
+    def add(self, live: InMemory, cached: InMemory, rows: Rows, lengths: Rows) -> None:
+        """Compare the features of some more rows, float32 before they are rounded to the storage type."""
+        dtype, first = self.feature.dtype, len(self.rows)
+        counts, owner = np.zeros(len(rows), np.int64), np.arange(len(rows))
+        if isinstance(live, Ragged) and isinstance(cached, Ragged):
+            same_length = live.lengths == cached.lengths
+            for place in np.flatnonzero(~same_length).tolist():
+                vectors = int(cached.lengths[place]), int(live.lengths[place])
+                self.other_lengths[int(rows[place])] = vectors
+                counts[place] = max(vectors) * self.feature.dim
+                self.total = self.total.joined(Difference(int(counts[place]), 0, math.inf, 0, (place,)), first)
+            comparable = np.flatnonzero(same_length)
+            live, cached = live.take(comparable), cached.take(comparable)
+            owner = np.repeat(comparable, live.lengths)
+        exact, kept = (np.ascontiguousarray(side.values, np.float32) for side in (live, cached))
+        here = rounded(exact, dtype)
+        found = difference(kept, here, dtype)
+        self.total = self.total.joined(self._by_row(found, owner), first)
+        if dtype != "float32":
+            self.rounding = self.rounding.joined(self._by_row(difference(kept, exact), owner), first)
+        if len(exact):
+            self.largest = np.maximum(self.largest, np.abs(exact).max(axis=0).astype(np.float64))
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = kept.astype(np.float64) - here
+            self.square += float(np.square(kept, dtype=np.float64).sum())
+            self.square_apart += float(np.square(apart).sum())
+        if not found.same:
+            self.apart = np.maximum(self.apart, np.abs(apart).max(axis=0))
+            differs = kept.view(np.int32) != here.view(np.int32)
+            np.add.at(counts, owner, differs.reshape(len(kept), -1).sum(axis=1))
+        for place in np.flatnonzero(counts)[: max(0, KEPT - len(self.here))].tolist():
+            self.here[first + place], self.there[first + place] = here[owner == place], kept[owner == place]
+        self.rows = np.concatenate([self.rows, rows])
+        self.differing = np.concatenate([self.differing, counts])
+        self.lengths = np.concatenate([self.lengths, lengths])
+
+    def _by_row(self, found: Difference, owner: Rows) -> Difference:
+        """Return where a difference is as (row, token, component), where the vectors of all rows stand in one array."""
+        if found.where is None or self.feature.kind != "tokens":
+            return found
+        vector, component = found.where
+        row = int(owner[vector])
+        return replace(found, where=(row, vector - int(np.searchsorted(owner, row)), component))
+
+
+@dataclass(frozen=True)
 class Recomputed:
-    """Reports by feature set; and the recomputed features of some rows of one set, ``wanted`` in order."""
+    """Reports by feature set, the contents of some rows, and the recomputed features of the rows of training.
 
-    reports: dict[str, SetReport]
-    wanted: dict[int, Array]
-    contents: dict[int, bytes]
+    ``vectors`` are of the plan's feature set, by row, before they are rounded to the storage type.
+    """
+
+    reports: Mapping[str, SetReport]
+    vectors: Mapping[int, Array]
+    contents: Mapping[int, bytes]
+
+    def features(self, rows: Rows, feature: FeatureSet) -> InMemory:
+        """Return the features of some rows as a set of ``feature.dtype`` stores them, in float32."""
+        values = [rounded(self.vectors[row], feature.dtype) for row in rows.tolist()]
+        if feature.kind != "tokens":
+            return Dense(np.stack(values), feature)
+        ends = np.cumsum([0, *map(len, values)]).astype(np.int64)
+        return Ragged(np.concatenate(values), ends, feature)
 
 
-def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Any:
-    """Return the stored features of some rows, int64 [n]: float32 [n, ...], or (values, offsets), shard by shard."""
+def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> InMemory:
+    """Return the stored features of some rows, int64 [n], in float32, shard by shard."""
     places = cache.places()[rows]
     if feature.kind != "tokens":
-        return cache.take(places, feature.name)
+        return Dense(cache.take(places, feature.name), feature)
     starts = np.concatenate([[0], np.cumsum([shard["rows"] for shard in cache.manifest["shards"]])])
     unique, back = np.unique(places, return_inverse=True)
     shards = np.searchsorted(starts, unique, side="right") - 1
@@ -79,114 +144,49 @@ def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Any:
         values.append(decoded(arrays[feature.name][0]))
         lengths.append(np.diff(arrays[feature.name][1]))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    ragged = Ragged(np.concatenate(values), offsets, feature).take(back.astype(np.int64))
-    return ragged.values, ragged.offsets
+    return Ragged(np.concatenate(values), offsets, feature).take(back.astype(np.int64))
 
 
-def recompute(
-    cache: FeatureCache,
-    backbone: Backbone,
-    contents: Callable[[Rows], Iterator[bytes]],
-    rows: Rows,
-    wanted: Rows,
-    feature: FeatureSet,
-    done: Callable[[int, int], None] | None = None,
-) -> Recomputed:
-    """Run the backbone over some rows and compare every feature set; keep ``feature`` of the rows ``wanted``.
-
-    What is kept is as the backbone gives it, before it is rounded to the storage type.
-    """
-    found = Recomputed({each.name: SetReport(each) for each in cache.feature_sets.values()}, {}, {})
-    ids = cache.ids()
-    keep = set(wanted.tolist())
-    reading = contents(rows)
-    for start in range(0, len(rows), WINDOW):
-        mine = rows[start : start + WINDOW]
-        raw = list(islice(reading, len(mine)))
-        prepared = backbone.prepare(raw)
-        arrays = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
-        for name, report in found.reports.items():
-            live = arrays[name]
-            live = (decoded(live[0]), live[1]) if isinstance(live, tuple) else decoded(live)
-            if name == feature.name:
-                for at, row in enumerate(mine.tolist()):
-                    if row in keep:
-                        found.wanted[row] = (
-                            live[0][live[1][at] : live[1][at + 1]] if isinstance(live, tuple) else live[at]
-                        )
-            _add(report, live, stored(cache, mine, report.feature), mine, np.asarray(prepared.lengths), ids)
-            for row, content in zip(mine.tolist(), raw, strict=True):
-                if row in keep or len(found.contents) < WINDOW:
-                    found.contents[row] = content
-    return found
+def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet) -> InMemory:
+    """Run a backbone over rows at canonical shapes, and round as ``feature`` is stored."""
+    values = features_of(backbone, contents, feature.name)
+    if isinstance(values, tuple):
+        return Ragged(rounded(values[0], feature.dtype), values[1], feature)
+    return Dense(np.ascontiguousarray(rounded(values, feature.dtype)), feature)
 
 
-def _add(report: SetReport, live: Any, cached: Any, rows: Rows, lengths: Rows, ids: list[str]) -> None:
-    dtype, first = report.feature.dtype, len(report.rows)
-    counts = np.zeros(len(rows), np.int64)
-    if isinstance(live, tuple):
-        ours, theirs = np.diff(live[1]), np.diff(cached[1])
-        equal = np.flatnonzero(ours == theirs)
-        for at in np.flatnonzero(ours != theirs).tolist():
-            report.other_lengths[int(rows[at])] = int(theirs[at]), int(ours[at])
-            counts[at] = max(ours[at], theirs[at]) * report.feature.dim
-            place = (at, 0, 0)
-            lost = Difference(int(counts[at]), 0, math.inf, 0, place)
-            report.total = report.total.joined(lost, first)
-        again, stored = (Ragged(pair[0], pair[1], report.feature).take(equal) for pair in (live, cached))
-        exact, kept, owner = again.values, stored.values, np.repeat(equal, again.lengths)
-    else:
-        exact, kept, owner = live, cached, np.arange(len(rows))
-    exact = np.ascontiguousarray(exact, np.float32)
-    kept, here = np.ascontiguousarray(kept, np.float32), rounded(exact, dtype)
-    total = difference(kept, here, dtype)
-    report.total = _placed(report, "where", report.total, total, owner, rows, ids, first, isinstance(live, tuple))
-    if dtype != "float32":
-        report.rounding = _placed(
-            report, "rounding_where", report.rounding, difference(kept, exact), owner, rows, ids, first,
-            isinstance(live, tuple),
-        )  # fmt: skip
-    if len(exact):
-        sizes = np.abs(exact).max(axis=0).astype(np.float64)
-        report.largest = sizes if not report.largest.size else np.maximum(report.largest, sizes)
-    if not total.same:
-        with np.errstate(invalid="ignore", over="ignore"):
-            apart = np.abs(kept.astype(np.float64) - here).max(axis=0)
-        report.apart = apart if not report.apart.size else np.maximum(report.apart, apart)
-        differs = (kept.view(np.int32) != here.view(np.int32)).reshape(len(kept), -1).sum(axis=1)
-        np.add.at(counts, owner, differs)
-    with np.errstate(invalid="ignore", over="ignore"):
-        report.square += float(np.square(kept, dtype=np.float64).sum())
-        report.square_apart += float(np.square(kept.astype(np.float64) - here).sum())
-    for at in np.flatnonzero(counts)[: max(0, KEPT - len(report.here))].tolist():
-        report.here[first + at] = here[owner == at]
-        report.there[first + at] = kept[owner == at]
-    report.rows = np.concatenate([report.rows, rows])
-    report.differing = np.concatenate([report.differing, counts])
-    report.lengths = np.concatenate([report.lengths, lengths])
+def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
+    """Run the backbone over the sampled rows and compare every feature set; keep what training reads."""
+    from tqdm import tqdm
 
+    cache, backbone, rows = subject.cache, subject.backbone, subject.rows.features
+    reports = {name: SetReport(feature) for name, feature in cache.feature_sets.items()}
+    vectors: dict[int, Array] = {}
+    contents: dict[int, bytes] = {}
+    keep = {*subject.rows.train.tolist(), *subject.rows.evaluate.tolist()}
+    reading = subject.raw.stream(rows)
+    shown = progress and sys.stderr.isatty()
 
-def _placed(
-    report: SetReport, attribute: str, before: Difference, found: Difference, owner: Rows, rows: Rows, ids: list[str],
-    first: int, tokens: bool,
-) -> Difference:  # fmt: skip
-    if found.where is not None and (before.where is None or found.largest > before.largest):
-        at = int(owner[found.where[0]])
-        inside = list(found.where[1:])
-        if tokens:
-            inside = [found.where[0] - int(np.searchsorted(owner, at)), *inside]
-        setattr(report, attribute, f"row {ids[int(rows[at])]} [{', '.join(map(str, inside))}]")
-    return before.joined(found, first)
+    def done(count: int, _: int) -> None:
+        bar.update(count)
 
-
-def gathered(wanted: Mapping[int, Array], rows: Rows, feature: FeatureSet) -> Any:
-    """Put kept features of some rows together: float32 [n, ...], or (values, offsets) for tokens."""
-    each = [rounded(wanted[row], feature.dtype) for row in rows.tolist()]
-    if feature.kind != "tokens":
-        return np.stack(each)
-    return np.concatenate(each), np.concatenate([[0], np.cumsum([len(one) for one in each])]).astype(np.int64)
-
-
-def differing_rows(report: SetReport) -> Iterator[int]:
-    """Yield the places of the rows that differ."""
-    return iter(np.flatnonzero(report.differing).tolist())
+    with tqdm(total=len(rows), desc="features", unit="row", disable=None if shown else True) as bar:
+        for start in range(0, len(rows), WINDOW):
+            window = rows[start : start + WINDOW]
+            raw = list(islice(reading, len(window)))
+            prepared = backbone.prepare(raw)
+            arrays = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
+            for name, report in reports.items():
+                given = arrays[name]
+                live = (
+                    Ragged(decoded(given[0]), given[1], report.feature) if isinstance(given, tuple)
+                    else Dense(decoded(given), report.feature)
+                )  # fmt: skip
+                report.add(live, stored(cache, window, report.feature), window, np.asarray(prepared.lengths))
+                if name == subject.plan.feature.name:
+                    split = [live[place] for place in range(len(window))] if isinstance(live, Ragged) else live.values
+                    vectors.update((row, split[place]) for place, row in enumerate(window.tolist()) if row in keep)
+            for row, content in zip(window.tolist(), raw, strict=True):
+                if row in keep or len(contents) < WINDOW:
+                    contents[row] = content
+    return Recomputed(reports, vectors, contents)

@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.cache import FeatureCache
+from embedcache.equivalence.bits import Array, Rows
 from embedcache.errors import InputError
 from embedcache.examples import Examples
+from embedcache.task import CLASSIFICATION, task_named
 from embedcache.wording import counted
 
-Rows = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.void]
 _SHOWN = 5
 
 
@@ -23,33 +25,38 @@ class RawRows:
     """The rows of the input in the cache's order, with what the input itself says of them.
 
     ``targets`` [N] are the input's labels in the cache's order of classes, the cache's where the input has none.
-    ``findings`` say where input and cache disagree.
+    ``findings`` say where input and cache disagree. ``examples`` is None where the cache itself keeps the contents;
+    else ``numbers``, int64 [N], are the rows' numbers in it.
     """
 
     cache: FeatureCache
-    targets: npt.NDArray[Any]
+    targets: Array
     findings: tuple[str, ...]
     notes: tuple[str, ...]
-    _examples: Examples | None
-    _at: Rows
+    examples: Examples | None
+    numbers: Rows
 
     def stream(self, rows: Rows) -> Iterator[bytes]:
         """Yield the contents of some rows, int64 [n]: in one pass over the input where they stand in its order."""
-        at = self._at[rows]
-        if self._examples is None or (np.diff(at) <= 0).any():
+        numbers = self.numbers[rows]
+        if self.examples is None or (np.diff(numbers) <= 0).any():
             yield from self.contents(rows)
         else:
-            yield from self._examples.contents(at)
+            yield from self.examples.contents(numbers)
 
     def contents(self, rows: Rows) -> list[bytes]:
         """Read the contents of some rows, int64 [n] in any order, each as often as it is asked for."""
-        if self._examples is None:
+        if self.examples is None:
             kept = self.cache.inputs()
             assert kept is not None
             return [kept[int(row)] for row in rows]
-        wanted, back = np.unique(self._at[rows], return_inverse=True)
-        read = list(self._examples.contents(wanted))
+        wanted, back = np.unique(self.numbers[rows], return_inverse=True)
+        read = list(self.examples.contents(wanted))
         return [read[int(place)] for place in back]
+
+    def texts(self, rows: Rows) -> list[str]:
+        """Read some rows as texts."""
+        return [content.decode("utf-8") for content in self.contents(rows)]
 
 
 def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
@@ -68,122 +75,129 @@ def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
         return RawRows(cache, cache.targets(), (), (), None, np.arange(len(cache)))
     if cache.dataset.whole is not None and cache.dataset.whole.rows == len(examples) > len(cache):
         examples = examples.select(cache.numbers())  # the cache is of a part of the input
-    mine, theirs = (np.ascontiguousarray(each).view("V16").ravel() for each in (cache.keys(), examples.keys))
-    _refuse_other_rows(cache, examples, mine, theirs)
+    cached, given = (np.ascontiguousarray(keys).view("V16").ravel() for keys in (cache.keys(), examples.keys))
+    _refuse_other_rows(cache, examples, cached, given)
+    numbers = _by_content(cached, given)
     findings: list[str] = []
     notes: list[str] = []
-    at = np.arange(len(mine))
-    if len(mine) != len(theirs) or (mine != theirs).any():
-        at = _by_content(mine, theirs)
-        moved = np.flatnonzero(at != np.arange(len(mine)))
+    if len(moved := np.flatnonzero(numbers != np.arange(len(numbers)))):
         ids = cache.ids()
+        pairs = [f"{ids[row]} of the cache is row {numbers[row]} of the input" for row in moved[:_SHOWN]]
         findings.append(
             f"order of rows: {counted(len(moved), 'row')} of the input stand at another place in the cache "
-            f"(rows {_some([f'{ids[row]} of the cache is row {at[row]} of the input' for row in moved[:_SHOWN]])}"
-            f"{_more(len(moved))}), so batches differ: were rows swapped or sorted?"
+            f"(rows {_listed(pairs, len(moved))}), so batches differ: were rows swapped or sorted?"
         )
-    findings += _splits(cache, examples, at, notes)
-    targets, found = _targets(cache, examples, at, notes)
-    return RawRows(cache, targets, tuple(findings + found), tuple(notes), examples, at)
+    if len(examples.split_names) > 1:
+        findings += _other_splits(cache, examples, numbers)
+    elif len(cache.split_names) > 1:
+        notes.append("the input names no splits: those of the cache are used")
+    targets = cache.targets()
+    if examples.targets is None:
+        notes.append("the input has no labels: those of the cache are used")
+    elif finding := _other_classes(cache, examples):
+        findings.append(finding)
+    else:
+        targets = _targets(cache, examples, numbers)
+        findings += _other_labels(cache, targets)
+    return RawRows(cache, targets, tuple(findings), tuple(notes), examples, numbers)
 
 
-def _refuse_other_rows(cache: FeatureCache, examples: Examples, mine: Any, theirs: Any) -> None:
-    extra, lacking = np.flatnonzero(~np.isin(theirs, mine)), np.flatnonzero(~np.isin(mine, theirs))
+def _refuse_other_rows(cache: FeatureCache, examples: Examples, cached: Keys, given: Keys) -> None:
+    extra, lacking = np.flatnonzero(~np.isin(given, cached)), np.flatnonzero(~np.isin(cached, given))
     if not len(extra) and not len(lacking):
-        if len(mine) != len(theirs):
+        if len(cached) != len(given):
             raise InputError(
-                f"the input has {len(theirs):,} rows and {cache.path} has {len(mine):,}, of the same contents, "
+                f"the input has {len(given):,} rows and {cache.path} has {len(cached):,}, of the same contents, "
                 "some of them more often in one than in the other: give the input that the cache was made from"
             )
         return
-    said = []
+    mismatches = []
     if len(extra):
-        shown = [f"{examples.ids[row]} {_show(content)}" for row, content in
-                 zip(extra[:_SHOWN].tolist(), examples.contents(extra[:_SHOWN]), strict=True)]  # fmt: skip
-        said.append(
-            f"{counted(len(extra), 'row')} of the input not in {cache.path} (row {_some(shown)}{_more(len(extra))})"
-        )
+        some = extra[:_SHOWN]
+        rows = [f"{examples.ids[row]} {_show(content)}" for row, content in
+                zip(some.tolist(), examples.contents(some), strict=True)]  # fmt: skip
+        listed = _listed(rows, len(extra))
+        mismatches.append(f"{counted(len(extra), 'row')} of the input not in {cache.path} (row {listed})")
     if len(lacking):
         ids = cache.ids()
-        shown = [ids[row] for row in lacking[:_SHOWN].tolist()]
-        said.append(
-            f"{counted(len(lacking), 'row')} of {cache.path} not in the input (row {_some(shown)}{_more(len(lacking))})"
-        )
+        listed = _listed([ids[row] for row in lacking[:_SHOWN].tolist()], len(lacking))
+        mismatches.append(f"{counted(len(lacking), 'row')} of {cache.path} not in the input (row {listed})")
     raise InputError(
-        f"the input does not match the cache: {' and '.join(said)}: was a text changed since the extraction? "
+        f"the input does not match the cache: {' and '.join(mismatches)}: was a text changed since the extraction? "
         "Give the input that the cache was made from, or extract again to add the new rows"
     )
 
 
-def _by_content(mine: Any, theirs: Any) -> Rows:
+def _by_content(cached: Keys, given: Keys) -> Rows:
     """Return for each row of the cache the row of the input with its content; duplicates in order, place by place."""
-    at = np.empty(len(mine), np.int64)
-    same = mine == theirs
-    at[same] = np.flatnonzero(same)
-    left, right = np.flatnonzero(~same), np.flatnonzero(~same)
-    ours, other = left[np.argsort(mine[left], kind="stable")], right[np.argsort(theirs[right], kind="stable")]
-    if (mine[ours] == theirs[other]).all():
-        at[ours] = other
-        return at
-    order = np.argsort(theirs, kind="stable")  # the same contents, each another number of times
-    return np.asarray(order[np.searchsorted(theirs[order], mine)], np.int64)
+    numbers = np.arange(len(cached))
+    moved = np.flatnonzero(cached != given)
+    to, of = moved[np.argsort(cached[moved], kind="stable")], moved[np.argsort(given[moved], kind="stable")]
+    if (cached[to] == given[of]).all():
+        numbers[to] = of
+        return numbers
+    order = np.argsort(given, kind="stable")  # the same contents, each another number of times
+    return np.asarray(order[np.searchsorted(given[order], cached)], np.int64)
 
 
-def _splits(cache: FeatureCache, examples: Examples, at: Rows, notes: list[str]) -> Iterator[str]:
-    if len(examples.split_names) == 1:
-        if len(cache.split_names) > 1:
-            notes.append("the input names no splits: those of the cache are used")
-        return
+def _other_splits(cache: FeatureCache, examples: Examples, numbers: Rows) -> list[str]:
     if absent := [name for name in examples.split_names if name not in cache.split_names]:
         raise InputError(
             f"{cache.path} has no split {absent[0]!r}, which the input has: it has {', '.join(cache.split_names)}; "
             f"give it the input's splits with embedcache relabel {cache.path} INPUT"
         )
-    ours = np.array(cache.split_names)[cache.split_codes()]
-    theirs = np.array(examples.split_names)[examples.split[at]]
-    wrong = np.flatnonzero(ours != theirs)
-    if len(wrong):
-        ids = cache.ids()
-        shown = [f"{ids[row]}: {theirs[row]} in the input, {ours[row]} in the cache" for row in wrong[:_SHOWN]]
-        yield f"splits: {counted(len(wrong), 'row')} in another split (row {_some(shown)}{_more(len(wrong))})"
-
-
-def _targets(cache: FeatureCache, examples: Examples, at: Rows, notes: list[str]) -> tuple[npt.NDArray[Any], list[str]]:
-    ours = cache.targets()
-    if examples.targets is None:
-        notes.append("the input has no labels: those of the cache are used")
-        return ours, []
-    if examples.task != cache.task:
-        return ours, [f"labels: the input is a {examples.task} and the cache a {cache.task}: pass --task {cache.task}"]
-    theirs = examples.targets[at]
-    if examples.class_names != cache.class_names:
-        unknown = [name for name in examples.class_names if name not in cache.class_names]
-        if unknown or cache.task != "classification":
-            return ours, [
-                f"labels: the input has the classes {', '.join(examples.class_names[:9])} and the cache "
-                f"{', '.join(cache.class_names[:9])}"
-            ]
-        table = np.array([cache.class_names.index(name) for name in examples.class_names], np.int64)
-        theirs = np.where(theirs < 0, -1, table[np.maximum(theirs, 0)])
-    same = (theirs == ours) | ((theirs != theirs) & (ours != ours))
-    wrong = np.flatnonzero(~same.reshape(len(ours), -1).all(axis=1))
+    cached = np.array(cache.split_names)[cache.split_codes()]
+    given = np.array(examples.split_names)[examples.split[numbers]]
+    wrong = np.flatnonzero(cached != given)
     if not len(wrong):
-        return theirs, []
+        return []
     ids = cache.ids()
-    shown = [
-        f"{ids[row]}: {_label(cache, theirs[row])} in the input, {_label(cache, ours[row])} in the cache"
+    rows = [f"{ids[row]}: {given[row]} in the input, {cached[row]} in the cache" for row in wrong[:_SHOWN]]
+    return [f"splits: {counted(len(wrong), 'row')} in another split (row {_listed(rows, len(wrong))})"]
+
+
+def _other_classes(cache: FeatureCache, examples: Examples) -> str | None:
+    """Return a finding where the input's labels are not of the cache's task and classes, so none can be compared."""
+    if examples.task != cache.task:
+        return f"labels: the input is a {examples.task} and the cache a {cache.task}: pass --task {cache.task}"
+    known = set(examples.class_names) <= set(cache.class_names)
+    if examples.class_names == cache.class_names or (known and cache.task == CLASSIFICATION.name):
+        return None
+    given, cached = (", ".join(names[:9]) for names in (examples.class_names, cache.class_names))
+    return f"labels: the input has the classes {given} and the cache {cached}"
+
+
+def _targets(cache: FeatureCache, examples: Examples, numbers: Rows) -> Array:
+    """Return the input's targets in the cache's order of rows and classes."""
+    assert examples.targets is not None
+    targets = examples.targets[numbers]
+    if examples.class_names == cache.class_names:
+        return targets
+    codes = np.array([cache.class_names.index(name) for name in examples.class_names], np.int64)
+    return np.where(targets < 0, -1, codes[np.maximum(targets, 0)])
+
+
+def _other_labels(cache: FeatureCache, given: Array) -> list[str]:
+    cached = cache.targets()
+    same = (given == cached) | ((given != given) & (cached != cached))  # NaN is the same as NaN here
+    wrong = np.flatnonzero(~same.reshape(len(cached), -1).all(axis=1))
+    if not len(wrong):
+        return []
+    ids = cache.ids()
+    rows = [
+        f"{ids[row]}: {_label(cache, given[row])} in the input, {_label(cache, cached[row])} in the cache"
         for row in wrong[:_SHOWN]
     ]
-    return theirs, [
-        f"labels: {counted(len(wrong), 'row')} of {len(ours):,} with another label (row {_some(shown)}"
-        f"{_more(len(wrong))}): were they shuffled or corrected? embedcache relabel gives the cache the input's"
+    return [
+        f"labels: {counted(len(wrong), 'row')} of {len(cached):,} with another label (row {_listed(rows, len(wrong))})"
+        ": were they shuffled or corrected? embedcache relabel gives the cache the input's"
     ]
 
 
-def _label(cache: FeatureCache, value: Any) -> str:
-    if cache.task == "classification":
-        return repr(cache.class_names[int(value)]) if value >= 0 else "none"
-    return str(np.asarray(value).tolist())
+def _label(cache: FeatureCache, target: Any) -> str:
+    if cache.task == CLASSIFICATION.name:
+        return repr(cache.class_names[int(target)]) if target >= 0 else "none"
+    return str(np.asarray(target).tolist())
 
 
 @dataclass(frozen=True)
@@ -201,44 +215,36 @@ def sample(
 ) -> Sample:
     """Draw the rows of a check. Raises ``InputError`` for too few rows or an unknown split."""
     cache = raw.cache
-    labelled = _labelled(cache, raw.targets)
+    task = task_named(cache.task or CLASSIFICATION)
+    labelled = task.labelled(raw.targets)
     codes = cache.split_codes()
     if split is None:
         split = next((name for name in ("validation", "test") if name in cache.split_names), cache.split_names[0])
     split = cache.split(split)
     home = "train" if "train" in cache.split_names else cache.split_names[0]
-    train = np.flatnonzero((codes == cache.split_names.index(home)) & labelled)
-    evaluate = np.flatnonzero((codes == cache.split_names.index(split)) & labelled)
+    train, evaluate = (np.flatnonzero((codes == cache.split_names.index(name)) & labelled) for name in (home, split))
     if len(train) < 2 or not len(evaluate):
         raise InputError(
             f"{cache.path} has too few rows to compare training: {len(train)} labelled in {home} (at least 2 needed), "
             f"{len(evaluate)} in {split} (at least 1 needed)"
         )
-    if cache.task == "classification" and len(np.unique(raw.targets[train])) < 2:
+    if task is CLASSIFICATION and len(np.unique(raw.targets[train])) < 2:
         raise InputError(f"all {len(train)} training rows of {cache.path} have one class: expected at least two")
     if everything:
         return Sample(np.arange(len(cache)), train, evaluate, split)
     draw = np.random.Generator(np.random.PCG64(seed))
-    chosen = _drawn(draw, train, train_rows)
-    if cache.task == "classification" and len(np.unique(raw.targets[chosen])) < 2:  # one row of another class suffices
-        others = train[raw.targets[train] != raw.targets[chosen[0]]]
-        chosen = np.sort(np.append(chosen[1:], others[0]))
-    judged = _drawn(draw, evaluate, evaluation_rows)
-    have = np.union1d(chosen, judged)
-    more = _drawn(draw, np.setdiff1d(np.arange(len(cache)), have), max(0, rows - len(have)))
-    return Sample(np.union1d(have, more), chosen, judged, split)
+    some = _drawn(draw, train, train_rows)
+    if task is CLASSIFICATION and len(np.unique(raw.targets[some])) < 2:  # one row of another class suffices
+        others = train[raw.targets[train] != raw.targets[some[0]]]
+        some = np.sort(np.append(some[1:], others[0]))
+    evaluate = _drawn(draw, evaluate, evaluation_rows)
+    both = np.union1d(some, evaluate)
+    more = _drawn(draw, np.setdiff1d(np.arange(len(cache)), both), max(0, rows - len(both)))
+    return Sample(np.union1d(both, more), some, evaluate, split)
 
 
 def _drawn(draw: np.random.Generator, rows: Rows, count: int) -> Rows:
     return np.sort(draw.permutation(rows)[:count])
-
-
-def _labelled(cache: FeatureCache, targets: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    if cache.task == "classification":
-        return np.asarray(targets >= 0)
-    if cache.task == "multilabel":
-        return np.asarray(~(targets == 255).all(axis=1))
-    return np.asarray(~np.isnan(targets).reshape(len(targets), -1).any(axis=1))
 
 
 def _show(content: bytes) -> str:
@@ -246,9 +252,6 @@ def _show(content: bytes) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _some(shown: Sequence[str]) -> str:
-    return ", ".join(map(str, shown))
-
-
-def _more(count: int) -> str:
-    return f", and {count - _SHOWN:,} more" if count > _SHOWN else ""
+def _listed(rows: Sequence[str], total: int) -> str:
+    more = f", and {total - _SHOWN:,} more" if total > _SHOWN else ""
+    return ", ".join(rows) + more

@@ -47,17 +47,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts
+from embedcache.equivalence.bits import Array, Rows
+from embedcache.equivalence.features import InMemory, Recomputed, stored
+from embedcache.equivalence.standard_model import StandardModel
+from embedcache.equivalence.subject import Subject
+from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts, train
+from embedcache.task import CLASSIFICATION, Flags, Task
 
-Array = npt.NDArray[Any]
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 ROUNDINGS = 4
 DELTA = 2.0**-10
@@ -102,7 +105,7 @@ def conditioning(
                 value.copy_(original.float() * (1 + DELTA * noise))
         for name, moved in features(exact).items():
             changes[name].append((moved - base[name]).double().cpu().numpy() / DELTA)
-    return {name: _kappa(np.stack(each)) for name, each in changes.items()}
+    return {name: _kappa(np.stack(change)) for name, change in changes.items()}
 
 
 def _kappa(change: Array) -> Array:
@@ -131,40 +134,54 @@ def storage_tolerance(largest: Array, tolerance: Array, dtype: str) -> Array:
     return np.where(largest + tolerance < smallest / 2, 0.0, unit)
 
 
-def training_tolerances(
-    base: Record, again: Callable[[int], Record], logits: Callable[[Record], Array]
-) -> dict[str, float]:
-    """Return the tolerance of each quantity of training; ``again(draw)`` repeats it with noise on the features."""
-    found = dict.fromkeys(TOLERATED, 0.0)
-    for draw in range(DRAWS):
-        other = again(draw)
-        theirs = parts(other, relative=True)
-        for what, mine in parts(base, relative=True).items():
-            if what in TOLERATED or what == "standardisation":
-                found[what] = max(found.get(what, 0.0), 2 * differences_of(mine, theirs[what])[0].largest)
-        apart = np.abs(logits(base).astype(np.float64) - logits(other).astype(np.float64))
-        found["logits"] = max(found["logits"], 2 * float(apart.max(initial=0.0)))
-    return found
+def feature_tolerances(subject: Subject, standard: StandardModel, recomputed: Recomputed) -> dict[str, Array]:
+    """Return how far apart the components of each feature set of a cache may be, float64 [...], storage included."""
+    rows = subject.rows.features
+    texts = subject.raw.texts(rows[evenly_spread(len(rows))])
+    network = standard.model
+    kappa = conditioning(
+        network, lambda moved: standard.with_network(moved).vectors(texts, subject.feature_specs)[0]
+    )  # fmt: skip
+    longest, compute = longest_axis(network), str(subject.cache.spec["compute_dtype"])
+    tolerances = {}
+    for name, report in recomputed.reports.items():
+        computed = feature_tolerance(kappa[name], longest, compute, report.total.values)
+        tolerances[name] = computed + storage_tolerance(report.largest, computed, report.feature.dtype)
+    return tolerances
 
 
-def noisy(x: Any, tolerance: Array, seed: int) -> Any:
-    """Return features with uniform noise within the tolerance: an array, or (values, offsets)."""
-    if isinstance(x, tuple):
-        return noisy(x[0], tolerance, seed), x[1]
-    noise = np.random.Generator(np.random.PCG64(seed)).uniform(-1, 1, x.shape)
-    return (x + noise * tolerance).astype(np.float32)
-
-
-def labels_may_differ(logits: Array, tolerance: float, task: str) -> npt.NDArray[np.bool_]:
-    """Return for which rows (or, multi-label, rows and labels) rounding may decide the label."""
-    if task == "classification":
-        ordered = np.sort(logits, axis=1)
-        if ordered.shape[1] < 2:
-            return np.zeros(len(logits), bool)
-        return np.asarray(ordered[:, -1] - ordered[:, -2] <= 2 * tolerance)
-    return np.asarray(np.abs(logits) <= 2 * tolerance)
-
-
-def rows_for_conditioning(count: int, most: int = 32) -> Sequence[int]:
+def evenly_spread(count: int, most: int = 32) -> Rows:
     """Return rows spread evenly over so many."""
-    return [int(row) for row in np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))]
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def training_tolerances(subject: Subject, cached: Record, tolerance: Array) -> dict[str, float]:
+    """Return the tolerance of each quantity of training, given the one [...] of the features that it reads."""
+    plan, rows = subject.plan, subject.rows
+    x, evaluation = (stored(subject.cache, part, plan.feature) for part in (rows.train, rows.evaluate))
+    tolerances = dict.fromkeys(TOLERATED, 0.0)
+    base = {**parts(cached, relative=True), "logits": {"row": cached.logits}}
+    for draw in range(DRAWS):
+        moved = train(plan, noisy(x, tolerance, draw), subject.cached_targets, noisy(evaluation, tolerance, draw + 100))
+        moved_parts = {**parts(moved, relative=True), "logits": {"row": moved.logits}}
+        for what, values in base.items():
+            if what in TOLERATED or what == "standardisation":
+                largest = differences_of(values, moved_parts[what])[0].largest
+                tolerances[what] = max(tolerances.get(what, 0.0), 2 * largest)
+    return tolerances
+
+
+def noisy(x: InMemory, tolerance: Array, seed: int) -> InMemory:
+    """Return features with uniform noise within the tolerance."""
+    noise = np.random.Generator(np.random.PCG64(seed)).uniform(-1, 1, x.values.shape)
+    return replace(x, values=(x.values + noise * tolerance).astype(np.float32))
+
+
+def labels_may_differ(logits: Array, tolerance: float, task: Task) -> Flags:
+    """Return for which rows (or, multi-label, rows and labels) rounding may decide the label."""
+    if task is not CLASSIFICATION:
+        return np.asarray(np.abs(logits) <= 2 * tolerance)
+    ordered = np.sort(logits, axis=1)
+    if ordered.shape[1] < 2:
+        return np.zeros(len(logits), bool)
+    return np.asarray(ordered[:, -1] - ordered[:, -2] <= 2 * tolerance)

@@ -4,122 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedcache.equivalence.bits import Difference, difference
+from embedcache.equivalence.bits import Array, Difference, difference
+from embedcache.equivalence.features import InMemory
 from embedcache.equivalence.result import Comparison, judged
-from embedcache.features import Dense, Features, Ragged
+from embedcache.equivalence.subject import TrainingPlan
+from embedcache.features import Ragged
 from embedcache.heads import TrainedHead
 from embedcache.heads.layers import Dropout
-from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train.batches import Batch, Batches, RaggedBatches, TensorBatches
 from embedcache.train.data import LabelledRows
 from embedcache.train.minibatch import PassOptions, fit_minibatch
 from embedcache.train.stack import HeadStack
 
-Array = npt.NDArray[Any]
 Named = Mapping[str, Array]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
     """What training did: S steps, P parameters by name.
 
     ``initial``, ``final`` and the optimizer's moments are by parameter; ``standardisation`` is mean and 1 / deviation
     [D] each; ``batches`` are the rows of each step; ``losses`` and ``norms`` (of the gradients, before clipping) are
-    float32 [S]; ``draws`` is the state of the dropout's generator after the last step.
+    float32 [S]; ``draws`` is the state of the dropout's generator after the last step; ``logits`` are those of the
+    evaluation rows, float32 [N, C]. ``head`` is None where the trained head is a plain module.
     """
 
-    initial: dict[str, Array] = field(default_factory=dict)
-    standardisation: dict[str, Array] = field(default_factory=dict)
-    batches: list[Array] = field(default_factory=list)
-    losses: Array = field(default_factory=lambda: np.zeros(0, np.float32))
-    norms: Array = field(default_factory=lambda: np.zeros(0, np.float32))
-    final: dict[str, Array] = field(default_factory=dict)
-    first_moments: dict[str, Array] = field(default_factory=dict)
-    second_moments: dict[str, Array] = field(default_factory=dict)
-    draws: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
+    initial: Named
+    standardisation: Named
+    batches: Sequence[Array]
+    losses: Array
+    norms: Array
+    final: Named
+    first_moments: Named
+    second_moments: Named
+    draws: Array
+    logits: Array
     head: TrainedHead | None = None
-    logits: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
-class _Seen:
-    """A source of batches that writes down which rows went by."""
+@dataclass
+class _Watched(Batches):
+    """A source of batches that writes down which rows went by, and what the first step starts from."""
 
-    def __init__(self, source: Batches, rows: list[Array]) -> None:
-        self._source, self._rows = source, rows
-        self.steps = source.steps
+    source: Batches
+    batches: list[Array] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    stacks: list[HeadStack] = field(default_factory=list)
+    initial: Named = field(default_factory=dict)
+    standardisation: Named = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return self.source.steps
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        for batch in self._source.epoch(number):
-            self._rows.append(batch.rows.cpu().numpy())
+        for batch in self.source.epoch(number):
+            self.batches.append(batch.rows.cpu().numpy())
             yield batch
 
+    def start(self, stack: HeadStack) -> None:
+        """Write down what training starts from, and from now on the norm of every step's gradients."""
+        self.stacks.append(stack)
+        self.initial = _numpy(stack.state(0))
+        layer = next(stack.module.first_layers())
+        if layer.mean is not None and layer.scale is not None:
+            self.standardisation = _numpy({"mean": layer.mean, "scale": layer.scale})
+        gradients_of = stack.gradients
 
-def cached_batches(x: Features, spec: TrainSpec) -> Batches:
-    """Return the source of batches for features in memory."""
+        def observed(
+            x: Tensor, mask: Tensor | None, y: Tensor, rows: Tensor | None = None
+        ) -> tuple[Tensor, list[Tensor]]:
+            loss, gradients = gradients_of(x, mask, y, rows)
+            square = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+            self.norms.append(float(torch.sqrt(square)))
+            return loss, gradients
+
+        stack.gradients = observed  # type: ignore[method-assign]
+
+
+def cached_batches(plan: TrainingPlan, x: InMemory) -> Batches:
+    """Return the batches that training on a cache has, of features in memory."""
     if isinstance(x, Ragged):
-        return RaggedBatches(x, spec.batch_size, spec.order_seed, "cpu")
-    assert isinstance(x, Dense)
-    return TensorBatches(torch.from_numpy(np.array(x.values, np.float32)), spec.batch_size, spec.order_seed)
+        return RaggedBatches(x, plan.spec.batch_size, plan.spec.order_seed, "cpu")
+    return TensorBatches(torch.from_numpy(np.array(x.values, np.float32)), plan.spec.batch_size, plan.spec.order_seed)
 
 
 def train(
-    data: LabelledRows,
-    batches: Batches,
-    head: HeadSpec,
-    spec: TrainSpec,
-    steps: int,
-    *,
-    progress: bool = False,
-    title: str = "train",
-) -> Record:
-    """Train one head for so many steps on ``batches`` of raw features and write down what happens.
+    plan: TrainingPlan, x: InMemory, y: Array, evaluation: InMemory, batches: Batches | None = None, *,
+    progress: bool = False, title: str = "train",
+) -> Record:  # fmt: skip
+    """Train one head as planned and write down what happens.
 
-    ``data`` gives targets, and the features that standardisation is computed from.
+    Standardisation is computed from ``x``; ``batches`` of raw features are made of it where none are given.
+    ``evaluation`` are the features of the rows whose logits are recorded.
     """
-    record = Record()
-    norms: list[float] = []
-    stacks: list[HeadStack] = []
-
-    def watch(stack: HeadStack) -> None:
-        stacks.append(stack)
-        record.initial = _numpy(stack.state(0))
-        layer = next(stack.module.first_layers())
-        if layer.mean is not None and layer.scale is not None:
-            record.standardisation = _numpy({"mean": layer.mean, "scale": layer.scale})
-        gradients = stack.gradients
-
-        def observed(*given: Any) -> tuple[Tensor, list[Tensor]]:
-            loss, found = gradients(*given)
-            norms.append(float(torch.sqrt(torch.stack([each.double().square().sum() for each in found]).sum())))
-            return loss, found
-
-        stack.gradients = observed  # type: ignore[method-assign, assignment]
-
-    options = PassOptions(progress=progress, title=title, keep_losses=True, max_steps=steps, watch=watch)
-    (fitted,) = fit_minibatch(data, None, [head], [spec], batches=_Seen(batches, record.batches), options=options)
-    stack = stacks[0]
+    watched = _Watched(batches or cached_batches(plan, x))
+    rows = LabelledRows(x, y, plan.task, plan.class_names)
+    options = PassOptions(progress=progress, title=title, keep_losses=True, max_steps=plan.steps, watch=watched.start)
+    (fitted,) = fit_minibatch(rows, None, [plan.head], [plan.spec], batches=watched, options=options)
+    stack = watched.stacks[0]
     moments = stack.optimizer_state()
-    record.losses = torch.stack(list(fitted.losses)).cpu().numpy()
-    record.norms = np.array(norms, np.float32)
-    record.final = _numpy(stack.state(0))
-    record.first_moments = _numpy({name: each[0] for name, each in moments.items()})
-    record.second_moments = _numpy({name: each[1] for name, each in moments.items()})
-    dropouts = [each for each in stack.module.modules() if isinstance(each, Dropout)]
-    if dropouts and dropouts[0].generators is not None:
-        record.draws = dropouts[0].generators[0].get_state().numpy()
-    record.head = TrainedHead(head, data.task.name, data.class_names, data.feature, state=fitted.state)
-    return record
+    generators = [module.generators for module in stack.module.modules() if isinstance(module, Dropout)]
+    head = TrainedHead(plan.head, plan.task.name, plan.class_names, plan.feature, state=fitted.state)
+    return Record(
+        initial=watched.initial,
+        standardisation=watched.standardisation,
+        batches=watched.batches,
+        losses=torch.stack(list(fitted.losses)).cpu().numpy(),
+        norms=np.array(watched.norms, np.float32),
+        final=_numpy(stack.state(0)),
+        first_moments=_numpy({name: pair[0] for name, pair in moments.items()}),
+        second_moments=_numpy({name: pair[1] for name, pair in moments.items()}),
+        draws=generators[0][0].get_state().numpy() if generators and generators[0] else np.zeros(0, np.uint8),
+        logits=np.asarray(head.logits(evaluation), np.float32),
+        head=head,
+    )
 
 
 def _numpy(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {name: each.detach().cpu().numpy().copy() for name, each in tensors.items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
 TOLERATED = ("losses", "gradient norms", "final parameters", "optimizer: first", "optimizer: second", "logits")
@@ -131,7 +139,7 @@ def parts(record: Record, *, relative: bool = False) -> dict[str, Named]:
 
     With ``relative``, the standardisation is in units that suit a tolerance: components differ by powers of ten.
     """
-    moments: Named = record.standardisation
+    moments = record.standardisation
     if relative and moments:
         mean, scale = (moments[name].astype(np.float64) for name in ("mean", "scale"))
         moments = {
@@ -168,28 +176,29 @@ def first_step(a: Named, b: Named) -> int | None:
 def differences_of(a: Named, b: Named) -> tuple[Difference, str]:
     """Return what two sets of named arrays differ in, and in words where."""
     whole, where = Difference(), ""
+    empty = np.zeros(0, np.float32)
+    first = first_step(a, b)
     for name in dict.fromkeys([*a, *b]):
-        empty = np.zeros(0, np.float32)
         found = difference(a.get(name, empty), b.get(name, empty))
         if found.where is not None and (whole.where is None or found.largest > whole.largest):
-            shape = a[name].shape if name in a else ()
-            place = ", ".join(str(at) for at in found.where)
-            first = first_step(a, b)
-            where = f"step {first} first" if first is not None else f"{name}[{place}]" if shape else name
+            place = f"{name}[{', '.join(map(str, found.where))}]" if name in a and a[name].shape else name
+            where = place if first is None else f"step {first} first"
         whole = whole.joined(found, 0)
     return whole, where
 
 
-def compare(
-    reference: str, cached: Record, live: Record, tolerances: Mapping[str, float] | None, given: Sequence[str] = ()
+def compare_records(
+    reference: str, cached: Record, live: Record, tolerances: Mapping[str, float] | None, taken: Sequence[str] = ()
 ) -> list[Comparison]:
-    """Compare two records; without ``tolerances`` every bit must agree. ``given`` was taken from the other."""
-    rows = []
-    theirs = parts(live, relative=tolerances is not None)
-    for what, mine in parts(cached, relative=tolerances is not None).items():
-        if what in given or not any(value.size for value in (*mine.values(), *theirs[what].values())):
+    """Compare two records; without ``tolerances`` every bit must agree. What was ``taken`` from the other is left out.
+
+    A part that has no values on either side, such as the draws of a head without dropout, is left out too.
+    """
+    comparisons = []
+    live_parts = parts(live, relative=tolerances is not None)
+    for what, values in parts(cached, relative=tolerances is not None).items():
+        if what in taken or not any(value.size for value in (*values.values(), *live_parts[what].values())):
             continue
-        found, where = differences_of(mine, theirs[what])
-        tolerance = None if tolerances is None else tolerances.get(what)
-        rows.append(judged(reference, what, found, where, tolerance))
-    return rows
+        found, where = differences_of(values, live_parts[what])
+        comparisons.append(judged(reference, what, found, where, None if tolerances is None else tolerances.get(what)))
+    return comparisons

@@ -32,9 +32,9 @@ def plain_head(spec: HeadSpec, state: Named, generator: torch.Generator) -> nn.M
 
     Raises ``SpecError`` for a head that has none: one that was registered from outside.
     """
-    if spec.kind not in PLAIN:
+    if spec.kind not in STANDARD_HEADS:
         raise SpecError(f"there is no plain twin of the head {spec.kind}: check it with --reference canonical")
-    net = PLAIN[spec.kind](spec.options, state, generator)
+    net = STANDARD_HEADS[spec.kind](spec.options, state, generator)
     net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
     return net
 
@@ -176,7 +176,7 @@ class _AttentionPooling(_Attending):
         return out
 
 
-PLAIN: dict[str, Callable[[Mapping[str, Any], Named, torch.Generator], nn.Module]] = {
+STANDARD_HEADS: dict[str, Callable[[Mapping[str, Any], Named, torch.Generator], nn.Module]] = {
     "linear": _Linear,
     "mlp": _MLP,
     "residual": _Residual,
