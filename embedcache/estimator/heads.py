@@ -2,148 +2,114 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_random_state
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
 from embedcache.errors import InputError, SpecError, TrainingError
-from embedcache.heads import TrainedHead, head_named
+from embedcache.heads import head_named
 from embedcache.spec import HeadSpec, TaskName, TrainSpec, declared
-from embedcache.task import Array, Floats
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train import train_head
 from embedcache.wording import shortened
 
 _DTYPES = (np.float64, np.float32)
-_DEFAULTS = TrainSpec()
 
 
-def _documented(estimator: type[Any]) -> type[Any]:
+E = TypeVar("E", bound="_HeadEstimator")
+
+
+def _documented(estimator: type[E]) -> type[E]:
     """Say in the docstring what each setting is, as ``HeadSpec``, ``TrainSpec`` and the command line do."""
     head, training = declared(HeadSpec), declared(TrainSpec)
-    said = {"head": head["kind"].described(HeadSpec.kind), "engine": head["engine"].described(HeadSpec.engine)}
-    said |= {"options": f'{head["options"].help} Such as {{"hidden": [256]}}.'}
-    parameters = inspect.signature(estimator).parameters
-    said |= {name: training[name].described(parameters[name].default) for name in parameters if name in training}
+    texts = {"head": head["kind"].described(HeadSpec.kind), "engine": head["engine"].described(HeadSpec.engine)}
+    texts["options"] = f'{head["options"].help} Such as {{"hidden": [256]}}.'
+    defaults = {setting.name: setting.default for setting in fields(estimator)}
+    texts |= {name: training[name].described(default) for name, default in defaults.items() if name in training}
     lines = [
         textwrap.fill(
             f"{name}: {text}", 112, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
         )
-        for name, text in said.items()
+        for name, text in texts.items()
     ]
     estimator.__doc__ = (estimator.__doc__ or "").replace("        SETTINGS", "\n".join(lines))
     return estimator
 
 
+# scikit-learn reads the settings from the signature of __init__, and wants each kept as it is given, unchecked, in an
+# attribute of its name. That is what a dataclass is. Fields with a default value are arguments; all else is no field.
+@dataclass(eq=False, repr=False)
 class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """What both estimators share: the settings of ``TrainSpec`` as parameters, and the training."""
 
-    head_: TrainedHead
-
-    def __init__(
-        self,
-        head: str = HeadSpec.kind,
-        *,
-        engine: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        solver: str = _DEFAULTS.solver,
-        epochs: int = _DEFAULTS.epochs,
-        min_steps: int | None = _DEFAULTS.min_steps,
-        batch_size: int = _DEFAULTS.batch_size,
-        optimizer: str = _DEFAULTS.optimizer,
-        learning_rate: float = _DEFAULTS.learning_rate,
-        weight_decay: float = _DEFAULTS.weight_decay,
-        momentum: float = _DEFAULTS.momentum,
-        schedule: str = _DEFAULTS.schedule,
-        warmup: float = _DEFAULTS.warmup,
-        clip: float = _DEFAULTS.clip,
-        standardize: bool = _DEFAULTS.standardize,
-        l2: float = _DEFAULTS.l2,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        patience: int = _DEFAULTS.patience,
-        metric: str | None = _DEFAULTS.metric,
-        random_state: Any = 0,
-        device: str = "cpu",
-        verbose: bool = False,
-    ) -> None:
-        self.head = head
-        self.engine = engine
-        self.options = options
-        self.solver = solver
-        self.epochs = epochs
-        self.min_steps = min_steps
-        self.batch_size = batch_size
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.momentum = momentum
-        self.schedule = schedule
-        self.warmup = warmup
-        self.clip = clip
-        self.standardize = standardize
-        self.l2 = l2
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.metric = metric
-        self.random_state = random_state
-        self.device = device
-        self.verbose = verbose
+    head: str = HeadSpec.kind
+    _: KW_ONLY
+    engine: str | None = None
+    options: Mapping[str, object] | None = None
+    solver: str = TrainSpec.solver
+    epochs: int = TrainSpec.epochs
+    min_steps: int | None = TrainSpec.min_steps
+    batch_size: int = TrainSpec.batch_size
+    optimizer: str = TrainSpec.optimizer
+    learning_rate: float = TrainSpec.learning_rate
+    weight_decay: float = TrainSpec.weight_decay
+    momentum: float = TrainSpec.momentum
+    schedule: str = TrainSpec.schedule
+    warmup: float = TrainSpec.warmup
+    clip: float = TrainSpec.clip
+    standardize: bool = TrainSpec.standardize
+    l2: float = TrainSpec.l2
+    early_stopping: bool = False
+    validation_fraction: float = 0.1
+    patience: int = TrainSpec.patience
+    metric: str | None = TrainSpec.metric
+    random_state: int | np.random.RandomState | None = 0
+    device: str = "cpu"
+    verbose: bool = False
 
     @property
     def _several(self) -> bool:
         """Whether the head reads several vectors a row, [N, L, D]."""
         return isinstance(self.head, str) and self.head.startswith("attention")
 
-    def _rows(self, X: Any) -> Any:
-        return validate_data(self, X, reset=False, **self._shape)
+    def _rows(self, X: npt.ArrayLike) -> Array:
+        return np.asarray(validate_data(self, X, reset=False, **self._shape))
 
-    def _labelled_rows(self, X: Any, y: Any, **options: Any) -> Any:
+    def _labelled_rows(self, X: npt.ArrayLike, y: npt.ArrayLike, **options: bool) -> tuple[Array, Array]:
         more = {} if y is None else {"multi_output": True}  # without y scikit-learn says itself that it is missing
-        return validate_data(self, X, y, ensure_min_samples=2, **self._shape, **more, **options)
+        x, targets = validate_data(self, X, y, ensure_min_samples=2, **self._shape, **more, **options)
+        return x, targets.toarray() if hasattr(targets, "toarray") else targets
 
     @property
-    def _shape(self) -> dict[str, Any]:
+    def _shape(self) -> dict[str, object]:
         return {"dtype": _DTYPES, "allow_nd": self._several, "ensure_2d": not self._several}
 
-    def _fitted(
-        self, X: Any, y: Any, sample_weight: Any, task: TaskName, names: list[str], **settings: Any
-    ) -> _HeadEstimator:
-        spec = head_named(self.head, self.engine, _plain(self.options or {}))
+    def _fit_head(
+        self, x: Array, y: Array, weights: Floats | None, task: TaskName, names: list[str], **settings: object
+    ) -> None:
+        """Train ``head_``; ``settings`` stand for those that are parameters too, and are written otherwise there."""
+        head = head_named(self.head, self.engine, _plain(self.options or {}))  # type: ignore[arg-type]  # it checks
         seed = _seed(self.random_state)
         values = {name: _plain(getattr(self, name)) for name in declared(TrainSpec) if hasattr(self, name)} | settings
         # What is at its default was not asked for: TrainSpec chooses the solver by what was.
-        asked = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
-        training = TrainSpec(seed=seed, **asked)
+        asked = {name: value for name, value in values.items() if value != getattr(TrainSpec, name)}
+        spec = TrainSpec.of({"seed": seed, **asked})
         x_eval = y_eval = None
         if self.early_stopping:
-            rows = np.arange(len(X))
-            stratify = y if task == "classification" else None
-            if stratify is not None and (alone := np.flatnonzero(np.bincount(y) == 1)).size:
-                raise TrainingError(
-                    f"early_stopping holds out rows of each class, and {names[alone[0]]!r} has a single one: "
-                    "give it more rows, leave it out, or early_stopping"
-                )
-            try:
-                mine, held = train_test_split(
-                    rows, test_size=self.validation_fraction, random_state=seed, stratify=stratify
-                )
-            except ValueError as error:
-                fraction = f"validation_fraction {self.validation_fraction!r}"
-                raise TrainingError(f"early_stopping cannot hold out rows by {fraction}: {error}") from None
-            x_eval, y_eval, X, y = X[held], y[held], X[mine], y[mine]
-            sample_weight = None if sample_weight is None else sample_weight[mine]
+            kept, held_out = self._split(y, task, names, seed)
+            x_eval, y_eval, x, y = x[held_out], y[held_out], x[kept], y[kept]
+            weights = None if weights is None else weights[kept]
         result = train_head(
-            X, y, x_eval, y_eval, spec, training, task=task, class_names=names, sample_weight=sample_weight,
+            x, y, x_eval, y_eval, head, spec, task=task, class_names=names, sample_weight=weights,
             device=self.device, progress=bool(self.verbose), intervals=False,
         )  # fmt: skip
         self.head_ = result.head
@@ -152,15 +118,36 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         self.n_iter_ = max(1, int(result.history[-1]["epoch"])) if result.history else 1
         if result.interrupted:  # whoever runs many fits wants to stop them all
             raise KeyboardInterrupt
-        return self
 
-    def __sklearn_tags__(self) -> Any:
+    def _split(self, y: Array, task: TaskName, names: list[str], seed: int) -> tuple[Array, Array]:
+        """Return the rows that are trained on, and those that are held out for early stopping."""
+        stratify = y if task == "classification" else None
+        if stratify is not None and (alone := np.flatnonzero(np.bincount(y) == 1)).size:
+            raise TrainingError(
+                f"early_stopping holds out rows of each class, and {names[alone[0]]!r} has a single one: "
+                "give it more rows, leave it out, or early_stopping"
+            )
+        try:
+            kept, held_out = train_test_split(
+                np.arange(len(y)), test_size=self.validation_fraction, random_state=seed, stratify=stratify
+            )
+        except ValueError as error:
+            fraction = f"validation_fraction {self.validation_fraction!r}"
+            raise TrainingError(f"early_stopping cannot hold out rows by {fraction}: {error}") from None
+        return kept, held_out
+
+    def _logits(self, X: npt.ArrayLike) -> Array:
+        check_is_fitted(self)
+        return self.head_.logits(self._rows(X))
+
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = self._several
         return tags
 
 
 @_documented
+@dataclass(eq=False, repr=False)
 class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
     """A head that fits on features, as scikit-learn has its classifiers: one class a row, or several labels.
 
@@ -181,116 +168,54 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         cross_val_score(HeadClassifier("mlp", options={"hidden": [64]}), X, y)
     """
 
-    def __init__(
-        self,
-        head: str = HeadSpec.kind,
-        *,
-        engine: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        solver: str = _DEFAULTS.solver,
-        epochs: int = _DEFAULTS.epochs,
-        min_steps: int | None = _DEFAULTS.min_steps,
-        batch_size: int = _DEFAULTS.batch_size,
-        optimizer: str = _DEFAULTS.optimizer,
-        learning_rate: float = _DEFAULTS.learning_rate,
-        weight_decay: float = _DEFAULTS.weight_decay,
-        momentum: float = _DEFAULTS.momentum,
-        schedule: str = _DEFAULTS.schedule,
-        warmup: float = _DEFAULTS.warmup,
-        clip: float = _DEFAULTS.clip,
-        standardize: bool = _DEFAULTS.standardize,
-        l2: float = _DEFAULTS.l2,
-        label_smoothing: float = _DEFAULTS.label_smoothing,
-        class_weight: Any = _DEFAULTS.class_weight,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        patience: int = _DEFAULTS.patience,
-        metric: str | None = _DEFAULTS.metric,
-        random_state: Any = 0,
-        device: str = "cpu",
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(
-            head,
-            engine=engine,
-            options=options,
-            solver=solver,
-            epochs=epochs,
-            min_steps=min_steps,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            schedule=schedule,
-            warmup=warmup,
-            clip=clip,
-            standardize=standardize,
-            l2=l2,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            patience=patience,
-            metric=metric,
-            random_state=random_state,
-            device=device,
-            verbose=verbose,
-        )
-        self.label_smoothing = label_smoothing
-        self.class_weight = class_weight
+    _: KW_ONLY
+    label_smoothing: float = TrainSpec.label_smoothing
+    class_weight: str | Mapping[Hashable, float] | None = None
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HeadClassifier:
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike, sample_weight: npt.ArrayLike | None = None) -> HeadClassifier:
         """Train the head on features ``X`` [N, D] and labels ``y`` [N], or a 0/1 indicator [N, C].
 
         Heads that attend take several vectors a row, [N, L, D]. Rows of weight 0 are left out.
         """
-        X, y = self._labelled_rows(X, y)
-        y = y.toarray() if hasattr(y, "toarray") else y
-        check_classification_targets(y)
-        several = type_of_target(y) == "multilabel-indicator"
-        if not several:
-            y = column_or_1d(y, warn=True)
-        X, y, sample_weight = _weighted(X, y, sample_weight)
-        if several:
-            self.classes_ = np.arange(y.shape[1])
-            targets, task = y.astype(np.uint8), "multilabel"
+        x, labels = self._labelled_rows(X, y)
+        check_classification_targets(labels)
+        multilabel = type_of_target(labels) == "multilabel-indicator"
+        labels = labels if multilabel else column_or_1d(labels, warn=True)
+        x, labels, weights = _weighted(x, labels, sample_weight)
+        self._label_dtype = labels.dtype
+        if multilabel:
+            self.classes_ = np.arange(labels.shape[1])
+            targets, task = labels.astype(MULTILABEL.dtype), MULTILABEL.name
         else:
-            self.classes_, targets = np.unique(y, return_inverse=True)
-            targets, task = targets.astype(np.int64), "classification"
-        self._label_dtype = y.dtype
+            self.classes_, targets = np.unique(labels, return_inverse=True)
+            targets, task = targets.astype(CLASSIFICATION.dtype), CLASSIFICATION.name
         names = [str(label) for label in self.classes_.tolist()]
-        weights = self.class_weight
-        if isinstance(weights, Mapping):  # a fold may lack a class
+        class_weight = self.class_weight
+        if isinstance(class_weight, Mapping):  # a fold may lack a class
             named = dict(zip(self.classes_.tolist(), names, strict=True))
-            weights = {named[label]: float(weight) for label, weight in weights.items() if label in named}
-        self._fitted(
-            X, targets, sample_weight, task, names,  # type: ignore[arg-type]
-            label_smoothing=self.label_smoothing, class_weight=weights,
-        )  # fmt: skip
+            class_weight = {named[label]: float(each) for label, each in class_weight.items() if label in named}
+        self._fit_head(x, targets, weights, task, names, class_weight=class_weight)
         return self
 
-    def decision_function(self, X: Any) -> Array:
+    def decision_function(self, X: npt.ArrayLike) -> Array:
         """Return logits [N, C], of two classes the difference [N]."""
-        logits = self._said(X)
+        logits = self._logits(X)
         binary = self.head_.task == "classification" and logits.shape[1] == 2
         return np.asarray(logits[:, 1] - logits[:, 0]) if binary else logits
 
-    def predict_proba(self, X: Any) -> Floats:
+    def predict_proba(self, X: npt.ArrayLike) -> Floats:
         """Return probabilities [N, C], calibrated where rows were held out for it."""
-        said = self._said(X)
-        return self.head_.calibrated(said)
+        logits = self._logits(X)  # before head_ is asked for: there is none until fit was called
+        return self.head_.calibrated(logits)
 
-    def predict(self, X: Any) -> Array:
+    def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label of each row [N], or a 0/1 indicator [N, C]."""
-        said = self._said(X)
+        logits = self._logits(X)
         if self.head_.task == "classification":
-            return np.asarray(self.classes_[said.argmax(axis=1)])
-        return self.head_.decide(self.head_.calibrated(said)).astype(self._label_dtype)
+            return np.asarray(self.classes_[logits.argmax(axis=1)])
+        return self.head_.decide(self.head_.calibrated(logits)).astype(self._label_dtype)
 
-    def _said(self, X: Any) -> Array:
-        check_is_fitted(self)
-        return self.head_.logits(self._rows(X))
-
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
@@ -309,43 +234,42 @@ class HeadRegressor(RegressorMixin, _HeadEstimator):  # type: ignore[misc]
         HeadRegressor("mlp", early_stopping=True).fit(X, y).score(X_test, y_test)
     """
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HeadRegressor:
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike, sample_weight: npt.ArrayLike | None = None) -> HeadRegressor:
         """Train the head on features ``X`` [N, D] and numbers ``y`` [N] or [N, R]; rows of weight 0 are left out."""
-        X, y = self._labelled_rows(X, y, y_numeric=True)
-        y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
-        X, y, sample_weight = _weighted(X, y, sample_weight)
-        self._flat = y.ndim == 1
-        targets = np.asarray(y, np.float64).reshape(len(y), -1)
-        names = [f"target{at}" for at in range(targets.shape[1])]
-        self._fitted(X, targets, sample_weight, "regression", names)
+        x, values = self._labelled_rows(X, y, y_numeric=True)
+        values = column_or_1d(values, warn=True) if values.ndim == 2 and values.shape[1] == 1 else values
+        x, values, weights = _weighted(x, values, sample_weight)
+        self._flat = values.ndim == 1
+        targets = np.asarray(values, np.float64).reshape(len(values), -1)
+        names = [f"target{number}" for number in range(targets.shape[1])]
+        self._fit_head(x, targets, weights, REGRESSION.name, names)
         return self
 
-    def predict(self, X: Any) -> Floats:
+    def predict(self, X: npt.ArrayLike) -> Floats:
         """Return the values of each row, float64 [N] or [N, R]."""
-        check_is_fitted(self)
-        values = np.asarray(self.head_.logits(self._rows(X)), np.float64)
+        values = np.asarray(self._logits(X), np.float64)
         return values[:, 0] if self._flat else values
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
 
 
-def _weighted(X: Array, y: Array, sample_weight: Any) -> tuple[Array, Array, npt.NDArray[np.float64] | None]:
+def _weighted(x: Array, y: Array, sample_weight: npt.ArrayLike | None) -> tuple[Array, Array, Floats | None]:
     """Return the rows that have a weight, and their weights."""
     if sample_weight is None:
-        return X, y, None
-    weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        return x, y, None
+    weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
     kept = weights > 0
     if not kept.any():
         raise InputError("every sample weight is zero: expected at least one above 0")
     if kept.sum() < 2:
         raise TrainingError("sample_weight leaves one sample: expected at least two, of two classes or more")
-    return (X, y, weights) if kept.all() else (X[kept], y[kept], weights[kept])
+    return (x, y, weights) if kept.all() else (x[kept], y[kept], weights[kept])
 
 
-def _seed(random_state: Any) -> int:
+def _seed(random_state: object) -> int:
     if isinstance(random_state, (int, np.integer)) and not isinstance(random_state, bool):
         return int(random_state)
     try:
@@ -355,12 +279,12 @@ def _seed(random_state: Any) -> int:
         raise SpecError(f"random_state is {shortened(random_state)}: expected {expected}") from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a setting as JSON would have it: grids give numpy's numbers."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
 
 
