@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from embedcache.wording import counted
 
@@ -124,6 +124,11 @@ def require(holds: object, what: str) -> None:
     """Raise ``ValueError`` for a field of a file that is not what its format allows."""
     if not holds:
         raise ValueError(f"{what} is not what this format allows")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a number, true and false left out."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_count(value: Any, least: int = 0) -> bool:

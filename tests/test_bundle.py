@@ -387,8 +387,8 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("mlp", put("head", "options", {"hidden": [1 << 40]}), "hidden is 1099511627776"),
     ("mlp", put("head", "options", {"hidden": "8"}), "hidden is '8'"),
     ("mlp", put("head", "options", {"feature": 1}), "no option 'feature'"),
-    ("mlp", put("head", "options", []), "is no mapping"),
-    ("mlp", put("head", []), "is no mapping"),
+    ("mlp", put("head", "options", []), "is not a mapping"),
+    ("mlp", put("head", []), "is not a mapping"),
     ("mlp", put("head", ...), "lacks 'head'"),
     ("linear", put("head", "options", {"width": 3}), "linear has no option 'width'"),
     ("attention", put("head", "options", {"width": 8, "heads": 3}), "3 heads do not divide"),
@@ -408,24 +408,24 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("mlp", put("label2id", {}), "label2id is not the inverse"),
     ("mlp", put("extraction", "prompt", "another"), "the backbone's spec was changed"),
     ("mlp", put("extraction_hash", "0" * 64), "the backbone's spec was changed"),
-    ("mlp", put("extraction", []), "is no mapping"),
+    ("mlp", put("extraction", []), "is not a mapping"),
     ("mlp", put("feature", "dim", -1), "dim -1"),
     ("mlp", put("feature", "dim", "5"), "dim '5'"),
     ("mlp", put("feature", "dim", D + 2), r"hidden.0.weight has the shape \(8, 5\), expected \(8, 7\)"),
     ("mlp", put("feature", "kind", "video"), "no kind 'video'"),
     ("mlp", put("feature", "name", "../x"), "feature set name"),
     ("mlp", put("feature", ...), "lacks 'feature'"),
-    ("mlp", put("model", 5), "model or revision is no text"),
-    ("mlp", put("revision", []), "model or revision is no text"),
+    ("mlp", put("model", 5), "model or revision is not a text"),
+    ("mlp", put("revision", []), "model or revision is not a text"),
     ("mlp", put("calibration", {"temperature": 0}), "the temperature is 0"),
     ("mlp", put("calibration", {"temperature": "1"}), "the temperature is '1'"),
     ("mlp", put("calibration", {"temperature": True}), "the temperature is True"),
     ("mlp", put("calibration", {"thresholds": [0.5] * 7}), "expected .'temperature'. for classification"),
     ("mlp", put("calibration", {"code": "1"}), "calibration is"),
     ("labels", put("calibration", {"thresholds": [0.5]}), "expected 3 thresholds"),
-    ("labels", put("calibration", {"thresholds": [0.5, -1, 0.5]}), "a threshold is no probability"),
-    ("labels", put("calibration", {"thresholds": [0.5, None, 0.5]}), "a threshold is no probability"),
-    ("mlp", put("training", 3), "is no mapping"),
+    ("labels", put("calibration", {"thresholds": [0.5, -1, 0.5]}), "a threshold is not a probability"),
+    ("labels", put("calibration", {"thresholds": [0.5, None, 0.5]}), "a threshold is not a probability"),
+    ("mlp", put("training", 3), "is not a mapping"),
     ("mlp", put("weights", "file", "../mlp/model.safetensors"), "weights in '../mlp/model.safetensors': expected"),
     ("mlp", put("weights", "file", "/etc/passwd"), "weights in '/etc/passwd'"),
     ("mlp", put("weights", "file", "config.json"), "weights in 'config.json'"),
@@ -592,13 +592,13 @@ def test_links_and_what_is_no_file_are_refused(good: dict[str, Path], tmp_path: 
         run = copied(good["mlp"], tmp_path / f"link {name}")
         (run / name).unlink()
         (run / name).symlink_to(good["mlp"] / name)
-        with pytest.raises(BundleError, match=r"no run folder|is missing"):
+        with pytest.raises(BundleError, match=r"not a run folder|is missing"):
             TrainedHead.from_pretrained(run)
         run = copied(good["mlp"], tmp_path / f"pipe {name}")
         (run / name).unlink()
         os.mkfifo(run / name)
         assert stat.S_ISFIFO((run / name).stat().st_mode)
-        with pytest.raises(BundleError, match=r"no run folder|is missing"):
+        with pytest.raises(BundleError, match=r"not a run folder|is missing"):
             TrainedHead.from_pretrained(run)
     linked = tmp_path / "a link to a whole run is the user's own"
     linked.symlink_to(good["mlp"])
@@ -614,7 +614,9 @@ def test_a_folder_that_is_no_run_is_refused(make: str, what: str, tmp_path: Path
         run.mkdir()
     elif make == "file":
         run.write_text("")
-    with pytest.raises(BundleError, match=rf"{re.escape(str(run))} is no run folder \(it .*{what}.*embedcache train"):
+    with pytest.raises(
+        BundleError, match=rf"{re.escape(str(run))} is not a run folder \(it .*{what}.*embedcache train"
+    ):
         TrainedHead.from_pretrained(run)
 
 

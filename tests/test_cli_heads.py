@@ -332,7 +332,7 @@ def test_a_cache_or_run_that_is_none(cache: Path, run: Run, tmp_path: Path) -> N
     for command in (("evaluate", tmp_path, cache), ("predict", tmp_path, "--text", "x")):
         status, _, err = run(*command)
         assert status == 1
-        assert "is no run folder (it has no config.json): make one with embedcache train" in last(err)
+        assert "is not a run folder (it has no config.json): make one with embedcache train" in last(err)
     (tmp_path / "mine").write_text("")
     status, _, err = run("train", cache, "-o", tmp_path)
     assert (status, "holds something else than a head" in last(err)) == (1, True)

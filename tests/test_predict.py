@@ -211,7 +211,7 @@ def test_a_head_of_bare_features_has_no_backbone(tmp_path: Path) -> None:
     ec.train_head(x, np.arange(20) % 2, class_names=("a", "b"), progress=False).save(tmp_path / "run")
     with pytest.raises(BackboneMismatchError, match="trained on features without a backbone: give it features"):
         Predictor.load(tmp_path / "run")
-    with pytest.raises(BundleError, match="is no run folder"):
+    with pytest.raises(BundleError, match="is not a run folder"):
         Predictor.load(tmp_path)
 
 

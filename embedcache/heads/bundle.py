@@ -24,22 +24,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecError
-from embedcache.fingerprint import hash_json, read_json, sha256_bytes, strict_json
-from embedcache.heads.record import HeadRecord
+from embedcache.fingerprint import hash_json, is_number, read_json, sha256_bytes, strict_json
+from embedcache.heads.record import Calibration, HeadRecord
 from embedcache.heads.registry import blank_head, checked_kind, kinds, refuse_unknown_options
 from embedcache.heads.sklearn_io import load_estimator
 from embedcache.heads.sklearn_outputs import outputs
 from embedcache.journal import explain, explained
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
-from embedcache.spec import TASKS, HeadSpec
-
-R = TypeVar("R", bound=HeadRecord)
+from embedcache.spec import HeadSpec
+from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Task, task_named
 
 FORMAT, MAJOR, MINOR = "embedcache-head", 1, 1
 CONFIG, TENSORS, ESTIMATOR, METRICS = "config.json", "model.safetensors", "model.skops", "metrics.json"
@@ -47,42 +46,47 @@ WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?\.(safetensors|skops)")
 LARGEST_CONFIG = 64 << 20
 _LARGEST_WEIGHTS = 4 << 30
 
+R = TypeVar("R", bound=HeadRecord)
 
-def to_json(value: Any, indent: int | None = 1) -> str:
+
+class Weights(NamedTuple):
+    """The file of a head's arrays, or of its estimator, as the config names it."""
+
+    file: str
+    sha256: str
+
+
+def to_json(value: object, indent: int | None = 1) -> str:
     """Return JSON with a newline: readable in any script, without NaN, and safe for halves of surrogate pairs."""
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    return text if _encodes(text) else json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
-
-
-def _encodes(text: str) -> bool:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError:  # a half pair has no UTF-8, but it has an escape
+        return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+    return text
 
 
-def _finite(value: Any) -> Any:
-    """Return a value in which NaN and infinity are null, which is all that JSON can say of them."""
+def _finite(value: object) -> object:
+    """Return a value in which NaN and infinity are null, as JSON has no word for them."""
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def config_of(
-    head: HeadRecord, weights: str, sha256: str, facts: Mapping[str, Any], beside: Mapping[str, str]
-) -> dict[str, Any]:
+    head: HeadRecord, weights: Weights, facts: Mapping[str, object], beside: Mapping[str, str]
+) -> dict[str, object]:
     """Return what stands in ``config.json``; ``beside`` are the sha256 of metrics, history and card."""
     config = {
         "format": FORMAT,
         "version": f"{MAJOR}.{MINOR}",
         "head": {"kind": head.spec.kind, "engine": head.spec.engine, "options": dict(head.spec.options)},
         "task": head.task,
-        "id2label": {str(at): name for at, name in enumerate(head.class_names)},
-        "label2id": {name: at for at, name in enumerate(head.class_names)},
+        "id2label": {str(number): name for number, name in enumerate(head.class_names)},
+        "label2id": {name: number for number, name in enumerate(head.class_names)},
         "feature": asdict(head.feature),
         "model": head.model,
         "revision": head.revision,
@@ -92,14 +96,13 @@ def config_of(
         "calibration": dict(head.calibration),
         "training": dict(head.training),
         "facts": {str(name): str(value) for name, value in facts.items()},
-        "weights": {"file": weights, "sha256": sha256},
+        "weights": weights._asdict(),
         "beside": dict(beside),
     }
-    config = strict_json(to_json(config))  # as it will be read: tuples are lists
-    return sealed(config)
+    return sealed(mapping(strict_json(to_json(config))))  # as it will be read: tuples are lists
 
 
-def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(config: Mapping[str, object]) -> dict[str, object]:
     """Return a config with its own hash."""
     body = {name: value for name, value in config.items() if name != "hash"}
     return {**body, "hash": hash_json(body)}
@@ -134,10 +137,9 @@ def _load(directory: Path, made: type[R]) -> R:
     path = directory / CONFIG
     if path.is_symlink() or not path.is_file():
         what = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "is not there"
-        raise BundleError(f"{directory} is no run folder (it {what}): make one with embedcache train CACHE -o RUN")
+        raise BundleError(f"{directory} is not a run folder (it {what}): make one with embedcache train CACHE -o RUN")
     try:
-        config = read_json(path, largest=LARGEST_CONFIG)
-        head, file = parse(config, made)
+        head, stored = parse(read_json(path, largest=LARGEST_CONFIG), made)
     except EmbedcacheError as error:
         raise BundleError(f"{path}: {error}") from None
     except OSError as error:
@@ -147,14 +149,14 @@ def _load(directory: Path, made: type[R]) -> R:
         raise BundleError(
             f"{path} is not what a head's config must be ({reason[:200]}): train the head again"
         ) from None
-    weights = directory / file["file"]
+    weights = directory / stored.file
     if weights.is_symlink() or not weights.is_file():
         raise BundleError(f"{weights} is missing: copy the whole folder")
     with explained(f"{weights} cannot be read", BundleError):
         if weights.stat().st_size > _LARGEST_WEIGHTS:
             raise BundleError(f"{weights} is too large to be a head's")
         data = weights.read_bytes()  # once: what is hashed is what is used
-    if sha256_bytes(data) != file["sha256"]:
+    if sha256_bytes(data) != stored.sha256:
         raise BundleError(f"{weights} is not the file that {CONFIG} names (its sha256 differs): copy the folder again")
     if weights.suffix == ".skops":
         head = replace(head, estimator=load_estimator(weights, data))
@@ -167,9 +169,9 @@ def _load(directory: Path, made: type[R]) -> R:
 
 def refuse_wrong_estimator(head: HeadRecord, where: Path) -> None:
     """Raise ``BundleError`` unless an estimator takes the features and gives finite outputs of the right number."""
-    takes = getattr(head.estimator, "n_features_in_", None)
-    if takes != head.feature.dim:
-        raise BundleError(f"{where} reads {takes} features, and the config beside it says {head.feature.dim}")
+    width = getattr(head.estimator, "n_features_in_", None)
+    if width != head.feature.dim:
+        raise BundleError(f"{where} reads {width} features, and the config beside it says {head.feature.dim}")
     try:
         zeros = np.zeros((1, head.feature.dim), np.float32)
         values = outputs(head.estimator, zeros, head.task, len(head.class_names))
@@ -179,83 +181,94 @@ def refuse_wrong_estimator(head: HeadRecord, where: Path) -> None:
         raise BundleError(f"{where}: the estimator gives {values[0, 0]} for a row of zeros: train the head again")
 
 
-def parse(config: Any, made: type[R]) -> tuple[R, dict[str, str]]:
-    """Turn a config into a head without arrays, and the name and hash of its weights."""
+def parse(config: object, made: type[R]) -> tuple[R, Weights]:
+    """Turn a config into a head without arrays, and the name and hash of the file that has them.
+
+    Raises ``BundleError`` and ``SpecError``, and as it trusts nothing also ``ValueError``, ``KeyError`` and the like.
+    """
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError("this is not the config of an embedcache head (a Hugging Face model, perhaps?)")
-    if config.get("hash") != hash_json({name: value for name, value in config.items() if name != "hash"}):
+    if config != sealed(config):
         raise BundleError("it was changed after it was written (its hash differs): copy the folder again")
     version = str(config.get("version"))
     if version.split(".")[0] != str(MAJOR):
         raise BundleError(f"the bundle has format {version}, and this version reads {MAJOR}.x: upgrade embedcache")
-    wanted = mapping(config["head"])
-    spec = HeadSpec(wanted["kind"], wanted["engine"], mapping(wanted["options"]))
-    if not isinstance(spec.kind, str) or spec.kind not in kinds(spec.engine):
+    task = task_named(config["task"])
+    spec = _head_spec(mapping(config["head"]), task)
+    names = _class_names(mapping(config["id2label"]), config["label2id"])
+    extraction = mapping(config["extraction"])
+    if hash_json(extraction) != config["extraction_hash"]:
+        raise BundleError("the backbone's spec was changed after it was written (its hash differs)")
+    named = mapping(config["weights"])
+    weights = Weights(str(named["file"]), str(named["sha256"]))
+    skops = weights.file.endswith(".skops")
+    if not WEIGHTS.fullmatch(weights.file) or (skops and spec.engine != "sklearn"):
+        raise BundleError(f"weights in {weights.file!r}: expected {TENSORS} or {ESTIMATOR}")
+    model, revision = config["model"], config["revision"]
+    if not all(value is None or isinstance(value, str) for value in (model, revision)):
+        raise BundleError("model or revision is not a text")
+    feature = FeatureSet(**{name: config["feature"][name] for name in ("name", "kind", "dim", "layers", "dtype")})
+    head = made(
+        spec, task.name, names, feature, extraction=extraction, model=model, revision=revision,
+        probe=Probe.from_json(config["probe"]) if "probe" in config else None,
+        calibration=_calibration(mapping(config["calibration"]), task, len(names)),
+        training=mapping(config["training"]),
+    )  # fmt: skip
+    return head, weights
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return a JSON value that is an object. Raises ``ValueError`` for any other."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not a mapping")
+    return value
+
+
+def _head_spec(written: Mapping[str, Any], task: Task) -> HeadSpec:
+    spec = HeadSpec(written["kind"], written["engine"], mapping(written["options"]))
+    if spec.kind not in kinds(spec.engine):
         raise SpecError(
             f"this version has no head {spec.kind!r} on {spec.engine}: it has {', '.join(kinds(spec.engine))}; "
             "a head of your own must be registered before its bundle is loaded"
         )
-    if not isinstance(config["task"], str) or config["task"] not in TASKS:
-        raise SpecError(f"unknown task {config['task']!r}: expected one of {', '.join(TASKS)}")
     if spec.engine == "sklearn":
-        checked_kind(spec, config["task"])
+        checked_kind(spec, task.name)
     elif spec.kind == "linear":
         refuse_unknown_options(spec, ())
-    names = _names(config["id2label"], config["label2id"])
-    extraction = mapping(config["extraction"])
-    if hash_json(extraction) != config["extraction_hash"]:
-        raise BundleError("the backbone's spec was changed after it was written (its hash differs)")
-    file = {name: str(config["weights"][name]) for name in ("file", "sha256")}
-    skops = file["file"].endswith(".skops")
-    if not WEIGHTS.fullmatch(file["file"]) or (skops and spec.engine != "sklearn"):
-        raise BundleError(f"weights in {file['file']!r}: expected {TENSORS} or {ESTIMATOR}")
-    model, revision = config["model"], config["revision"]
-    if not all(value is None or isinstance(value, str) for value in (model, revision)):
-        raise BundleError("model or revision is no text")
-    feature = FeatureSet(**{name: config["feature"][name] for name in ("name", "kind", "dim", "layers", "dtype")})
-    calibration = _calibration(mapping(config["calibration"]), config["task"], len(names))
-    head = made(
-        spec, config["task"], names, feature, extraction=extraction, model=model, revision=revision,
-        probe=Probe.from_json(config["probe"]) if "probe" in config else None,
-        calibration=calibration, training=mapping(config["training"]),
-    )  # fmt: skip
-    return head, file
+    return spec
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is no mapping")
-    return value
-
-
-def _names(id2label: Any, label2id: Any) -> tuple[str, ...]:
-    names = [mapping(id2label)[str(at)] for at in range(len(id2label))]
-    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+def _class_names(id2label: Mapping[str, object], label2id: object) -> tuple[str, ...]:
+    names = [id2label[str(number)] for number in range(len(id2label))]
+    texts = [name for name in names if isinstance(name, str)]
+    if not names or len(texts) != len(names) or len(set(texts)) != len(names):
         raise ValueError("id2label does not name each class once, from 0 on")
-    if label2id != {name: at for at, name in enumerate(names)}:
+    if label2id != {name: number for number, name in enumerate(texts)}:
         raise ValueError("label2id is not the inverse of id2label")
-    return tuple(names)
+    return tuple(texts)
 
 
-def _calibration(found: dict[str, Any], task: str, outputs: int) -> dict[str, Any]:
-    allowed = {"classification": {"temperature"}, "multilabel": {"thresholds"}}.get(task, set())
-    if set(found) - allowed:
-        raise ValueError(f"calibration is {sorted(found)}, expected {sorted(allowed) or 'none'} for {task}")
-    temperature, thresholds = found.get("temperature", 1.0), found.get("thresholds", [0.5] * outputs)
-    if not _number(temperature) or not 1e-6 < temperature < 1e6:
-        raise ValueError(f"the temperature is {temperature!r}")
-    if not isinstance(thresholds, list) or len(thresholds) != outputs:
-        raise ValueError(f"expected {outputs} thresholds")
-    if not all(_number(each) and 0 <= each <= 2 for each in thresholds):
-        raise ValueError("a threshold is no probability")
-    return found
+def _calibration(written: Mapping[str, object], task: Task, outputs: int) -> Calibration:
+    allowed = {CLASSIFICATION: ["temperature"], MULTILABEL: ["thresholds"]}.get(task, [])
+    if not written.keys() <= set(allowed):
+        raise ValueError(f"calibration is {sorted(written)}, expected {allowed or 'none'} for {task}")
+    if "temperature" in written:
+        temperature = written["temperature"]
+        if not is_number(temperature) or not 1e-6 < temperature < 1e6:
+            raise ValueError(f"the temperature is {temperature!r}")
+        return {"temperature": temperature}
+    if "thresholds" in written:
+        thresholds = written["thresholds"]
+        if not isinstance(thresholds, list) or len(thresholds) != outputs:
+            raise ValueError(f"expected {outputs} thresholds")
+        # A label that is never given has one above 1.
+        if not all(is_number(threshold) and 0 <= threshold <= 2 for threshold in thresholds):
+            raise ValueError("a threshold is not a probability")
+        return {"thresholds": thresholds}
+    return {}
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def read_tensors(path: Path, data: bytes) -> dict[str, Any]:
+def read_tensors(path: Path, data: bytes) -> dict[str, Array]:
     """Read the bytes of a safetensors file. Raises ``BundleError`` when it is none."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -268,24 +281,7 @@ def read_tensors(path: Path, data: bytes) -> dict[str, Any]:
 
 def refuse_misfit(head: HeadRecord, where: Path) -> None:
     """Raise ``BundleError`` for missing, extra, misshapen, wrongly typed or non-finite arrays."""
-    outputs, dim = len(head.class_names), head.feature.dim
-    if head.spec.engine == "sklearn" or head.spec.kind == "linear":
-        expected: dict[str, tuple[int, ...]] = {"output.weight": (outputs, dim), "output.bias": (outputs,)}
-        first = ["output"]
-    else:
-        import torch
-
-        try:
-            with torch.device("meta"):
-                module = blank_head(head.spec, head.feature, len(head.class_names))
-        except (SpecError, FeatureError, TypeError, ValueError, RuntimeError) as error:
-            raise BundleError(f"{where.parent / CONFIG} asks for a head that cannot be: {error}") from None
-        expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
-        reading = list(module.first_layers())
-        first = [name for name, each in module.named_modules() if any(each is layer for layer in reading)]
-    moments = [f"{layer}.{name}" for layer in first for name in ("mean", "scale")]
-    if any(name in head.state for name in moments):  # all or none: half a standardisation is another head
-        expected |= {name: (dim,) for name in moments}
+    expected = _array_shapes(head, where)
     if missing := sorted(set(expected) - set(head.state)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BundleError(f"{where} lacks the array {missing[0]}{more}: train the head again")
@@ -299,3 +295,26 @@ def refuse_misfit(head: HeadRecord, where: Path) -> None:
             raise BundleError(f"{where}: {name} is of type {value.dtype}, expected float32 or float64")
         if not np.isfinite(value).all():
             raise BundleError(f"{where}: {name} holds NaN or infinity")
+
+
+def _array_shapes(head: HeadRecord, where: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a head's arrays, with those of the standardisation where it has one."""
+    outputs, dim = len(head.class_names), head.feature.dim
+    if head.linear or head.spec.engine == "sklearn":
+        shapes: dict[str, tuple[int, ...]] = {"output.weight": (outputs, dim), "output.bias": (outputs,)}
+        first = ["output"]
+    else:
+        import torch
+
+        try:
+            with torch.device("meta"):  # shapes without memory: a stranger may ask for a huge head
+                module = blank_head(head.spec, head.feature, outputs)
+        except (SpecError, FeatureError, TypeError, ValueError, RuntimeError) as error:
+            raise BundleError(f"{where.parent / CONFIG} asks for a head that cannot be: {error}") from None
+        shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+        reading = list(module.first_layers())
+        first = [name for name, part in module.named_modules() if any(part is layer for layer in reading)]
+    moments = [f"{layer}.{name}" for layer in first for name in ("mean", "scale")]
+    if any(name in head.state for name in moments):  # all or none: half a standardisation is another head
+        shapes |= {name: (dim,) for name in moments}
+    return shapes

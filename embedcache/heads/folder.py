@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from embedcache.heads.bundle import (
     MINOR,
     TENSORS,
     WEIGHTS,
+    Weights,
     config_of,
     load,
     mapping,
@@ -67,8 +67,8 @@ class RunFolder:
             self._stack.callback(self._remove_empty)
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
 
     def _remove_empty(self) -> None:
         with contextlib.suppress(OSError):
@@ -78,9 +78,9 @@ class RunFolder:
         self,
         head: HeadRecord,
         *,
-        metrics: Mapping[str, Any],
-        history: Sequence[Mapping[str, Any]],
-        facts: Mapping[str, Any],
+        metrics: Mapping[str, object],
+        history: Sequence[Mapping[str, object]],
+        facts: Mapping[str, object],
     ) -> None:
         """Replace the head. ``facts`` are further lines of the model card. Raises ``BundleError``."""
         # Hours of training are not lost because somebody tidied up meanwhile.
@@ -94,20 +94,22 @@ class RunFolder:
         else:
             data = dump_estimator(self.path / ESTIMATOR, head.estimator)
         digest = sha256_bytes(data)
-        name, _, ending = (TENSORS if head.state else ESTIMATOR).partition(".")
-        used = _weights(former or {})
-        file = f"{name}.{ending}" if used != f"{name}.{ending}" else f"{name}-{digest[:16]}.{ending}"
+        file = TENSORS if head.state else ESTIMATOR
+        if file == _weights(former or {}):  # which the former config still needs until it is replaced
+            name, _, ending = file.partition(".")
+            file = f"{name}-{digest[:16]}.{ending}"
         beside = {
             METRICS: to_json(metrics),
-            HISTORY: "".join(to_json(dict(each), None) for each in history),
+            HISTORY: "".join(to_json(epoch, None) for epoch in history),
             CARD: model_card(head, metrics, facts),
         }
         texts = {name: text.encode("utf-8") for name, text in beside.items()}
-        config = config_of(head, file, digest, facts, {name: sha256_bytes(text) for name, text in texts.items()})
+        hashes = {name: sha256_bytes(text) for name, text in texts.items()}
+        config = config_of(head, Weights(file, digest), facts, hashes)
         parse(strict_json(to_json(config)), HeadRecord)  # what could not be read again is not written
         self._publish(config, texts, {file: data})
 
-    def record(self, split: str, measured: Mapping[str, Any]) -> None:
+    def record(self, split: str, measured: Mapping[str, object]) -> None:
         """Add what was measured on a split to the metrics and the model card. Raises ``BundleError``."""
         self._settle(_read(self.path))
         head = load(self.path, HeadRecord)
@@ -124,7 +126,7 @@ class RunFolder:
         hashes = {**_beside(config), **{name: sha256_bytes(text) for name, text in texts.items()}}
         self._publish(sealed({**config, "version": f"{MAJOR}.{MINOR}", "beside": hashes}), texts, {})
 
-    def _publish(self, config: Mapping[str, Any], beside: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
+    def _publish(self, config: Mapping[str, object], beside: Mapping[str, bytes], files: Mapping[str, bytes]) -> None:
         new = {**files, **{_waiting(name, sha256_bytes(data)): data for name, data in beside.items()}}
         try:
             for name, data in new.items():
@@ -139,7 +141,7 @@ class RunFolder:
             raise
         self._settle(config)
 
-    def _settle(self, config: Mapping[str, Any] | None) -> None:
+    def _settle(self, config: Mapping[str, object] | None) -> None:
         """Finish what was committed, and remove what was not: all as the config says."""
         if config is None:  # damaged, or none yet: what its files are is not known
             return
@@ -162,9 +164,9 @@ def save(
     head: HeadRecord,
     directory: Path | RunFolder,
     *,
-    metrics: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
+    metrics: Mapping[str, object],
+    history: Sequence[Mapping[str, object]],
+    facts: Mapping[str, object],
 ) -> None:
     """Write a bundle into a folder, which may be open for writing already; see ``RunFolder``."""
     if isinstance(directory, RunFolder):
@@ -174,7 +176,7 @@ def save(
         folder.save(head, metrics=metrics, history=history, facts=facts)
 
 
-def record(directory: Path, split: str, measured: Mapping[str, Any]) -> None:
+def record(directory: Path, split: str, measured: Mapping[str, object]) -> None:
     """Add what was measured on a split to the metrics and the model card of a bundle.
 
     Raises ``BundleError`` for a folder that is no bundle or cannot be written.
@@ -189,15 +191,16 @@ def prepare(directory: Path) -> None:
     with explained(f"cannot write {directory}", BundleError):
         if exists(directory, BundleError) and not directory.is_dir():
             raise BundleError(f"{directory} is a file: choose a new or an empty directory")
-        there = set(os.listdir(directory)) - {LOCK} if directory.is_dir() else set()
-        weights = any(WEIGHTS.fullmatch(name.removeprefix(".").removesuffix(".tmp")) for name in there)
-        ours = all(name in _BESIDE or WEIGHTS.fullmatch(name) or _TEMPORARY.fullmatch(name) for name in there)
-        left = ours and (weights or all(map(_TEMPORARY.fullmatch, there)))
-        if there and CONFIG not in there and not left:
+        names = set(os.listdir(directory)) - {LOCK} if directory.is_dir() else set()
+        # A process that was killed before it wrote the first config leaves weights, or temporaries alone.
+        weights = any(WEIGHTS.fullmatch(name.removeprefix(".").removesuffix(".tmp")) for name in names)
+        ours = all(name in _BESIDE or WEIGHTS.fullmatch(name) or _TEMPORARY.fullmatch(name) for name in names)
+        left = ours and (weights or all(map(_TEMPORARY.fullmatch, names)))
+        if names and CONFIG not in names and not left:
             raise BundleError(f"{directory} holds something else than a head: choose a new or an empty directory")
-        if CONFIG in there and not _is_ours(directory / CONFIG):
+        if CONFIG in names and not _is_ours(directory / CONFIG):
             raise BundleError(f"{directory} holds another model than a head: choose a new or an empty directory")
-        make_output(directory, BundleError, fresh=CONFIG not in there)
+        make_output(directory, BundleError, fresh=CONFIG not in names)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise BundleError(
                 f"cannot write {directory}: permission denied: change its permissions, or choose another place"
@@ -214,7 +217,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _read(directory: Path) -> dict[str, Any] | None:
+def _read(directory: Path) -> dict[str, object] | None:
     """Return a config as it was written, None where there is none. Raises ``BundleError`` when it cannot be read."""
     path = directory / CONFIG
     try:
@@ -229,16 +232,16 @@ def _read(directory: Path) -> dict[str, Any] | None:
     return config if config.get("format") == FORMAT and sealed(config) == config else None
 
 
-def _weights(config: Mapping[str, Any]) -> str | None:
+def _weights(config: Mapping[str, object]) -> str | None:
     file = config.get("weights")
     return str(file["file"]) if isinstance(file, dict) and "file" in file else None
 
 
-def _beside(config: Mapping[str, Any]) -> dict[str, str]:
+def _beside(config: Mapping[str, object]) -> dict[str, str]:
     """Return the hashes of metrics, history and card; older versions wrote none."""
-    said = config.get("beside")
-    hashes = {name: said.get(name) for name in _BESIDE} if isinstance(said, dict) else {}
-    return {name: each for name, each in hashes.items() if isinstance(each, str) and re.fullmatch("[0-9a-f]{64}", each)}
+    written = config.get("beside")
+    hashes = {name: written.get(name) for name in _BESIDE} if isinstance(written, dict) else {}
+    return {name: sha for name, sha in hashes.items() if isinstance(sha, str) and re.fullmatch("[0-9a-f]{64}", sha)}
 
 
 def _waiting(name: str, digest: str) -> str:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName
 from embedcache.task import Array
+
+
+class Calibration(TypedDict, total=False):
+    """What makes logits calibrated: of a classification its temperature, of labels a threshold for each; else {}."""
+
+    temperature: float
+    thresholds: Sequence[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +29,12 @@ class HeadRecord:
     feature: FeatureSet
     state: Mapping[str, Array] = field(default_factory=dict)
     estimator: Any = None
-    extraction: Mapping[str, Any] = field(default_factory=dict)
+    extraction: Mapping[str, object] = field(default_factory=dict)
     model: str | None = None
     revision: str | None = None
     probe: Probe | None = None
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
+    training: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def linear(self) -> bool:
