@@ -470,9 +470,9 @@ HOSTILE: list[tuple[str, Callable[[], Any], str]] = [
     ("a bare type", lambda: {"a": RandomForestClassifier}, "RandomForestClassifier"),
     ("a method", lambda: [StandardScaler().fit], "MethodNode"),
     ("random numbers", lambda: np.random.default_rng(0), "Generator"),
-    ("no pipeline", lambda: StandardScaler(), "no pipeline of scale and head"),
-    ("a list", lambda: [1, 2], "no pipeline"),
-    ("other steps", lambda: Pipeline([("a", StandardScaler()), ("head", StandardScaler())]), "no pipeline"),
+    ("no pipeline", lambda: StandardScaler(), "not a pipeline of scale and head"),
+    ("a list", lambda: [1, 2], "not a pipeline"),
+    ("other steps", lambda: Pipeline([("a", StandardScaler()), ("head", StandardScaler())]), "not a pipeline"),
     ("a head that is none", lambda: Pipeline([("head", StandardScaler())]), "StandardScaler stands where"),
 ]
 
@@ -621,7 +621,7 @@ def test_boosting_cannot_hide_in_another_step(boosted: Path, tmp_path: Path) -> 
         load_estimator(saved_as_it_is(path, several))
     counted = load_estimator(boosted)
     counted[-1].n_features_in_ = float(D)
-    with pytest.raises(BundleError, match="features are not counted"):
+    with pytest.raises(BundleError, match="the number of features is not a number"):
         load_estimator(saved_as_it_is(path, counted))
     rounds = load_estimator(boosted)
     rounds[-1]._predictors[0].append(rounds[-1]._predictors[0][0])

@@ -261,7 +261,7 @@ def _calibration(written: Mapping[str, object], task: Task, outputs: int) -> Cal
         thresholds = written["thresholds"]
         if not isinstance(thresholds, list) or len(thresholds) != outputs:
             raise ValueError(f"expected {outputs} thresholds")
-        # A label that is never given has one above 1.
+        # Above 1 stands for a label that is never given.
         if not all(is_number(threshold) and 0 <= threshold <= 2 for threshold in thresholds):
             raise ValueError("a threshold is not a probability")
         return {"thresholds": thresholds}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName
 from embedcache.task import Array
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 
 class Calibration(TypedDict, total=False):
@@ -28,7 +31,7 @@ class HeadRecord:
     class_names: tuple[str, ...]
     feature: FeatureSet
     state: Mapping[str, Array] = field(default_factory=dict)
-    estimator: Any = None
+    estimator: BaseEstimator | None = None
     extraction: Mapping[str, object] = field(default_factory=dict)
     model: str | None = None
     revision: str | None = None

@@ -11,11 +11,11 @@ import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import SpecError
-from embedcache.heads.sklearn_kinds import KINDS, Kind
+from embedcache.heads.sklearn_kinds import KINDS, Kind, Options
 from embedcache.spec import HeadSpec, TaskName
 from embedcache.wording import shortened
 
@@ -60,7 +60,9 @@ def engine_of(kind: str) -> Engine:
     raise _unknown(kind, (*kinds("torch"), *kinds("sklearn")))
 
 
-def head_named(head: HeadSpec | str, engine: str | None = None, options: Mapping[str, Any] | None = None) -> HeadSpec:
+def head_named(
+    head: HeadSpec | str, engine: str | None = None, options: Mapping[str, object] | None = None
+) -> HeadSpec:
     """Return the head that was written: ``"mlp"``, ``"logistic-regression"``, ``"sklearn:mlp"``, or a ``HeadSpec``.
 
     Where no ``engine`` is named it is the one that has the kind, torch where both do. Raises ``SpecError`` for a head
@@ -149,7 +151,7 @@ def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:
             raise SpecError(f"the head {spec.kind} has no option {name!r}{hint}: {has}")
 
 
-def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, dict[str, Any]]:
+def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, Options]:
     """Return the kind of a scikit-learn head, and all its options, given or by default.
 
     Raises ``SpecError`` for a kind there is not, a task it cannot do, an option it has not, or an impossible value.
@@ -159,7 +161,7 @@ def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, dict[str, Any]]:
         able = ", ".join(name for name, other in KINDS.items() if task in other.tasks)
         raise SpecError(f"the head {head.kind} cannot do {task}: expected one of {able}")
     refuse_unknown_options(head, tuple(kind.options))
-    options = {}
+    options = Options()
     for name, option in kind.options.items():
         options[name] = value = head.options.get(name, option.default)
         if not option.allowed(value):
@@ -173,10 +175,10 @@ def _sklearn_kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def stack_key(spec: HeadSpec) -> tuple[Any, ...]:
+def stack_key(spec: HeadSpec) -> tuple[str, str, str]:
     """Return what two heads must share to be trained as one stack: kind, engine and the options that set shapes."""
-    options: Mapping[str, Any] = {name: spec.options[name] for name in sorted(spec.options)}
-    return spec.engine, spec.kind, repr({name: v for name, v in options.items() if name not in STACKED_OPTIONS})
+    shaping = {name: spec.options[name] for name in sorted(spec.options) if name not in STACKED_OPTIONS}
+    return spec.engine, spec.kind, repr(shaping)
 
 
 def _unknown(kind: str, existing: tuple[str, ...]) -> SpecError:

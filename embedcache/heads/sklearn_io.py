@@ -13,15 +13,20 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embedcache.errors import BundleError, MissingExtraError
 from embedcache.fingerprint import strict_json
 from embedcache.journal import commit
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 _SKLEARN = {
     "compose._target.TransformedTargetRegressor",
@@ -71,12 +76,12 @@ _LARGEST = 4 << 30
 _STEPS = ("scale", "head")
 
 
-def save_estimator(path: Path | str, estimator: Any) -> None:
+def save_estimator(path: Path | str, estimator: BaseEstimator) -> None:
     """Write a fitted estimator; see ``dump_estimator``."""
     commit(Path(path), dump_estimator(path, estimator), BundleError)
 
 
-def dump_estimator(path: Path | str, estimator: Any) -> bytes:
+def dump_estimator(path: Path | str, estimator: BaseEstimator) -> bytes:
     """Return the bytes of a file for a fitted estimator.
 
     Raises ``BundleError`` for one that could not be read back, ``MissingExtraError`` without skops.
@@ -88,7 +93,7 @@ def dump_estimator(path: Path | str, estimator: Any) -> bytes:
     return data
 
 
-def load_estimator(path: Path | str, data: bytes | None = None) -> Any:
+def load_estimator(path: Path | str, data: bytes | None = None) -> BaseEstimator:
     """Read a fitted estimator, from the file's bytes where they have been read.
 
     Raises ``BundleError`` for a file that cannot be read or holds a type that no head is made of, naming it, and
@@ -114,7 +119,7 @@ def load_estimator(path: Path | str, data: bytes | None = None) -> Any:
         raise BundleError(f"{path} is not a head as this version writes them ({what}): train it again") from error
 
 
-def _skops(what: str) -> Any:
+def _skops(what: str) -> ModuleType:
     # On its first import skops walks through all of scikit-learn, and that through every array library it can speak
     # to: seconds of importing torch, for a head that was promised to do without.
     libraries = [f"sklearn.externals.array_api_compat.{name}" for name in ("torch", "cupy", "dask")]
@@ -123,18 +128,17 @@ def _skops(what: str) -> Any:
         sys.modules.update(dict.fromkeys(kept_out))  # type: ignore[arg-type]  # None: the import fails, and is skipped
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated corners of scikit-learn
-            import skops.io
+            return import_module("skops.io")
     except ImportError:
         raise MissingExtraError(what, "skops", "sklearn-io") from None
     finally:
         for name in kept_out:
             sys.modules.pop(name, None)
-    return skops.io
 
 
 def _refuse_untrusted(path: Path, file: zipfile.ZipFile) -> None:
-    names = [each.filename for each in file.infolist()]
-    packed = any(each.compress_type != zipfile.ZIP_STORED for each in file.infolist())
+    names = [entry.filename for entry in file.infolist()]
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
     if packed or len(set(names)) != len(names) or "schema.json" not in names:
         raise BundleError(f"{path} is not packed as this version packs heads: train the head again")
     schema = strict_json(file.read("schema.json"), most=20_000_000)
@@ -145,9 +149,9 @@ def _refuse_untrusted(path: Path, file: zipfile.ZipFile) -> None:
             raise BundleError(f"{path} holds {name} (as {node}), which no head is made of: it was not read")
 
 
-def _nodes(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _nodes(schema: object) -> Iterator[tuple[str, str]]:
     """Yield loader and type of every node; whatever looks half like one is yielded too, and so refused."""
-    waiting: list[Any] = [schema]
+    waiting = [schema]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
@@ -158,7 +162,7 @@ def _nodes(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
             waiting += value.values()
 
 
-def _checked(pipeline: Any) -> Any:
+def _checked(pipeline: BaseEstimator) -> BaseEstimator:
     """Return the estimator after looking at what types do not say. Raises ``ValueError`` or anything else."""
     from sklearn.compose import TransformedTargetRegressor
     from sklearn.dummy import DummyClassifier
@@ -170,7 +174,7 @@ def _checked(pipeline: Any) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     if type(pipeline) is not Pipeline or tuple(name for name, _ in pipeline.steps) not in (_STEPS, _STEPS[1:]):
-        raise ValueError(f"it is no pipeline of {' and '.join(_STEPS)}")
+        raise ValueError(f"it is not a pipeline of {' and '.join(_STEPS)}")
     for _, step in pipeline.steps[:-1]:
         _refuse_unless(step, StandardScaler)
     head = pipeline.steps[-1][1]
@@ -181,48 +185,51 @@ def _checked(pipeline: Any) -> Any:
     several = type(head) in (MultiOutputClassifier, MultiOutputRegressor)
     boosting = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
     neighbours = (KNeighborsClassifier, KNeighborsRegressor)
-    for each in head.estimators_ if several else [head]:
-        _refuse_unless(each, *boosting, *neighbours, MLPClassifier, DummyClassifier)
-        if type(each) in boosting:
-            _refuse_wild_trees(each)
-        elif type(each) in neighbours:
-            _fit_again(each)
+    for estimator in head.estimators_ if several else [head]:
+        _refuse_unless(estimator, *boosting, *neighbours, MLPClassifier, DummyClassifier)
+        if type(estimator) in boosting:
+            _refuse_wild_trees(estimator)
+        elif type(estimator) in neighbours:
+            _fit_again(estimator)
     return pipeline
 
 
-def _refuse_unless(step: Any, *types: type) -> None:
+def _refuse_unless(step: object, *types: type) -> None:
     if type(step) not in types:
         raise ValueError(f"{type(step).__name__} stands where {types[0].__name__} is expected")
 
 
-def _refuse_wild_trees(boosting: Any) -> None:
+def _refuse_wild_trees(boosting: BaseEstimator) -> None:
     """Raise ``ValueError`` for a tree that prediction, which checks nothing, would follow out of its arrays."""
     from sklearn.ensemble._hist_gradient_boosting.predictor import PREDICTOR_RECORD_DTYPE, TreePredictor
 
     features = boosting.n_features_in_
     if not isinstance(features, int) or np.any(boosting._bin_mapper.is_categorical_):
-        raise ValueError("features are not counted, or categories")
+        raise ValueError("the number of features is not a number, or some features are categories")
     for trees in boosting._predictors:
         if len(trees) != boosting.n_trees_per_iteration_:
             raise ValueError("a round has too many trees or too few")
         for tree in trees:
             nodes = tree.nodes
             if type(tree) is not TreePredictor or nodes.dtype != PREDICTOR_RECORD_DTYPE or nodes.ndim != 1:
-                raise ValueError("a tree is none")
-            at = np.flatnonzero(nodes["is_leaf"] == 0)
-            inner = nodes[at]
+                raise ValueError("what stands for a tree is not one")
+            places = np.flatnonzero(nodes["is_leaf"] == 0)
+            inner = nodes[places]
             # Children come after their parent, so that following them ends.
-            fine = [(inner[side] > at) & (inner[side] < len(nodes)) for side in ("left", "right")]
+            fine = [(inner[side] > places) & (inner[side] < len(nodes)) for side in ("left", "right")]
             fine += [(inner["feature_idx"] >= 0) & (inner["feature_idx"] < features), inner["is_categorical"] == 0]
             if not len(nodes) or not np.all(fine):
                 raise ValueError("a tree points outside of itself")
 
 
-def _fit_again(neighbours: Any) -> None:
+def _fit_again(neighbours: BaseEstimator) -> None:
     """Fit nearest neighbours on their own rows, so that what search relies on is true."""
     x, y = neighbours._fit_X, neighbours._y
     if hasattr(neighbours, "classes_"):
         classes = neighbours.classes_
-        y = np.stack([own[y[:, at]] for at, own in enumerate(classes)], 1) if isinstance(classes, list) else classes[y]
+        if isinstance(classes, list):  # several labels, each with its own two classes
+            y = np.stack([names[y[:, label]] for label, names in enumerate(classes)], axis=1)
+        else:
+            y = classes[y]
     neighbours.algorithm = "brute"
     neighbours.fit(np.asarray(x), np.asarray(y))

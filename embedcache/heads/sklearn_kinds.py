@@ -24,19 +24,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from embedcache.errors import SpecError
+from embedcache.fingerprint import is_number
 from embedcache.spec import TASKS, TaskName
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 
 @dataclass(frozen=True)
 class Option:
     """One option of a head: its default, which values there may be, and the same in words."""
 
-    default: Any
-    allowed: Callable[[Any], bool]
+    default: object
+    allowed: Callable[[object], bool]
     expected: str
+
+
+class Options(dict[str, object]):
+    """Every option of a head by name, given or by default, each of which is allowed."""
+
+    def number(self, name: str) -> float:
+        """Return an option that is a number."""
+        value = self[name]
+        assert is_number(value)
+        return float(value)
+
+    def whole(self, name: str) -> int:
+        """Return an option that is a whole number; a grid may have written it as 3.0."""
+        return int(self.number(name))
+
+    def widths(self, name: str) -> tuple[int, ...]:
+        """Return an option that is a list of whole numbers."""
+        values = self[name]
+        assert isinstance(values, (list, tuple))
+        return tuple(int(value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,7 @@ class Setting:
     dim: int
 
 
-Build = Callable[[Setting, Mapping[str, Any]], Any]
+Build = Callable[[Setting, Options], "BaseEstimator"]
 
 
 @dataclass(frozen=True)
@@ -74,67 +98,64 @@ class Kind:
     scaled: bool = True
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _in_range(default: float | None, above: Callable[[float], bool], expected: str) -> Option:
+    """Return an option that is a finite number in a range, or None where that is the default."""
+
+    def allowed(value: object) -> bool:
+        if value is None:
+            return default is None
+        return is_number(value) and math.isfinite(value) and above(value)
+
+    return Option(default, allowed, expected)
 
 
 def _positive(default: float | None) -> Option:
-    return Option(
-        default, lambda value: (value is None and default is None) or (_is_number(value) and value > 0), "above 0"
-    )
+    return _in_range(default, lambda value: value > 0, "above 0")
 
 
 def _not_negative(default: float | None) -> Option:
-    return Option(
-        default, lambda value: (value is None and default is None) or (_is_number(value) and value >= 0), "0 or above"
-    )
+    return _in_range(default, lambda value: value >= 0, "0 or above")
 
 
 def _count(default: int | None, least: int = 1) -> Option:
-    def allowed(value: Any) -> bool:
-        return (value is None and default is None) or (_is_number(value) and value == int(value) and value >= least)
-
-    return Option(default, allowed, f"a whole number of at least {least}")
+    expected = f"a whole number of at least {least}"
+    return _in_range(default, lambda value: value == int(value) and value >= least, expected)
 
 
-def _choice(default: Any, *others: Any) -> Option:
+def _choice(default: str, *others: str) -> Option:
     values = (default, *others)
     return Option(default, lambda value: isinstance(value, str) and value in values, " or ".join(values))
 
 
-def _widths(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(_count(1).allowed(each) for each in value)
+def _are_widths(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(_count(1).allowed(width) for width in value)
 
 
-def _shrinkage(value: Any) -> bool:
-    return value is None or value == "auto" or (_is_number(value) and 0 <= value <= 1)
+def _is_shrinkage(value: object) -> bool:
+    return value is None or value == "auto" or (is_number(value) and 0 <= value <= 1)
 
 
-def _penalty(setting: Setting, options: Mapping[str, Any]) -> float:
+def _penalty(setting: Setting, options: Options) -> float:
     """Return the strength of the penalty: ``alpha``, or 1 / ``C``, or the ``l2`` of training."""
     if options.get("alpha") is not None:
-        return float(options["alpha"])
-    return 1 / float(options["C"]) if options.get("C") is not None else setting.l2
+        return options.number("alpha")
+    return 1 / options.number("C") if options.get("C") is not None else setting.l2
 
 
-def _logistic(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _logistic(setting: Setting, options: Options) -> BaseEstimator:
     penalty = _penalty(setting, options)
     if setting.task == "regression":
-        return _ridge_regression(penalty)
+        from sklearn.linear_model import Ridge
+
+        return Ridge(alpha=penalty)
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(
-        C=1 / penalty if penalty else math.inf, max_iter=int(options["max_iter"]), tol=float(options["tol"])
+        C=1 / penalty if penalty else math.inf, max_iter=options.whole("max_iter"), tol=options.number("tol")
     )
 
 
-def _ridge_regression(penalty: float, **options: Any) -> Any:
-    from sklearn.linear_model import Ridge
-
-    return Ridge(alpha=penalty, **options)
-
-
-def _svm(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _svm(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.svm import LinearSVC
 
     penalty = _penalty(setting, options)
@@ -143,22 +164,20 @@ def _svm(setting: Setting, options: Mapping[str, Any]) -> Any:
     return LinearSVC(
         C=1 / penalty,
         dual="auto",
-        max_iter=int(options["max_iter"]),
-        tol=float(options["tol"]),
+        max_iter=options.whole("max_iter"),
+        tol=options.number("tol"),
         random_state=setting.seed,
     )
 
 
-def _ridge(setting: Setting, options: Mapping[str, Any]) -> Any:
-    from sklearn.linear_model import RidgeClassifier
+def _ridge(setting: Setting, options: Options) -> BaseEstimator:
+    from sklearn.linear_model import Ridge, RidgeClassifier
 
-    penalty = _penalty(setting, options)
-    if setting.task == "regression":
-        return _ridge_regression(penalty, solver=options["solver"])
-    return RidgeClassifier(alpha=penalty, solver=options["solver"])
+    estimator = Ridge if setting.task == "regression" else RidgeClassifier
+    return estimator(alpha=_penalty(setting, options), solver=options["solver"])
 
 
-def _lda(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _lda(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     svd = options["solver"] == "svd"
@@ -167,57 +186,58 @@ def _lda(setting: Setting, options: Mapping[str, Any]) -> Any:
     return LinearDiscriminantAnalysis(solver=options["solver"], shrinkage=None if svd else options["shrinkage"])
 
 
-def _knn(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _knn(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
     # Brute force: in hundreds of dimensions no tree helps, and a tree in a file would have to be trusted.
-    made = KNeighborsRegressor if setting.task == "regression" else KNeighborsClassifier
-    return made(
-        n_neighbors=min(int(options["n_neighbors"]), setting.rows),
+    estimator = KNeighborsRegressor if setting.task == "regression" else KNeighborsClassifier
+    return estimator(
+        n_neighbors=min(options.whole("n_neighbors"), setting.rows),
         weights=options["weights"],
         metric=options["metric"],
         algorithm="brute",
     )
 
 
-def _mlp(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _mlp(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    keywords: dict[str, Any] = {
-        "hidden_layer_sizes": tuple(int(width) for width in options["hidden"]),
-        "activation": options["activation"],
-        "alpha": float(options["alpha"]),
-        "learning_rate_init": float(options["learning_rate"]),
-        "max_iter": int(options["max_iter"]),
-        "random_state": setting.seed,
-    }
-    if setting.task != "regression":
-        return MLPClassifier(**keywords)
+    regression = setting.task == "regression"
+    network = (MLPRegressor if regression else MLPClassifier)(
+        hidden_layer_sizes=options.widths("hidden"),
+        activation=options["activation"],
+        alpha=options.number("alpha"),
+        learning_rate_init=options.number("learning_rate"),
+        max_iter=options.whole("max_iter"),
+        random_state=setting.seed,
+    )
+    if not regression:
+        return network
     from sklearn.compose import TransformedTargetRegressor
     from sklearn.preprocessing import StandardScaler
 
     # Adam with one learning rate for all cannot reach targets of any size.
-    return TransformedTargetRegressor(MLPRegressor(**keywords), transformer=StandardScaler())
+    return TransformedTargetRegressor(network, transformer=StandardScaler())
 
 
-def _boosting(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _boosting(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-    whole = ("max_iter", "max_leaf_nodes", "max_depth", "min_samples_leaf")
-    keywords = {name: int(value) if name in whole and value is not None else value for name, value in options.items()}
-    made = HistGradientBoostingRegressor if setting.task == "regression" else HistGradientBoostingClassifier
-    return made(early_stopping=False, random_state=setting.seed, categorical_features=None, **keywords)
+    counts = ("max_iter", "max_leaf_nodes", "max_depth", "min_samples_leaf")
+    whole = {name: options.whole(name) for name in counts if options[name] is not None}
+    estimator = HistGradientBoostingRegressor if setting.task == "regression" else HistGradientBoostingClassifier
+    return estimator(early_stopping=False, random_state=setting.seed, categorical_features=None, **{**options, **whole})
 
 
-def _projection(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _projection(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.pipeline import Pipeline
     from sklearn.random_projection import GaussianRandomProjection
 
-    projection = GaussianRandomProjection(min(int(options["dims"]), setting.dim), random_state=setting.seed)
+    projection = GaussianRandomProjection(min(options.whole("dims"), setting.dim), random_state=setting.seed)
     return Pipeline([("project", projection), ("head", _logistic(setting, options))])
 
 
-def _majority(setting: Setting, options: Mapping[str, Any]) -> Any:
+def _majority(setting: Setting, options: Options) -> None:
     return None  # counted by the engine: there is nothing to fit
 
 
@@ -238,7 +258,7 @@ KINDS: Mapping[str, Kind] = {
         True,
         {
             "solver": _choice("lsqr", "eigen", "svd"),
-            "shrinkage": Option("auto", _shrinkage, "auto, null or a number in [0, 1]"),
+            "shrinkage": Option("auto", _is_shrinkage, "auto, null or a number in [0, 1]"),
         },
         _lda,
         weights=False,
@@ -258,7 +278,7 @@ KINDS: Mapping[str, Kind] = {
         TASKS,
         False,
         {
-            "hidden": Option((100,), _widths, "a list of widths such as [100]"),
+            "hidden": Option((100,), _are_widths, "a list of widths such as [100]"),
             "activation": _choice("relu", "tanh", "logistic"),
             "alpha": _not_negative(1e-4),
             "learning_rate": _positive(1e-3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,11 +10,14 @@ from embedcache.errors import BundleError, FeatureError
 from embedcache.spec import TaskName
 from embedcache.task import Array, Floats
 
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
+
 _CERTAIN = 1e-15
 """Probabilities are kept this far from 0 and 1, so that their logits are finite."""
 
 
-def outputs(estimator: Any, x: Array, task: TaskName, classes: int) -> Floats:
+def outputs(estimator: BaseEstimator, x: Array, task: TaskName, classes: int) -> Floats:
     """Return what a fitted estimator gives for features ``x`` [N, D]: probabilities [N, C], or values [N, R].
 
     A class that training did not have gets a column of zeros; a label that was the same in every row of training gets
@@ -59,7 +62,7 @@ def _spread(probabilities: Array, present: Array, classes: int) -> Floats:
     return spread
 
 
-def _label_probabilities(estimator: Any, x: Array, classes: int) -> Floats:
+def _label_probabilities(estimator: BaseEstimator, x: Array, classes: int) -> Floats:
     """Return probabilities [N, C] from what scikit-learn gives: one array, or one [N, 1 or 2] for each label."""
     probabilities = estimator.predict_proba(x)
     present = estimator.classes_

@@ -60,7 +60,7 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
             fitted = Fitted({"output.weight": weight, "output.bias": bias})
         else:
             fitted = Fitted(estimator=fitting.estimator(x))
-    if head.kind == "knn" and options["n_neighbors"] > len(x):
+    if head.kind == "knn" and options.whole("n_neighbors") > len(x):
         asked = options["n_neighbors"]
         fitting.notes.append(f"knn asks for {asked} neighbours and has {len(x)} rows: it uses them all")
     return replace(fitted, notes=tuple(dict.fromkeys(fitting.notes)))
