@@ -25,11 +25,11 @@ from embedcache.finetune import (
     FINE_TUNING,
     AttentionClassifier,
     FeatureBasedModel,
-    FineTuned,
     LinearClassifier,
     MLPClassifier,
     ResidualClassifier,
     TextClassificationPipeline,
+    TunedModel,
     fine_tune,
     live_outputs,
 )
@@ -264,7 +264,7 @@ def test_training_the_head_with_the_backbone_in_every_step_is_training_it_on_the
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["validation_log_loss"] == pytest.approx(theirs["validation_log_loss"], rel=1e-4)
     np.testing.assert_allclose(module.output.weight.detach().numpy(), cached.head.state["output.weight"], atol=1e-4)
-    np.testing.assert_allclose(live.outputs(TEXTS), cached.head.probabilities(x), atol=1e-4)
+    np.testing.assert_allclose(live.head.probabilities(TEXTS), cached.head.probabilities(x), atol=1e-4)
 
 
 def test_a_live_model_that_still_improves_says_so(folder: Path) -> None:
@@ -288,7 +288,7 @@ def test_lp_ft_starts_where_the_trained_head_is(folder: Path) -> None:
         model_of(folder, freeze_backbone=False), TEXTS, LABELS, spec=SEEDED, class_names=NAMES, keep_losses=True,
         progress=False,
     )  # fmt: skip
-    assert done.losses[0] < cold.losses[0]
+    assert done.fitted.losses[0] < cold.fitted.losses[0]
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder: Path) -> None:
@@ -299,7 +299,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(folder: Path)
         spec = TrainSpec(**{**SEEDED.__dict__, "seed": seed, "shuffle_seed": 0})
         done = fine_tune(model, TEXTS, LABELS, spec=spec, class_names=NAMES, keep_losses=True, progress=False)
         assert torch.equal(torch.random.get_rng_state(), state), "torch's own generator was moved"
-        return list(done.losses)
+        return [float(loss) for loss in done.fitted.losses]
 
     first = losses(5)
     assert first == losses(5)
@@ -319,27 +319,27 @@ def test_the_best_weights_are_restored_and_training_stops_early(folder: Path, mo
     spec = TrainSpec(**{**SEEDED.__dict__, "epochs": 7, "patience": 3, "metric": "accuracy"})
     done = fine_tune(model, TEXTS, LABELS, TEXTS, LABELS, spec, class_names=NAMES, progress=False)
     assert [each["validation_accuracy"] for each in done.history] == [0.3, 0.9, 0.5, 0.9, 0.2]
-    assert done.best_epoch == 2
+    assert done.fitted.best_epoch == 1  # counted from 0
     assert changed(model, kept[1]) == []
     assert changed(model, kept[-1]) != []
 
 
 def test_rates_and_decay_by_group(folder: Path) -> None:
     """One step of AdamW moves a weight by its group's rate, whatever the gradient; decay spares biases and gains."""
-    from embedcache.finetune.live import LiveLearner
+    from embedcache.backbone import text_inputs
+    from embedcache.finetune.learner import ContentBatch, LiveLearner, LiveLoss
     from embedcache.train.losses import Loss
 
     model = model_of(folder, freeze_backbone=False)
     spec = TrainSpec(**{**SEEDED.__dict__, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.0, "clip": 0.0})
-    learner = LiveLearner(model, spec, 1e-4, Loss("classification", 2), torch.from_numpy(LABELS), 1, None)
+    loss = LiveLoss(Loss("classification", 2), torch.from_numpy(LABELS))
+    learner = LiveLearner(model, spec, 1e-4, loss, 1, None)
     assert [(group["lr"], group["weight_decay"]) for group in learner.optimizer.param_groups] == [
         (1e-4, 0.1), (1e-4, 0.0), (1e-2, 0.1), (1e-2, 0.0),
     ]  # fmt: skip
     assert all(each.dim() == 1 for group in learner.optimizer.param_groups[1::2] for each in group["params"])
     before = model.head.output.bias.detach().clone()
-    from embedcache.train.batches import Batch
-
-    learner.step(Batch(*inputs(model, TEXTS), torch.arange(len(TEXTS))))
+    learner.step(ContentBatch(text_inputs(*inputs(model, TEXTS)), torch.arange(len(TEXTS))))
     step = (model.head.output.bias.detach() - before).abs()
     torch.testing.assert_close(step, torch.full((2,), 1e-2), rtol=1e-3, atol=0)
 
@@ -353,14 +353,14 @@ def test_the_other_tasks(folder: Path, task: Any) -> None:
         TEXTS, targets, TrainSpec(**{**SEEDED.__dict__, "epochs": 11}), backbone_learning_rate=3e-3,
         class_names=("a", "b", "c"), task=task, progress=False,
     )  # fmt: skip
-    said = done.outputs(TEXTS)
-    assert said.shape == (len(TEXTS), 3)
+    values = done.head.probabilities(TEXTS)
+    assert values.shape == (len(TEXTS), 3)
     if task == "multilabel":
-        assert ((said > 0) & (said < 1)).all()
+        assert ((values > 0) & (values < 1)).all()
         assert done.history[-1]["train_loss"] < 0.95 * done.history[0]["train_loss"]
     else:
         assert done.metrics["validation"]["r2"] > 0.5
-        assert 900 < said.min() < said.max() < 1400
+        assert 900 < values.min() < values.max() < 1400
 
 
 @given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=7), st.randoms())
@@ -430,7 +430,7 @@ def test_unlabelled_rows_are_left_out(folder: Path) -> None:
     y = np.where(np.arange(len(TEXTS)) % 3 == 0, -1, LABELS)
     done = fine_tune(model_of(folder), TEXTS, y, TEXTS, y, SEEDED, class_names=NAMES, progress=False)
     assert done.metrics["validation"]["rows"] == int((y >= 0).sum())
-    assert done.steps == 3 * -(-int((y >= 0).sum()) // 5)
+    assert done.fitted.steps == 3 * -(-int((y >= 0).sum()) // 5)
 
 
 # -- heads by width ---------------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_the_pipeline(folder: Path, frozen: bool) -> None:
     pipeline = pipeline_of(folder, freeze_backbone=frozen, head="mlp", head_options={"hidden": [7]})
     pipeline.prepare_data(TEXTS, LABELS.tolist(), TEXTS[:5], LABELS[:5].tolist())
     done = pipeline.train(num_epochs=7, learning_rate=1e-2)
-    assert isinstance(done, FineTuned) is not frozen
+    assert isinstance(done.head, TunedModel) is not frozen
     classes, probabilities = pipeline.predict(TEXTS)
     assert classes.shape == (len(TEXTS),)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)

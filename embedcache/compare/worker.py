@@ -244,7 +244,7 @@ def _live(
         "memory": held,
         "trainable": count.trainable,
         "total": count.total,
-    }, done.outputs([contents[row] for row in split.test.tolist()])
+    }, done.head.probabilities([contents[row] for row in split.test.tolist()])
 
 
 def standardized(module: Any, cache: FeatureCache, split: Split, feature: FeatureSet) -> None:

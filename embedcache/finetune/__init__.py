@@ -3,13 +3,14 @@
 ================  =================================================================
 ``model``         ``FeatureBasedModel``: backbone and head in one ``nn.Module``
 ``classifiers``   the heads, by width and number of classes
-``live``          training with the backbone inside every step, by the one loop
+``learner``       a live model's batches and its step, for the loop of ``train``
+``live``          training with the backbone inside every step
 ``pipeline``      texts in, predictions out
 ================  =================================================================
 """
 
 from embedcache.finetune.classifiers import AttentionClassifier, LinearClassifier, MLPClassifier, ResidualClassifier
-from embedcache.finetune.live import FINE_TUNING, FineTuned, fine_tune, live_outputs
+from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune, live_outputs
 from embedcache.finetune.model import FeatureBasedModel, FeatureBasedOutput, ParameterCount
 from embedcache.finetune.pipeline import TextClassificationPipeline
 
@@ -18,12 +19,12 @@ __all__ = [
     "AttentionClassifier",
     "FeatureBasedModel",
     "FeatureBasedOutput",
-    "FineTuned",
     "LinearClassifier",
     "MLPClassifier",
     "ParameterCount",
     "ResidualClassifier",
     "TextClassificationPipeline",
+    "TunedModel",
     "fine_tune",
     "live_outputs",
 ]

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import TextBackbone, load_backbone, text_inputs
+from embedcache.backbone import FrozenModel, Inputs, load_backbone, text_inputs
 from embedcache.errors import SpecError
 from embedcache.heads import build_head, head_named
 from embedcache.heads.layers import Dropout
 from embedcache.spec import HeadSpec
 
 
-def live_head(head: HeadSpec | str, options: Mapping[str, Any]) -> HeadSpec:
+def live_head(head: HeadSpec | str, options: Mapping[str, object]) -> HeadSpec:
     """Return a head that a live model can have. Raises ``SpecError`` for one of scikit-learn's, or none."""
     spec = head_named(head, None, options)
     if spec.engine != "torch":
@@ -60,7 +60,7 @@ class FeatureBasedModel(nn.Module):
     Raises ``SpecError`` for a backbone with several feature sets.
     """
 
-    def __init__(self, backbone: TextBackbone, head: nn.Module, *, freeze_backbone: bool = True) -> None:
+    def __init__(self, backbone: FrozenModel[Any], head: nn.Module, *, freeze_backbone: bool = True) -> None:
         super().__init__()
         if len(backbone.specs) != 1:
             raise SpecError(
@@ -95,7 +95,7 @@ class FeatureBasedModel(nn.Module):
         device: str = "auto",
         seed: int = 0,
         max_length: int | None = None,
-        **head_options: Any,
+        **head_options: object,
     ) -> FeatureBasedModel:
         """Load a backbone by hub name or folder (None: the packaged all-MiniLM-L6-v2) and put a new head on it.
 
@@ -129,10 +129,11 @@ class FeatureBasedModel(nn.Module):
             self.backbone.eval()
         return self
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the backbone: token ids and mask [B, T] -> features and, for tokens, their mask (True = real)."""
+    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Run backbone and head over what the network is given for B rows: logits [B, C], and the features."""
         with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
-            return self.extractor.features(text_inputs(input_ids, attention_mask))
+            features, mask = self.extractor.features(inputs)
+        return (self.head(features) if mask is None else self.head(features, mask)), features
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -140,8 +141,7 @@ class FeatureBasedModel(nn.Module):
         """Token ids [B, T], mask [B, T] (None: all are real) and labels [B] -> logits, features, cross-entropy."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        features, mask = self.features(input_ids, attention_mask)
-        logits = self.head(features) if mask is None else self.head(features, mask)
+        logits, features = self.run(text_inputs(input_ids, attention_mask))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return FeatureBasedOutput(loss=loss, logits=logits, features=features)
 
@@ -160,11 +160,11 @@ class FeatureBasedModel(nn.Module):
 
     def _refreeze_unused(self) -> None:
         """Freeze what has no part in the features, found by one small backward pass."""
-        device = self.extractor.device
-        ids = torch.zeros((2, min(4, self.extractor.policy.max_length)), dtype=torch.int64, device=device)
+        dummies = self.extractor.content.dummies(2, min(4, self.extractor.policy.max_length))
         self.backbone.eval()
         with torch.enable_grad():
-            self.extractor.features(text_inputs(ids, torch.ones_like(ids)))[0].sum().backward()  # type: ignore[no-untyped-call]
+            features, _ = self.extractor.features(dummies.to(self.extractor.device))
+            features.sum().backward()  # type: ignore[no-untyped-call]
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,23 @@ import numpy.typing as npt
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import features_of
 from embedcache.errors import InputError
-from embedcache.finetune.live import FINE_TUNING, FineTuned, fine_tune
+from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
+from embedcache.heads import TrainedHead
 from embedcache.spec import TrainSpec
+from embedcache.task import Array, Floats
 from embedcache.train import TrainingResult, train_head
 
 Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """Contents and their labels; with features where the backbone is frozen."""
+
+    contents: list[bytes]
+    labels: Labels
+    features: Array | tuple[Array, Array] | None
 
 
 class TextClassificationPipeline:
@@ -58,10 +69,11 @@ class TextClassificationPipeline:
             model_name, num_classes, head, freeze_backbone, seed=seed, **options, **given
         )
         self.num_classes = num_classes
-        self.result: TrainingResult | FineTuned | None = None
+        self.result: TrainingResult[TrainedHead] | TrainingResult[TunedModel] | None = None
         self._spec = live_head(head, given)
         self._seed = seed
-        self._data: tuple[Any, Labels, Any, Labels | None] | None = None
+        self._train: _Labelled | None = None
+        self._eval: _Labelled | None = None
 
     def prepare_data(
         self,
@@ -73,60 +85,66 @@ class TextClassificationPipeline:
         """Check texts and labels, and run a frozen backbone over them, once. Raises ``InputError``."""
         if (eval_texts is None) != (eval_labels is None):
             raise InputError("give both eval_texts and eval_labels, or neither")
-        train = self._inputs(train_texts, "train_texts"), self._labels(train_labels, len(train_texts))
-        if eval_texts is None or eval_labels is None:
-            self._data = (*train, None, None)
-        else:
-            self._data = (
-                *train, self._inputs(eval_texts, "eval_texts"), self._labels(eval_labels, len(eval_texts))
-            )  # fmt: skip
+        self._train = self._labelled(train_texts, train_labels, "train_texts")
+        self._eval = None
+        if eval_texts is not None and eval_labels is not None:
+            self._eval = self._labelled(eval_texts, eval_labels, "eval_texts")
 
-    def train(self, num_epochs: int = 5, learning_rate: float = 1e-3, **settings: Any) -> TrainingResult | FineTuned:
+    def train(
+        self, num_epochs: int = 5, learning_rate: float = 1e-3, **settings: Any
+    ) -> TrainingResult[TrainedHead] | TrainingResult[TunedModel]:
         """Train on the prepared data; ``settings`` are those of ``TrainSpec``. Raises ``TrainingError``."""
-        if self._data is None:
+        train, judged = self._train, self._eval
+        x_eval, y_eval = (judged.features, judged.labels) if judged else (None, None)
+        if train is None:
             raise InputError("there is nothing to train on: call prepare_data first")
-        x, y, x_eval, y_eval = self._data
         names = tuple(str(number) for number in range(self.num_classes))
         given = {"epochs": num_epochs, "learning_rate": learning_rate, "seed": self._seed, **settings}
         if self.model.freeze_backbone:
             done = train_head(
-                x, y, x_eval, y_eval, self._spec, TrainSpec(**given), task="classification", class_names=names,
-                feature=self.model.extractor.feature_sets[0], intervals=False,
+                train.features, train.labels, x_eval, y_eval, self._spec,
+                TrainSpec.of(given),
+                task="classification", class_names=names, feature=self.model.extractor.feature_sets[0],
+                intervals=False,
             )  # fmt: skip
             self.model.head = done.head.module.to(self.model.extractor.device)
             self.model.eval()
             self.result = done
-        else:
-            self.result = fine_tune(
-                self.model, x, y, x_eval, y_eval, replace(FINE_TUNING, **given), class_names=names,
-                new_head=self.result is None,
-            )  # fmt: skip
-        return self.result
+            return done
+        tuned = fine_tune(
+            self.model, train.contents, train.labels, judged.contents if judged else None, y_eval,
+            replace(FINE_TUNING, **given), class_names=names, new_head=self.result is None,
+        )  # fmt: skip
+        self.result = tuned
+        return tuned
 
-    def predict(self, texts: Sequence[str]) -> tuple[Labels, npt.NDArray[np.float64]]:
+    def predict(self, texts: Sequence[str]) -> tuple[Labels, Floats]:
         """Return the predicted classes int64 [N] and their probabilities float64 [N, C]."""
         if self.result is None:
             raise InputError("there is no head yet: call prepare_data and train first")
-        inputs = self._inputs(texts, "texts")
-        if isinstance(self.result, FineTuned):
-            probabilities = self.result.outputs(inputs)
+        contents, head = self._contents(texts, "texts"), self.result.head
+        if isinstance(head, TunedModel):
+            probabilities = head.probabilities(contents)
         else:
-            probabilities = self.result.head.probabilities(inputs)
+            probabilities = head.probabilities(self._features(contents))
         return probabilities.argmax(axis=1), probabilities
 
-    def _inputs(self, texts: Sequence[str], name: str) -> Any:
+    def _labelled(self, texts: Sequence[str], labels: Sequence[int], name: str) -> _Labelled:
+        contents = self._contents(texts, name)
+        checked = self._labels(labels, len(texts))
+        return _Labelled(contents, checked, self._features(contents) if self.model.freeze_backbone else None)
+
+    def _features(self, contents: Sequence[bytes]) -> Array | tuple[Array, Array]:
+        extractor = self.model.extractor
+        return features_of(extractor, contents, extractor.feature_sets[0].name)
+
+    def _contents(self, texts: Sequence[str], name: str) -> list[bytes]:
         if isinstance(texts, str) or not len(texts):
             raise InputError(f"{name}: expected a list of texts, got {'one text' if len(texts) else 'none'}")
-        for at, text in enumerate(texts):
+        for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{name}: text {at} is {text!r}: expected a text that is not empty")
-        contents = [text.encode("utf-8") for text in texts]
-        extractor = self.model.extractor
-        return features_of(extractor, contents, extractor.feature_sets[0].name) if self._frozen else contents
-
-    @property
-    def _frozen(self) -> bool:
-        return self.model.freeze_backbone
+                raise InputError(f"{name}: text {number} is {text!r}: expected a text that is not empty")
+        return [text.encode("utf-8") for text in texts]
 
     def _labels(self, labels: Sequence[int], count: int) -> Labels:
         array = np.asarray(labels)

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -36,17 +36,33 @@ class Batch:
     rows: Tensor
 
 
-class Batches(Protocol):
-    """A source of training batches over N rows, B at a time."""
+class RowsOfBatch(Protocol):
+    """What the loop knows of a batch, whatever else is in it."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Which training rows it has, int64 [B]."""
+        ...
+
+
+B_co = TypeVar("B_co", bound=RowsOfBatch, covariant=True)
+
+
+class BatchSource(Protocol[B_co]):
+    """A source of training batches over N rows, B at a time: of features, or of what a live model is given."""
 
     @property
     def steps(self) -> int:
         """Batches in an epoch."""
         ...
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[B_co]:
         """Yield the batches of one epoch, each row in one of them; the last may be smaller."""
         ...
+
+
+Batches = BatchSource[Batch]
+"""A source of features."""
 
 
 def order(rows: int, seed: int, epoch: int) -> Rows:

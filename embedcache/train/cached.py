@@ -41,7 +41,7 @@ def train_on_cache(
     allow_unseen: bool = False,
     device: str = "cpu",
     progress: bool = True,
-) -> TrainingResult:
+) -> TrainingResult[TrainedHead]:
     """Train one head on the train split of a cache, open or where it is, judged by its validation split.
 
     Without a validation split, a tenth of the training contents is held out, chosen by content, so that duplicates

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,18 @@ from torch import Tensor
 from embedcache.errors import TrainingError
 from embedcache.spec import TrainSpec
 from embedcache.task import Task
-from embedcache.train.batches import Batch, Batches
+from embedcache.train.batches import BatchSource, RowsOfBatch
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Epoch
 
 Scores = npt.NDArray[np.float64]
 
 
-class Learner(Protocol):
+B = TypeVar("B", bound=RowsOfBatch)
+B_contra = TypeVar("B_contra", bound=RowsOfBatch, contravariant=True)
+
+
+class Learner(Protocol[B_contra]):
     """What the loop trains: K models at once, those at the places 0 to K - 1 still going on."""
 
     @property
@@ -34,7 +38,7 @@ class Learner(Protocol):
         """The numbers of the models still in training."""
         ...
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: B_contra) -> Tensor:
         """Take one step; return the losses, [] or [K], without waiting for a device."""
         ...
 
@@ -96,8 +100,8 @@ class LoopResult:
 
 
 def fit(
-    learner: Learner,
-    batches: Batches,
+    learner: Learner[B],
+    batches: BatchSource[B],
     stopping: Stopping,
     *,
     title: str = "train",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from embedcache.heads import TrainedHead
 from embedcache.numerics import Probe
@@ -68,15 +68,18 @@ class Origin:
         return cls(cache.spec, last.get("model"), last.get("revision"), cache.common_probe)
 
 
+H = TypeVar("H")
+
+
 @dataclass(frozen=True)
-class TrainingResult:
-    """A trained head and what is known about its training.
+class TrainingResult(Generic[H]):
+    """What was trained, and what is known about its training: a ``TrainedHead``, or a model that was fine-tuned.
 
     ``metrics`` are by split, ``notes`` are one-line facts to print, ``facts`` stand in the model card; ``fitted`` is
     what the engine made, ``seconds`` what it and the calibration took.
     """
 
-    head: TrainedHead
+    head: H
     fitted: Fitted = field(repr=False)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -93,7 +96,7 @@ class TrainingResult:
         """Whether Ctrl-C ended it early, with the best weights so far."""
         return self.fitted.interrupted
 
-    def save(self, directory: Path | str | RunFolder) -> None:
+    def save(self: TrainingResult[TrainedHead], directory: Path | str | RunFolder) -> None:
         """Write the head bundle: head, metrics, history, model card; see ``TrainedHead.save_pretrained``."""
         facts = {**self.facts, "trained in": f"{self.seconds:.1f} s"}
         self.head.save_pretrained(directory, metrics=self.metrics, history=self.history, facts=facts)

@@ -55,7 +55,7 @@ def train_head(
     intervals: bool = True,
     batches: Batches | None = None,
     notes: Sequence[str] = (),
-) -> TrainingResult:
+) -> TrainingResult[TrainedHead]:
     """Train one head on features.
 
     Args:
@@ -196,7 +196,7 @@ def train_stack(
     feature: FeatureSet | None = None,
     origin: Origin | None = None,
     options: PassOptions | None = None,
-) -> list[TrainingResult]:
+) -> list[TrainingResult[TrainedHead]]:
     """Train K heads of one shape in one pass over the features; arguments as in ``train_head``.
 
     ``heads`` may differ in dropout only, ``specs`` in what ``train.stack.MAY_DIFFER`` names. With ``masks``, head k
