@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import suppress
+from typing import Protocol, cast
 
 from embedcache.examples.cells import Faults, Kind, is_missing, unicode_fault
 
@@ -40,12 +41,11 @@ class TextContent:
     # fmt: on
 
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
-        texts = [value for value in values if isinstance(value, str)]
-        if len(texts) == len(values) and not any(not text or text.isspace() for text in texts):
-            try:
-                return [text.encode() for text in texts], {}
-            except UnicodeEncodeError:
-                pass  # find out which below
+        if set(map(type, values)) == {str}:
+            texts = cast("Sequence[str]", values)
+            if not any(not text or text.isspace() for text in texts):
+                with suppress(UnicodeEncodeError):  # which is looked for below
+                    return [text.encode() for text in texts], {}
         contents: list[bytes] = []
         faults: Faults = {}
         for position, value in enumerate(values):

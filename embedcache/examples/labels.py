@@ -94,7 +94,7 @@ class Classes:
         if types == {int}:
             return parsed(list(map(str, values)), {}, self._append)
         if types == {str}:
-            texts = [str(value) for value in values]
+            texts = cast("Sequence[str]", values)
             if all(name in self._codes or not name_fault(self._column, name) for name in set(texts)):
                 return parsed(texts, {}, self._append)
         names: list[str | None] = []
