@@ -300,6 +300,13 @@ def test_the_card_says_what_matters(tmp_path: Path) -> None:
     TrainedHead.from_pretrained(tmp_path)
 
 
+def test_the_card_leaves_out_metrics_that_somebody_changed(tmp_path: Path) -> None:
+    wrong = {"intervals": 3, "missing_classes": 5, "per_class": "all", "accuracy": 0.5}
+    trained("linear").save_pretrained(tmp_path, metrics={"validation": wrong})
+    record(tmp_path, "test", {"accuracy": 0.75})
+    assert "| accuracy | 0.5000 | 0.7500 |" in (tmp_path / "README.md").read_text("utf-8")
+
+
 def test_the_card_escapes_what_comes_from_data(tmp_path: Path) -> None:
     names = ("a | b", "<script>x</script>", "[x](http://evil.example)", "![i](www.evil.example)", "`code`\n# head",
              "@everyone", "$x$", "&lt;", "\x1b[31m", "\u202eabc")  # fmt: skip

@@ -757,6 +757,17 @@ def test_bad_data_is_refused() -> None:
     with_weights("knn", sample_weight=np.full(N, 2.0))()
 
 
+def test_options_are_read_as_what_they_are() -> None:
+    given = {"hidden": [7, 5.0], "max_iter": 3.0, "alpha": 2}
+    _, options = checked_kind(HeadSpec("mlp", "sklearn", given), "classification")
+    assert options.widths("hidden") == (7, 5)
+    assert (options.whole("max_iter"), type(options.whole("max_iter"))) == (3, int)
+    assert (options.number("alpha"), type(options.number("alpha"))) == (2.0, float)
+    assert options["activation"] == "relu"  # by default
+    with pytest.raises(AssertionError):
+        options.number("activation")
+
+
 def test_option_names_are_what_the_kinds_have() -> None:
     assert option_names("knn", "sklearn") == ("n_neighbors", "weights", "metric")
     assert option_names("majority", "sklearn") == ()

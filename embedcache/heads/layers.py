@@ -99,13 +99,13 @@ class Dropout(nn.Module):
         if not self.training or not any(self.rates):
             return x
         kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for at, rate in enumerate(self.rates):
-            mine = kept[at] if self.stacked else kept
-            generator = self.generators[at] if self.generators is not None else None
+        for head, rate in enumerate(self.rates):
+            kept_of_head = kept[head] if self.stacked else kept
+            generator = self.generators[head] if self.generators is not None else None
             if rate:
-                draw_kept(mine, rate, generator)
+                draw_kept(kept_of_head, rate, generator)
             else:
-                mine.fill_(1.0)
+                kept_of_head.fill_(1.0)
         return x * kept
 
 

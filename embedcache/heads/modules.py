@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -59,15 +60,15 @@ class Head(nn.Module):
 
 
 def _cannot_read(name: str, takes: tuple[Kind, ...], feature: FeatureSet) -> str:
-    said = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
+    words = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
     if feature.kind == "pooled":
         return (
             f"{name} attends over several vectors a row, and the feature set {feature.name} has one, so there is "
             "nothing to attend to: make such a set (extract --tokens, or extract --pooling mean@all), or use mlp"
         )
-    expected = " or ".join(said[kind] for kind in takes)
+    expected = " or ".join(words[kind] for kind in takes)
     return (
-        f"{name} reads {expected}, and the feature set {feature.name} has {said[feature.kind]}: "
+        f"{name} reads {expected}, and the feature set {feature.name} has {words[feature.kind]}: "
         "choose another feature set, or the head attention or attention-pooling"
     )
 
@@ -75,18 +76,18 @@ def _cannot_read(name: str, takes: tuple[Kind, ...], feature: FeatureSet) -> str
 def stack_heads(heads: Sequence[Head]) -> Head:
     """Join heads of one shape: the same modules with parameters [K, ...]. Dropout rates may differ."""
     stacked = copy.deepcopy(heads[0])
-    names = [dict(head.named_parameters()) for head in heads]
+    parameters = [dict(head.named_parameters()) for head in heads]
     owners = dict(stacked.named_modules())
-    for name in names[0]:
+    for name in parameters[0]:
         owner, _, leaf = name.rpartition(".")
-        value = torch.stack([each[name].detach() for each in names])
+        value = torch.stack([own[name].detach() for own in parameters])
         setattr(owners[owner], leaf, nn.Parameter(value))
     for name, module in owners.items():
         if isinstance(module, Dropout):
-            own = [_dropout_of(head, name) for head in heads]
-            module.rates = tuple(each.rates[0] for each in own)
-            drawn = [each.generators[0] for each in own if each.generators is not None]
-            module.generators = drawn if len(drawn) == len(own) else None
+            dropouts = [_dropout_of(head, name) for head in heads]
+            module.rates = tuple(dropout.rates[0] for dropout in dropouts)
+            generators = [dropout.generators[0] for dropout in dropouts if dropout.generators is not None]
+            module.generators = generators if len(generators) == len(dropouts) else None
             module.stacked = True
     return stacked
 
@@ -118,9 +119,9 @@ def _chosen(module: nn.Module, heads: Tensor) -> nn.Module:
     for name, child in module._modules.items():
         made._modules[name] = None if child is None else _chosen(child, heads)
     if isinstance(made, Dropout):
-        wanted = heads.tolist()
-        made.rates = tuple(made.rates[at] for at in wanted)
-        made.generators = None if made.generators is None else [made.generators[at] for at in wanted]
+        kept = heads.tolist()
+        made.rates = tuple(made.rates[head] for head in kept)
+        made.generators = None if made.generators is None else [made.generators[head] for head in kept]
     return made
 
 
@@ -169,8 +170,8 @@ class MLP(Head):
         self.activation = activation_of("mlp", activation)
         sizes = [feature.dim, *widths]
         self.hidden = nn.ModuleList(
-            Affine(sizes[at], sizes[at + 1], first=at == 0) for at in range(len(widths))
-        )  # fmt: skip
+            Affine(inputs, width, first=layer == 0) for layer, (inputs, width) in enumerate(pairwise(sizes))
+        )
         self.norms = nn.ModuleList(Norm(width) if norm else nn.Identity() for width in widths)
         self.dropout = Dropout(rate("mlp", dropout))
         self.output = Affine(widths[-1], outputs)

@@ -1,7 +1,7 @@
-"""A trained head: what it reads, what it says, and what it was trained on. Needs torch only for what torch trained.
+"""A trained head that runs: features -> logits, probabilities, decisions. Needs torch only for what torch trained.
 
 Linear heads, whichever engine trained them, are two arrays and run on numpy alone. Every pass over features has a
-fixed shape, as the backbone's have, so that what a head says of a row depends on that row alone, to the bit.
+fixed shape, as the backbone's have, so that the logits of a row depend on that row alone, to the bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -65,12 +65,12 @@ class TrainedHead(HeadRecord):
             f"reads {self.feature.name} [{self.feature.dim}])"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # What is cached beside the fields (the torch module) is made again where it is needed.
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        return {known.name: getattr(self, known.name) for known in fields(self)}
 
     def logits(self, x: object) -> Array:
-        """Return what the head says before calibration, float [N, C]: logits, or the values of a regression.
+        """Return what the head gives before calibration, float [N, C]: logits, or the values of a regression.
 
         ``x`` is what ``features_of`` takes: float32 [N, D] or [N, L, D]; for a token-level set a ``Ragged`` or a pair
         (values, offsets); or a reader of rows on disk, which is read block by block.
@@ -193,9 +193,9 @@ class TrainedHead(HeadRecord):
         self,
         directory: Path | str | RunFolder,
         *,
-        metrics: Mapping[str, Any] | None = None,
-        history: Sequence[Mapping[str, Any]] = (),
-        facts: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        history: Sequence[Mapping[str, object]] = (),
+        facts: Mapping[str, object] | None = None,
     ) -> None:
         """Write the head bundle, whole or not at all; see ``embedcache.heads.folder``.
 
