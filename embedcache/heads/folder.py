@@ -160,22 +160,6 @@ class RunFolder:
                 os.unlink(self.path / name)
 
 
-def save(
-    head: HeadRecord,
-    directory: Path | RunFolder,
-    *,
-    metrics: Mapping[str, object],
-    history: Sequence[Mapping[str, object]],
-    facts: Mapping[str, object],
-) -> None:
-    """Write a bundle into a folder, which may be open for writing already; see ``RunFolder``."""
-    if isinstance(directory, RunFolder):
-        directory.save(head, metrics=metrics, history=history, facts=facts)
-        return
-    with RunFolder(directory) as folder:
-        folder.save(head, metrics=metrics, history=history, facts=facts)
-
-
 def record(directory: Path, split: str, measured: Mapping[str, object]) -> None:
     """Add what was measured on a split to the metrics and the model card of a bundle.
 
@@ -248,4 +232,4 @@ def _waiting(name: str, digest: str) -> str:
     return f".{name}.{digest[:16]}.tmp"
 
 
-__all__ = ["RunFolder", "prepare", "record", "save"]
+__all__ = ["RunFolder", "prepare", "record"]

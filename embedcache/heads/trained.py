@@ -7,6 +7,7 @@ fixed shape, as the backbone's have, so that the logits of a row depend on that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, SpecError
 from embedcache.features import Dense, Ragged, features_of
 from embedcache.heads.bundle import load
-from embedcache.heads.folder import RunFolder, save
+from embedcache.heads.folder import RunFolder
 from embedcache.heads.record import HeadRecord
 from embedcache.heads.registry import build_head
 from embedcache.heads.sklearn_outputs import logits_of, outputs
@@ -197,13 +198,15 @@ class TrainedHead(HeadRecord):
         history: Sequence[Mapping[str, object]] = (),
         facts: Mapping[str, object] | None = None,
     ) -> None:
-        """Write the head bundle, whole or not at all; see ``embedcache.heads.folder``.
+        """Write the head bundle, whole or not at all, into a folder that may be open for writing already.
 
         Raises ``BundleError`` where the folder is something else or cannot be written, ``CacheLockedError`` while
         another process writes to it.
         """
-        directory = Path(directory) if isinstance(directory, str) else directory
-        save(self, directory, metrics=metrics or {}, history=history, facts=facts or {})
+        # Whoever has the folder open for writing keeps it open.
+        opened = nullcontext(directory) if isinstance(directory, RunFolder) else RunFolder(directory)
+        with opened as folder:
+            folder.save(self, metrics=metrics or {}, history=history, facts=facts or {})
 
     @classmethod
     @checks_arguments()
