@@ -22,7 +22,8 @@ from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION
-from embedcache.train import Masks, train_head, train_stack
+from embedcache.train import Masks, TrainingResult, train_head
+from embedcache.train import train_stack as stack_of_rows
 from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, order
 from embedcache.train.data import class_weights, labelled_rows_of, moments
 from embedcache.train.ending import still_improving
@@ -35,6 +36,16 @@ from embedcache.train.start import start_biases
 
 POOLED = FeatureSet("features", "pooled", 7, 1, "float32")
 NAMES = ("a", "b", "c")
+
+
+def train_stack(
+    x: Any, y: Any, heads: Any, specs: Any, *, task: Any, class_names: Any, x_eval: Any = None, y_eval: Any = None,
+    **options: Any,
+) -> list[TrainingResult]:  # fmt: skip
+    """Train heads together on features and targets, judged on others if there are any."""
+    rows = labelled_rows_of(x, y, task, class_names)
+    judged = None if x_eval is None else labelled_rows_of(x_eval, y_eval, task, class_names, where="validation")
+    return stack_of_rows(rows, judged, heads, specs, **options)
 
 
 def made(rows: int = 211, dim: int = 7, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -64,19 +64,19 @@ def find_name(written: object, there: Container[str], normal: Callable[[str], st
     if written in there:
         return written
     try:
-        found = normal(written)
+        name = normal(written)
     except SpecError:
         return None
-    return found if found in there else None
+    return name if name in there else None
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What is said of one setting wherever it is offered: by a value, a command or an estimator.
+    """One setting, described once for wherever it is offered: a value, a command or an estimator.
 
-    ``help`` is one line, ``expected`` says in words what ``allowed`` tests, ``choices`` are the words there are (none
+    ``help`` is one line, ``expected`` says in words what ``allowed`` tests, ``choices`` are the allowed words (none
     where it is not a word), ``type`` is what text is read as, ``metavar`` stands for the value in a command's help.
-    ``unset`` says what None stands for. ``solver`` is the one solver that reads it, where only one does.
+    ``unset`` says what None means. ``solver`` names the only solver that reads it; empty where several do.
     """
 
     help: str
@@ -98,8 +98,8 @@ class Declared:
 
 
 def declared(spec: type[HeadSpec] | type[TrainSpec]) -> dict[str, Declared]:
-    """Return what is known of each field, by name and in order: commands and estimators are made from it."""
-    return {each.name: each.metadata["declared"] for each in fields(spec)}
+    """Return the description of each field, by name and in order: commands and estimators are made from it."""
+    return {setting.name: setting.metadata["declared"] for setting in fields(spec)}
 
 
 def _setting(default: Any, help: str, allowed: Callable[[Any], bool], expected: str, **more: Any) -> Any:
@@ -183,10 +183,10 @@ MIN_STEPS = 300
 class TrainSpec:
     """How to train one head. A value that a setting cannot have raises ``SpecError``, which says what it can be.
 
-    ``solver`` ``auto`` takes the convex solver for the head ``linear``: its optimum depends on the data alone. Whoever
-    names a setting that only minibatches have (``epochs``, ``learning_rate``, ...) gets them: ``TrainSpec(epochs=30)``
-    has the solver ``minibatch``. So have features that do not fit in memory; see ``solver_for``. Who names ``epochs``
-    gets just those; else training takes at least ``min_steps``, as thirty epochs of one batch teach nothing.
+    ``solver`` ``auto`` takes the convex solver for the head ``linear``: its optimum depends on the data alone. A
+    setting that only minibatches have (``epochs``, ``learning_rate``, ...) selects them: ``TrainSpec(epochs=30)`` has
+    the solver ``minibatch``, and so have features that do not fit in memory; see ``solver_for``. Given ``epochs`` are
+    kept exactly; otherwise training takes at least ``min_steps``, as thirty epochs of one batch teach nothing.
 
     ``l2`` is the strength of the penalty of linear heads, ``l2 / 2 * ||W||^2`` added to the *sum* of losses
     (scikit-learn's ``C`` is ``1 / l2``). ``class_weight`` maps names of classes to weights, or is ``balanced``.
@@ -201,23 +201,25 @@ class TrainSpec:
     )  # fmt: skip
     epochs: int = _whole(30, "Passes over the training rows.", 1, **_MINIBATCH)
     min_steps: int | None = _whole(
-        None, "Least number of training steps: few rows get more epochs, and no early stop before. 0 for none.",
+        None, "Train for at least this many steps: few rows get more epochs, and early stopping waits. 0 disables.",
         unset="300, and 0 where epochs are given", **_MINIBATCH,
     )  # fmt: skip
     batch_size: int = _whole(64, "Rows in a training step.", 1, **_MINIBATCH)
-    optimizer: Literal["adamw", "sgd"] = _choice("adamw", "What takes the steps.", "adamw", "sgd", **_MINIBATCH)
+    optimizer: Literal["adamw", "sgd"] = _choice(
+        "adamw", "Optimizer of the training steps.", "adamw", "sgd", **_MINIBATCH
+    )
     learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0", **_MINIBATCH)
     weight_decay: float = _number(
         0.01, "Weight decay, of matrices and not of biases.", "a number of at least 0", **_MINIBATCH
     )
     momentum: float = _number(0.9, "Momentum of sgd.", "a number from 0 to below 1", **_MINIBATCH)
     schedule: Literal["constant", "linear", "cosine"] = _choice(
-        "cosine", "How the learning rate falls to 0 after the warm-up, if it does.", "constant", "linear", "cosine",
-        **_MINIBATCH,
+        "cosine", "How the learning rate changes after the warm-up: cosine and linear fall to 0.",
+        "constant", "linear", "cosine", **_MINIBATCH,
     )  # fmt: skip
     warmup: float = _number(
-        0.05, "Share of all steps in which the learning rate rises.", "a number from 0 to below 1", metavar="SHARE",
-        **_MINIBATCH,
+        0.05, "Share of all steps in which the learning rate rises to its peak.", "a number from 0 to below 1",
+        metavar="SHARE", **_MINIBATCH,
     )  # fmt: skip
     clip: float = _number(
         1.0, "Clip gradients to this norm; 0 disables.", "a number of at least 0", metavar="NORM", **_MINIBATCH
@@ -232,18 +234,21 @@ class TrainSpec:
         unset="log_loss, or rmse of a regression", **_MINIBATCH,
     )  # fmt: skip
     label_smoothing: float = _number(
-        0.0, "Share of a label that is spread over all classes.", "a number from 0 to below 1", **_MINIBATCH
+        0.0,
+        "Label smoothing: share of each label that is spread over all classes.",
+        "a number from 0 to below 1",
+        **_MINIBATCH,
     )
     class_weight: Literal["balanced"] | Mapping[str, float] | None = _setting(
         None, 'Weights of classes: balanced, or a number for each class: {"class": weight}.', _is_class_weight,
         "balanced, or a weight for each class", metavar="balanced|JSON", unset="1 each",
     )  # fmt: skip
     standardize: bool = _setting(
-        True, "Give features mean 0 and variance 1 first; folded into the head.",
+        True, "Scale features to mean 0 and variance 1 first; folded into the trained head.",
         lambda value: isinstance(value, bool), "true or false", type=bool,
     )  # fmt: skip
     l2: float = _number(
-        1.0, "Penalty of the convex solver and of scikit-learn's linear heads, 1 / C.", "a number of at least 0",
+        1.0, "L2 penalty of the convex solver and of scikit-learn's linear heads: 1 / C.", "a number of at least 0",
         solver="convex",
     )  # fmt: skip
     seed: int = _whole(0, "Seed of initial weights, dropout and the order of rows.", most=2**32 - 1)
@@ -313,7 +318,7 @@ class TrainSpec:
 
     def record(self) -> dict[str, Any]:
         """Return what a trained head keeps of its settings, as JSON values: those that its solver reads."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         if isinstance(self.class_weight, Mapping):
             values["class_weight"] = dict(self.class_weight)
         unread = MINIBATCH_SETTINGS if self.solver == "convex" else ()

@@ -180,27 +180,21 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
 
 
 def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, title: str) -> Iterator[Trained]:
-    from embedcache.train import Masks, train_stack
-    from embedcache.train.minibatch import PassOptions
-    from embedcache.train.result import Origin
+    from embedcache.train import Masks, Origin, PassOptions, labelled_rows_of, train_stack
 
     jobs = batch.jobs
-    shared: dict[str, Any] = {
-        "task": problem.task, "class_names": problem.class_names, "origin": Origin.of(problem.cache),
-        "options": PassOptions(progress=progress, title=title or batch.title),
-    }  # fmt: skip
+    origin, options = Origin.of(problem.cache), PassOptions(progress=progress, title=title or batch.title)
+    rows = labelled_rows_of(x, problem.y, problem.task, problem.class_names)
     heads, specs = [job.configuration.head for job in jobs], [job.configuration.train for job in jobs]
     stopping = bool(specs[0].patience)
     begun = time.perf_counter()
     if _alone(problem, jobs[0]):
         fold = jobs[0].fold
         learn, stop = _learn_and_stop(fold, stopping)
-        judged = (part(x, stop), problem.y[stop]) if stop.any() else (None, None)
+        judged = rows.take(np.flatnonzero(stop)) if stop.any() else None
         # A part of the rows has fewer steps in as many epochs: what is compared is rows, not steps.
         specs = [replace(spec, min_steps=max(MIN_STEPS, spec.least_steps)) for spec in specs]
-        found = train_stack(
-            part(x, learn), problem.y[learn], heads, specs, x_eval=judged[0], y_eval=judged[1], **shared
-        )
+        found = train_stack(rows.take(np.flatnonzero(learn)), judged, heads, specs, origin=origin, options=options)
     else:
         numbers = list(dict.fromkeys(job.number for job in jobs))
         by_number = {job.number: _learn_and_stop(job.fold, stopping) for job in jobs}
@@ -209,7 +203,7 @@ def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, ti
             np.stack([by_number[number][1] for number in numbers]),
             np.array([numbers.index(job.number) for job in jobs], np.int64),
         )
-        found = train_stack(x, problem.y, heads, specs, masks=masks, **shared)
+        found = train_stack(rows, None, heads, specs, masks=masks, origin=origin, options=options)
     if any(result.interrupted for result in found):
         raise Interruption
     seconds = time.perf_counter() - begun

@@ -24,22 +24,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedcache.train.cached import evaluate_on_cache, train_on_cache
-    from embedcache.train.minibatch import Masks
+    from embedcache.train.data import LabelledRows, labelled_rows_of
+    from embedcache.train.minibatch import Masks, PassOptions
     from embedcache.train.result import Origin, TrainingResult
     from embedcache.train.run import train_head, train_stack
 
 _WHERE = {
+    "LabelledRows": "data",
     "Masks": "minibatch",
+    "PassOptions": "minibatch",
     "Origin": "result",
     "TrainingResult": "result",
     "evaluate_on_cache": "cached",
+    "labelled_rows_of": "data",
     "train_head": "run",
     "train_on_cache": "cached",
     "train_stack": "run",
 }
 
 __all__ = [
-    "Masks", "Origin", "TrainingResult", "evaluate_on_cache", "train_head", "train_on_cache", "train_stack",
+    "LabelledRows", "Masks", "Origin", "PassOptions", "TrainingResult", "evaluate_on_cache", "labelled_rows_of",
+    "train_head", "train_on_cache", "train_stack",
 ]  # fmt: skip
 
 

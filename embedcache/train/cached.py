@@ -100,10 +100,10 @@ def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> Featur
     takes = (
         ("pooled",) if head.engine == "sklearn" else head_class(head.kind).takes if _needs_class(head) else ("pooled",)
     )
-    for each in cache.feature_sets.values():
-        if each.kind in takes:
-            return each
-    has = ", ".join(f"{each.name} ({each.kind})" for each in cache.feature_sets.values())
+    for feature in cache.feature_sets.values():
+        if feature.kind in takes:
+            return feature
+    has = ", ".join(f"{feature.name} ({feature.kind})" for feature in cache.feature_sets.values())
     what = "one vector a row" if "pooled" in takes else "tokens or several layers"
     raise FeatureError(f"the head {head.kind} reads {what}, and {cache.path} has only {has}: extract such a set too")
 
@@ -157,8 +157,8 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
     targets = cache.targets()
     counts = np.bincount(targets[train][targets[train] >= 0], minlength=len(cache.class_names))
     for split in cache.split_names:
-        mine = cache.targets(split)
-        there = np.bincount(mine[mine >= 0], minlength=len(cache.class_names))
+        of_split = cache.targets(split)
+        there = np.bincount(of_split[of_split >= 0], minlength=len(cache.class_names))
         unseen = np.flatnonzero((counts == 0) & (there > 0))
         if len(unseen) and split != "train":
             names = ", ".join(f"{cache.class_names[at]!r} ({counted(there[at], 'row')})" for at in unseen[:5].tolist())

@@ -182,40 +182,37 @@ def measured(trained: TrainedHead, rows: LabelledRows, *, intervals: bool) -> di
 
 
 def train_stack(
-    x: object,
-    y: npt.ArrayLike,
+    rows: LabelledRows,
+    judged: LabelledRows | None,
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
     *,
-    task: TaskName,
-    class_names: Sequence[str],
     masks: Masks | None = None,
-    x_eval: object = None,
-    y_eval: npt.ArrayLike | None = None,
-    sample_weight: npt.ArrayLike | None = None,
-    feature: FeatureSet | None = None,
     origin: Origin | None = None,
     options: PassOptions | None = None,
 ) -> list[TrainingResult[TrainedHead]]:
-    """Train K heads of one shape in one pass over the features; arguments as in ``train_head``.
+    """Train K heads of one shape in one pass over the features.
 
-    ``heads`` may differ in dropout only, ``specs`` in what ``train.stack.MAY_DIFFER`` names. With ``masks``, head k
-    trains on ``masks.train[masks.of[k]]`` and is judged on ``masks.evaluate[masks.of[k]]`` of the same rows, and every
-    row must be labelled; each then standardises features by its own training rows. The heads are neither calibrated nor
-    measured.
+    Args:
+        rows: what they are trained on; ``data.labelled_rows_of`` makes them.
+        judged: validation rows for early stopping, None for none.
+        heads: they may differ in dropout only.
+        specs: one for each head; they may differ in what ``train.stack.MAY_DIFFER`` names.
+        masks: head k trains on ``masks.train[masks.of[k]]`` and is judged on ``masks.evaluate[masks.of[k]]`` of the
+            same rows; each then standardises features by its own training rows. ``judged`` is not looked at.
+        origin: where the features come from, recorded in the heads.
+        options: device, progress, and whatever else does not change which heads come out.
 
-    Raises as ``train_head`` does, and ``SpecError`` for heads that cannot be stacked.
+    The heads are neither calibrated nor measured. Raises as ``train_head`` does, and ``SpecError`` for heads that
+    cannot be stacked.
     """
     from embedcache.train.minibatch import PassOptions, fit_minibatch
 
-    names = checked_names(class_names)
-    rows = labelled_rows_of(x, y, task, names, feature=feature, weight=sample_weight)
-    if masks is not None and len(rows) != masks.train.shape[1]:
-        raise SpecError(f"the masks are for {counted(masks.train.shape[1], 'row')}, and {len(rows)} are labelled")
-    refuse_untrainable(rows.y, rows.task, names)
-    judged = rows if masks is not None and masks.evaluate.any() else None
-    if masks is None and x_eval is not None and y_eval is not None:
-        judged = labelled_rows_of(x_eval, y_eval, task, names, feature=rows.feature, where="validation")
+    if masks is not None:
+        if len(rows) != masks.train.shape[1]:
+            raise SpecError(f"the masks are for {counted(masks.train.shape[1], 'row')}, and {len(rows)} are labelled")
+        judged = rows if masks.evaluate.any() else None
+    refuse_untrainable(rows.y, rows.task, rows.class_names)
     fitted = fit_minibatch(rows, judged, heads, specs, masks=masks, options=options or PassOptions())
     return [
         TrainingResult(_head_of(own, head, spec, rows, origin or Origin()), own, seconds=own.seconds)

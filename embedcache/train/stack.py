@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from embedcache.heads.modules import Head, Linear, choose_heads, stack_heads
 from embedcache.spec import TrainSpec
+from embedcache.task import Floats
 from embedcache.train.losses import Loss
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -33,7 +33,7 @@ MAY_DIFFER = (
 """Settings in which the heads of one stack may differ."""
 
 
-def schedule_factors(spec: TrainSpec, start: int, steps: int, total: int) -> npt.NDArray[np.float64]:
+def schedule_factors(spec: TrainSpec, start: int, steps: int, total: int) -> Floats:
     """Return the factors of the learning rate for ``steps`` steps from ``start`` on, of ``total`` in all.
 
     Linear warm-up over the first ``warmup`` share of the steps, then constant, linear to 0, or half a cosine to 0.
@@ -50,6 +50,23 @@ def schedule_factors(spec: TrainSpec, start: int, steps: int, total: int) -> npt
     return np.where(step < warm, rising, falling)
 
 
+@dataclass(frozen=True)
+class _FusedGroup:
+    """Arrays of heads with one setting that a single call of the fused AdamW updates.
+
+    ``numbers`` are those of the parameters, ``places`` those of the heads on the K axis; ``values`` and the moments
+    ``first`` and ``second`` are views, parameter by parameter and head by head.
+    """
+
+    places: list[int]
+    numbers: list[int]
+    rate: float
+    decay: float
+    values: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+
+
 class HeadStack:
     """K heads and their optimizer. A single head is trained by the same code, without the K axis.
 
@@ -62,7 +79,7 @@ class HeadStack:
         self.loss = loss
         self._total = total_steps
         self._taken = 0
-        self._ahead: tuple[int, Any] = (0, np.zeros((0, 1)))
+        self._ahead: tuple[int, Floats] = (0, np.zeros((0, 1)))
         self.stacked = len(heads) > 1
         generators = [
             torch.Generator(_device(head)).manual_seed(s.seed + 2**32) for head, s in zip(heads, specs, strict=True)
@@ -71,8 +88,9 @@ class HeadStack:
         self.module.draw_from(generators)
         self.module.train()
         self._collect()
-        self._moments = [(torch.zeros_like(each), torch.zeros_like(each)) for each in self.parameters]
-        self._scratch = [torch.empty_like(each) for each in self.parameters]
+        self._moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self.parameters]
+        # Where the roots of the second moments go, so that no step fetches memory for them.
+        self._scratch = [torch.empty_like(value) for value in self.parameters]
         self._fused = self._fused_groups()
         self.best: list[dict[str, Tensor] | None] = [None] * len(heads)
 
@@ -81,7 +99,9 @@ class HeadStack:
         self.parameters = [parameter for _, parameter in self.module.named_parameters()]
         # Decay pulls on matrices, not on biases, gains and embeddings of one vector.
         rank = 3 if self.stacked else 2
-        self._decays = [each.dim() >= rank and name.endswith("weight") for name, each in self.module.named_parameters()]
+        self._decays = [
+            value.dim() >= rank and name.endswith("weight") for name, value in self.module.named_parameters()
+        ]
         self._plain = type(self.module) is Linear  # a subclass may compute something else
         self._rate = self._per_head([spec.learning_rate for spec in self.specs])
         self._decay = self._per_head([spec.weight_decay for spec in self.specs])
@@ -139,25 +159,26 @@ class HeadStack:
         if self._clip is None:
             return
         if self.stacked:
-            squares = sum(each.flatten(1).square().sum(dim=1) for each in gradients)
+            # A head is clipped to its own norm, or one that diverges would slow down all others.
+            squares = sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients)
             factor = (self._clip / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp_max(1.0)
-            for each in gradients:
-                each.mul_(_spread(factor, each))
+            for gradient in gradients:
+                gradient.mul_(_spread(factor, gradient))
         else:
-            norm = math.sqrt(
-                sum(float(torch.dot(each.view(-1), each.view(-1))) for each in map(Tensor.contiguous, gradients))
-            )
+            flat = [gradient.contiguous().view(-1) for gradient in gradients]
+            norm = math.sqrt(sum(float(torch.dot(values, values)) for values in flat))
             if norm > self.specs[0].clip > 0:
-                for each in gradients:
-                    each.mul_(self.specs[0].clip / (norm + 1e-6))
+                for gradient in gradients:
+                    gradient.mul_(self.specs[0].clip / (norm + 1e-6))
 
     def _factor(self) -> float | Tensor:
-        """Return the schedule's factor of this step, for all heads or each."""
+        """Return the schedule's factor of this step: one for all heads, or [K]."""
+        # A table for many steps: numpy's overhead for a single one is long beside the step of a small head.
         first, table = self._ahead
         if not first <= self._taken < first + len(table):
             different = self.specs[:1] if self._one_schedule else self.specs
             steps = min(1024, max(1, self._total - self._taken))
-            table = np.stack([schedule_factors(each, self._taken, steps, self._total) for each in different], axis=1)
+            table = np.stack([schedule_factors(spec, self._taken, steps, self._total) for spec in different], axis=1)
             self._ahead = first, table = self._taken, table
         row = table[self._taken - first]
         return float(row[0]) if self._one_schedule else torch.from_numpy(row.astype(np.float32))
@@ -172,20 +193,20 @@ class HeadStack:
             return
         rate = self._rate * factor
         grown, root = 1 - BETA1**taken, math.sqrt(1 - BETA2**taken)
-        for at, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
-            first, second = self._moments[at]
+        for number, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            first, second = self._moments[number]
             if not adam:
-                if self._decays[at]:
+                if self._decays[number]:
                     gradient = gradient + _spread(self._decay, value) * value
                 if self.specs[0].momentum:
                     gradient = first.mul_(self.specs[0].momentum).add_(gradient)
                 _subtract(value, gradient, rate)
                 continue
-            if self._decays[at]:
+            if self._decays[number]:
                 value.mul_(1 - _spread(rate * self._decay, value))
             first.lerp_(gradient, 1 - BETA1)
             second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-            below = torch.sqrt(second, out=self._scratch[at]).div_(root).add_(EPSILON)
+            below = torch.sqrt(second, out=self._scratch[number]).div_(root).add_(EPSILON)
             if isinstance(rate, float):
                 value.addcdiv_(first, below, value=-rate / grown)
             else:
@@ -194,21 +215,17 @@ class HeadStack:
     def _update_fused(self, gradients: list[Tensor], factor: float | Tensor, taken: int) -> None:
         """Take AdamW's step in one pass over memory, for the heads of each setting together."""
         step = torch.tensor(float(taken), device=self.parameters[0].device)
-        each_head = [each.contiguous().unbind(0) if self.stacked else (each,) for each in gradients]
-        for places, rate, decay, decayed, plain in self._fused or ():
-            rate = rate * (factor if isinstance(factor, float) else float(factor[places[0]]))
-            for group, pull in ((decayed, decay), (plain, 0.0)):
-                if group is None:
-                    continue
-                which, (values, first, second) = group
-                slopes = [each_head[at][place] for at in which for place in places]
-                torch._fused_adamw_(
-                    values, slopes, first, second, [], [step] * len(values), lr=rate, beta1=BETA1, beta2=BETA2,
-                    weight_decay=pull, eps=EPSILON, amsgrad=False, maximize=False,
-                )  # fmt: skip
+        by_head = [gradient.contiguous().unbind(0) if self.stacked else (gradient,) for gradient in gradients]
+        for group in self._fused or ():
+            rate = group.rate * (factor if isinstance(factor, float) else float(factor[group.places[0]]))
+            slopes = [by_head[number][place] for number in group.numbers for place in group.places]
+            torch._fused_adamw_(
+                group.values, slopes, group.first, group.second, [], [step] * len(slopes), lr=rate, beta1=BETA1,
+                beta2=BETA2, weight_decay=group.decay, eps=EPSILON, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
-    def _fused_groups(self) -> list[Any] | None:
-        """Return heads of one setting each with views of their arrays, where one fused pass pays; None elsewhere.
+    def _fused_groups(self) -> list[_FusedGroup] | None:
+        """Return parameters that one fused call updates together, where that pays; None elsewhere.
 
         Many small heads that all differ are faster through a few passes over everything than by many small calls.
         """
@@ -217,36 +234,38 @@ class HeadStack:
             (spec.learning_rate, spec.weight_decay, when) for spec, when in zip(self.specs, schedules, strict=True)
         ]
         different = list(dict.fromkeys(settings))
-        size = sum(each.numel() for each in self.parameters) // len(self.specs)
+        size = sum(value.numel() for value in self.parameters) // len(self.specs)
         if (len(different) > 4 and size < FUSED_SIZE) or self.parameters[0].device.type not in ("cpu", "cuda"):
             return None
 
-        def views(which: list[int], places: list[int]) -> Any:
-            if not which:
-                return None
-            arrays = [(self.parameters[at].detach(), *self._moments[at]) for at in which]
-            parts = [
-                [each[part][place] if self.stacked else each[part] for each in arrays for place in places]
-                for part in range(3)
-            ]
-            return which, parts
+        def views(tensors: Sequence[Tensor], places: list[int]) -> list[Tensor]:
+            return [tensor[place] if self.stacked else tensor for tensor in tensors for place in places]
 
-        decayed = [at for at, pulled in enumerate(self._decays) if pulled]
-        plain = [at for at, pulled in enumerate(self._decays) if not pulled]
         groups = []
         for setting in different:
-            places = [place for place, each in enumerate(settings) if each == setting]
-            groups.append((places, setting[0], setting[1], views(decayed, places), views(plain, places)))
+            places = [place for place, own in enumerate(settings) if own == setting]
+            for decayed in (True, False):
+                numbers = [number for number, pulled in enumerate(self._decays) if pulled == decayed]
+                if not numbers:
+                    continue
+                groups.append(
+                    _FusedGroup(
+                        places, numbers, rate=setting[0], decay=setting[1] if decayed else 0.0,
+                        values=views([self.parameters[number].detach() for number in numbers], places),
+                        first=views([self._moments[number][0] for number in numbers], places),
+                        second=views([self._moments[number][1] for number in numbers], places),
+                    )
+                )  # fmt: skip
         return groups
 
     def logits(self, x: Tensor, mask: Tensor | None, heads: Tensor | None = None) -> Tensor:
-        """Return what all heads, or some of them by their place on the K axis, say: [K, B, C]."""
+        """Return the logits of all heads, or of some by their place on the K axis, [K, B, C]."""
         module = self.module if heads is None else choose_heads(self.module, heads)
         module.eval()
         with torch.no_grad():
-            said: Tensor = module(x, mask)
+            logits: Tensor = module(x, mask)
         self.module.train()
-        return said if self.stacked else said.unsqueeze(0)
+        return logits if self.stacked else logits.unsqueeze(0)
 
     def state(self, place: int) -> dict[str, Tensor]:
         """Return a copy of the parameters of the head at a place of the K axis."""
@@ -269,6 +288,7 @@ class HeadStack:
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with the heads at these places only; the others cost nothing from here on."""
+        # A head that leaves without a best epoch keeps its present weights: ``finish`` returns some for every head.
         for place in set(range(len(self.alive))) - set(places):
             if self.best[self.alive[place]] is None:
                 self.remember([place])
@@ -280,7 +300,7 @@ class HeadStack:
         self.loss.keep(chosen)
         self.module = choose_heads(self.module, chosen)
         self._moments = [(first[chosen], second[chosen]) for first, second in self._moments]
-        self._scratch = [each[chosen] for each in self._scratch]
+        self._scratch = [scratch[chosen] for scratch in self._scratch]
         self._ahead = (0, np.zeros((0, 1)))
         self._collect()
         self._fused = self._fused_groups()
@@ -290,20 +310,24 @@ class HeadStack:
         for place, head in enumerate(self.alive):
             if self.best[head] is None:
                 self.best[head] = self.state(place)
-        return [each for each in self.best if each is not None]
+        return [state for state in self.best if state is not None]
 
 
 def _device(head: Head) -> torch.device:
     return next(head.parameters()).device
 
 
-def _spread(value: float | Tensor, like: Tensor) -> Any:
+def _spread(value: float | Tensor, like: Tensor) -> float | Tensor:
     """Give a number for each head the axes to multiply a parameter with."""
-    return value if isinstance(value, (int, float)) else value.to(like.device).view(-1, *[1] * (like.dim() - 1))
+    return value if isinstance(value, (int, float)) else _across(value, like)
+
+
+def _across(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def _subtract(value: Tensor, gradient: Tensor, rate: float | Tensor) -> None:
     if isinstance(rate, float):
         value.sub_(gradient, alpha=rate)
     else:
-        value.addcmul_(gradient, _spread(rate, value), value=-1)
+        value.addcmul_(gradient, _across(rate, value), value=-1)

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.table import interleaved, row, seconds
 
 import embedcache as ec
-from embedcache.train import train_stack
+from embedcache.train import labelled_rows_of, train_stack
 
 EPOCHS, BATCH, WIDTH, CLASSES, ROWS = 5, 256, 384, 6, 20_000
 
@@ -38,7 +38,8 @@ def stack(heads: int, kind: str, options: dict[str, Any], x: Any, y: Any, names:
         for at in range(heads)
     ]  # fmt: skip
     head = ec.HeadSpec(kind, "torch", options)
-    return train_stack(x, y, [head] * heads, specs, task="classification", class_names=names)
+    rows = labelled_rows_of(x, y, "classification", names)
+    return train_stack(rows, None, [head] * heads, specs)
 
 
 def plain_loop(x: Any, y: Any, batches: Callable[[int], Any], start: Any) -> list[float]:
