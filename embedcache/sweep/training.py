@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
-from embedcache.features import Dense, Ragged
+from embedcache.features import Dense, Ragged, features_of
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
@@ -353,8 +353,13 @@ def _estimator_size(estimator: Any) -> int:
 
 
 def outputs_of(head: TrainedHead, x: object) -> Outputs:
-    """Return what an uncalibrated head says of rows: probabilities, or values of a regression; float32 [n, C]."""
-    return np.asarray(head.calibrated(head.logits(x)), np.float32)
+    """Return the uncalibrated outputs of a head, float32 [n, C]: probabilities or values, NaN where it diverged."""
+    features = features_of(x, head.feature)
+    try:
+        logits = head.logits(features)
+    except FeatureError:  # the features are sound, so it is the head whose numbers overflow
+        return np.full((len(features), len(head.class_names)), np.nan, np.float32)
+    return np.asarray(head.calibrated(logits), np.float32)
 
 
 __all__ = [
