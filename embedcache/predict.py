@@ -1,4 +1,4 @@
-"""Backbone + trained head: raw input -> labels and probabilities."""
+"""Backbone + trained head: contents of rows -> labels and probabilities."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import numpy.typing as npt
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, features_of, load_again, probe_of
 from embedcache.errors import BackboneMismatchError, InputError, warn
-from embedcache.examples import Examples
+from embedcache.examples import CONTENTS, Examples
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
 from embedcache.spec import ExtractionSpec, ModelSource, differences_text
 from embedcache.wording import shortened
 
 WINDOW = 2048
-"""Rows tokenised and batched together: enough company for canonical batches, little enough to stay small."""
+"""Rows prepared and batched together: enough to fill canonical batches, few enough to stay small in memory."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the head says of one row.
+    """What a head predicts of one row.
 
     ``label`` is the class (a tuple of classes for multilabel, a tuple of numbers for regression). ``probabilities``
     maps each class to its probability, or each target to its value for regression. ``confidence`` is the
@@ -54,6 +54,7 @@ class Predictor:
     def __init__(self, head: TrainedHead, backbone: Backbone) -> None:
         self.head = head
         self.backbone = backbone
+        self._kind = ExtractionSpec.from_json(backbone.identity).content or "text"
         refuse_other_backbone(head, backbone)
         self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
         warn(self.numerics.notes("what the head was trained on"))
@@ -82,17 +83,23 @@ class Predictor:
 
     def stream(self, texts: Iterable[str]) -> Iterator[Prediction]:
         """Predict texts one after the other with flat memory."""
+        if (content := CONTENTS.get(self._kind)) is None:
+            raise InputError(f"rows of the kind {self._kind!r} cannot be read here: give their contents, as bytes")
         waiting = iter(texts)
         number = 0
         while block := list(islice(waiting, WINDOW)):
-            yield from self.contents([_content(number + at, text) for at, text in enumerate(block)])
+            contents, faults = content.encode(content.noun, block)
+            if faults:
+                row = min(faults)
+                raise InputError(f"row {number + row}: {faults[row]}")
+            yield from self.contents(contents)
             number += len(block)
 
     def contents(self, contents: Sequence[bytes]) -> list[Prediction]:
         """Predict rows by their canonical content, as ``Examples.contents`` gives it; equal rows are computed once."""
         if not contents:
             return []
-        places = {content: at for at, content in enumerate(dict.fromkeys(contents))}
+        places = {content: place for place, content in enumerate(dict.fromkeys(contents))}
         values = self.head.probabilities(self.features(list(places)))
         return [self._prediction(values[places[content]]) for content in contents]
 
@@ -121,20 +128,11 @@ class Predictor:
         return Prediction(names[best], float(values[best]), by_name)
 
 
-def _content(number: int, text: object) -> bytes:
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"text {number} is {text!r}: expected a text that is not empty")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"text {number} holds half a surrogate pair, which is no character") from None
-
-
 def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
     """Load the backbone a head was trained on, with the settings it was trained with."""
     spec = ExtractionSpec.from_json(head.extraction)
     if not spec.has_backbone:
-        raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not text")
+        raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not texts")
     if spec.settings is None:
         raise BackboneMismatchError("this head was trained on features of another sort of backbone than texts have")
     settings = replace(spec.settings, features=(head.feature.name,))

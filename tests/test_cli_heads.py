@@ -533,7 +533,7 @@ def test_mistakes_of_predicting(
     status, _, err = run("predict", one, tmp_path / "nothing.csv")
     assert (status, "nothing.csv" in last(err)) == (1, True)
     status, _, err = run("predict", one, "--text", " ")
-    assert (status, "text 0 is ' '" in last(err)) == (1, True)
+    assert (status, "row 0: 'text' is blank" in last(err)) == (1, True)
     (tmp_path / "in.csv").write_text("text,other\nfine,1\n,2\n")
     status, _, err = run("predict", one, tmp_path / "in.csv", "-o", tmp_path / "out.csv")
     assert (status, "in.csv:3" in last(err)) == (1, True)

@@ -365,7 +365,7 @@ def test_each_setting_has_a_cache_of_its_own(counting: CountingBackbone, tmp_pat
     [
         ("one text", "X is one string: expected a list of strings"),
         (["fine", ""], r"X\[1\] is ''"),
-        (["fine", "  \n"], r"X\[1\] is '  "),
+        (["fine", "  \n"], r"X\[1\] is .*: 'text' is blank"),
         (["fine", None], r"X\[1\] is None"),
         (pd.Series(["fine", np.nan]), r"X\[1\] is nan"),
         ([b"bytes"], r"X\[0\] is b'bytes'"),

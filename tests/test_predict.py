@@ -6,6 +6,7 @@ import shutil
 import tracemalloc
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,6 @@ def test_a_moved_backbone_is_given_by_hand(run: Path, model: Path, tmp_path: Pat
 
 
 def test_a_backbone_that_is_gone_says_how_to_go_on(caches: Any, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     head = replace(trained(caches, "linear").head, model=str(tmp_path / "gone"))
     head.save_pretrained(tmp_path / "run")
     with pytest.raises(BackboneError, match=r"gone.*the head was trained on .*gone: say where it is now with --model"):
@@ -186,8 +185,6 @@ def test_the_settings_of_training_are_those_of_predicting(model: Path, tmp_path:
 
 
 def test_the_revision_is_asked_for_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from embedcache import predict
     from embedcache.backbone import load as load_module
     from embedcache.spec import ModelSource
@@ -269,18 +266,27 @@ def test_a_stream_asks_for_no_more_than_a_window() -> None:
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["fine", ""], "text 1 is ''"),
-        (["fine", " \n"], "text 1 is"),
-        ([None], "text 0 is None"),
-        ([b"bytes"], "text 0 is b'bytes'"),
-        (["\ud800"], "text 0 holds half a surrogate pair"),
+        (["fine", ""], "row 1: 'text' is empty"),
+        (["fine", " \n"], "row 1: 'text' is blank"),
+        ([None], "row 0: 'text' is missing"),
+        ([b"bytes"], "row 0: 'text' holds b'bytes' of type bytes, expected text"),
+        (["\ud800"], "row 0: lone surrogate"),
         ("one string", "got one string: expected a list"),
-        (["fine"] * (WINDOW + 5) + [3], f"text {WINDOW + 5} is 3"),
+        (["fine"] * (WINDOW + 5) + [3], f"row {WINDOW + 5}: 'text' holds 3"),
     ],
 )
 def test_what_is_no_text_is_refused(texts: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         counting()[1](texts)
+
+
+def test_content_that_is_not_known_is_predicted_by_its_bytes_alone() -> None:
+    backbone, predictor = counting()
+    backbone.identity["preprocessing"] = {"kind": "sounds"}
+    head = replace(predictor.head, extraction={**backbone.identity, "features": {}})
+    assert Predictor(head, backbone).contents([b"one"]) == predictor.contents([b"one"])
+    with pytest.raises(InputError, match="rows of the kind 'sounds' cannot be read here: give their contents"):
+        Predictor(head, backbone)(["one"])
 
 
 def test_another_feature_set_of_the_same_backbone_does_not_matter() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from sklearn.utils.validation import check_is_fitted
 from embedcache.backbone import TextBackbone, contents_hash, load_backbone, model_name, probe_of, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet, warn
-from embedcache.examples import load_examples
+from embedcache.examples import CONTENTS, Examples, load_examples
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, hash_json
 from embedcache.numerics import Probe, difference
-from embedcache.spec import ExtractionSpec, differences_text
-from embedcache.wording import counted
+from embedcache.spec import BackboneSettings, ExtractionSpec, ModelSource, differences_text
+from embedcache.wording import counted, shortened
 
 LOCK_PATIENCE = 600.0
 """Seconds that a transform waits for another process that extracts into the same cache."""
@@ -78,19 +78,15 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:
-        """Return features, float32 [N, D], computing only the texts that were never seen. ``X`` holds N strings.
+        """Return features, float32 [N, D], computing only the rows that were never seen. ``X`` holds N texts.
 
         Raises ``BackboneMismatchError`` when the model is not the one this was fitted with.
         """
         check_is_fitted(self, "identity_")
-        texts = _texts(X)
-        if not texts:
-            raise InputError("there are no texts: expected at least one")
+        examples = _examples(X)
         backbone = self._fitted_backbone()
         warn(difference(self.probe_, _probe_of(backbone)).notes("what FeatureExtractor was fitted on"))
         path = self._folder(backbone)
-        with quiet():  # that texts repeat is what they are kept for
-            examples = load_examples([{"text": text} for text in texts], text_column="text", labels="none")
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             places = _places(path, examples.keys)
@@ -107,7 +103,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[np.object_]:
         """Return ``feature0`` ... ``feature{D-1}``."""
         check_is_fitted(self)
-        return np.array([f"feature{at}" for at in range(self.n_features_out_)], dtype=object)
+        return np.array([f"feature{number}" for number in range(self.n_features_out_)], dtype=object)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -116,9 +112,10 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         tags.requires_fit = True
         return tags
 
-    def _backbone(self, shapes: Any = None) -> TextBackbone:
-        policy = canonical_json(shapes) if shapes is not None else None
-        return _loaded(model_name(self.model), self.pooling, self.max_length, self.compute_dtype, self.device, policy)
+    def _backbone(self, shapes: object = None) -> TextBackbone:
+        source = ModelSource(model_name(self.model), device=self.device)
+        asked = BackboneSettings((self.pooling,), max_length=self.max_length, compute_dtype=self.compute_dtype)
+        return _loaded(source, asked, None if shapes is None else canonical_json(shapes))
 
     def _fitted_backbone(self) -> TextBackbone:
         backbone = self._backbone()
@@ -141,13 +138,11 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         return root / hash_json([backbone.identity, None if probe is None else probe.bits])[:16]
 
 
-def _loaded(
-    model: str | None, pooling: str, max_length: int | None, dtype: str, device: str, policy: str | None
-) -> TextBackbone:
+def _loaded(source: ModelSource, asked: BackboneSettings, policy: str | None) -> TextBackbone:
     """Load a backbone once for each content of its folder: pipelines clone their steps at every fit."""
-    local = model is None or Path(model).expanduser().is_dir()
-    folder = resolve_model(model) if local else _from_hub(str(model))
-    return _of_contents(contents_hash(folder), model, pooling, max_length, dtype, device, policy)
+    local = source.model is None or Path(source.model).expanduser().is_dir()
+    folder = resolve_model(source.model) if local else _from_hub(str(source.model))
+    return _of_contents(contents_hash(folder), source, asked, policy)
 
 
 @lru_cache(maxsize=8)
@@ -156,13 +151,9 @@ def _from_hub(name: str) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _of_contents(
-    contents: str, model: str | None, pooling: str, max_length: int | None, dtype: str, device: str, policy: str | None
-) -> TextBackbone:
-    return load_backbone(
-        model, features=(pooling,), max_length=max_length, compute_dtype=dtype, device=device,
-        policy=json.loads(policy) if policy is not None else None,
-    )  # fmt: skip
+def _of_contents(folder_hash: str, source: ModelSource, asked: BackboneSettings, policy: str | None) -> TextBackbone:
+    shapes = json.loads(policy) if policy is not None else None  # as text, to be a key of this cache
+    return load_backbone(**source.arguments(), **replace(asked, shapes=shapes).arguments())
 
 
 @lru_cache(maxsize=2)
@@ -170,18 +161,28 @@ def _probe_of(backbone: TextBackbone) -> Probe | None:
     return probe_of(backbone)
 
 
-def _texts(X: Any) -> list[str]:
+def _column(X: Any) -> list[object]:
+    """Return the values of one column: of a list, an array [N] or [N, 1], or a table."""
     if isinstance(X, str):
         raise InputError("X is one string: expected a list of strings")
-    if getattr(X, "ndim", 1) > 1 and X.shape[1] != 1:
-        raise InputError(f"X has {counted(X.shape[1], 'column')}: expected one, of texts")
-    values = X.iloc[:, 0] if getattr(X, "ndim", 1) == 2 and hasattr(X, "iloc") and X.shape[1] == 1 else X
-    values = values.ravel() if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1 else values
-    texts: Sequence[Any] = list(values)
-    wrong = next((at for at, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None)
-    if wrong is not None:
-        raise InputError(f"X[{wrong}] is {texts[wrong]!r}: expected a text that is not empty")
-    return [str(text) for text in texts]
+    if getattr(X, "ndim", 1) > 1:
+        if X.shape[1] != 1:
+            raise InputError(f"X has {counted(X.shape[1], 'column')}: expected one, of texts")
+        X = X.iloc[:, 0] if hasattr(X, "iloc") else np.asarray(X).ravel()
+    return list(X)
+
+
+def _examples(X: Any) -> Examples:
+    """Return rows of X as an input, checked as its kind of content is."""
+    values, content = _column(X), CONTENTS["text"]
+    if not values:
+        raise InputError("there are no texts: expected at least one")
+    faults = content.encode(content.noun, values)[1]
+    if faults:
+        row = min(faults)
+        raise InputError(f"X[{row}] is {shortened(values[row])}: {faults[row]}, expected a text that is not empty")
+    with quiet():  # that contents repeat is what they are kept for
+        return load_examples([{content.noun: value} for value in values], text_column=content.noun, labels="none")
 
 
 def _places(path: Path, keys: npt.NDArray[np.uint8]) -> tuple[FeatureCache, npt.NDArray[np.int64]] | None:

@@ -131,6 +131,13 @@ class ExtractionSpec:
         return "preprocessing" in self.body
 
     @property
+    def content(self) -> str | None:
+        """The kind of content that the backbone reads, such as ``text``; None where none is named."""
+        prepared = self.body.get("preprocessing")
+        kind = prepared.get("kind") if isinstance(prepared, Mapping) else None
+        return kind if isinstance(kind, str) else None
+
+    @property
     def features(self) -> Mapping[str, object]:
         """The feature sets by name, as far as they are described."""
         described = self.body.get("features")
