@@ -48,7 +48,7 @@ class Outcome:
         step = max(1, -(-flat.size // MOST_VALUES))
         return cls(dtype, flat.size, step, flat[::step], sha256_bytes(encoded(flat, dtype).tobytes()))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return JSON values; the numbers as base64 of their little-endian bytes."""
         data = base64.b64encode(encoded(self.values, self.dtype).tobytes()).decode("ascii")
         return {"dtype": self.dtype, "size": self.size, "step": self.step, "values": data, "sha256": self.sha256}
@@ -93,20 +93,20 @@ class Probe:
         """Return the probe of one feature set, which is all that a head needs."""
         return Probe(self.inputs, self.versions, {name: self.outcomes[name]} if name in self.outcomes else {})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the probe as JSON values."""
-        outcomes = {name: each.to_json() for name, each in self.outcomes.items()}
+        outcomes = {name: outcome.to_json() for name, outcome in self.outcomes.items()}
         return {"inputs": list(self.inputs), "versions": dict(self.versions), "outcomes": outcomes}
 
     @classmethod
     def from_json(cls, body: Any) -> Probe:
         """Read what ``to_json`` gave, trusting nothing in it. Raises ``ValueError`` and its kin."""
         inputs, versions, outcomes = (body[name] for name in ("inputs", "versions", "outcomes"))
-        hashes = isinstance(inputs, list) and all(isinstance(each, str) and _HASH.fullmatch(each) for each in inputs)
+        hashes = isinstance(inputs, list) and all(isinstance(row, str) and _HASH.fullmatch(row) for row in inputs)
         require(hashes, "the inputs of a probe")
         require(isinstance(versions, dict) and isinstance(outcomes, dict), "the versions or outcomes of a probe")
-        require(all(isinstance(each, str) for each in versions.values()), "the versions of a probe")
-        read = {str(name): Outcome.from_json(each) for name, each in outcomes.items()}
+        require(all(isinstance(version, str) for version in versions.values()), "the versions of a probe")
+        read = {str(name): Outcome.from_json(outcome) for name, outcome in outcomes.items()}
         return cls(tuple(inputs), dict(versions), read)
 
 
@@ -132,7 +132,7 @@ class Difference:
         """Whether rows of both may stand side by side: their bits are the same, as far as the probe can tell."""
         return self.status in ("same", "versions")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return JSON values; what is not known is null."""
         known = self.status != "unknown"
         largest, relative = (
@@ -140,7 +140,7 @@ class Difference:
         )  # fmt: skip
         return {
             "status": self.status, "same_bits": self.same_bits if known else None, "largest": largest,
-            "relative": relative, "feature": self.where or None, "versions": [list(each) for each in self.versions],
+            "relative": relative, "feature": self.where or None, "versions": [list(change) for change in self.versions],
         }  # fmt: skip
 
     def notes(self, other: str) -> list[str]:

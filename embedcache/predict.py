@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, features_of, load_again, probe_of
@@ -17,6 +15,7 @@ from embedcache.errors import BackboneMismatchError, InputError, warn
 from embedcache.examples import CONTENTS, Examples
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
+from embedcache.shard import Array
 from embedcache.spec import ExtractionSpec, ModelSource, differences_text
 from embedcache.wording import shortened
 
@@ -33,7 +32,7 @@ class Prediction:
     probability of ``label``, None where there is no such thing.
     """
 
-    label: Any
+    label: str | tuple[str, ...] | tuple[float, ...]
     confidence: float | None
     probabilities: Mapping[str, float]
 
@@ -112,11 +111,11 @@ class Predictor:
                 yield examples.ids[row], prediction
                 row += 1
 
-    def features(self, contents: Sequence[bytes]) -> Any:
+    def features(self, contents: Sequence[bytes]) -> Array | tuple[Array, Array]:
         """Return what the cache would hold for these rows: [N, D], [N, L, D], or (values, offsets) for tokens."""
         return features_of(self.backbone, contents, self.head.feature.name)
 
-    def _prediction(self, values: npt.NDArray[Any]) -> Prediction:
+    def _prediction(self, values: Array) -> Prediction:
         names = self.head.class_names
         by_name = {name: float(value) for name, value in zip(names, values, strict=True)}
         if self.head.task == "regression":
@@ -142,9 +141,9 @@ def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
 def refuse_other_backbone(head: TrainedHead, backbone: Backbone) -> None:
     """Raise ``BackboneMismatchError`` with a readable difference unless these are the head's own features."""
     trained, here = ExtractionSpec.from_json(head.extraction), ExtractionSpec.from_json(backbone.identity)
-    if found := trained.differences_for(head.feature.name, here):
+    if differences := trained.differences_for(head.feature.name, here):
         raise BackboneMismatchError(
             f"the head was trained on the features of another backbone "
-            f"({differences_text(found, 'trained on', 'this is')}): "
+            f"({differences_text(differences, 'trained on', 'this is')}): "
             "its answers would be meaningless; give the same model with --model, or train a head on this one"
         )

@@ -37,12 +37,12 @@ def has_adapter(folder: Path) -> bool:
     return config
 
 
-def identity_of(folder: Path) -> dict[str, Any]:
+def identity_of(folder: Path) -> dict[str, object]:
     """Return the hashes of a folder's adapter: its weights, and its config without where its base came from."""
-    said = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     elsewhere = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
     return {
-        "config": hash_json({key: value for key, value in said.items() if key not in elsewhere}),
+        "config": hash_json({key: value for key, value in config.items() if key not in elsewhere}),
         "weights": {WEIGHTS: sha256_file(folder / WEIGHTS)},
     }
 

@@ -17,7 +17,7 @@ ROWS = 32
 NAME = "embedcache_blocks"
 
 
-def experts_option() -> dict[str, Any]:
+def experts_option() -> dict[str, object]:
     """Return what ``from_pretrained`` takes to run experts in blocks; empty before transformers 5 had the choice."""
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -39,13 +39,13 @@ def _in_blocks(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) ->
 
     tokens, k = chosen.shape
     flat = chosen.reshape(-1)
-    found = hidden.new_zeros(tokens * k, hidden.shape[-1])
+    outputs = hidden.new_zeros(tokens * k, hidden.shape[-1])
     for expert in flat.unique().tolist():  # type: ignore[no-untyped-call]
         for slots in (flat == expert).nonzero()[:, 0].split(ROWS):
             rows = hidden[slots // k]
             block = torch.cat([rows, rows[:1].expand(ROWS - len(rows), -1)])
-            found[slots] = _expert(experts, expert, block)[: len(rows)].to(found.dtype)
-    weighted = found * weights.reshape(-1, 1)
+            outputs[slots] = _expert(experts, expert, block)[: len(rows)].to(outputs.dtype)
+    weighted = outputs * weights.reshape(-1, 1)
     return weighted.view(tokens, k, -1).sum(dim=1).to(hidden.dtype)
 
 

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from embedcache.errors import BackboneError, MissingExtraError, SpecError
 from embedcache.fingerprint import hash_json, sha256_file
@@ -128,7 +127,7 @@ def _refuse_lone_adapter(folder: Path, name: str) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """Return the JSON object in a file of a model folder. Raises ``BackboneError`` when it is something else."""
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -192,10 +191,10 @@ def config_hash(folder: Path) -> str:
     )
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     # Some configs hold Infinity, which canonical JSON has no word for.
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [_finite(inner) for inner in value]
     return repr(value) if isinstance(value, float) and value - value != 0 else value

@@ -23,7 +23,7 @@ _lock = threading.Lock()
 
 def stamp(folder: Path) -> Stamp:
     """Return name, size, times and inode of every file that loading may read: in the folder and one level below it."""
-    found = []
+    stamps = []
     for path in sorted([*folder.glob("*"), *folder.glob("*/*.json"), *folder.glob("*/*.py")]):
         try:
             status = path.stat()  # of what a link leads to, as the hub's folders are made of links
@@ -32,8 +32,8 @@ def stamp(folder: Path) -> Stamp:
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             # The change time is the kernel's own: a file written again with its size and modification time kept shows.
-            found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    return tuple(found)
+            stamps.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+    return tuple(stamps)
 
 
 def contents_hash(folder: Path) -> str:

@@ -60,8 +60,8 @@ def load_network(
             f"{name}: {counted(len(wrong), 'tensor')} of the weight files do not have the sizes that config.json says "
             f"({tensor} is {list(stored)}, expected {list(expected)}): the weights belong to another configuration"
         )
-    missing = _random_tensors(whole, network, [str(each) for each in report["missing_keys"]])
-    if essential := [each for each in missing if not each.startswith("pooler.")]:
+    missing = _random_tensors(whole, network, [str(key) for key in report["missing_keys"]])
+    if essential := [key for key in missing if not key.startswith("pooler.")]:
         raise BackboneError(
             f"{name}: {len(essential)} of the model's tensors are not in its weight files ({essential[0]}, ...): "
             "they would be random; the weights belong to another architecture or are incomplete"

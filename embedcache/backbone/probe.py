@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from collections.abc import Mapping
 
 from embedcache.backbone.compute import run_plan
-from embedcache.backbone.protocol import Backbone, Prepared
+from embedcache.backbone.protocol import Backbone
 from embedcache.batching import plan
 from embedcache.numerics import Outcome, Probe
 from embedcache.shard import decoded
-
-
-class Probed(Backbone, Protocol):
-    """A backbone that can be probed."""
-
-    @property
-    def probe_rows(self) -> Sequence[bytes]:
-        """Contents by which it is known what a machine computes."""
-        ...
-
-    @property
-    def probe_versions(self) -> Mapping[str, str]:
-        """Versions of what prepares rows."""
-        ...
-
-
-class Digested(Prepared, Protocol):
-    """Prepared rows that say what the model will see."""
-
-    def digests(self) -> list[str]:
-        """Return a hash of each row, the same on every machine."""
-        ...
 
 
 def probe_of(backbone: Backbone) -> Probe | None:
@@ -46,7 +23,9 @@ def probe_of(backbone: Backbone) -> Probe | None:
         values = arrays[feature.name]
         stored = values[0] if isinstance(values, tuple) else values
         outcomes[feature.name] = Outcome.of(decoded(stored), feature.dtype)
-    return Probe(tuple(cast(Digested, prepared).digests()), cast(Probed, backbone).probe_versions, outcomes)
+    digests: list[str] = getattr(prepared, "digests", list)()
+    versions: Mapping[str, str] = getattr(backbone, "probe_versions", {})
+    return Probe(tuple(digests), versions, outcomes)
 
 
 def _takes(backbone: Backbone, row: bytes) -> bool:

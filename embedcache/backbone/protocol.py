@@ -52,7 +52,7 @@ class Backbone(Protocol):
         ...
 
     @property
-    def provenance(self) -> Mapping[str, Any]:
+    def provenance(self) -> Mapping[str, object]:
         """What ran it: device, versions, the name it was asked for by. Recorded, never compared."""
         ...
 

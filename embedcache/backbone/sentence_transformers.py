@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from embedcache.backbone.folder import read_json
 from embedcache.errors import BackboneError
@@ -38,7 +37,7 @@ def lower_cases(folder: Path) -> bool:
     return (folder / "modules.json").is_file() and bool(_transformer_config(folder).get("do_lower_case"))
 
 
-def _transformer_config(folder: Path) -> dict[str, Any]:
+def _transformer_config(folder: Path) -> dict[str, object]:
     there = (folder / name for name in _TRANSFORMER_CONFIGS if (folder / name).is_file())
     return next((config for config in map(read_json, there) if config), {})
 
@@ -78,15 +77,16 @@ class SentenceTransformerSettings:
         except BackboneError as error:
             obstacle = f"{folder.name}: --pooling auto cannot follow {error}: name a pooling, such as --pooling mean"
         return cls(
-            pooling, normalize, int(limit) if limit else None, None if prompt is None else str(prompt), include_prompt,
-            obstacle,
+            pooling, normalize, int(limit) if isinstance(limit, (int, float, str)) and limit else None,
+            None if prompt is None else str(prompt), include_prompt, obstacle,
         )  # fmt: skip
 
 
-def _modules(folder: Path) -> tuple[list[str], dict[str, Any]]:
+def _modules(folder: Path) -> tuple[list[str], dict[str, object]]:
     """Return the kinds of a folder's modules and the config of its pooling."""
     try:
-        modules = [(str(each["type"]), str(each["path"])) for each in json.loads((folder / "modules.json").read_text())]
+        listed = json.loads((folder / "modules.json").read_text())
+        modules = [(str(module["type"]), str(module["path"])) for module in listed]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise BackboneError("its modules.json, which is not a list of modules") from None
     kinds = [kind.rsplit(".", 1)[-1] for kind, _ in modules]
@@ -104,7 +104,7 @@ def _modules(folder: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def _refuse_what_changes_features(
-    sentence: Mapping[str, Any], general: Mapping[str, Any], pool: Mapping[str, Any]
+    sentence: Mapping[str, object], general: Mapping[str, object], pool: Mapping[str, object]
 ) -> None:
     width, kept = pool.get("embedding_dimension", pool.get("word_embedding_dimension")), general.get("truncate_dim")
     if kept is not None and not (isinstance(width, int) and isinstance(kept, int) and kept >= width):
@@ -118,20 +118,20 @@ def _refuse_what_changes_features(
             raise BackboneError(f"{name} {str(given)[:80]} of its Transformer module")
 
 
-def _pooling(pool: Mapping[str, Any]) -> str:
+def _pooling(pool: Mapping[str, object]) -> str:
     """Return our name of the pooling that a ``1_Pooling/config.json`` chooses; there are two ways to write it."""
     ours = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last", "last_token": "last"}
     if isinstance(mode := pool.get("pooling_mode"), str):
         asked = [mode]
     elif isinstance(mode, list):
-        asked = [str(each) for each in mode]
+        asked = [str(name) for name in mode]
     else:
         asked = [
             key.removeprefix("pooling_mode_")
             for key, value in pool.items()
             if key.startswith("pooling_mode_") and value
         ]
-    chosen = [ours.get(each, each) for each in asked or ["mean"]]  # mean where none is chosen, as its authors' library
+    chosen = [ours.get(name, name) for name in asked or ["mean"]]  # mean where none is chosen, as its authors' library
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
         raise BackboneError(" and ".join(asked))
     return chosen[0]

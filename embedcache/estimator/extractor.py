@@ -123,8 +123,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         if backbone.identity.get("shapes") != shapes:  # fitted on another kind of device
             backbone = self._backbone(shapes)
         fitted, here = (ExtractionSpec.from_json(identity) for identity in (self.identity_, backbone.identity))
-        if found := fitted.differences(here):
-            shown = differences_text(found, "fitted with", "this is")
+        if differences := fitted.differences(here):
+            shown = differences_text(differences, "fitted with", "this is")
             raise BackboneMismatchError(
                 f"FeatureExtractor was fitted with another model than {backbone.provenance.get('model')} is now "
                 f"({shown}): what was fitted on its features would be wrong; bring that model back, or fit again"

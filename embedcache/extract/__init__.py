@@ -56,9 +56,9 @@ def load_for(output_dir: Path | str | None, source: ModelSource, asked: Backbone
 
     The agreement itself is checked where the cache is opened for writing, with a difference that names the fields.
     """
-    found = read_spec(output_dir) if output_dir is not None else None
-    if found is not None:
-        spec, made_with = found
+    recorded = read_spec(output_dir) if output_dir is not None else None
+    if recorded is not None:
+        spec, made_with = recorded
         source = source.or_else(made_with.get("model"), made_with.get("revision"))
         asked = asked.over(spec.settings or BackboneSettings())
     return load_backbone(**source.arguments(), **asked.arguments())
@@ -80,9 +80,9 @@ def part_of(examples: Examples, part: int, parts: int) -> Examples:
     A content and all its duplicates fall in one part, so no part computes what another does.
     """
     order = new_rows(examples, np.full(len(examples.keys), -1, np.int64))
-    mine = order[len(order) * (part - 1) // parts : len(order) * part // parts]
+    chosen = order[len(order) * (part - 1) // parts : len(order) * part // parts]
     keys = np.ascontiguousarray(examples.keys).view("V16").ravel()
-    return examples.select(np.flatnonzero(np.isin(keys, keys[mine])))
+    return examples.select(np.flatnonzero(np.isin(keys, keys[chosen])))
 
 
 @checks_arguments(load_examples, ModelSource, BackboneSettings)

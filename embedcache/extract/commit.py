@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 from embedcache.backbone import Backbone
 from embedcache.cache import CacheWriter
@@ -102,9 +101,7 @@ class Commits:
     def __enter__(self) -> Commits:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         # What was computed is committed also when a later window failed; that failure is then the one to tell of.
         self._thread.shutdown(wait=True)
         if error is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
-from embedcache.extract.windows import new_rows, row_bytes_of, shard_rows, unique_count
+from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows, unique_count
 from embedcache.wording import counted
 
 SAMPLE = 20_000
@@ -46,7 +45,7 @@ class Forecast:
         """Positions computed for each real one."""
         return self.computed / self.tokens if self.tokens else 1.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the forecast as JSON values."""
         return {**asdict(self), "overhead": self.overhead}
 
@@ -60,14 +59,14 @@ class Forecast:
             return "\n".join([*lines, "nothing to compute"])
         if self.sampled < self.to_extract:
             lines.append(f"sampled     {counted(self.sampled, 'row')}, scaled up below")
-        most = max(each["rows"] for each in self.histogram)
+        most = max(step["rows"] for step in self.histogram)
         lines.append("tokens a row")
-        for each in self.histogram:
-            bar = "#" * -(-40 * each["rows"] // most)
-            lines.append(f"  {each['from']:>5}-{each['to']:<5} {each['rows']:>9,}  {bar}".rstrip())
+        for step in self.histogram:
+            bar = "#" * -(-40 * step["rows"] // most)
+            lines.append(f"  {step['from']:>5}-{step['to']:<5} {step['rows']:>9,}  {bar}".rstrip())
         if self.truncated:
             lines.append(f"truncated   {self.truncated:,} rows are longer than the model reads")
-        shown = ", ".join(f"{each['rows']}x{each['length']} ({each['batches']:,})" for each in self.shapes[:6])
+        shown = ", ".join(f"{shape['rows']}x{shape['length']} ({shape['batches']:,})" for shape in self.shapes[:6])
         more = f" and {len(self.shapes) - 6} more" if len(self.shapes) > 6 else ""
         lines.append(f"shapes      rows x tokens (batches): {shown}{more}")
         lines.append(
@@ -121,7 +120,7 @@ def forecast(
         with torch_threads(threads):
             count = CALIBRATION * backbone.side_by_side(len(batches))
             chosen = np.unique(np.linspace(0, len(batches) - 1, count).astype(int))
-            some = Plan(tuple(batches.batches[at] for at in chosen), batches.real)
+            some = Plan(tuple(batches.batches[number] for number in chosen), batches.real)
             run_plan(backbone, prepared, Plan(some.batches[-1:], batches.real))
             start = time.perf_counter()
             run_plan(backbone, prepared, some)
@@ -132,8 +131,9 @@ def forecast(
     for batch in whole:
         counts[batch.rows, batch.length] = counts.get((batch.rows, batch.length), 0) + 1
     size = {
-        each.name: row_bytes_of(each) * (round(float(vectors.sum()) * scale) if each.kind == "tokens" else len(todo))
-        for each in backbone.feature_sets
+        feature.name: row_bytes_of(feature)
+        * (round(float(vectors.sum()) * scale) if feature.kind == "tokens" else len(todo))
+        for feature in backbone.feature_sets
     }
     return Forecast(
         rows=len(examples.keys),
@@ -155,7 +155,7 @@ def forecast(
     )
 
 
-def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]], scale: float) -> list[dict[str, int]]:
+def _histogram(lengths: Rows, scale: float) -> list[dict[str, int]]:
     if not len(lengths):
         return []
     low, high = int(lengths.min()), int(lengths.max())
@@ -181,7 +181,7 @@ def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str)
     sample = np.unique(np.linspace(0, len(examples.keys) - 1, 256).astype(np.int64))
     prepared = backbone.prepare(list(examples.contents(sample)))
     batches = plan(prepared.lengths, backbone.policy)
-    batch = max(batches, key=lambda each: len(each.indices))
+    batch = max(batches, key=lambda batch: len(batch.indices))
     backbone.fetch(backbone.forward(prepared, batch))
     start = time.perf_counter()
     backbone.fetch(backbone.forward(prepared, batch))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from embedcache.numerics import Difference
 from embedcache.wording import counted, shown
@@ -31,7 +30,7 @@ class ExtractionReport:
     numerics: Difference | None = None
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the report as JSON values."""
         return {**asdict(self), "numerics": None if self.numerics is None else self.numerics.to_json()}
 

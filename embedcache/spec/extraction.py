@@ -14,6 +14,10 @@ from embedcache.spec.feature import DTYPES, FeatureSpec, feature_name
 FieldDifference = tuple[str, object, object]
 """A field, dots between its levels, with its value before and now."""
 MOST_SHOWN = 4
+Options = MutableMapping[str, Any]
+"""Options of a function or a command, out of which its own are taken."""
+Arguments = dict[str, Any]
+"""Keyword arguments of a function, which checks them itself."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,13 @@ class ModelSource:
     trust_remote_code: bool = False
 
     @classmethod
-    def taken_from(cls, options: MutableMapping[str, Any]) -> ModelSource:
+    def taken_from(cls, options: Options) -> ModelSource:
         """Take what describes a source out of the options of a function or a command."""
-        return cls(**_taken(options, [each.name for each in fields(cls)]))
+        return cls(**_taken(options, [field.name for field in fields(cls)]))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Arguments:
         """Return the keyword arguments with which ``load_backbone`` loads the model from here."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def or_else(self, model: object, revision: object) -> ModelSource:
         """Return this source, or where it names no model, the one recorded with its revision."""
@@ -63,9 +67,9 @@ class BackboneSettings:
     pass_threads: int | None = None
 
     @classmethod
-    def taken_from(cls, options: MutableMapping[str, Any], features: Sequence[str] = ()) -> BackboneSettings:
+    def taken_from(cls, options: Options, features: Sequence[str] = ()) -> BackboneSettings:
         """Take what describes settings out of the options of a function or a command."""
-        names = [each.name for each in fields(cls) if each.name not in ("features", "shapes")]
+        names = [field.name for field in fields(cls) if field.name not in ("features", "shapes")]
         return cls(features=tuple(features), **_taken(options, names))
 
     def refuse_impossible(self) -> None:
@@ -90,8 +94,8 @@ class BackboneSettings:
         names = [feature_name(text) for text in self.features if text != "auto"]
         same = len(self.features) == len(recorded.features) and set(names) == set(recorded.features)
         merged = {
-            each.name: getattr(recorded if getattr(self, each.name) is None else self, each.name)
-            for each in fields(self)
+            field.name: getattr(recorded if getattr(self, field.name) is None else self, field.name)
+            for field in fields(self)
         }
         if recorded.shapes is not None:
             asked = {"max_length": self.max_length, "positions": self.positions, "threads": self.pass_threads}
@@ -100,9 +104,9 @@ class BackboneSettings:
         features = recorded.features if same or not self.features else self.features
         return BackboneSettings(**{**merged, "features": features})
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Arguments:
         """Return the keyword arguments with which ``load_backbone`` follows these settings."""
-        named = {"policy": self.shapes, **{each.name: getattr(self, each.name) for each in fields(self)}}
+        named = {"policy": self.shapes, **{field.name: getattr(self, field.name) for field in fields(self)}}
         return {name: value for name, value in named.items() if name != "shapes" and value not in (None, ())}
 
 
@@ -149,7 +153,7 @@ class ExtractionSpec:
         text = self.body.get("preprocessing")
         if not isinstance(text, Mapping) or not {*_OF_TEXT} <= {*text} or not {*_OF_MODEL} <= {*self.body}:
             return None
-        recorded: dict[str, Any] = {name: text[name] for name in _OF_TEXT}
+        recorded: Arguments = {name: text[name] for name in _OF_TEXT}
         recorded |= {name: self.body[name] for name in _OF_MODEL}
         compiled = recorded.pop("execution") == "compiled"
         return BackboneSettings(features=tuple(self.features), compiled=compiled, **recorded)
@@ -179,11 +183,11 @@ _OF_TEXT = ("max_length", "truncation_side", "prompt")
 _OF_MODEL = ("compute_dtype", "storage_dtype", "attention", "execution", "shapes")
 
 
-def differences_text(found: Sequence[FieldDifference], before: str, now: str) -> str:
+def differences_text(differences: Sequence[FieldDifference], before: str, now: str) -> str:
     """Lay differences out for a message: ``backbone.config: trained on 'a', this is 'b'``, the first four of them."""
-    shown = "; ".join(f"{field}: {before} {old!r}, {now} {new!r}" for field, old, new in found[:MOST_SHOWN])
-    return shown + (f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else "")
+    shown = "; ".join(f"{field}: {before} {old!r}, {now} {new!r}" for field, old, new in differences[:MOST_SHOWN])
+    return shown + (f" and {len(differences) - MOST_SHOWN} more" if len(differences) > MOST_SHOWN else "")
 
 
-def _taken(options: MutableMapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _taken(options: Options, names: Sequence[str]) -> Arguments:
     return {name: options.pop(name) for name in names if name in options}
