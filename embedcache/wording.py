@@ -1,10 +1,12 @@
-"""Words for people: a text from data as it can stand in a line of a terminal."""
+"""Words for people: texts from data as they can stand in a terminal, plurals, durations, tables, nearest names."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from difflib import get_close_matches
 
 _JOINERS = "\u200c\u200d"  # Persian is written with them, and so are emoji
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -21,14 +23,14 @@ def shown(text: object) -> str:
     Names of files, columns, classes and splits come from strangers. One that holds a line break would forge a line
     of ours, one that holds an escape sequence would have the terminal obey it.
     """
-    said = str(text)
-    if said.isprintable():
-        return said
+    line = str(text)
+    if line.isprintable():
+        return line
     return "".join(
-        each.encode("unicode_escape").decode()
-        if unicodedata.category(each) in _ESCAPED and each not in _JOINERS
-        else each
-        for each in said
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _ESCAPED and character not in _JOINERS
+        else character
+        for character in line
     )
 
 
@@ -37,6 +39,43 @@ def counted(number: int, noun: str) -> str:
     hissing = noun.endswith(("s", "sh", "ch", "x")) and not noun.endswith("epoch")
     plural = noun + ("es" if hissing else "s")
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def duration(seconds: float) -> str:
+    """Return a rough time: ``a second``, ``45 s``, ``12 min``, ``1.5 h``, ``3 days``."""
+    if seconds < 1:
+        return "a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
+
+
+def did_you_mean(name: object, names: Collection[str]) -> str:
+    """Return `` (did you mean linear?)`` for a name that is close to one of some, else nothing; ends a phrase."""
+    nearest = get_close_matches(str(name), names, 1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return the lines of a table; the columns in ``numbers`` are aligned on the right."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        [
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    aligned.insert(1, ["-" * width for width in widths])
+    return ["  ".join(cells).rstrip() for cells in aligned]
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown; what comes from data must have been made harmless before."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def shortened(value: object, most: int = 40) -> str:
@@ -54,8 +93,8 @@ def json_shown(text: str, encoding: str | None = "utf-8") -> str:
     try:
         text.encode(encoding or "utf-8")
     except UnicodeEncodeError:
-        text = "".join(each if each.isascii() else json.dumps(each)[1:-1] for each in text)
-    return text if text.isprintable() else "".join(each if each == "\n" else _in_json(each) for each in text)
+        text = "".join(letter if letter.isascii() else json.dumps(letter)[1:-1] for letter in text)
+    return text if text.isprintable() else "".join(letter if letter == "\n" else _in_json(letter) for letter in text)
 
 
 def _in_json(character: str) -> str:

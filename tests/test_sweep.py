@@ -20,8 +20,9 @@ from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.sweep import Configuration, SweepResult, conclusion, sweep, training
 from embedcache.sweep import run as running
 from embedcache.sweep.comparison import Resampler, Scored
-from embedcache.sweep.problem import Problem, Protocol
-from embedcache.sweep.run import refuse_too_many
+from embedcache.sweep.cost import refuse_too_many
+from embedcache.sweep.problem import Problem
+from embedcache.sweep.protocol import Protocol
 from embedcache.train.metrics import score
 
 FAST = {"head": "linear", "learning_rate": [0.003, 0.03], "epochs": 6, "seeds": [0, 1]}
@@ -56,35 +57,35 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_leaderboard_is_honest_and_whole(swept: SweepResult) -> None:
     rows = swept.leaderboard
-    assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    assert rows[-1]["head"]["kind"] == "majority"
-    assert rows[-1]["distinguishable"]
-    assert rows[0]["p"] is None
-    assert not rows[0]["distinguishable"]
+    assert [row.rank for row in rows] == [1, 2, 3, 4, 5]
+    assert [row.score for row in rows] == sorted((row.score for row in rows), reverse=True)
+    assert rows[-1].head.kind == "majority"
+    assert rows[-1].distinguishable
+    assert rows[0].p is None
+    assert not rows[0].distinguishable
     for row in rows:
-        low, high = row["interval"]
-        assert low <= row["score"] <= high
-        assert row["score"] == pytest.approx(np.mean(row["fold_scores"]))
-        assert row["difference"]["value"] == pytest.approx(row["score"] - rows[0]["score"])
-        if row["p"] is not None:
-            assert row["p"] <= row["p_adjusted"] <= 1
-    assert {row["test_method"] for row in rows[1:]} <= {"mcnemar-exact", "paired-bootstrap"}
-    assert swept.summary["baseline"] == rows[-1]["score"]
+        low, high = row.interval
+        assert low <= row.score <= high
+        assert row.score == pytest.approx(np.mean(row.fold_scores))
+        assert row.difference.value == pytest.approx(row.score - rows[0].score)
+        if row.p is not None:
+            assert row.p <= row.p_adjusted <= 1
+    assert {row.test_method for row in rows[1:]} <= {"mcnemar-exact", "paired-bootstrap"}
+    assert swept.summary["baseline"] == rows[-1].score
 
 
 def test_a_seed_is_a_repetition_not_a_choice(swept: SweepResult) -> None:
-    linear = [row for row in swept.leaderboard if row["head"]["kind"] == "linear"]
-    assert [row["seeds"] for row in linear] == [[0, 1], [0, 1]]
-    mine = [each for each in swept.results if each.candidate == linear[0]["id"]]
+    linear = [row for row in swept.leaderboard if row.head.kind == "linear"]
+    assert [row.seeds for row in linear] == [(0, 1), (0, 1)]
+    mine = [each for each in swept.results if each.candidate == linear[0].id]
     assert len(mine) == 10
-    assert linear[0]["score"] == pytest.approx(np.mean([each.score for each in mine]))
+    assert linear[0].score == pytest.approx(np.mean([each.score for each in mine]))
 
 
 def test_the_score_of_a_fold_is_on_rows_no_head_of_it_saw(cache: FeatureCache, swept: SweepResult) -> None:
     problem = Problem.of(cache)
     features = problem.features("mean", problem.rows)
-    best = [each for each in swept.results if each.candidate == swept.leaderboard[0]["id"]]
+    best = [each for each in swept.results if each.candidate == swept.leaderboard[0].id]
     configuration = Configuration.from_json({name: getattr(best[0], name) for name in ("feature", "head", "train")})
     for fold, division in enumerate(problem.folds):
         job = training.Job(configuration, division, fold)
@@ -98,9 +99,9 @@ def test_the_score_of_a_fold_is_on_rows_no_head_of_it_saw(cache: FeatureCache, s
 
 def test_the_test_split_is_looked_at_once_with_the_chosen_head(cache: FeatureCache, swept: SweepResult) -> None:
     rows = swept.leaderboard
-    assert [row["looked_at_test"] for row in rows] == [True, False, False, False, False]
+    assert [row.looked_at_test for row in rows] == [True, False, False, False, False]
     test = swept.summary["test"]
-    assert test["id"] == rows[0]["id"] == swept.summary["chosen"]["id"]
+    assert test["id"] == rows[0].id == swept.summary["chosen"]["id"]
     assert test["rows"] == 61
     x, y = cache.arrays("test")
     assert (swept.best.predict(x) == y).mean() == pytest.approx(test["score"])
@@ -126,8 +127,8 @@ def test_labels_of_the_test_split_cannot_change_the_choice(cache: FeatureCache, 
     grid = [{**FAST, "seeds": [0]}]
     one, two = (sweep(each, grid, progress=False) for each in (cache, other))
     keep = ("id", "score", "fold_scores", "p")
-    assert [{name: row[name] for name in keep} for row in one.leaderboard] == [
-        {name: row[name] for name in keep} for row in two.leaderboard
+    assert [{name: getattr(row, name) for name in keep} for row in one.leaderboard] == [
+        {name: getattr(row, name) for name in keep} for row in two.leaderboard
     ]
     assert one.summary["test"]["score"] != two.summary["test"]["score"]
 
@@ -151,10 +152,8 @@ def test_the_same_sweep_again_trains_nothing_and_changes_nothing(
     assert len(third.leaderboard) == 3
     # The same in one go gives the same table.
     whole = sweep(cache, [{**FAST, "seeds": [0], "learning_rate": [0.003, 0.03, 0.1]}], progress=False)
-    assert [row["id"] for row in whole.leaderboard] == [row["id"] for row in third.leaderboard]
-    assert [row["score"] for row in whole.leaderboard] == pytest.approx(
-        [row["score"] for row in third.leaderboard], abs=0.01
-    )
+    assert [row.id for row in whole.leaderboard] == [row.id for row in third.leaderboard]
+    assert [row.score for row in whole.leaderboard] == pytest.approx([row.score for row in third.leaderboard], abs=0.01)
 
 
 def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +183,7 @@ def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatc
     assert any("half written" in note for note in whole.summary["notes"])
     monkeypatch.undo()
     straight = sweep(cache, grid, progress=False)
-    assert [row["id"] for row in straight.leaderboard] == [row["id"] for row in whole.leaderboard]
+    assert [row.id for row in straight.leaderboard] == [row.id for row in whole.leaderboard]
 
 
 def test_another_cache_metric_or_protocol_is_refused(cache: FeatureCache, swept: SweepResult, tmp_path: Path) -> None:
@@ -217,7 +216,7 @@ def test_tidy_results(swept: SweepResult, tmp_path: Path) -> None:
     assert len(rows) == (1 + 2 * 2 + 2) * 5
     assert {row["learning_rate"] for row in rows if row["head"] == "linear"} == {0.003, 0.03}
     frame = swept.to_dataframe()
-    assert frame.groupby("candidate").score.mean().max() == pytest.approx(swept.leaderboard[0]["score"])
+    assert frame.groupby("candidate").score.mean().max() == pytest.approx(swept.leaderboard[0].score)
     swept.to_csv(tmp_path / "x.csv")
     assert len((tmp_path / "x.csv").read_text().splitlines()) == len(rows) + 1
     swept.to_jsonl(tmp_path / "x.jsonl")
@@ -232,7 +231,7 @@ def test_few_shots(cache: FeatureCache) -> None:
     assert (few["shots"], few["draws"], len(few["scores"])) == (5, 4, 4)
     assert few["score"] == pytest.approx(np.mean(few["scores"]))
     assert all(each.train_rows == 15 and each.eval_rows == 255 for each in result.results)
-    assert result.leaderboard[0]["score"] > result.summary["baseline"]
+    assert result.leaderboard[0].score > result.summary["baseline"]
     with pytest.raises(SweepError, match="contradict"):
         sweep(cache, GRID, shots=5, folds=3)
     with pytest.raises(SweepError, match="--draws needs --shots"):
@@ -243,10 +242,10 @@ def test_a_learning_curve_has_points_below_all_rows(cache: FeatureCache, tmp_pat
     grid = [{**FAST, "seeds": [0]}, "majority"]
     result = sweep(cache, grid, output_dir=tmp_path / "s", learning_curve=True, folds=2, progress=False)
     curves = result.summary["learning_curve"]
-    assert [curve["id"] for curve in curves][-1] == result.leaderboard[-1]["id"]
+    assert [curve["id"] for curve in curves][-1] == result.leaderboard[-1].id
     points = curves[0]["points"]
     assert [point["rows"] for point in points] == [14, 27, 68, 135]
-    assert points[-1]["score"] == pytest.approx(result.leaderboard[0]["score"])
+    assert points[-1]["score"] == pytest.approx(result.leaderboard[0].score)
     assert all(len(point["scores"]) == 2 for point in points)
     assert len(result.leaderboard) == 3  # points of a curve are no candidates
 
@@ -254,11 +253,11 @@ def test_a_learning_curve_has_points_below_all_rows(cache: FeatureCache, tmp_pat
 def test_test_all_marks_every_head(cache: FeatureCache, tmp_path: Path) -> None:
     grid = [{**FAST, "seeds": [0]}]
     result = sweep(cache, grid, output_dir=tmp_path / "s", test_all=True, progress=False)
-    assert all(row["looked_at_test"] and row["test"]["rows"] == 61 for row in result.leaderboard)
+    assert all(row.looked_at_test and row.test.rows == 61 for row in result.leaderboard)
     assert "looked at with 2 heads" in " ".join(result.summary["notes"])
     # What was seen stays seen.
     again = sweep(cache, grid, output_dir=tmp_path / "s", progress=False)
-    assert all(row["looked_at_test"] for row in again.leaderboard)
+    assert all(row.looked_at_test for row in again.leaderboard)
 
 
 def test_a_chosen_head_that_still_improves_is_said(cache: FeatureCache) -> None:
@@ -272,25 +271,25 @@ def test_the_simplest_can_be_chosen(cache: FeatureCache) -> None:
     grid = [{"head": "mlp", "hidden": [5, 7], "learning_rate": 0.02, "epochs": 8}, {**FAST, "seeds": [0]}]
     result = sweep(cache, grid, choose="simplest", progress=False)
     assert result.summary["chosen"]["id"] == result.summary["recommended"]["id"]
-    group = [row for row in result.leaderboard if not row["distinguishable"]]
-    assert result.best.parameters == min(row["parameters"] for row in group)
+    group = [row for row in result.leaderboard if not row.distinguishable]
+    assert result.best.parameters == min(row.parameters for row in group)
 
 
 def test_the_given_split_and_repeats(cache: FeatureCache) -> None:
     one = sweep(cache, [{**FAST, "seeds": [0]}], folds=1, progress=False)
     assert {each.fold for each in one.results} == {0}
     assert {each.eval_rows for each in one.results} == {int(cache.split_sizes()["validation"])}
-    assert one.leaderboard[0]["interval_method"] in ("bootstrap", "wilson")
+    assert one.leaderboard[0].interval_method in ("bootstrap", "wilson")
     two = sweep(cache, [{**FAST, "seeds": [0]}], folds=2, repeats=2, progress=False)
     assert len(two.results) == 8
-    assert two.leaderboard[1]["test_method"] == "paired-bootstrap"
+    assert two.leaderboard[1].test_method == "paired-bootstrap"
 
 
 def test_a_cache_without_test_shows_mistakes_out_of_fold(tmp_path: Path) -> None:
     result = sweep(planted_cache(tmp_path / "c", planted_rows(150)), [{**FAST, "seeds": [0]}], folds=3, progress=False)
     assert result.summary["test"] is None
     assert result.summary["mistakes"]["split"] == "out of fold"
-    assert not any(row["looked_at_test"] for row in result.leaderboard)
+    assert not any(row.looked_at_test for row in result.leaderboard)
     assert "no labelled test split" in " ".join(result.summary["notes"])
 
 
@@ -302,7 +301,7 @@ def test_regression_and_many_labels(tmp_path: Path) -> None:
     numbers = planted_cache(tmp_path / "r", rows)
     result = sweep(numbers, ["majority", FAST], folds=3, progress=False)
     assert result.summary["metric"] == {"name": "rmse", "greater_is_better": False}
-    scores = [row["score"] for row in result.leaderboard]
+    scores = [row.score for row in result.leaderboard]
     assert scores == sorted(scores)
     assert len(next(iter(result.summary["test"]["points"].values()))) == 31
     many = [
@@ -322,8 +321,8 @@ def test_tokens_are_trained_fold_by_fold(tmp_path: Path) -> None:
     cache = planted_cache(tmp_path / "c", planted_rows(91, test=17), tokens=True, noise=0.5)
     grid = [{"head": "attention-pooling", "width": 4, "heads": 1, "epochs": 4, "learning_rate": 0.05}, "majority"]
     result = sweep(cache, grid, folds=3, progress=False)
-    assert result.leaderboard[0]["feature"] == "tokens"
-    assert result.leaderboard[0]["score"] > result.summary["baseline"] + 0.2
+    assert result.leaderboard[0].feature == "tokens"
+    assert result.leaderboard[0].score > result.summary["baseline"] + 0.2
     assert TrainedHead.from_pretrained(result.path / "best").spec.kind == "attention-pooling"
 
 
@@ -331,8 +330,8 @@ def test_heads_of_scikit_learn_run_beside(cache: FeatureCache, monkeypatch: pyte
     monkeypatch.setattr(training, "_WORTH_PROCESSES", 0)
     grid = [{"head": "knn", "n_neighbors": [3, 7]}, "lda", "majority"]
     result = sweep(cache, grid, folds=2, progress=False)
-    assert {row["head"]["kind"] for row in result.leaderboard} == {"knn", "lda", "majority"}
-    assert min(row["parameters"] for row in result.leaderboard if row["head"]["kind"] == "knn") > 7 * 100
+    assert {row.head.kind for row in result.leaderboard} == {"knn", "lda", "majority"}
+    assert min(row.parameters for row in result.leaderboard if row.head.kind == "knn") > 7 * 100
 
 
 def test_what_cannot_be_trained_is_a_failure_with_its_reason(cache: FeatureCache, tmp_path: Path) -> None:
@@ -420,8 +419,8 @@ def test_a_pair_of_specs_is_a_configuration(cache: FeatureCache) -> None:
     result = sweep(
         cache, [(HeadSpec("linear"), TrainSpec(epochs=3, learning_rate=0.05, seed=7))], folds=2, progress=False
     )
-    assert result.leaderboard[0]["seeds"] == [7]
-    assert result.leaderboard[0]["train"]["learning_rate"] == 0.05
+    assert result.leaderboard[0].seeds == (7,)
+    assert result.leaderboard[0].train["learning_rate"] == 0.05
 
 
 def test_a_path_of_penalties_is_each_of_them_alone(cache: FeatureCache, passes: list[int]) -> None:
@@ -447,9 +446,9 @@ def test_a_path_of_penalties_is_each_of_them_alone(cache: FeatureCache, passes: 
 
 def test_the_default_sweep_has_every_sort_of_head_and_says_where_to_look_further(cache: FeatureCache) -> None:
     result = sweep(cache, folds=2, progress=False)
-    assert {row["head"]["kind"] for row in result.leaderboard} == {"majority", "linear", "mlp", "residual"}
-    simple = next(row for row in result.leaderboard if row["id"] == result.summary["recommended"]["id"])
-    group = [row for row in result.leaderboard if not row["distinguishable"]]
-    assert simple["parameters"] == min(row["parameters"] for row in group)
+    assert {row.head.kind for row in result.leaderboard} == {"majority", "linear", "mlp", "residual"}
+    simple = next(row for row in result.leaderboard if row.id == result.summary["recommended"]["id"])
+    group = [row for row in result.leaderboard if not row.distinguishable]
+    assert simple.parameters == min(row.parameters for row in group)
     edge = sweep(cache, [{"head": "linear", "solver": "convex", "l2": [1e3, 1e4, 1e5]}], folds=2, progress=False)
     assert "the winner's l2 is the" in " ".join(edge.summary["notes"])

@@ -14,6 +14,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.grid import parse, read_file
+from embedcache.sweep.protocol import Asked
 from embedcache.sweep.ranges import choices
 
 SETS = {
@@ -180,7 +181,7 @@ def test_a_file_is_strict_yaml(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text("heads:\n- {head: linear, learning_rate: [1e-3, 0.01]}\nfolds: 3\nfeatures: mean\n")
     found = parse(read_file(file), SETS)
-    assert found.protocol == {"folds": 3}
+    assert found.asked == Asked(folds=3)
     assert [each.train.learning_rate for each in found.configurations()] == [0.001, 0.01]
     for text, message in [
         ("folds: 3\nseed: 1\nfolds: 4\n", "line 3: the key 'folds' stands twice"),
@@ -205,5 +206,5 @@ def test_the_documented_file_is_read() -> None:
 
     text = (grid.__doc__ or "").partition("::\n\n")[2]
     found = parse(yaml.safe_load(text), SETS)
-    assert found.protocol == {"folds": 5}
+    assert found.asked == Asked(folds=5)
     assert len(found) == 1 + 2 * 4 * 3 + 2 * 16 + 4 * 3 + 2 * 2

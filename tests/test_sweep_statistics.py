@@ -7,10 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import small_summaries
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.sweep import statistics as stats
+from embedcache.sweep.comparison import simplest
+from embedcache.sweep.decoding import from_json
+from embedcache.sweep.summary import LeaderboardRow
 from embedcache.train.metrics import wilson
 
 
@@ -151,12 +155,15 @@ def test_a_clearly_worse_head_is_told_apart_and_the_winner_never_is() -> None:
     assert stats.not_distinguishable([None, *stats.holm([stats.mcnemar(bad, good)])]) == [True, False]
 
 
-def row(kind: str, parameters: int, score: float) -> dict[str, object]:
-    return {"head": {"kind": kind}, "parameters": parameters, "score": score}
+def row(kind: str, parameters: int, score: float) -> LeaderboardRow:
+    head = {"kind": kind, "engine": "torch", "options": {}}
+    return from_json(LeaderboardRow, small_summaries.row(1, score, head=head, parameters=parameters))
 
 
 def test_the_simplest_has_fewest_parameters_then_the_plainer_kind_then_the_better_score() -> None:
-    assert stats.simplest([row("mlp", 900, 0.9), row("linear", 100, 0.8)], True) == 1
-    assert stats.simplest([row("ridge", 100, 0.9), row("linear", 100, 0.8), row("mine", 100, 0.95)], True) == 1
-    assert stats.simplest([row("linear", 100, 0.7), row("linear", 100, 0.8)], True) == 1
-    assert stats.simplest([row("linear", 100, 0.7), row("linear", 100, 0.8)], False) == 0
+    small, large = row("linear", 100, 0.8), row("mlp", 900, 0.9)
+    assert simplest([large, small], True) is small
+    assert simplest([row("ridge", 100, 0.9), small, row("mine", 100, 0.95)], True) is small
+    worse = row("linear", 100, 0.7)
+    assert simplest([worse, small], True) is small
+    assert simplest([worse, small], False) is worse

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import embedcache
 from embedcache.errors import BadRowsError, CorruptCacheError, SpecMismatchError
-from embedcache.wording import cell, counted, json_shown, page, shown
+from embedcache.wording import cell, counted, did_you_mean, duration, json_shown, markdown_table, page, shown, table
 
 HOSTILE = "a\nerror: \x1b[2J\x9b31m\rb\u202e\u2028\ud800"
 
@@ -92,3 +92,23 @@ def test_counted() -> None:
     assert [counted(2, noun) for noun in ("class", "forward pass", "batch", "bad row")] == [
         "2 classes", "2 forward passes", "2 batches", "2 bad rows",
     ]  # fmt: skip
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.2, 1, 89.4, 90, 5399, 5400, 172_799, 172_800, 864_000_000)] == [
+        "a second", "1 s", "89 s", "2 min", "90 min", "1.5 h", "48.0 h", "2 days", "10,000 days",
+    ]  # fmt: skip
+
+
+def test_the_nearest_name() -> None:
+    assert did_you_mean("liner", ["mlp", "linear"]) == " (did you mean linear?)"
+    assert did_you_mean("xyz", ["mlp", "linear"]) == ""
+    assert did_you_mean(7, {"seven": 7}) == ""
+
+
+def test_tables() -> None:
+    lines = table(["head", "rows"], [["mlp", "7"], ["linear", "1,000"]], [1])
+    assert lines == ["head     rows", "------  -----", "mlp         7", "linear  1,000"]
+    assert table(["a", "b"], []) == ["a  b", "-  -"]
+    assert table(["a", ""], [["b", ""]]) == ["a", "-", "b"]
+    assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]

@@ -1,7 +1,6 @@
 """A sweep's findings as one self-contained page, as Markdown, or as JSON.
 
 ==============  ==============================================================
-``reading``     the summary of a sweep's folder, checked
 ``charts``      pictures as SVG, written by hand: they follow the page's colours
 ``sections``    a summary -> what the page shows
 ``page``        the template, the style and the script put together
@@ -19,7 +18,7 @@ from embedcache.errors import SweepError
 from embedcache.journal import commit
 from embedcache.report.markdown import to_markdown
 from embedcache.report.page import to_html
-from embedcache.report.reading import read_summary
+from embedcache.sweep.summary import read_summary
 
 Form = Literal["html", "markdown", "json"]
 
@@ -30,13 +29,15 @@ def report(sweep: Path | str, output: Path | str | None = None, form: Form = "ht
     Raises ``SweepError`` for a folder that is not a sweep or has no finished summary, and when ``output`` cannot be
     written; ``MissingExtraError`` without jinja2, for HTML.
     """
-    summary = read_summary(Path(sweep))
+    summary, written = read_summary(Path(sweep))
+    if not summary.leaderboard:
+        raise SweepError(f"{sweep} has no head that could be trained: see {sweep}/results.jsonl for the reasons")
     if form == "html":
         text = to_html(summary)
     elif form == "markdown":
         text = to_markdown(summary)
     else:
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
     # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON's own escape.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if output is not None:
@@ -44,4 +45,4 @@ def report(sweep: Path | str, output: Path | str | None = None, form: Form = "ht
     return text
 
 
-__all__ = ["Form", "read_summary", "report", "to_html", "to_markdown"]
+__all__ = ["Form", "report", "to_html", "to_markdown"]

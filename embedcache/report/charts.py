@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from embedcache.sweep.summary import Bin
 from embedcache.wording import counted
 
 Pair = tuple[float, float]
@@ -323,24 +324,27 @@ def _named(name: str) -> str:
     return f"{escape(short(name))}<title>{escape(name)}</title>"
 
 
-def reliability(bins: Sequence[tuple[float, float, float | None, float | None, int]], title: str) -> str:
-    """Draw how often the head is right against how sure it is: (low, high, confidence, accuracy, rows) a bin."""
+def reliability(bins: Sequence[Bin], title: str) -> str:
+    """Draw how often the head is right against how sure it is."""
     x, y = Scale((0, 1), (LEFT, WIDTH - RIGHT)), Scale((0, 1), (HEIGHT - BOTTOM, TOP))
     ground, height = axes(x, y, "confidence", "share that is right")
     parts = [ground]
     parts.append(f'<line class="even" x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}"/>')
-    most = max((each[4] for each in bins), default=1) or 1
-    for low, high, confidence, accuracy, rows in bins:
-        if confidence is None or accuracy is None or not rows:
+    most = max((bar.rows for bar in bins), default=1) or 1
+    for bar in bins:
+        if bar.confidence is None or bar.accuracy is None or not bar.rows:
             continue
-        said = f"{low:.2f} to {high:.2f}: confidence {confidence:.3f}, right {accuracy:.3f}, {counted(rows, 'row')}"
-        tall = (HEIGHT - BOTTOM - TOP) * 0.25 * rows / most
+        hover = (
+            f"{bar.low:.2f} to {bar.high:.2f}: confidence {bar.confidence:.3f}, right {bar.accuracy:.3f}, "
+            f"{counted(bar.rows, 'row')}"
+        )
+        tall = (HEIGHT - BOTTOM - TOP) * 0.25 * bar.rows / most
         parts.append(
-            f'<rect class="count" x="{x(low) + 0.5}" width="{max(x(high) - x(low) - 1, 1):.1f}" '
-            f'y="{HEIGHT - BOTTOM - tall:.1f}" height="{tall:.1f}"><title>{escape(said)}</title></rect>'
+            f'<rect class="count" x="{x(bar.low) + 0.5}" width="{max(x(bar.high) - x(bar.low) - 1, 1):.1f}" '
+            f'y="{HEIGHT - BOTTOM - tall:.1f}" height="{tall:.1f}"><title>{escape(hover)}</title></rect>'
         )
         parts.append(
-            f'<circle class="dot chosen" cx="{x(confidence)}" cy="{y(accuracy)}" r="4">'
-            f"<title>{escape(said)}</title></circle>"
+            f'<circle class="dot chosen" cx="{x(bar.confidence)}" cy="{y(bar.accuracy)}" r="4">'
+            f"<title>{escape(hover)}</title></circle>"
         )
     return figure("".join(parts), title, height=height)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from embedcache.errors import MissingExtraError
 from embedcache.report.sections import page_values
+from embedcache.sweep.summary import Summary
 
 _HERE = Path(__file__).parent
 
@@ -19,7 +18,7 @@ def source_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def to_html(summary: Mapping[str, Any]) -> str:
+def to_html(summary: Summary) -> str:
     """Return a summary as one self-contained HTML page.
 
     All values go through jinja2's escaping; only charts, whose texts are escaped where they are drawn, and the page's

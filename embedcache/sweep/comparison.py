@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.statistics import Floats, Interval
 from embedcache.sweep.store import Outputs, Result, SweepFolder
+from embedcache.sweep.summary import Difference, Failure, HeadFacts, LeaderboardRow
 from embedcache.task import task_named
 from embedcache.train.metrics import metric_named, wilson
 from embedcache.train.metrics.predictions import Predictions
@@ -163,76 +164,100 @@ def candidates(folder: SweepFolder, configurations: Sequence[Configuration], fol
 
 
 def leaderboard(
-    problem: Problem, folder: SweepFolder, found: Sequence[Candidate]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of the leaderboard, best first, without what the test split says, and the failures."""
-    failures = [{"id": each.id, "label": each.first.label, "error": each.error()} for each in found if each.error()]
-    fine = [each for each in found if each.error() is None]
-    if not fine:
+    problem: Problem, folder: SweepFolder, tried: Sequence[Candidate]
+) -> tuple[list[LeaderboardRow], list[Failure]]:
+    """Return the rows of the leaderboard, best first, without scores on the test split, and the failures."""
+    reasons = [(candidate, candidate.error()) for candidate in tried]
+    failures = [Failure(candidate.id, candidate.first.label, error) for candidate, error in reasons if error]
+    ranked = [candidate for candidate, error in reasons if error is None]
+    if not ranked:
         return [], failures
     sign = -1.0 if problem.greater_is_better else 1.0
-    means = {each.id: float(np.mean(each.fold_scores())) for each in fine}
+    means = {candidate.id: float(np.mean(candidate.fold_scores())) for candidate in ranked}
     # Equal scores: the plainer label first, so that the order is the same in every run.
-    fine.sort(key=lambda each: (sign * means[each.id], each.first.label))
-    scored = [_scored(problem, folder, each) for each in fine]
+    ranked.sort(key=lambda candidate: (sign * means[candidate.id], candidate.first.label))
+    scored = [_scored(problem, folder, candidate) for candidate in ranked]
     resampler = Resampler(problem.metric, problem.task, problem.y, problem.strata.group, seed=problem.protocol.seed)
     resampled = resampler(scored)
-    best = fine[0]
-    tests = [None, *(_test(problem, fine[at], best, scored, at, resampled) for at in range(1, len(fine)))]
-    adjusted = [None, *statistics.holm([each["p"] for each in tests if each is not None])]
+    heads = [Compared(*parts) for parts in zip(ranked, scored, resampled, strict=True)]
+    tests = [_test(problem, head, heads[0]) for head in heads[1:]]
+    adjusted = [None, *statistics.holm([test.p for test in tests])]
     same = statistics.not_distinguishable(adjusted, problem.protocol.alpha)
-    varied = _varied([each.first for each in fine])
-    rows = []
-    for at, each in enumerate(fine):
-        interval, method = _interval(problem, each, scored[at], resampled[at])
-        test = tests[at]
-        rows.append({
-            "rank": at + 1,
-            **_described(each.first, varied),
-            "seeds": [member.train.seed for member in each.configurations],
-            "score": means[each.id],
-            "sd": _sd(each.fold_scores()),
-            "interval": _finite(interval),
-            "interval_method": method,
-            "fold_scores": each.fold_scores(),
-            "difference": {"value": 0.0, "interval": [0.0, 0.0]} if test is None else test["difference"],
-            "p": None if test is None else test["p"],
-            "p_adjusted": adjusted[at],
-            "p_folds": None if test is None else test["p_folds"],
-            "test_method": None if test is None else test["method"],
-            "distinguishable": not same[at],
-            "parameters": max(result.parameters for of_seed in each.results for result in of_seed),
-            "seconds": sum(result.seconds for of_seed in each.results for result in of_seed),
-            "epochs": _mean_epochs(each),
-            "looked_at_test": False,
-            "test": None,
-        })  # fmt: skip
-    return rows, failures
+    varied = _varied([candidate.first for candidate in ranked])
+    rows = [
+        _row(problem, head, means[head.candidate.id], varied, test)
+        for head, test in zip(heads, [_WINNER, *tests], strict=True)
+    ]
+    return [
+        replace(row, rank=place + 1, p_adjusted=adjusted[place], distinguishable=not same[place])
+        for place, row in enumerate(rows)
+    ], failures
 
 
-def _described(configuration: Configuration, varied: set[str]) -> dict[str, Any]:
-    feature = FeatureSpec.parse(configuration.feature) if _parses(configuration.feature) else None
-    body = configuration.to_json(seed=False)
-    flat = configuration.flat()
-    return {
-        "id": configuration.candidate,
-        "label": configuration.label,
-        "feature": configuration.feature,
-        "pooling": feature.pooling if feature else configuration.feature,
-        "layers": None if feature is None else "+".join(map(str, feature.layers or ("all",))),
-        "normalize": bool(feature and feature.normalize),
-        "head": body["head"],
-        "train": body["train"],
-        "varied": {name: value for name, value in flat.items() if name in varied},
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Compared:
+    """A candidate with its outputs by fold and seed, and its score on bootstrap resamples [B]."""
+
+    candidate: Candidate
+    scored: Sequence[Scored]
+    resampled: Floats
 
 
-def _parses(name: str) -> bool:
+@dataclass(frozen=True)
+class PairedTest:
+    """A candidate against the winner on the same rows; ``p`` is 1 and the method None for the winner itself."""
+
+    difference: Difference
+    p: float
+    p_folds: float | None
+    method: str | None
+
+
+_WINNER = PairedTest(Difference(0.0, (0.0, 0.0)), 1.0, None, None)
+
+
+def _row(problem: Problem, head: Compared, score: float, varied: Collection[str], test: PairedTest) -> LeaderboardRow:
+    """Return a row; its rank and what comes from all p values together are put in afterwards."""
+    candidate = head.candidate
+    configuration, folds = candidate.first, candidate.fold_scores()
+    results = [result for of_seed in candidate.results for result in of_seed]
+    epochs = [result.epochs for result in results if result.epochs is not None]
+    parsed = _parsed(configuration.feature)
+    interval, method = _interval(problem, head)
+    return LeaderboardRow(
+        rank=0,
+        id=candidate.id,
+        label=configuration.label,
+        feature=configuration.feature,
+        pooling=parsed.pooling if parsed else configuration.feature,
+        layers=None if parsed is None else "+".join(map(str, parsed.layers or ("all",))),
+        normalize=parsed is not None and parsed.normalize,
+        head=HeadFacts(configuration.head.kind, configuration.head.engine, dict(configuration.head.options)),
+        train=configuration.settings,
+        varied={name: value for name, value in configuration.flat().items() if name in varied},
+        seeds=tuple(member.train.seed for member in candidate.configurations),
+        score=score,
+        sd=float(np.std(folds, ddof=1)) if len(folds) > 1 else None,
+        interval=_finite(interval),
+        interval_method=method,
+        fold_scores=tuple(folds),
+        difference=test.difference,
+        p=None if test.method is None else test.p,
+        p_adjusted=None,
+        p_folds=test.p_folds,
+        test_method=test.method,
+        distinguishable=False,
+        parameters=max(result.parameters for result in results),
+        seconds=sum(result.seconds for result in results),
+        epochs=float(np.mean(epochs)) if epochs else None,
+    )
+
+
+def _parsed(name: str) -> FeatureSpec | None:
     try:
-        FeatureSpec.parse(name)
-    except ValueError:
-        return False
-    return True
+        return FeatureSpec.parse(name)
+    except ValueError:  # features that were made elsewhere have names of their own
+        return None
 
 
 def _varied(configurations: Sequence[Configuration]) -> set[str]:
@@ -256,28 +281,21 @@ def _scored(problem: Problem, folder: SweepFolder, each: Candidate) -> list[Scor
     return out
 
 
-def _sizes(problem: Problem) -> tuple[float, float]:
-    """Return the mean number of rows to learn from and to score, for the correction of Nadeau and Bengio."""
-    learn = float(np.mean([int((fold.train | fold.stopping).sum()) for fold in problem.folds]))
-    return learn, float(np.mean([int(fold.score.sum()) for fold in problem.folds]))
-
-
 def _correction(problem: Problem) -> tuple[float, float]:
+    """Return the mean numbers of rows to learn from and to score, for the correction of Nadeau and Bengio."""
     if problem.protocol.shots is None:
-        return _sizes(problem)
+        return problem.mean_train_rows, problem.mean_score_rows
     # Draws of a few rows out of thousands hardly overlap: their scores are as good as independent.
     return 1.0, 0.0
 
 
-def _interval(
-    problem: Problem, each: Candidate, scored: Sequence[Scored], resampled: Floats
-) -> tuple[Interval | None, str]:
+def _interval(problem: Problem, head: Compared) -> tuple[Interval | None, str]:
     alpha = problem.protocol.alpha
-    found = statistics.resampled_t_interval(each.fold_scores(), *_correction(problem), alpha)
-    if found is not None:
+    ends = statistics.resampled_t_interval(head.candidate.fold_scores(), *_correction(problem), alpha)
+    if ends is not None:
         low, high = BOUNDS.get(problem.metric, (0.0, 1.0))
-        return (max(low, found[0]), min(high, found[1])), "nadeau-bengio"
-    return row_interval(problem.metric, problem.task, problem.y, scored, resampled, alpha)
+        return (max(low, ends[0]), min(high, ends[1])), "nadeau-bengio"
+    return row_interval(problem.metric, problem.task, problem.y, head.scored, head.resampled, alpha)
 
 
 def row_interval(
@@ -291,45 +309,44 @@ def row_interval(
     return statistics.percentile_interval(resampled, alpha), "bootstrap"
 
 
-def _test(
-    problem: Problem, each: Candidate, best: Candidate, scored: Sequence[Sequence[Scored]], at: int, resampled: Floats
-) -> dict[str, Any]:
+def _test(problem: Problem, head: Compared, best: Compared) -> PairedTest:
     """Compare a candidate with the winner on the same rows."""
-    theirs = np.array(each.fold_scores()) - np.array(best.fold_scores())
-    value, moved = float(theirs.mean()), resampled[at] - resampled[0]
-    p_folds = statistics.resampled_t_test(theirs.tolist(), *_correction(problem))
-    once = len(each.configurations) == len(best.configurations) == 1 and problem.protocol.repeats == 1
-    alone = problem.strata.groups == len(problem)
-    if problem.metric == "accuracy" and once and alone and problem.protocol.shots is None:
-        a, b = (
-            np.concatenate([part.right(problem.task, problem.y) for part in parts]) for parts in (scored[at], scored[0])
-        )
-        p, method = statistics.mcnemar(a > 0, b > 0), "mcnemar-exact"
+    differences = np.array(head.candidate.fold_scores()) - np.array(best.candidate.fold_scores())
+    value, resampled = float(differences.mean()), head.resampled - best.resampled
+    p_folds = statistics.resampled_t_test(differences.tolist(), *_correction(problem))
+    one_seed = len(head.candidate.configurations) == len(best.candidate.configurations) == 1
+    one_answer_a_row = one_seed and problem.protocol.repeats == 1 and problem.protocol.shots is None
+    # McNemar's test takes rows to be independent: equal contents are not.
+    if problem.metric == "accuracy" and one_answer_a_row and problem.strata.groups == len(problem):
+        right = [
+            np.concatenate([part.right(problem.task, problem.y) for part in compared.scored]) > 0
+            for compared in (head, best)
+        ]
+        p, method = statistics.mcnemar(*right), "mcnemar-exact"
     else:
-        p, method = statistics.bootstrap_test(value, moved, problem.strata.groups), "paired-bootstrap"
-    return {
-        "difference": {
-            "value": value,
-            "interval": _finite(statistics.percentile_interval(moved, problem.protocol.alpha)),
-        },
-        "p": p, "p_folds": p_folds, "method": method,
-    }  # fmt: skip
+        p, method = statistics.bootstrap_test(value, resampled, problem.strata.groups), "paired-bootstrap"
+    interval = statistics.percentile_interval(resampled, problem.protocol.alpha)
+    return PairedTest(Difference(value, _finite(interval)), p, p_folds, method)
 
 
-def _finite(interval: Interval | None) -> list[float] | None:
-    return None if interval is None or not all(map(math.isfinite, interval)) else [float(end) for end in interval]
+def _finite(interval: Interval | None) -> Interval | None:
+    if interval is None or not all(map(math.isfinite, interval)):
+        return None
+    return float(interval[0]), float(interval[1])
 
 
-def _sd(scores: Sequence[float]) -> float | None:
-    return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+KIND_ORDER = (
+    "majority", "linear", "logistic-regression", "ridge", "linear-svm", "lda", "random-projection", "mlp", "residual",
+    "attention-pooling", "attention", "hist-gradient-boosting", "knn",
+)  # fmt: skip
+"""From simple to complex, where two heads have the same number of parameters; a kind of your own comes last."""
 
 
-def _mean_epochs(each: Candidate) -> float | None:
-    ran = [result.epochs for of_seed in each.results for result in of_seed if result.epochs is not None]
-    return float(np.mean(ran)) if ran else None
+def simplest(rows: Sequence[LeaderboardRow], greater_is_better: bool) -> LeaderboardRow:
+    """Return the simplest row: fewest parameters, then ``KIND_ORDER``, then the best score."""
 
+    def cost(row: LeaderboardRow) -> tuple[int, int, float]:
+        order = KIND_ORDER.index(row.head.kind) if row.head.kind in KIND_ORDER else len(KIND_ORDER)
+        return row.parameters, order, -row.score if greater_is_better else row.score
 
-def pick(rows: Sequence[Mapping[str, Any]], greater_is_better: bool) -> int:
-    """Return the place of the simplest row among those that cannot be told from the winner."""
-    group = [at for at, row in enumerate(rows) if not row["distinguishable"]]
-    return group[statistics.simplest([dict(rows[at]) for at in group], greater_is_better)]
+    return min(rows, key=cost)

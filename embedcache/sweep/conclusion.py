@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from embedcache.errors import SweepError, TrainingError
 from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
 from embedcache.journal import exists, explained, make_folder
 from embedcache.sweep import statistics
-from embedcache.sweep.comparison import Candidate, Resampler, Scored, row_interval
+from embedcache.sweep.comparison import DRAWS, Candidate, Resampler, Scored, row_interval
+from embedcache.sweep.decoding import from_json
+from embedcache.sweep.findings import measured, mistakes
 from embedcache.sweep.folds import subset
-from embedcache.sweep.problem import Problem, part
+from embedcache.sweep.problem import Problem
 from embedcache.sweep.store import SweepFolder
-from embedcache.sweep.summary import measured, mistakes
-from embedcache.sweep.training import Batch, Job, Trained, batches, outputs_of, train_batch
+from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
+from embedcache.sweep.training import Job, Trained, batches, outputs_of, train_batch
 from embedcache.train.metrics import score
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -29,53 +32,63 @@ TESTED = "tested.json"
 
 @dataclass(frozen=True)
 class Final:
-    """The chosen head on all development rows, and what the test split says of it (None where there is none)."""
+    """The chosen head on all development rows, and its results on the test split (None where there is none)."""
 
     trained: Trained
     head: TrainedHead
-    test: dict[str, Any] | None
-    mistakes: dict[str, Any]
-    few_shot: dict[str, Any] | None
+    test: TestResult | None
+    mistakes: Mistakes
+    few_shot: FewShot | None
 
 
 def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
-    """Train the chosen head for good and look at the test split with it.
+    """Train the chosen head for good and use the test split with it.
 
     It is trained as it was in every fold, on the rows of train and validation (in a few-shot sweep on the first draw),
-    with its first seed, and calibrated on what it said out of fold.
+    with its first seed, and calibrated on its outputs out of fold.
 
     Raises ``TrainingError`` when it cannot be trained on these rows.
     """
-    shots = problem.protocol.shots is not None
-    folds = problem.folds if shots else [problem.final]
-    made = [_one(problem, Job(chosen.first, fold, at)) for at, fold in enumerate(folds)]
-    trained = made[0]
+    shots = problem.protocol.shots
+    folds = problem.folds if shots is not None else [problem.final]
+    every = [_one(problem, Job(chosen.first, fold, number)) for number, fold in enumerate(folds)]
+    trained = every[0]
     if trained.head is None:
         raise TrainingError(f"{chosen.first.label} could not be trained on all rows: {trained.error}")
-    head = trained.head if shots else _calibrated(problem, folder, chosen, trained.head)
-    test, few = None, None
-    thresholds = head.thresholds
-    if len(problem.test_rows):
-        x = problem.features(chosen.first.feature, problem.test_rows)
-        said = head.probabilities(x)
-        test = {"id": chosen.id, "label": chosen.first.label, "split": "test", **_tested(problem, said, thresholds)}
-        test["trained_on"] = int((folds[0].train | folds[0].stopping).sum())
-        test |= measured(problem, problem.test_y, said, thresholds if problem.task == "multilabel" else None)
-        wrong = mistakes(problem, "test", problem.test_rows, problem.test_y, said, thresholds)
-        if shots:
-            every = [
-                score(problem.metric, problem.task, problem.test_y, outputs_of(each.head, x))
-                for each in made
-                if each.head is not None
-            ]
-            few = {
-                "shots": problem.protocol.shots, "draws": len(every), "scores": every,
-                "score": float(np.mean(every)), "sd": float(np.std(every, ddof=1)) if len(every) > 1 else None,
-            }  # fmt: skip
-    else:
+    head = trained.head if shots is not None else _calibrated(problem, folder, chosen, trained.head)
+    if not len(problem.test_rows):
         rows, outputs = _out_of_fold(problem, folder, chosen)
-        wrong = mistakes(problem, "out of fold", problem.rows[rows], problem.y[rows], outputs, thresholds)
+        wrong = mistakes(problem, "out of fold", problem.rows[rows], problem.y[rows], outputs, head.thresholds)
+        return Final(trained, head, None, wrong, None)
+    x = problem.features(chosen.first.feature, problem.test_rows)
+    outputs = head.probabilities(x)
+    on_test, method = _tested(problem, outputs, head.thresholds)
+    thresholds = head.thresholds if problem.task == "multilabel" else None
+    found = measured(problem, problem.test_y, outputs, thresholds)
+    test = TestResult(
+        id=chosen.id,
+        label=chosen.first.label,
+        split="test",
+        rows=on_test.rows,
+        score=on_test.score,
+        interval=on_test.interval,
+        interval_method=method,
+        trained_on=folds[0].rows,
+        metrics=found.metrics,
+        confusion=found.confusion,
+        per_class=found.per_class,
+        calibration=found.calibration,
+        points=found.points,
+    )
+    wrong = mistakes(problem, "test", problem.test_rows, problem.test_y, outputs, head.thresholds)
+    few = None if shots is None else _few_shot(problem, shots, [made.head for made in every if made.head], x)
     return Final(trained, head, test, wrong, few)
+
+
+def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: Any) -> FewShot:
+    scores = [score(problem.metric, problem.task, problem.test_y, outputs_of(head, x)) for head in heads]
+    sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    return FewShot(shots, len(scores), tuple(scores), float(np.mean(scores)), sd)
 
 
 def _one(problem: Problem, job: Job) -> Trained:
@@ -84,12 +97,14 @@ def _one(problem: Problem, job: Job) -> Trained:
     return trained
 
 
-def _out_of_fold(problem: Problem, folder: SweepFolder, chosen: Candidate) -> tuple[Any, Any]:
-    """Return rows and what the first seed said of them when they were not learnt from, in its first repeat."""
-    kept = folder.predictions(chosen.first.id)
-    mine = [at for at, fold in enumerate(problem.folds) if fold.repeat == 0]
-    rows = np.concatenate([np.flatnonzero(problem.folds[at].score) for at in mine])
-    return rows, np.concatenate([kept[at] for at in mine]).astype(np.float64)
+def _out_of_fold(
+    problem: Problem, folder: SweepFolder, chosen: Candidate
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return rows and the first seed's outputs on them when they were not learnt from, in its first repeat."""
+    outputs = folder.predictions(chosen.first.id)
+    folds = [number for number, fold in enumerate(problem.folds) if fold.repeat == 0]
+    rows = np.concatenate([np.flatnonzero(problem.folds[number].score) for number in folds])
+    return rows, np.concatenate([outputs[number] for number in folds]).astype(np.float64)
 
 
 def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: TrainedHead) -> TrainedHead:
@@ -99,56 +114,56 @@ def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: 
         return head
     rows, outputs = _out_of_fold(problem, folder, chosen)
     if problem.task == "multilabel":
-        return replace(
-            head, calibration={"thresholds": [float(each) for each in fit_thresholds(outputs, problem.y[rows])]}
-        )
+        thresholds = [float(limit) for limit in fit_thresholds(outputs, problem.y[rows])]
+        return replace(head, calibration={"thresholds": thresholds})
     logits = np.log(np.clip(outputs, 1e-30, 1.0))
     return replace(head, calibration={"temperature": float(fit_temperature(logits, problem.y[rows]))})
 
 
-def _tested(problem: Problem, said: Any, thresholds: Sequence[float]) -> dict[str, Any]:
-    """Return score and interval over the rows of the test split, equal contents drawn together."""
-    extra = {"thresholds": np.asarray(thresholds)} if problem.task == "multilabel" else {}
-    value = score(problem.metric, problem.task, problem.test_y, said, **extra)
+def _tested(problem: Problem, outputs: npt.NDArray[Any], thresholds: Sequence[float]) -> tuple[TestScore, str]:
+    """Return score and interval over the rows of the test split, equal contents drawn together, and the method."""
+    limits = np.asarray(thresholds) if problem.task == "multilabel" else None
+    extra = {} if limits is None else {"thresholds": limits}
+    value = score(problem.metric, problem.task, problem.test_y, outputs, **extra)
     keys = np.ascontiguousarray(np.asarray(problem.cache.keys())[problem.test_rows]).view("V16").reshape(-1)
     _, groups = np.unique(keys, return_inverse=True)
     rows = np.arange(len(problem.test_y))
-    scored = [Scored(rows, np.asarray(said, np.float32), extra.get("thresholds"))]
+    scored = [Scored(rows, np.asarray(outputs, np.float32), limits)]
     resampler = Resampler(
         problem.metric, problem.task, problem.test_y, groups.reshape(-1).astype(np.int64), seed=problem.protocol.seed
     )
-    resampler.draws = 1000
-    found, method = row_interval(
+    resampler.draws = DRAWS
+    interval, method = row_interval(
         problem.metric, problem.task, problem.test_y, scored, resampler([scored])[0], problem.protocol.alpha
     )
-    return {
-        "rows": len(rows), "score": float(value), "interval": None if found is None else list(found),
-        "interval_method": method,
-    }  # fmt: skip
+    return TestScore(float(value), interval, len(rows)), method
 
 
-def test_all(problem: Problem, others: Sequence[Candidate], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return score and interval on the test split of every candidate that was not tested before, by id."""
-    jobs = [Job(each.first, problem.final, 0) for each in others if each.id not in known]
-    by_id: dict[str, dict[str, Any]] = {}
+def test_all(problem: Problem, others: Sequence[Candidate], known: Collection[str]) -> dict[str, TestScore]:
+    """Return the scores on the test split, by id, of every candidate that is not ``known``: tested before."""
+    jobs = [Job(other.first, problem.final, 0) for other in others if other.id not in known]
+    by_id: dict[str, TestScore] = {}
     if not len(problem.test_rows):
         return by_id
     for batch in batches(problem, jobs):
         x = problem.features(batch.jobs[0].configuration.feature, problem.test_rows)
         for trained in train_batch(problem, batch):
             if trained.head is not None:
-                said = outputs_of(trained.head, x)
-                by_id[trained.job.configuration.candidate] = _tested(problem, said, trained.head.thresholds)
+                tested, _ = _tested(problem, outputs_of(trained.head, x), trained.head.thresholds)
+                by_id[trained.job.configuration.candidate] = tested
     return by_id
 
 
-def read_tested(folder: SweepFolder) -> dict[str, Any]:
+def read_tested(folder: SweepFolder) -> dict[str, TestScore]:
     """Return what was ever measured on the test split, by candidate."""
     file = folder.path / TESTED
+    if not exists(file, SweepError):
+        return {}
     try:
         with explained(f"cannot read {file}", SweepError):
-            return dict(read_json(file)) if exists(file, SweepError) else {}
-    except (ValueError, TypeError) as error:
+            scores = read_json(file)
+            return {name: from_json(TestScore, value) for name, value in scores.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, SweepError):
             raise
         return {}
@@ -157,50 +172,48 @@ def read_tested(folder: SweepFolder) -> dict[str, Any]:
 def curve_jobs(problem: Problem, of: Sequence[Candidate]) -> list[Job]:
     """Return the jobs of learning curves: each fold with a share of its training rows; its all is known already."""
     jobs = []
-    whole = float(np.mean([int((fold.train | fold.stopping).sum()) for fold in problem.folds]))
+    whole = problem.mean_train_rows
     least = max(10, 2 * len(problem.class_names) if problem.task == "classification" else 10)
     for candidate in of:
         for share in SHARES:
             if share * whole < least:
                 continue
-            for at, fold in enumerate(problem.folds):
+            for number, fold in enumerate(problem.folds):
                 less = subset(
                     problem.strata, fold, share, seed=problem.protocol.seed, stopping=problem.protocol.stopping_share
                 )
-                jobs.append(Job(candidate.first, less, at, curve=round(share * whole)))
+                jobs.append(Job(candidate.first, less, number, curve=round(share * whole)))
     return jobs
 
 
-def curves(problem: Problem, folder: SweepFolder, of: Sequence[Candidate]) -> list[dict[str, Any]]:
+def curves(problem: Problem, folder: SweepFolder, of: Sequence[Candidate]) -> list[LearningCurve]:
     """Return the learning curves that the folder's results hold."""
+    all_rows = round(problem.mean_train_rows)
     out = []
     for candidate in of:
-        points: dict[int, list[float]] = {}
+        scores_at: dict[int, list[float]] = {}
         for (name, _, curve), result in folder.results.items():
             if name == candidate.first.id and result.score is not None:
-                points.setdefault(curve or 0, []).append(result.score)
-        whole = points.pop(0, [])
-        rows = round(float(np.mean([int((fold.train | fold.stopping).sum()) for fold in problem.folds])))
-        made = []
-        for count, scores in [*sorted(points.items()), (rows, whole)]:
-            evaluated = float(np.mean([int(fold.score.sum()) for fold in problem.folds]))
-            found = statistics.resampled_t_interval(scores, rows, evaluated, problem.protocol.alpha)
-            made.append({
-                "rows": count, "score": float(np.mean(scores)),
-                "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-                "interval": None if found is None else list(found), "scores": scores,
-            })  # fmt: skip
-        out.append({"id": candidate.id, "label": candidate.first.label, "points": made})
+                scores_at.setdefault(curve or 0, []).append(result.score)
+        whole = scores_at.pop(0, [])
+        points = []
+        for rows, scores in [*sorted(scores_at.items()), (all_rows, whole)]:
+            sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+            interval = statistics.resampled_t_interval(
+                scores, all_rows, problem.mean_score_rows, problem.protocol.alpha
+            )
+            points.append(CurvePoint(rows, float(np.mean(scores)), sd, interval, tuple(scores)))
+        out.append(LearningCurve(candidate.id, candidate.first.label, tuple(points)))
     return out
 
 
-def save_best(problem: Problem, folder: SweepFolder, final: Final, row: Mapping[str, Any]) -> None:
+def save_best(problem: Problem, folder: SweepFolder, final: Final, row: LeaderboardRow) -> None:
     """Write ``best/``, the chosen head's bundle."""
-    metrics: dict[str, Any] = {
-        "validation": {problem.metric: row["score"], "folds": row["fold_scores"], "interval": row["interval"]}
+    metrics: dict[str, object] = {
+        "validation": {problem.metric: row.score, "folds": row.fold_scores, "interval": row.interval}
     }
     if final.test is not None:
-        metrics["test"] = {**final.test["metrics"], "intervals": {problem.metric: final.test["interval"]}}
+        metrics["test"] = {**final.test.metrics, "intervals": {problem.metric: final.test.interval}}
     facts = {
         "chosen by": f"a sweep of {problem.metric}, {problem.protocol.text()}",
         "rows": f"{len(problem):,} of train and validation",
@@ -209,6 +222,3 @@ def save_best(problem: Problem, folder: SweepFolder, final: Final, row: Mapping[
     final.head.save_pretrained(
         folder.path / "best", metrics=json.loads(json.dumps(metrics)), history=list(final.trained.history), facts=facts
     )
-
-
-__all__ = ["Batch", "Final", "curve_jobs", "curves", "finish", "part", "read_tested", "save_best", "test_all"]

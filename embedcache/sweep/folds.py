@@ -34,6 +34,11 @@ class Fold:
     score: Mask
     repeat: int = 0
 
+    @property
+    def rows(self) -> int:
+        """How many rows a head may use: those to learn from and those to stop early by."""
+        return int((self.train | self.stopping).sum())
+
 
 @dataclass(frozen=True)
 class Strata:

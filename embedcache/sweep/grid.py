@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,16 @@ from embedcache.heads.registry import option_names
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
 from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
+from embedcache.sweep.protocol import ASKED, NOTHING_ASKED, Asked, asked_in_file
 from embedcache.sweep.ranges import Choices, choices, number
-from embedcache.wording import shortened
+from embedcache.wording import did_you_mean, shortened
 
 ASK_ABOVE = 10_000
 """More configurations than this are not run without a yes."""
 MOST = 2_000_000
 _LARGEST, _DEEPEST, _LONGEST, _MOST_VALUES = 1 << 20, 20, 1000, 100_000
 
-PROTOCOL = ("folds", "repeats", "shots", "draws", "metric", "learning_curve", "random", "seed", "test_all")
-TOP = ("features", "seeds", "heads", *PROTOCOL)
+TOP = ("features", "seeds", "heads", *ASKED)
 _ENTRY = ("head", "engine", "features", "seeds", "options")
 
 
@@ -95,11 +94,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Grid:
-    """Blocks, configurations given as they are, how many to draw (None: all), and the protocol that a file asks for."""
+    """Blocks, configurations given as they are, and what else the file asks for."""
 
     blocks: tuple[Block, ...] = ()
     given: tuple[Configuration, ...] = ()
-    protocol: Mapping[str, Any] = field(default_factory=dict)
+    asked: Asked = NOTHING_ASKED
 
     def __len__(self) -> int:
         """How many configurations there are before duplicates are dropped; no list is made."""
@@ -243,20 +242,11 @@ def parse(
             continue
         fixed = bool(chosen) and not (isinstance(entry, Mapping) and "features" in entry)
         blocks.append(_block(where, _entry(where, entry), feature_sets, common, everywhere, fixed, bool(seeds)))
-    protocol = {name: whole[name] for name in PROTOCOL if whole.get(name) is not None}
-    _protocol(protocol)
-    grid = Grid(tuple(blocks), tuple(given), protocol)
+    asked = asked_in_file({name: whole[name] for name in ASKED if whole.get(name) is not None})
+    grid = Grid(tuple(blocks), tuple(given), asked)
     if not len(grid):
         raise SweepSpecError("the grid has no configurations: name at least one head")
     return grid
-
-
-def _protocol(protocol: Mapping[str, Any]) -> None:
-    for name, value in protocol.items():
-        expected = str if name == "metric" else (bool if name in ("learning_curve", "test_all") else int)
-        if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-            kind = {str: "a name", bool: "true or false", int: "a whole number"}[expected]
-            raise SweepSpecError(f"{name} is {value!r}: expected {kind}")
 
 
 def _entry(where: str, entry: Any) -> dict[str, Any]:
@@ -401,18 +391,16 @@ def _seeds(values: list[Any]) -> tuple[int, ...]:
 def _feature(name: Any, sets: Mapping[str, FeatureSet]) -> str:
     found = find_name(name, sets, feature_name)
     if found is None:
-        near = get_close_matches(str(name), sets, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SweepError(f"there is no feature set {name!r}{hint}: the cache has {', '.join(sets)}")
+        raise SweepError(f"there is no feature set {name!r}{did_you_mean(name, sets)}: the cache has {', '.join(sets)}")
     return found
 
 
 def _known(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
     for name in given:
         if name not in allowed:
-            near = get_close_matches(str(name), allowed, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise SweepSpecError(f"{where} does not know {name!r}{hint}: expected {', '.join(allowed)}")
+            raise SweepSpecError(
+                f"{where} does not know {name!r}{did_you_mean(name, allowed)}: expected {', '.join(allowed)}"
+            )
 
 
 def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import SpecError, SweepError
+from embedcache.errors import SweepError
 from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import sha256_bytes
 from embedcache.spec import TaskName
 from embedcache.sweep import folds
 from embedcache.sweep.folds import Fold, Strata
+from embedcache.sweep.protocol import Protocol
 from embedcache.task import task_named
 from embedcache.train.metrics import metric_named
-from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -27,70 +27,6 @@ Rows = npt.NDArray[np.int64]
 
 DEFAULT_METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What heads are compared by when nobody says. Training stops early by a smooth metric all the same."""
-
-MOST_DIVISIONS = 10_000
-"""Each is kept as a mask over all rows."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How heads are compared.
-
-    ``folds`` is 1 for the cache's own validation split. With ``shots`` there are ``draws`` few-shot draws instead.
-    ``stopping_share`` of a fold's training rows is held out where a head stops early, so that no head sees the rows
-    that it is scored on.
-    """
-
-    folds: int = 5
-    repeats: int = 1
-    shots: int | None = None
-    draws: int = 10
-    seed: int = 0
-    stopping_share: float = 0.1
-    alpha: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.shots is None and (self.folds < 1 or self.repeats < 1):
-            raise SweepError(f"folds is {self.folds}, repeats {self.repeats}: expected at least 1 of each")
-        times = self.folds * self.repeats if self.shots is None else self.draws
-        if times > MOST_DIVISIONS:
-            what = (
-                f"{counted(self.folds, 'fold')}, {self.repeats} times,"
-                if self.shots is None
-                else counted(self.draws, "draw")
-            )
-            raise SweepError(f"{what} are too many: expected at most {MOST_DIVISIONS:,} divisions of the rows")
-        if self.folds == 1 and self.repeats > 1 and self.shots is None:
-            raise SweepError("repeats needs folds: the cache's own validation split cannot be drawn again")
-        if not 0 <= self.seed < 2**32:
-            raise SpecError(f"seed is {self.seed}: expected a whole number from 0")
-
-    @property
-    def kind(self) -> str:
-        """``folds``, ``split`` or ``shots``."""
-        if self.shots is not None:
-            return "shots"
-        return "split" if self.folds == 1 else "folds"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what of it decides the results."""
-        body: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "stopping_share": self.stopping_share}
-        if self.shots is not None:
-            return {**body, "shots": self.shots, "draws": self.draws}
-        return {**body, "folds": self.folds, "repeats": self.repeats}
-
-    def text(self) -> str:
-        """Say it to people."""
-        if self.shots is not None:
-            return (
-                f"{counted(self.draws, 'draw')} of {counted(self.shots, 'row')} a class from train and "
-                "validation, each scored on all rows that were not drawn"
-            )
-        if self.folds == 1:
-            return "trained on the train split, scored on the validation split"
-        times = f", {self.repeats} times" if self.repeats > 1 else ""
-        rows = "stratified, equal contents in one fold"
-        return f"{self.folds}-fold cross-validation{times} over train and validation, {rows}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +95,16 @@ class Problem:
         if plan.folds == 1:
             return folds.given_split(self.strata, ~self.validation, self.validation, **options)  # type: ignore[arg-type]
         return folds.k_folds(self.strata, plan.folds, plan.repeats, exact=self.task == "classification", **options)  # type: ignore[arg-type]
+
+    @cached_property
+    def mean_train_rows(self) -> float:
+        """Rows to learn from, a fold."""
+        return float(np.mean([fold.rows for fold in self.folds]))
+
+    @cached_property
+    def mean_score_rows(self) -> float:
+        """Rows to score, a fold."""
+        return float(np.mean([int(fold.score.sum()) for fold in self.folds]))
 
     @cached_property
     def final(self) -> Fold:

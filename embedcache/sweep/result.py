@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import SweepError
-from embedcache.fingerprint import read_json
 from embedcache.journal import commit
-from embedcache.sweep.schema import damage_of
 from embedcache.sweep.store import Result, read_results
+from embedcache.sweep.summary import LeaderboardRow, read_summary
 from embedcache.sweep.table import to_text
 from embedcache.wording import counted
 
@@ -25,9 +24,10 @@ if TYPE_CHECKING:
 
 
 class SweepResult:
-    """A finished sweep, opened from its folder.
+    """The findings of a sweep, opened from its folder.
 
-    ``summary`` is everything found (see ``embedcache.sweep.summary``), ``leaderboard`` its rows, best first.
+    ``leaderboard`` has a ``LeaderboardRow`` for each head, best first. ``summary`` is everything that was found, as the
+    JSON of ``summary.json``; ``embedcache.sweep.summary`` says what it holds.
 
     Example::
 
@@ -45,29 +45,22 @@ class SweepResult:
         self.path = Path(path)
         if temporary:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        try:
-            self.summary: dict[str, Any] = read_json(self.path / "summary.json", largest=256 << 20, most=8_000_000)
-        except OSError:
-            raise SweepError(f"{path} has no summary.json: it is not a sweep, or has not finished a head") from None
-        except ValueError as error:
-            raise SweepError(f"{path}/summary.json is damaged ({error}): run the same sweep again") from None
-        if problem := damage_of(self.summary):
-            raise SweepError(f"{path}/summary.json is damaged ({problem}): run the same sweep again")
+        self._findings, self.summary = read_summary(self.path)
 
     def __repr__(self) -> str:
         rows = self.leaderboard
-        best = f"; best {rows[0]['label']}: {rows[0]['score']:.4f}" if rows else ""
+        best = f"; best {rows[0].label}: {rows[0].score:.4f}" if rows else ""
         return f"SweepResult({str(self.path)!r}: {counted(len(rows), 'head')}{best})"
 
     @property
-    def leaderboard(self) -> list[dict[str, Any]]:
+    def leaderboard(self) -> list[LeaderboardRow]:
         """The rows of the leaderboard, best first."""
-        return list(self.summary["leaderboard"])
+        return list(self._findings.leaderboard)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What one should know of the result, a line each."""
-        return tuple(map(str, self.summary["notes"]))
+        return self._findings.notes
 
     @cached_property
     def best(self) -> TrainedHead:
@@ -83,8 +76,8 @@ class SweepResult:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict for each configuration and fold: head, options and settings as ``name: value``."""
-        labels = {row["id"]: row["label"] for row in self.leaderboard}
-        return [_flat(each, labels.get(each.candidate)) for each in self.results]
+        labels = {row.id: row.label for row in self.leaderboard}
+        return [_flat(result, labels.get(result.candidate)) for result in self.results]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return ``rows`` as a DataFrame. Raises ``ImportError`` without pandas."""
@@ -113,7 +106,7 @@ class SweepResult:
 
     def to_text(self, rows: int = 12) -> str:
         """Return the leaderboard and what follows from it, for a terminal."""
-        return to_text(self.summary, rows)
+        return to_text(self._findings, rows)
 
 
 def _flat(result: Result, label: str | None) -> dict[str, Any]:

@@ -6,39 +6,55 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
+from embedcache.errors import Interrupted, SweepError, warn
 from embedcache.fingerprint import hash_json
-from embedcache.heads import build_head
 from embedcache.journal import exists
-from embedcache.spec import TrainSpec
-from embedcache.sweep import conclusion, summary
-from embedcache.sweep.comparison import Candidate, candidates, leaderboard, pick
+from embedcache.sweep import conclusion
+from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
 from embedcache.sweep.configuration import Configuration
-from embedcache.sweep.grid import ASK_ABOVE, Grid, parse, read_file
-from embedcache.sweep.problem import Problem, Protocol
+from embedcache.sweep.cost import refuse_too_many
+from embedcache.sweep.decoding import to_json
+from embedcache.sweep.findings import data_facts, machine, protocol_facts, versions
+from embedcache.sweep.grid import parse, read_file
+from embedcache.sweep.notes import notes_on
+from embedcache.sweep.problem import Problem
+from embedcache.sweep.protocol import Asked
 from embedcache.sweep.result import SweepResult
 from embedcache.sweep.store import Outputs, Result, SweepFolder
+from embedcache.sweep.summary import (
+    FORMAT,
+    SUMMARY,
+    VERSION,
+    Choice,
+    Failure,
+    LeaderboardRow,
+    LearningCurve,
+    Metric,
+    Ran,
+    Summary,
+    TestScore,
+    read_summary,
+)
 from embedcache.sweep.table import to_text
 from embedcache.sweep.training import Interruption, Job, Trained, batches, outputs_of, refuse_impossible, train_batch
 from embedcache.train.ending import STILL_IMPROVING
-from embedcache.train.metrics import METRICS, metrics_of, score
-from embedcache.wording import counted
+from embedcache.train.metrics import metrics_of, score
+from embedcache.wording import counted, duration
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
 
 _SLOW_METRICS = frozenset({"roc_auc", "average_precision", "spearman"})
 """Left out of every fold's line, unless heads are compared by them: they sort every row for every class."""
-_FLOPS = 3e10
-"""What a modest core does in a second, for an estimate of days, not of seconds."""
 
 
 @checks_arguments()
@@ -97,20 +113,19 @@ def sweep(
     if choose not in ("best", "simplest"):
         raise SweepError(f"choose is {choose!r}: expected best or simplest")
     parsed = parse(value, opened.feature_sets, features=features, seeds=seeds)
-    given = {
-        "folds": folds, "repeats": repeats, "metric": metric, "shots": shots, "draws": draws, "random": random,
-        "seed": seed, "learning_curve": learning_curve, "test_all": test_all,
-    }  # fmt: skip
-    options = {**parsed.protocol, **{name: each for name, each in given.items() if each is not None}}
-    problem = Problem.of(opened, options.get("metric"), protocol(options))
+    asked = Asked(
+        folds=folds, repeats=repeats, shots=shots, draws=draws, metric=metric, learning_curve=learning_curve,
+        random=random, seed=seed, test_all=test_all,
+    ).over(parsed.asked)  # fmt: skip
+    problem = Problem.of(opened, asked.metric, asked.protocol())
     divided = problem.folds  # refuses what the rows do not allow before anything is made
-    refuse_too_many(problem, parsed, options.get("random"), yes)
-    configurations = parsed.configurations(options.get("random"), options.get("seed", 0))
+    refuse_too_many(problem, parsed, asked.random, yes)
+    configurations = parsed.configurations(asked.random, asked.seed or 0)
     refuse_impossible(problem, configurations)
     path = Path(tempfile.mkdtemp(prefix="embedcache-sweep-") if output_dir is None else output_dir)
     with SweepFolder(path, problem.identity()) as folder:
-        run = Run(problem, folder, progress, command, choose, options)
-        jobs = [Job(each, fold, at) for each in configurations for at, fold in enumerate(divided)]
+        run = Run(problem, folder, Ending(choose, bool(asked.learning_curve), bool(asked.test_all)), command, progress)
+        jobs = [Job(made, fold, number) for made in configurations for number, fold in enumerate(divided)]
         run.train(jobs)
         try:
             run.conclude()
@@ -128,53 +143,13 @@ def _is_file(text: str) -> bool:
     return text.endswith((".yaml", ".yml", ".json"))
 
 
-def protocol(options: dict[str, Any]) -> Protocol:
-    """Return the protocol that options ask for. Raises ``SweepSpecError`` for options that contradict each other."""
-    named = {name: options[name] for name in ("folds", "repeats", "shots", "draws", "seed") if name in options}
-    if "shots" in named and ("folds" in named or "repeats" in named):
-        raise SweepSpecError("--shots and --folds contradict each other: few-shot draws are scored on all other rows")
-    if "draws" in named and "shots" not in named:
-        raise SweepSpecError("--draws needs --shots: how many rows of each class a draw has")
-    return Protocol(**named)
+@dataclass(frozen=True)
+class Ending:
+    """How a sweep ends: which head it keeps, and what else it trains and measures."""
 
-
-def refuse_too_many(problem: Problem, grid: Grid, random: int | None, yes: bool) -> None:
-    """Raise ``SweepError`` with count and estimate for a grid that nobody means to run by accident."""
-    count = len(grid) if random is None else min(len(grid), random)
-    if count <= ASK_ABOVE or yes:
-        return
-    fits = count * len(problem.folds)
-    seconds = fits * float(np.mean([cost(problem, each) for each in grid.sample()]))
-    raise SweepError(
-        f"{counted(count, 'configuration')} on {counted(len(problem.folds), 'fold')} are "
-        f"{counted(fits, 'head')}, {duration(seconds)}: "
-        "draw some with --random 50, name fewer values, or pass --yes to train them all"
-    )
-
-
-def cost(problem: Problem, configuration: Configuration) -> float:
-    """Return roughly how many seconds one fold of a configuration takes on two cores."""
-    feature = problem.cache.feature(configuration.feature)
-    rows, outputs = len(problem), len(problem.class_names)
-    if configuration.head.engine == "sklearn":
-        return 1.0
-    if configuration.train.solver == "convex":
-        return 4 * 60 * rows * feature.dim * outputs / _FLOPS
-    size = sum(each.numel() for each in build_head(configuration.head, feature, outputs).parameters())
-    vectors = {"pooled": 1, "layers": feature.layers, "tokens": 32}[feature.kind]
-    return 6 * rows * size * vectors * _epochs(configuration.train, rows) / _FLOPS
-
-
-def _epochs(spec: TrainSpec, rows: int) -> int:
-    return spec.epochs_of(-(-rows // spec.batch_size))
-
-
-def duration(seconds: float) -> str:
-    """Say a rough time."""
-    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"about {seconds / size:,.0f} {unit}"
-    return f"about {max(seconds, 1):.0f} s"
+    choose: Literal["best", "simplest"] = "best"
+    learning_curve: bool = False
+    test_all: bool = False
 
 
 @dataclass
@@ -183,15 +158,13 @@ class Run:
 
     problem: Problem
     folder: SweepFolder
-    progress: bool
+    ending: Ending
     command: str | None
-    choose: str
-    options: dict[str, Any]
+    progress: bool
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
         self.started = _now()
-        self.fits = 0
         self.show = self.progress and sys.stderr.isatty()
 
     def train(self, jobs: Iterable[Job]) -> None:
@@ -203,9 +176,9 @@ class Run:
         missing = self._missing(wanted)
         work = batches(self.problem, missing)
         done, begun = 0, time.perf_counter()
-        for at, batch in enumerate(work):
+        for number, batch in enumerate(work, 1):
             rate = (time.perf_counter() - begun) / max(1, done)
-            left = f", {duration(rate * (len(missing) - done))} left" if done else ""
+            left = f", about {duration(rate * (len(missing) - done))} left" if done else ""
             title = f"{done}/{counted(len(missing), 'head')}{left}; {batch.title}"
             waiting: list[Trained] = []
             try:
@@ -219,17 +192,17 @@ class Run:
             except (Interruption, KeyboardInterrupt):
                 self._stop(len(wanted) - len(self._missing(wanted)), len(wanted))
             done += len(waiting)
-            if self.show and at + 1 < len(work):
+            if self.show and number < len(work):
                 self._show_table()
 
-    def _stop(self, kept: int, wanted: int) -> None:
+    def _stop(self, kept: int, wanted: int) -> NoReturn:
         rows, failures = self._table()
         if rows:
-            self.folder.write("summary.json", self._summary(rows, failures, complete=False))
+            self.folder.write(SUMMARY, self._summary(rows, failures).to_json())
         raise Interrupted(f"{kept:,} of {wanted:,} fits are kept in {self.folder.path}: run the same command to go on")
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
-        scored = {at: int(fold.score.sum()) for at, fold in enumerate(self.problem.folds)}
+        scored = {number: int(fold.score.sum()) for number, fold in enumerate(self.problem.folds)}
         done: dict[str, set[int]] = {}
         out, seen = [], set()
         for job in jobs:
@@ -248,44 +221,42 @@ class Run:
                 out.append(job)
         return out
 
-    def _keep(self, trained: Sequence[Trained]) -> None:
-        """Score heads on the rows of their folds, and keep what came of it."""
+    def _keep(self, heads: Sequence[Trained]) -> None:
+        """Score heads on the rows of their folds, and keep the results."""
         results: list[Result] = []
         outputs: dict[str, dict[int, Outputs]] = {}
         loaded: dict[tuple[str, int], Any] = {}
-        for each in trained:
-            job = each.job
+        for trained in heads:
+            job = trained.job
             rows = np.flatnonzero(job.fold.score)
-            said = None
-            if each.head is not None:
+            probabilities = None
+            if trained.head is not None:
                 key = job.configuration.feature, job.number
                 if key not in loaded:
                     loaded = {key: self.problem.features(job.configuration.feature, self.problem.rows[rows])}
-                said = outputs_of(each.head, loaded[key])
-            results.append(self._result(each, rows, said))
-            if said is not None and job.curve is None:
-                outputs.setdefault(job.configuration.id, {})[job.number] = said
+                probabilities = outputs_of(trained.head, loaded[key])
+            results.append(self._result(trained, rows, probabilities))
+            if probabilities is not None and job.curve is None:
+                outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
         self.folder.add(results, outputs)
-        self.fits += len(results)
 
-    def _result(self, each: Trained, rows: Any, said: Outputs | None) -> Result:
-        problem, job = self.problem, each.job
+    def _result(self, trained: Trained, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
+        problem, job = self.problem, trained.job
         metrics: dict[str, float | None] = {}
-        error = each.error
-        if said is not None and not np.isfinite(said).all():
-            error = "it diverged, and what it says is not finite: use a lower learning rate"
-        elif said is not None:
-            names = [name for name in metrics_of(problem.task) if name not in _SLOW_METRICS or name == problem.metric]
-            for name in names:
-                value = score(name, problem.task, problem.y[rows], said)
-                metrics[name] = float(value) if np.isfinite(value) else None
+        error = trained.error
+        if outputs is not None and not np.isfinite(outputs).all():
+            error = "it diverged, and its outputs are not finite: use a lower learning rate"
+        elif outputs is not None:
+            for name in metrics_of(problem.task):
+                if name not in _SLOW_METRICS or name == problem.metric:
+                    value = score(name, problem.task, problem.y[rows], outputs)
+                    metrics[name] = float(value) if np.isfinite(value) else None
         body = job.configuration.to_json()
         return Result(
             id=job.configuration.id, candidate=job.configuration.candidate, fold=job.number, repeat=job.fold.repeat,
-            train_rows=int((job.fold.train | job.fold.stopping).sum()), eval_rows=len(rows),
-            score=metrics.get(problem.metric), metrics=metrics, feature=body["feature"], head=body["head"],
-            train=body["train"], parameters=each.parameters, seconds=each.seconds, epochs=each.epochs, curve=job.curve,
-            error=error,
+            train_rows=job.fold.rows, eval_rows=len(rows), score=metrics.get(problem.metric), metrics=metrics,
+            feature=body["feature"], head=body["head"], train=body["train"], parameters=trained.parameters,
+            seconds=trained.seconds, epochs=trained.epochs, curve=job.curve, error=error,
         )  # fmt: skip
 
     def _candidates(self) -> list[Candidate]:
@@ -297,152 +268,115 @@ class Run:
                 known[result.id] = made
         return candidates(self.folder, list(known.values()), len(self.problem.folds))
 
-    def _table(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def _table(self) -> tuple[list[LeaderboardRow], list[Failure]]:
         return leaderboard(self.problem, self.folder, self._candidates())
 
     def _show_table(self) -> None:
         rows, failures = self._table()
         if rows:
-            body = self._summary(rows, failures, complete=False)
-            print(f"\n{to_text(body, 5)}\n", file=sys.stderr)
+            print(f"\n{to_text(self._summary(rows, failures), 5)}\n", file=sys.stderr)
 
     def conclude(self) -> None:
-        """Choose, look at the test split, write the summary and ``best/``; nothing where nothing has changed.
+        """Choose, use the test split, write the summary and ``best/``; nothing where nothing has changed.
 
         Raises ``SweepError`` when no head could be trained.
         """
-        asked = {name: bool(self.options.get(name)) for name in ("learning_curve", "test_all")}
-        keys = sorted([name, fold] for name, fold, curve in self.folder.results if curve is None)
-        state = hash_json({"results": keys, "choose": self.choose, "asked": asked})
+        state = self._state()
         if self._concluded(state):
             return
-        found = {each.id: each for each in self._candidates()}
-        rows, failures = leaderboard(self.problem, self.folder, list(found.values()))
+        by_id = {candidate.id: candidate for candidate in self._candidates()}
+        rows, failures = leaderboard(self.problem, self.folder, list(by_id.values()))
         if not rows:
-            first = failures[0]["error"] if failures else "there is none"
+            first = failures[0].error if failures else "there is none"
             raise SweepError(f"none of {counted(len(failures), 'head')} could be trained; the first: {first}")
-        simple = pick(rows, self.problem.greater_is_better)
-        chosen = simple if self.choose == "simplest" else 0
-        named = [found[rows[at]["id"]] for at in dict.fromkeys((chosen, simple))]
-        curve: list[dict[str, Any]] = []
-        if self.options.get("learning_curve"):
-            baseline = [each for each in found.values() if each.first.head.kind == "majority" and each not in named]
-            named += [each for each in baseline if each.error() is None][:1]
-            self.train(conclusion.curve_jobs(self.problem, named))
-            curve = conclusion.curves(self.problem, self.folder, named)
+        plainest = simplest([row for row in rows if not row.distinguishable], self.problem.greater_is_better)
+        chosen = plainest if self.ending.choose == "simplest" else rows[0]
+        curve = self._curves([by_id[name] for name in dict.fromkeys((chosen.id, plainest.id))], by_id.values())
         try:
-            final = conclusion.finish(self.problem, self.folder, found[rows[chosen]["id"]])
+            final = conclusion.finish(self.problem, self.folder, by_id[chosen.id])
             tested = conclusion.read_tested(self.folder)
             if final.test is not None:
-                tested[final.test["id"]] = {name: final.test[name] for name in ("score", "interval", "rows")}
-            if self.options.get("test_all"):
-                extra = conclusion.test_all(self.problem, [found[row["id"]] for row in rows], tested)
-                tested |= {
-                    name: {key: value[key] for key in ("score", "interval", "rows")} for name, value in extra.items()
-                }
+                tested[chosen.id] = TestScore(final.test.score, final.test.interval, final.test.rows)
+            if self.ending.test_all:
+                tested |= conclusion.test_all(self.problem, [by_id[row.id] for row in rows], tested)
         except (Interruption, KeyboardInterrupt):
             self._stop(len(rows), len(rows))
-            raise
-        for row in rows:
-            if row["id"] in tested:
-                row["looked_at_test"], row["test"] = True, tested[row["id"]]
         if tested:
-            self.folder.write(conclusion.TESTED, summary.strict(tested))
-        conclusion.save_best(self.problem, self.folder, final, rows[chosen])
-        body = self._summary(rows, failures, complete=True)
-        body |= self._decision(rows, chosen, simple)
-        body |= {
-            "test": final.test, "mistakes": final.mistakes, "learning_curve": curve, "few_shot": final.few_shot,
-        }  # fmt: skip
-        body["ran"]["state"] = state
-        body["notes"] += _notes(self.problem, rows)
+            self.folder.write(conclusion.TESTED, to_json(tested))
+        conclusion.save_best(self.problem, self.folder, final, chosen)
+        rows = [replace(row, looked_at_test=row.id in tested, test=tested.get(row.id)) for row in rows]
+        summary = self._summary(rows, failures)
+        notes = [*summary.notes, *notes_on(self.problem, rows)]
         if final.trained.improving:
-            body["notes"].append(f"{rows[chosen]['label']}: {STILL_IMPROVING}")
-        self.folder.write("summary.json", summary.strict(body))
+            notes.append(f"{chosen.label}: {STILL_IMPROVING}")
+        chosen_choice, recommended = self._choices(rows, chosen, plainest)
+        whole = replace(
+            summary, complete=True, chosen=chosen_choice, recommended=recommended, test=final.test,
+            mistakes=final.mistakes, learning_curve=tuple(curve), few_shot=final.few_shot, notes=tuple(notes),
+            ran=replace(summary.ran, state=state),
+        )  # fmt: skip
+        self.folder.write(SUMMARY, whole.to_json())
+
+    def _state(self) -> str:
+        """Return a hash of everything that a conclusion is drawn from."""
+        keys = sorted([name, fold] for name, fold, curve in self.folder.results if curve is None)
+        asked = {"learning_curve": self.ending.learning_curve, "test_all": self.ending.test_all}
+        return hash_json({"results": keys, "choose": self.ending.choose, "asked": asked})
 
     def _concluded(self, state: str) -> bool:
         try:
-            before = SweepResult(self.folder.path).summary
+            before, _ = read_summary(self.folder.path)
         except SweepError:
             return False
-        whole = exists(self.folder.path / "best" / "config.json", SweepError)
-        return bool(before.get("complete")) and before["ran"].get("state") == state and whole
+        return (
+            before.complete
+            and before.ran.state == state
+            and exists(self.folder.path / "best" / "config.json", SweepError)
+        )
 
-    def _decision(self, rows: Sequence[dict[str, Any]], chosen: int, simple: int) -> dict[str, Any]:
-        group = sum(not row["distinguishable"] for row in rows)
+    def _curves(self, named: Sequence[Candidate], others: Iterable[Candidate]) -> list[LearningCurve]:
+        """Train the named heads and a baseline on shares of the rows, where that was asked for."""
+        if not self.ending.learning_curve:
+            return []
+        baselines = [other for other in others if other.first.head.kind == "majority" and other not in named]
+        drawn = [*named, *[baseline for baseline in baselines if baseline.error() is None][:1]]
+        self.train(conclusion.curve_jobs(self.problem, drawn))
+        return conclusion.curves(self.problem, self.folder, drawn)
+
+    def _choices(
+        self, rows: Sequence[LeaderboardRow], chosen: LeaderboardRow, plainest: LeaderboardRow
+    ) -> tuple[Choice, Choice]:
+        """Return the chosen and the recommended head with the reasons."""
+        group = sum(not row.distinguishable for row in rows)
         among = f"simplest of the {group} heads that cannot be told from the winner"
-        why = f"best mean {self.problem.metric} over folds" if chosen == 0 and self.choose == "best" else among
-        said = among if group > 1 else "the winner, and every other head can be told from it"
-        return {
-            "chosen": {"id": rows[chosen]["id"], "label": rows[chosen]["label"], "why": why},
-            "recommended": {"id": rows[simple]["id"], "label": rows[simple]["label"], "why": said},
-        }
+        best = chosen.rank == 1 and self.ending.choose == "best"
+        why = f"best mean {self.problem.metric} over folds" if best else among
+        alone = "the winner, and every other head can be told from it"
+        return (
+            Choice(chosen.id, chosen.label, why),
+            Choice(plainest.id, plainest.label, among if group > 1 else alone),
+        )
 
-    def _summary(self, rows: list[dict[str, Any]], failures: list[dict[str, Any]], *, complete: bool) -> dict[str, Any]:
-        problem = self.problem
-        majority = [row["score"] for row in rows if row["head"]["kind"] == "majority"]
+    def _summary(self, rows: Sequence[LeaderboardRow], failures: Sequence[Failure]) -> Summary:
+        """Return what is known before the conclusion."""
+        problem, folder = self.problem, self.folder
+        majority = [row.score for row in rows if row.head.kind == "majority"]
         better = max if problem.greater_is_better else min
-        return {
-            "format": "embedcache-sweep", "version": 1, "complete": complete, "task": problem.task,
-            "class_names": list(problem.class_names),
-            "metric": {"name": problem.metric, "greater_is_better": METRICS[problem.metric].greater_is_better},
-            "baseline": better(majority) if majority else None,
-            "data": summary.data_facts(problem), "protocol": summary.protocol_facts(problem),
-            "leaderboard": rows, "failures": failures, "chosen": None, "recommended": None, "test": None,
-            "mistakes": None, "learning_curve": [], "few_shot": None,
-            "ran": {
-                "command": self.command, "versions": summary.versions(), "cache_spec": problem.cache.spec_hash,
-                "dataset": problem.dataset_hash, "sweep": self.folder.hash,
-                "configurations": len({result.id for result in self.folder.results.values()}),
-                "fits": len(self.folder.results), "started": self.started, "finished": _now(),
-                "seconds": time.perf_counter() - self.begun, "machine": summary.machine(),
-            },
-            "notes": list(self.folder.notes),
-        }  # fmt: skip
-
-
-def _notes(problem: Problem, rows: Sequence[dict[str, Any]]) -> list[str]:
-    notes = []
-    duplicates = len(problem) - problem.strata.groups
-    if duplicates:
-        what = "row of train and validation has" if duplicates == 1 else "rows of train and validation have"
-        notes.append(f"{duplicates:,} {what} the content of another, and its fold")
-    if not len(problem.test_rows):
-        notes.append(
-            "the cache has no labelled test split: nothing here was measured on rows that no choice was made by"
-        )
-    notes += _edges(rows)
-    if any(row["head"]["kind"] == "majority" and not row["distinguishable"] for row in rows) and len(rows) > 1:
-        notes.append("these rows cannot tell the best head from one that always says the same: more rows are needed")
-    if problem.task == "classification" and (unseen := sorted({*problem.test_y.tolist()} - {*problem.y.tolist()})):
-        names = ", ".join(problem.class_names[at] for at in unseen[:5])
-        notes.append(f"the test split has classes that no other row has, so no head can know them: {names}")
-    looked = sum(row["looked_at_test"] for row in rows)
-    if looked > 1:
-        notes.append(
-            f"the test split has been looked at with {counted(looked, 'head')}: "
-            "the best of their scores there is flattered"
-        )
-    if problem.protocol.shots is None and problem.protocol.folds == 1:
-        notes.append("one split only: its rows decide everything, and the spread over training sets is not seen")
-    return notes
-
-
-def _edges(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say which settings of the winner lie at the end of what was tried: the best may lie beyond."""
-    best = rows[0]
-    alike = [
-        row for row in rows
-        if row["head"]["kind"] == best["head"]["kind"] and row["head"]["engine"] == best["head"]["engine"]
-        and row["train"].get("solver") == best["train"].get("solver")
-    ]  # fmt: skip
-    notes = []
-    for name, value in best["varied"].items():
-        tried = sorted({row["varied"][name] for row in alike if isinstance(row["varied"].get(name), (int, float))})
-        if isinstance(value, (int, float)) and len(tried) >= 3 and value in (tried[0], tried[-1]) and value != 0:
-            end = "largest" if value == tried[-1] else "smallest"
-            notes.append(f"the winner's {name} is the {end} tried ({value:g}): the best may lie beyond")
-    return notes
+        return Summary(
+            format=FORMAT, version=VERSION, complete=False, task=problem.task, class_names=tuple(problem.class_names),
+            metric=Metric(problem.metric, problem.greater_is_better),
+            baseline=better(majority) if majority else None,
+            data=data_facts(problem), protocol=protocol_facts(problem),
+            leaderboard=tuple(rows), failures=tuple(failures), chosen=None, recommended=None, test=None,
+            mistakes=None, learning_curve=(), few_shot=None,
+            ran=Ran(
+                command=self.command, versions=versions(), cache_spec=problem.cache.spec_hash,
+                dataset=problem.dataset_hash, sweep=folder.hash,
+                configurations=len({result.id for result in folder.results.values()}), fits=len(folder.results),
+                started=self.started, finished=_now(), seconds=time.perf_counter() - self.begun, machine=machine(),
+            ),
+            notes=tuple(folder.notes),
+        )  # fmt: skip
 
 
 def _now() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,22 +127,3 @@ def not_distinguishable(p_adjusted: Sequence[float | None], alpha: float = 0.05)
     of multiple comparisons with the best (Hsu 1984).
     """
     return [p is None or p >= alpha for p in p_adjusted]
-
-
-KIND_ORDER = (
-    "majority", "linear", "logistic-regression", "ridge", "linear-svm", "lda", "random-projection", "mlp", "residual",
-    "attention-pooling", "attention", "hist-gradient-boosting", "knn",
-)  # fmt: skip
-"""From simple to complex, where two heads have the same number of parameters; a kind of your own comes last."""
-
-
-def simplest(rows: Sequence[dict[str, Any]], greater_is_better: bool) -> int:
-    """Return which leaderboard row is simplest: fewest parameters, then ``KIND_ORDER``, then the best score."""
-
-    def cost(at: int) -> tuple[float, int, float]:
-        row = rows[at]
-        kind = row["head"]["kind"]
-        order = KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER)
-        return row["parameters"], order, -row["score"] if greater_is_better else row["score"]
-
-    return min(range(len(rows)), key=cost)

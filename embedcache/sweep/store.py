@@ -35,8 +35,8 @@ from embedcache.journal import (
     refuse_link,
     writing,
 )
+from embedcache.sweep.summary import FORMAT, VERSION, dumps
 
-FORMAT, VERSION = "embedcache-sweep", 1
 IDENTITY, PREDICTIONS = "sweep.json", "predictions"
 Outputs = npt.NDArray[np.float32]
 Key = tuple[str, int, int | None]
@@ -181,12 +181,9 @@ class SweepFolder:
         shapes = {fold: value.shape for fold, value in kept.items()}
         return failed | {fold for fold in lines - failed if shapes.get(fold) == (folds[fold], outputs)}
 
-    def write(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: object) -> None:
         """Replace a JSON file of the folder, atomically."""
-        import json
-
-        data = (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        commit(self.path / name, data, SweepError)
+        commit(self.path / name, dumps(value).encode(), SweepError)
 
 
 def _journal(path: Path) -> Journal[Result]:

@@ -1,293 +1,410 @@
 """``summary.json``: everything a sweep found, in one file; with ``results.jsonl`` it is all that a report reads.
 
-Strict JSON: no NaN, a number that does not exist is null. *score* always means the sweep's metric, in its own direction
-(``metric.greater_is_better``). Splits are called by the cache's own names; *development rows* are all rows of train and
-validation, in the order of the cache. Keys of version 1 stay; new ones may be added::
-
-    format, version      "embedcache-sweep", 1
-    complete             false while the sweep runs and after it was interrupted: what follows is then a part
-    task                 "classification" | "multilabel" | "regression"
-    class_names          [str]; the names of the targets for regression
-    metric               {name, greater_is_better}
-    baseline             the best score of a majority head among those tried: float | null
-    data                 {name: the cache folder's name, model: str|null, rows: {split: int}, development_rows,
-                         unique_rows, feature_sets: [{name, kind: "pooled"|"layers"|"tokens", dim, layers}],
-                         classes: {class: {split: rows}} | null}
-    protocol             {kind: "folds"|"split"|"shots", folds, repeats, shots|null, draws|null, seed,
-                         stopping_share, alpha, text: one sentence for people}
-    leaderboard          [row], best score first. A row is one candidate: a configuration whatever its seed, for seeds
-                         are repetitions and nobody may choose the lucky one.
-      rank, id, label    1..; 16 hex digits; one line for people such as "linear lr=0.003 wd=0.01 · mean"
-      feature            name of the feature set, such as "l2:mean@-2"
-      pooling, layers, normalize     the same in parts: "mean", "-2", true; layers is "all", "-1" or "1+3"; null
-                         when the name does not parse
-      head               {kind, engine, options}
-      train              {every field of TrainSpec except seed} ; only those that this kind of head reads
-      varied             {name: value}, the settings that differ within the sweep, head options as "hidden"; for plots
-                         of score against a hyper-parameter. Values are numbers, strings, booleans, null or lists.
-      seeds              [int]
-      score, sd          mean over folds of the mean over seeds; standard deviation over folds (null for one)
-      interval           [low, high] at 1 - alpha for the score; interval_method says how: "nadeau-bengio" (corrected
-                         resampled t), "bootstrap" (over rows) or "wilson" (all or no rows right)
-      fold_scores        [float], one a fold, mean over seeds
-      difference         {value, interval: [low, high]}: this score less the winner's, paired on the same rows; the
-                         winner's own is 0 and [0, 0]
-      p, p_adjusted      paired test against the winner, and with Holm's correction; null for the winner
-      p_folds            the same by the corrected resampled t over folds, for comparison; null when there is none
-      test_method        "mcnemar-exact" | "paired-bootstrap" | null for the winner
-      distinguishable    false: the data cannot tell it from the winner (always false for the winner)
-      parameters         numbers in the trained head (for kNN the rows it keeps)
-      seconds            of training, all folds and seeds; a head's share of the stack it was trained in
-      epochs             mean epochs that were run; null where there are none
-      looked_at_test     whether the test split was ever used for it
-      test               {score, interval, rows} | null
-    failures             [{id, label, error}] configurations that could not be trained; not in the leaderboard
-    chosen               {id, label, why}; the winner, or the simplest of those not distinguishable from it with
-                         --choose simplest. best/ holds it.
-    recommended          {id, label, why}; the simplest of those not distinguishable from the winner
-    test                 the chosen head on the test split, trained on the development rows; null without a test split
-      id, label, split, rows, score, interval, interval_method (as above), trained_on: rows
-      metrics            what train.measure gives (scalars of every metric, and more)
-      confusion          classification: {labels, matrix: [[rows]] with truth down and prediction across,
-                         normalized: the same with each true row summing to 1}; else null
-      per_class          [{class, rows, precision, recall, f1}]; regression: [{target, rows, mae, rmse, r2}]
-      calibration        {ece, bins: [{low, high, confidence|null, accuracy|null, rows}]}; confidence is of the
-                         predicted class (multilabel: the probability of a label, and accuracy how often it holds);
-                         null for regression
-      points             regression: {target: [[true, predicted], ...]} at most 2,000 rows; else null
-    mistakes             {split, rows: how many mistakes there are, shown: [mistake]}, the most confident first, at
-                         most 50; on the test split, or out of fold on the development rows where there is none
-      row, id            the row's number in the cache and its id
-      true, predicted    names; lists of names (multilabel); numbers per target (regression)
-      probability        of the predicted class (multilabel: of the most wrongly decided label); null for regression
-      error              regression: the largest absolute error over targets in units of that target's spread; else null
-      text, image        the row's content where the cache kept its inputs: text (at most 2,000 characters), or a data:
-                         URI of a picture of at most 96 x 96; else null
-    learning_curve       [{id, label, points: [{rows: training rows, score, sd, interval, scores}]}]; [] if not asked
-    few_shot             {shots, draws, scores: of the chosen head on test, one a draw, score, sd} | null
-    ran                  {command: str|null, versions: {package: version}, cache_spec: hash, dataset: hash,
-                         sweep: hash of sweep.json's identity, configurations, fits, started, finished: ISO 8601 UTC,
-                         seconds, machine: {platform, cpus, threads}}
-    notes                [str] for people
-
-``results.jsonl`` has one line for each configuration and fold::
-
-    id           the configuration with its seed: 16 hex digits
-    candidate    the leaderboard's id
-    fold         0..; counts through repeats and draws
-    repeat       which repeat or draw
-    train_rows   rows it learnt from, and eval_rows, rows it was scored on
-    score        float | null
-    metrics      {name: float|null} scalars on the fold
-    feature, head, train    as above, train with its seed
-    parameters, seconds, epochs
-    curve        null, or the number of training rows where the line is a point of a learning curve
-    error        null, or why it could not be trained
+The fields of these types are the keys of the file, in their order. It is strict JSON: no NaN, and null for a number
+that does not exist. *score* always means the sweep's metric, in its own direction (``metric.greater_is_better``).
+Splits are called by the cache's own names; *development rows* are all rows of train and validation, in the order of
+the cache. Keys of version 1 stay; new ones may be added.
 """
 
 from __future__ import annotations
 
-import base64
-import importlib.metadata
-import os
-import platform
+import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
-import numpy as np
-import numpy.typing as npt
+from embedcache.errors import SweepError
+from embedcache.fingerprint import read_json
+from embedcache.journal import explained
+from embedcache.sweep.decoding import from_json, to_json
 
-from embedcache.spec import TaskName
-from embedcache.sweep.problem import Problem
-from embedcache.train.metrics import measure, reliability
-
-Array = npt.NDArray[Any]
-
-POINTS = 2000
-MISTAKES = 50
-_TEXT = 2000
-_SIDE = 96
-_PACKAGES = ("embedcache", "numpy", "scipy", "scikit-learn", "torch", "safetensors", "h5py")
-_PICTURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+FORMAT, VERSION = "embedcache-sweep", 1
+SUMMARY = "summary.json"
+Interval = tuple[float, float]
 
 
-def data_facts(problem: Problem) -> dict[str, Any]:
-    """Return what was swept over."""
-    cache = problem.cache
-    provenance = cache.provenance()
-    classes = None
-    if problem.task == "classification":
-        codes, targets = cache.split_codes(), cache.targets()
-        classes = {
-            name: {
-                split: int(((codes == code) & (targets == at)).sum()) for code, split in enumerate(cache.split_names)
-            }
-            for at, name in enumerate(problem.class_names)
-        }
-    return {
-        "name": cache.path.resolve().name,
-        "model": provenance[-1].get("model") if provenance else None,
-        "rows": cache.split_sizes(),
-        "development_rows": len(problem),
-        "unique_rows": problem.strata.groups,
-        "feature_sets": [
-            {"name": each.name, "kind": each.kind, "dim": each.dim, "layers": each.layers}
-            for each in cache.feature_sets.values()
-        ],
-        "classes": classes,
-    }
+@dataclass(frozen=True)
+class Metric:
+    """What heads are compared by."""
+
+    name: str
+    greater_is_better: bool
 
 
-def protocol_facts(problem: Problem) -> dict[str, Any]:
-    """Return how heads were compared."""
-    plan = problem.protocol
-    return {
-        "kind": plan.kind,
-        "folds": None if plan.shots is not None else plan.folds,
-        "repeats": None if plan.shots is not None else plan.repeats,
-        "shots": plan.shots,
-        "draws": plan.draws if plan.shots is not None else None,
-        "seed": plan.seed,
-        "stopping_share": plan.stopping_share,
-        "alpha": plan.alpha,
-        "text": plan.text(),
-    }
+@dataclass(frozen=True)
+class FeatureSetFacts:
+    """A feature set of the cache; ``kind`` is "pooled", "layers" or "tokens"."""
+
+    name: str
+    kind: str
+    dim: int
+    layers: int
 
 
-def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[float] | None) -> dict[str, Any]:
-    """Return all there is to say of outputs on some rows: metrics, confusion, classes, calibration, points."""
-    metrics = measure(problem.task, y, outputs, problem.class_names, thresholds=thresholds)
-    confusion = None
-    if problem.task == "classification":
-        matrix = np.asarray(metrics["confusion_matrix"], np.float64)
-        rows = matrix.sum(axis=1, keepdims=True)
-        confusion = {
-            "labels": list(problem.class_names),
-            "matrix": metrics["confusion_matrix"],
-            "normalized": (matrix / np.maximum(rows, 1)).tolist(),
-        }
-    regression = problem.task == "regression"
-    return {
-        "metrics": {name: value for name, value in metrics.items() if name not in ("confusion_matrix", "per_class")},
-        "confusion": confusion,
-        "per_class": metrics["per_target"] if regression else metrics["per_class"],
-        "calibration": None if regression else reliability(problem.task, y, outputs),
-        "points": _points(problem, y, outputs) if regression else None,
-    }
+@dataclass(frozen=True)
+class DataFacts:
+    """What was swept over.
+
+    ``name`` is that of the cache's folder, ``rows`` counts by split, ``classes`` by class and split (None unless it is
+    a classification). ``unique_rows`` counts different contents among the ``development_rows``.
+    """
+
+    name: str
+    model: str | None
+    rows: Mapping[str, int]
+    development_rows: int
+    unique_rows: int
+    feature_sets: tuple[FeatureSetFacts, ...]
+    classes: Mapping[str, Mapping[str, int]] | None
 
 
-def _points(problem: Problem, y: Array, outputs: Array) -> dict[str, list[list[float]]]:
-    rows = np.unique(np.linspace(0, len(y) - 1, min(POINTS, len(y))).astype(np.int64))
-    return {
-        name: np.stack([y[rows, at], outputs[rows, at]], axis=1).tolist() for at, name in enumerate(problem.class_names)
-    }
+@dataclass(frozen=True)
+class ProtocolFacts:
+    """How heads were compared; ``kind`` is "folds", "split" or "shots", ``text`` one sentence for people."""
+
+    kind: str
+    folds: int | None
+    repeats: int | None
+    shots: int | None
+    draws: int | None
+    seed: int
+    stopping_share: float
+    alpha: float
+    text: str
 
 
-def mistakes(
-    problem: Problem, split: str, rows: npt.NDArray[np.int64], y: Array, outputs: Array, thresholds: Sequence[float]
-) -> dict[str, Any]:
-    """Return the most confident mistakes among ``rows`` of the cache, with what the rows hold where it was kept."""
-    wrong, weight = _wrong(problem.task, y, outputs, np.asarray(thresholds))
-    order = wrong[np.argsort(-weight[wrong], kind="stable")][:MISTAKES]
-    names, contents = problem.cache.ids(), problem.cache.inputs()
-    shown = []
-    for at in order.tolist():
-        true, predicted, probability = _said(problem, y[at], outputs[at], np.asarray(thresholds))
-        row = int(rows[at])
-        error = float(weight[at]) if problem.task == "regression" else None
-        shown.append(
-            {
-                "row": row, "id": names[row], "true": true, "predicted": predicted, "probability": probability,
-                "error": error, **_content(None if contents is None else contents[row]),
-            }
-        )  # fmt: skip
-    return {"split": split, "rows": len(wrong), "shown": shown}
+@dataclass(frozen=True)
+class HeadFacts:
+    """The head of a row."""
+
+    kind: str
+    engine: str
+    options: Mapping[str, object]
 
 
-def _wrong(task: TaskName, y: Array, outputs: Array, thresholds: Array) -> tuple[npt.NDArray[np.int64], Array]:
-    """Return which rows are wrong, and how confidently: [N]."""
-    if task == "classification":
-        return np.flatnonzero(outputs.argmax(axis=1) != y), outputs.max(axis=1, initial=0.0)
-    if task == "multilabel":
-        off = (outputs >= thresholds) != (y == 1)
-        return np.flatnonzero(off.any(axis=1)), np.where(off, np.abs(outputs - y), 0.0).max(axis=1, initial=0.0)
-    spread = np.where(y.std(axis=0) > 0, y.std(axis=0), 1.0)
-    error = np.abs(outputs - y) / spread
-    return np.arange(len(y)), error.max(axis=1, initial=0.0)
+@dataclass(frozen=True)
+class Difference:
+    """A score less the winner's, paired on the same rows; the winner's own is 0 and (0, 0)."""
+
+    value: float
+    interval: Interval | None
 
 
-def _said(problem: Problem, y: Any, outputs: Array, thresholds: Array) -> tuple[Any, Any, float | None]:
-    names = problem.class_names
-    if problem.task == "classification":
-        at = int(outputs.argmax())
-        return names[int(y)], names[at], float(outputs[at])
-    if problem.task == "regression":
-        return [float(each) for each in y], [float(each) for each in outputs], None
-    on = outputs >= thresholds
-    off = on != (y == 1)
-    worst = int(np.where(off, np.abs(outputs - y), -1.0).argmax())
-    true = [name for name, label in zip(names, y, strict=True) if label == 1]
-    return true, [name for name, label in zip(names, on, strict=True) if label], float(outputs[worst])
+@dataclass(frozen=True)
+class TestScore:
+    """What was measured on the test split."""
+
+    __test__ = False  # not a test of pytest's
+
+    score: float
+    interval: Interval | None
+    rows: int
 
 
-def _content(data: bytes | None) -> dict[str, str | None]:
-    """Return a row's content as a text or a small picture."""
-    if data is None:
-        return {"text": None, "image": None}
-    if any(data.startswith(start) for start in _PICTURES):
-        return {"text": None, "image": _thumbnail(data)}
+@dataclass(frozen=True)
+class LeaderboardRow:
+    """One candidate: a configuration whatever its seed, for seeds are repetitions and nobody may choose the lucky one.
+
+    ``score`` is the mean over folds of the mean over seeds, ``sd`` the standard deviation over folds (None for one),
+    ``fold_scores`` the means over seeds.
+
+    ``pooling``, ``layers`` ("all", "-1" or "1+3") and ``normalize`` are the parts of ``feature``; the name itself,
+    None and False where it does not parse. ``train`` has the fields of ``TrainSpec`` that this kind of head reads,
+    except the seed. ``varied`` has the settings that differ within the sweep, head options too.
+
+    ``interval`` is at 1 - alpha; ``interval_method`` says how: "nadeau-bengio" (corrected resampled t), "bootstrap"
+    (over rows) or "wilson" (all or no rows right). ``p`` is of the paired test against the winner (``test_method``:
+    "mcnemar-exact" or "paired-bootstrap"), ``p_adjusted`` with Holm's correction, ``p_folds`` by the corrected
+    resampled t over folds, for comparison; all None for the winner. Not ``distinguishable`` means that the data cannot
+    tell it from the winner.
+
+    ``parameters`` counts the numbers in the trained head (for kNN the rows it keeps), ``seconds`` the training of all
+    folds and seeds (a head's share of the stack it was trained in), ``epochs`` is their mean.
+    """
+
+    rank: int
+    id: str
+    label: str
+    feature: str
+    pooling: str
+    layers: str | None
+    normalize: bool
+    head: HeadFacts
+    train: Mapping[str, object]
+    varied: Mapping[str, object]
+    seeds: tuple[int, ...]
+    score: float
+    sd: float | None
+    interval: Interval | None
+    interval_method: str
+    fold_scores: tuple[float, ...]
+    difference: Difference
+    p: float | None
+    p_adjusted: float | None
+    p_folds: float | None
+    test_method: str | None
+    distinguishable: bool
+    parameters: int
+    seconds: float
+    epochs: float | None
+    looked_at_test: bool = False
+    test: TestScore | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A configuration that could not be trained; it is not in the leaderboard."""
+
+    id: str
+    label: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of the leaderboard that was chosen or is recommended, and why."""
+
+    id: str
+    label: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of rows [C, C], truth down and prediction across; ``normalized`` has each true row sum to 1."""
+
+    labels: tuple[str, ...]
+    matrix: tuple[tuple[int, ...], ...]
+    normalized: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        size = len(self.labels)
+        for square in (self.matrix, self.normalized):
+            if len(square) != size or any(len(line) != size for line in square):
+                raise ValueError(f"is not a square of {size} classes")
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bin of a calibration curve."""
+
+    low: float
+    high: float
+    confidence: float | None
+    accuracy: float | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The expected calibration error and its bins.
+
+    Confidence is that of the predicted class; for multilabel the probability of a label, and accuracy how often it
+    holds.
+    """
+
+    ece: float
+    bins: tuple[Bin, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that is measured on some rows.
+
+    ``metrics`` has scalars of every metric, and more. ``per_class`` has {class, rows, precision, recall, f1} each, for
+    regression {target, rows, mae, rmse, r2}. ``confusion`` is for classification alone, ``calibration`` not for
+    regression, and ``points`` for regression alone: (true, predicted) of at most 2,000 rows by target.
+    """
+
+    metrics: Mapping[str, object]
+    confusion: Confusion | None
+    per_class: tuple[Mapping[str, object], ...]
+    calibration: Calibration | None
+    points: Mapping[str, tuple[Interval, ...]] | None
+
+    def __post_init__(self) -> None:
+        if len({tuple(row) for row in self.per_class}) > 1:
+            raise ValueError("has rows by class with different columns")
+
+
+@dataclass(frozen=True)
+class _ChosenOnTest:
+    id: str
+    label: str
+    split: str
+    rows: int
+    score: float
+    interval: Interval | None
+    interval_method: str
+    trained_on: int
+
+
+@dataclass(frozen=True)
+class TestResult(Measured, _ChosenOnTest):
+    """The chosen head on the test split, trained on the development rows (``trained_on`` counts them)."""
+
+    __test__ = False
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong row: ``row`` is its number in the cache, ``id`` its id.
+
+    ``true`` and ``predicted`` are names, lists of names (multilabel) or numbers by target (regression).
+    ``probability`` is that of the predicted class, or of the most wrongly decided label; ``error`` the largest absolute
+    error over targets in units of that target's spread (regression). ``text`` (at most 2,000 characters) or ``image``
+    (a data: URI of a picture of at most 96 x 96) is the row's content where the cache kept its inputs.
+    """
+
+    row: int
+    id: object
+    true: object
+    predicted: object
+    probability: float | None
+    error: float | None
+    text: str | None
+    image: str | None
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The most confident of ``rows`` mistakes; on the test split, else out of fold on the development rows."""
+
+    split: str
+    rows: int
+    shown: tuple[Mistake, ...]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A head trained on ``rows`` rows of each fold."""
+
+    rows: int
+    score: float
+    sd: float | None
+    interval: Interval | None
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """A head trained on ever more rows."""
+
+    id: str
+    label: str
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """The chosen head on the test split, once for each draw."""
+
+    shots: int
+    draws: int
+    scores: tuple[float, ...]
+    score: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What was run: versions by package, hashes, times in ISO 8601 UTC; ``state`` hashes what was concluded from."""
+
+    command: str | None
+    versions: Mapping[str, str]
+    cache_spec: str
+    dataset: str
+    sweep: str
+    configurations: int
+    fits: int
+    started: str
+    finished: str
+    seconds: float
+    machine: Mapping[str, object]
+    state: str | None = field(default=None, metadata={"omitted": True})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep found.
+
+    Not ``complete`` while the sweep runs and after it was interrupted: what follows is then a part. ``class_names``
+    are those of the targets for regression. ``baseline`` is the best score of a majority head among those tried.
+    ``leaderboard`` is best first. ``chosen`` is the winner, or the simplest of those not distinguishable from it where
+    that was asked for, and best/ holds it; ``recommended`` is that simplest. ``notes`` are for people.
+    """
+
+    format: str
+    version: int
+    complete: bool
+    task: str
+    class_names: tuple[str, ...]
+    metric: Metric
+    baseline: float | None
+    data: DataFacts
+    protocol: ProtocolFacts
+    leaderboard: tuple[LeaderboardRow, ...]
+    failures: tuple[Failure, ...]
+    chosen: Choice | None
+    recommended: Choice | None
+    test: TestResult | None
+    mistakes: Mistakes | None
+    learning_curve: tuple[LearningCurve, ...]
+    few_shot: FewShot | None
+    ran: Ran
+    notes: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, value: object) -> Summary:
+        """Check and read the content of a file. Raises ``ValueError`` naming the first place that is damaged."""
+        return from_json(cls, value)
+
+    def to_json(self) -> Mapping[str, object]:
+        """Return the content of the file."""
+        return cast("Mapping[str, object]", to_json(self))
+
+    @property
+    def group(self) -> list[LeaderboardRow]:
+        """The rows that the data cannot tell from the winner, the winner too."""
+        return [row for row in self.leaderboard if not row.distinguishable]
+
+
+def defined(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
+    """Return the rows whose score exists: a metric may not be defined on some fold."""
+    return [row for row in rows if math.isfinite(row.score)]
+
+
+def read_summary(folder: Path) -> tuple[Summary, dict[str, object]]:
+    """Read and check a folder's ``summary.json``; return it also as it is in the file.
+
+    Raises ``SweepError`` saying what is missing or damaged, and how to get it.
+    """
+    path = folder / SUMMARY
+    with explained(f"cannot read {folder}", SweepError):
+        if not path.is_file():
+            if not folder.is_dir():
+                raise SweepError(f"{folder} is not there: make a sweep with embedcache sweep CACHE -o {folder}")
+            if (folder / "sweep.json").is_file():
+                raise SweepError(f"{folder} has no results yet: run the same sweep command again to go on")
+            raise SweepError(f"{folder} is not a sweep's folder: make one with embedcache sweep CACHE -o SWEEP")
     try:
-        return {"text": data.decode("utf-8")[:_TEXT], "image": None}
-    except UnicodeDecodeError:
-        return {"text": None, "image": None}
-
-
-def _thumbnail(data: bytes) -> str | None:
-    import io
-
+        value = read_json(path, largest=256 << 20, most=8_000_000)
+    except (ValueError, OSError) as error:
+        raise SweepError(f"{path} is damaged ({str(error)[:120]}): run the same sweep command again") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise SweepError(f"{path} is not the summary of a sweep: run the sweep command again")
+    if value.get("version") != VERSION:
+        raise SweepError(
+            f"{path} has version {value.get('version')}, this embedcache reads {VERSION}: upgrade embedcache"
+        )
     try:
-        from PIL import Image
-    except ImportError:
-        # Small ones can be shown as they are.
-        kind = next(name for start, name in _PICTURES.items() if data.startswith(start))
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if len(data) <= 20_000 else None
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((_SIDE, _SIDE))
-            out = io.BytesIO()
-            small.save(out, "PNG")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+        return Summary.from_json(value), value
+    except ValueError as error:
+        raise SweepError(f"{path} is damaged ({error}): run the same sweep command again") from None
 
 
-def machine() -> dict[str, Any]:
-    """Return where the sweep ran."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch is not None else None
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": threads}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a sweep depends on."""
-    out = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out
-
-
-def strict(value: Any) -> Any:
-    """Return JSON values with null for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(name): strict(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(each) for each in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+def dumps(value: object) -> str:
+    """Return JSON values as a file of the folder holds them."""
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"

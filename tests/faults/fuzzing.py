@@ -173,8 +173,8 @@ def flips_in_sweeps(count: int, seed: int) -> Result:
 
         def read(path: Path) -> object:
             result = SweepResult(path)
-            text = result.to_text(), result.best, read_results(path)
-            return text, report(path), report(path, form="markdown")
+            pages = [report(path, form=form) for form in ("html", "markdown", "json")]
+            return result.to_text(), result.best, read_results(path), pages
 
         for _ in range(count):
             path = Path(shutil.copytree(folder / "sweep", folder / "s"))

@@ -9,7 +9,7 @@ import pytest
 import run as at_length
 
 from embedcache.errors import SweepError
-from embedcache.sweep.result import damage_of
+from embedcache.sweep.summary import Summary
 
 
 @pytest.mark.parametrize("kind", fuzzing.FAULTS)
@@ -24,7 +24,8 @@ def test_a_hostile_offset_in_hdf5_is_one_line() -> None:
 
 @pytest.mark.parametrize("broken", [None, {}, {"task": 1}])
 def test_a_damaged_summary_is_said_to_be(broken: object) -> None:
-    assert damage_of(broken)
+    with pytest.raises(ValueError, match=r"expected a mapping|lacks format"):
+        Summary.from_json(broken)
     assert issubclass(SweepError, ValueError)
 
 

@@ -1,0 +1,209 @@
+"""What a summary says, measured: the data, the protocol, scores on some rows, the most confident mistakes."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.sweep.problem import Problem
+from embedcache.sweep.summary import (
+    Bin,
+    Calibration,
+    Confusion,
+    DataFacts,
+    FeatureSetFacts,
+    Interval,
+    Measured,
+    Mistake,
+    Mistakes,
+    ProtocolFacts,
+)
+from embedcache.train.metrics import measure, reliability
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+POINTS = 2000
+MISTAKES = 50
+_TEXT = 2000
+_SIDE = 96
+_PACKAGES = ("embedcache", "numpy", "scipy", "scikit-learn", "torch", "safetensors", "h5py")
+_PICTURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+
+
+def data_facts(problem: Problem) -> DataFacts:
+    """Return what was swept over."""
+    cache = problem.cache
+    provenance = cache.provenance()
+    classes = None
+    if problem.task == "classification":
+        codes, targets = cache.split_codes(), cache.targets()
+        classes = {
+            name: {
+                split: int(((codes == code) & (targets == label)).sum()) for code, split in enumerate(cache.split_names)
+            }
+            for label, name in enumerate(problem.class_names)
+        }
+    return DataFacts(
+        name=cache.path.resolve().name,
+        model=provenance[-1].get("model") if provenance else None,
+        rows=cache.split_sizes(),
+        development_rows=len(problem),
+        unique_rows=problem.strata.groups,
+        feature_sets=tuple(
+            FeatureSetFacts(found.name, found.kind, found.dim, found.layers) for found in cache.feature_sets.values()
+        ),
+        classes=classes,
+    )
+
+
+def protocol_facts(problem: Problem) -> ProtocolFacts:
+    """Return how heads were compared."""
+    plan = problem.protocol
+    few = plan.shots is not None
+    return ProtocolFacts(
+        kind=plan.kind,
+        folds=None if few else plan.folds,
+        repeats=None if few else plan.repeats,
+        shots=plan.shots,
+        draws=plan.draws if few else None,
+        seed=plan.seed,
+        stopping_share=plan.stopping_share,
+        alpha=plan.alpha,
+        text=plan.text(),
+    )
+
+
+def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[float] | None) -> Measured:
+    """Return everything that is measured of outputs on some rows."""
+    metrics = measure(problem.task, y, outputs, problem.class_names, thresholds=thresholds)
+    confusion, calibration = None, None
+    if problem.task == "classification":
+        matrix = np.asarray(metrics["confusion_matrix"], np.float64)
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        confusion = Confusion(
+            tuple(problem.class_names),
+            tuple(map(tuple, metrics["confusion_matrix"])),
+            tuple(map(tuple, shares.tolist())),
+        )
+    regression = problem.task == "regression"
+    if not regression:
+        curve = reliability(problem.task, y, outputs)
+        calibration = Calibration(curve["ece"], tuple(Bin(**values) for values in curve["bins"]))
+    return Measured(
+        metrics={name: value for name, value in metrics.items() if name not in ("confusion_matrix", "per_class")},
+        confusion=confusion,
+        per_class=tuple(metrics["per_target"] if regression else metrics["per_class"]),
+        calibration=calibration,
+        points=_points(problem, y, outputs) if regression else None,
+    )
+
+
+def _points(problem: Problem, y: Array, outputs: Array) -> dict[str, tuple[Interval, ...]]:
+    rows = np.unique(np.linspace(0, len(y) - 1, min(POINTS, len(y))).astype(np.int64))
+    return {
+        name: tuple(zip(y[rows, column].tolist(), outputs[rows, column].tolist(), strict=True))
+        for column, name in enumerate(problem.class_names)
+    }
+
+
+def mistakes(
+    problem: Problem, split: str, rows: npt.NDArray[np.int64], y: Array, outputs: Array, thresholds: Sequence[float]
+) -> Mistakes:
+    """Return the most confident mistakes among ``rows`` of the cache, with what the rows hold where it was kept."""
+    limits = np.asarray(thresholds)
+    wrong, weight = _wrong(problem, y, outputs, limits)
+    worst = wrong[np.argsort(-weight[wrong], kind="stable")][:MISTAKES]
+    names, contents = problem.cache.ids(), problem.cache.inputs()
+    shown = []
+    for place in worst.tolist():
+        row = int(rows[place])
+        true, predicted, probability = _decision(problem, y[place], outputs[place], limits)
+        text, image = _content(None if contents is None else contents[row])
+        error = float(weight[place]) if problem.task == "regression" else None
+        shown.append(Mistake(row, names[row], true, predicted, probability, error, text, image))
+    return Mistakes(split, len(wrong), tuple(shown))
+
+
+def _wrong(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Return the wrong rows, and of every row how confidently wrong it is: [N]."""
+    if problem.task == "classification":
+        return np.flatnonzero(outputs.argmax(axis=1) != y), outputs.max(axis=1, initial=0.0)
+    if problem.task == "multilabel":
+        off = (outputs >= thresholds) != (y == 1)
+        return np.flatnonzero(off.any(axis=1)), np.where(off, np.abs(outputs - y), 0.0).max(axis=1, initial=0.0)
+    spread = np.where(y.std(axis=0) > 0, y.std(axis=0), 1.0)
+    error = np.abs(outputs - y) / spread
+    return np.arange(len(y)), error.max(axis=1, initial=0.0)
+
+
+def _decision(problem: Problem, y: Any, outputs: Array, thresholds: Array) -> tuple[object, object, float | None]:
+    """Return what a row is, what was predicted, and with which probability; see ``Mistake``."""
+    names = problem.class_names
+    if problem.task == "classification":
+        label = int(outputs.argmax())
+        return names[int(y)], names[label], float(outputs[label])
+    if problem.task == "regression":
+        return [float(value) for value in y], [float(value) for value in outputs], None
+    predicted = outputs >= thresholds
+    off = predicted != (y == 1)
+    worst = int(np.where(off, np.abs(outputs - y), -1.0).argmax())
+    true = [name for name, label in zip(names, y, strict=True) if label == 1]
+    return true, [name for name, label in zip(names, predicted, strict=True) if label], float(outputs[worst])
+
+
+def _content(data: bytes | None) -> tuple[str | None, str | None]:
+    """Return a row's content as a text or as a small picture."""
+    if data is None:
+        return None, None
+    if any(data.startswith(start) for start in _PICTURES):
+        return None, _thumbnail(data)
+    try:
+        return data.decode("utf-8")[:_TEXT], None
+    except UnicodeDecodeError:
+        return None, None
+
+
+def _thumbnail(data: bytes) -> str | None:
+    try:
+        from PIL import Image
+    except ImportError:
+        # Small ones can be shown as they are.
+        kind = next(name for start, name in _PICTURES.items() if data.startswith(start))
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if len(data) <= 20_000 else None
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((_SIDE, _SIDE))
+            out = io.BytesIO()
+            small.save(out, "PNG")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def machine() -> dict[str, object]:
+    """Return where the sweep ran."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": threads}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a sweep depends on."""
+    out = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
