@@ -6,7 +6,6 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
-from difflib import get_close_matches
 
 _JOINERS = "\u200c\u200d"  # Persian is written with them, and so are emoji
 _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -54,6 +53,8 @@ def duration(seconds: float) -> str:
 
 def did_you_mean(name: object, names: Collection[str]) -> str:
     """Return `` (did you mean linear?)`` for a name that is close to one of some, else nothing; ends a phrase."""
+    from difflib import get_close_matches  # not before somebody mistypes: the command line starts with this room
+
     nearest = get_close_matches(str(name), names, 1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 

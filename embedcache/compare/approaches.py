@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 from embedcache.errors import SpecError
 from embedcache.spec import TrainSpec
+from embedcache.wording import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def chosen(names: Sequence[str]) -> list[Approach]:
     """Return the approaches of these names, in their own order. Raises ``SpecError`` for a name there is not."""
     for name in names:
         if name not in APPROACHES:
-            near = get_close_matches(str(name), APPROACHES, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(name, APPROACHES)
             raise SpecError(f"there is no approach {name!r}{hint}: expected some of {', '.join(APPROACHES)}")
     if not names:
         raise SpecError(f"no approach was named: expected some of {', '.join(APPROACHES)}")

@@ -14,7 +14,7 @@ from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
 from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows, unique_count
-from embedcache.wording import counted
+from embedcache.wording import counted, duration
 
 SAMPLE = 20_000
 CALIBRATION = 4
@@ -75,7 +75,7 @@ class Forecast:
         lines += [f"on disk     {name}: {_size(size)}" for name, size in self.bytes.items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:
-            lines.append(f"time        about {_duration(self.seconds)}, from a few calibration batches")
+            lines.append(f"time        about {duration(self.seconds)}, from a few calibration batches")
         return "\n".join(lines)
 
 
@@ -85,14 +85,6 @@ def _size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "a second"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def forecast(
@@ -190,6 +182,6 @@ def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str)
     if saved < 30:
         return None
     return (
-        f"about {_duration(seconds)} of computing: --compile would save about {_duration(saved)} "
+        f"about {duration(seconds)} of computing: --compile would save about {duration(saved)} "
         "(other last bits, so another cache)"
     )

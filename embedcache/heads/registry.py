@@ -10,14 +10,13 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import SpecError
 from embedcache.heads.sklearn_kinds import KINDS, Kind, Options
 from embedcache.spec import HeadSpec, TaskName
-from embedcache.wording import shortened
+from embedcache.wording import did_you_mean, shortened
 
 if TYPE_CHECKING:
     from embedcache.heads.modules import Head
@@ -145,10 +144,8 @@ def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:
     """Raise ``SpecError`` for an option that a head does not have."""
     for name in spec.options:
         if name not in allowed:
-            near = get_close_matches(str(name), allowed, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             has = f"it has {', '.join(allowed)}" if allowed else "it has none"
-            raise SpecError(f"the head {spec.kind} has no option {name!r}{hint}: {has}")
+            raise SpecError(f"the head {spec.kind} has no option {name!r}{did_you_mean(name, allowed)}: {has}")
 
 
 def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, Options]:
@@ -182,6 +179,5 @@ def stack_key(spec: HeadSpec) -> tuple[str, str, str]:
 
 
 def _unknown(kind: str, existing: tuple[str, ...]) -> SpecError:
-    near = get_close_matches(kind, existing, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = did_you_mean(kind, existing)
     return SpecError(f"there is no head {kind!r}{hint}: expected one of {', '.join(dict.fromkeys(existing))}")

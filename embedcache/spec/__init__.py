@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from embedcache.errors import SpecError
 from embedcache.spec.extraction import BackboneSettings, ExtractionSpec, FieldDifference, ModelSource, differences_text
 from embedcache.spec.feature import DTYPES, POOLINGS, FeatureSpec, feature_name
-from embedcache.wording import shortened
+from embedcache.wording import did_you_mean, shortened
 
 __all__ = [
     "DTYPES",
@@ -260,8 +259,7 @@ class TrainSpec:
         """Remember which settings are given: whoever names one of minibatches wants them, also at its default."""
         for name in given:
             if name not in declared(TrainSpec):
-                near = get_close_matches(str(name), declared(TrainSpec), 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
+                hint = did_you_mean(name, declared(TrainSpec))
                 raise SpecError(f"there is no setting {name!r}{hint}: expected {', '.join(declared(TrainSpec))}")
         made = super().__new__(cls)
         object.__setattr__(made, "_given", (*[*cls.__dataclass_fields__][: len(arguments)], *given))
