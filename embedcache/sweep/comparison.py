@@ -263,7 +263,7 @@ def _parsed(name: str) -> FeatureSpec | None:
 def _varied(configurations: Sequence[Configuration]) -> set[str]:
     """Return the settings that differ among the heads of some kind, which is what a plot can be drawn over."""
     out: set[str] = set()
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, object]]] = {}
     for each in configurations:
         groups.setdefault((each.head.engine, each.head.kind, each.train.solver), []).append(each.flat())
     for members in groups.values():

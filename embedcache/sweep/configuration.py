@@ -72,7 +72,7 @@ class Configuration:
         return self.train.solver != "convex"
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """The settings of training that it reads, without the seed."""
         whole = asdict(self.train)
         read = fields_read(self.head, self.train.solver, self.train.optimizer)
@@ -81,11 +81,20 @@ class Configuration:
         idle = {"min_steps"} if self.train.min_steps == 0 else set()
         return {name: whole[name] for name in read if name not in idle}
 
-    def to_json(self, *, seed: bool = True) -> dict[str, Any]:
+    def to_json(self, *, seed: bool = True) -> dict[str, object]:
         """Return it as JSON values."""
-        train = {**self.settings, "seed": self.train.seed} if seed else self.settings
-        head = {"kind": self.head.kind, "engine": self.head.engine, "options": dict(self.head.options)}
-        return {"feature": self.feature, "head": head, "train": train}
+        train = self.train_json if seed else self.settings
+        return {"feature": self.feature, "head": self.head_json, "train": train}
+
+    @property
+    def train_json(self) -> dict[str, object]:
+        """The settings of training that it reads, and the seed."""
+        return {**self.settings, "seed": self.train.seed}
+
+    @property
+    def head_json(self) -> dict[str, object]:
+        """The head as JSON values."""
+        return {"kind": self.head.kind, "engine": self.head.engine, "options": dict(self.head.options)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Configuration:
@@ -115,12 +124,12 @@ class Configuration:
                 parts.append(f"{_SHORT.get(name, name)}={_text(value)}")
         return f"{' '.join(parts)} · {self.feature}"
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, object]:
         """Return head, options and settings in one level, for tables and plots."""
         return {"head": self.head.kind, "engine": self.head.engine, **self.head.options, **self.settings}
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
     """Return options as JSON would give them back; one hidden width is a list of one."""
     out = {}
     for name in sorted(options):
@@ -131,7 +140,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ The written form (``sweep.yaml``; every key may be left out)::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 
 from embedcache.errors import InputNotFoundError, SweepError, SweepSpecError
 from embedcache.heads import head_named
-from embedcache.heads.registry import option_names
+from embedcache.heads.registry import Engine, head_class, option_names
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
 from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
@@ -39,12 +39,15 @@ from embedcache.sweep.protocol import ASKED, NOTHING_ASKED, Asked, asked_in_file
 from embedcache.sweep.ranges import Choices, choices, number
 from embedcache.wording import did_you_mean, shortened
 
+NO_CONFIGURATIONS = "the grid has no configurations: name at least one head"
 ASK_ABOVE = 10_000
 """More configurations than this are not run without a yes."""
 MOST = 2_000_000
 _LARGEST, _DEEPEST, _LONGEST, _MOST_VALUES = 1 << 20, 20, 1000, 100_000
 
 TOP = ("features", "seeds", "heads", *ASKED)
+Written = Mapping[str, object]
+"""A sweep file or one of its entries, as a user wrote it."""
 _ENTRY = ("head", "engine", "features", "seeds", "options")
 
 
@@ -53,7 +56,7 @@ class Block:
     """One entry of a grid: a head, its feature sets, and the choices of its options and settings."""
 
     kind: str
-    engine: str
+    engine: Engine
     features: tuple[str, ...]
     seeds: tuple[int, ...]
     options: Mapping[str, Choices]
@@ -89,7 +92,7 @@ class Block:
             train = TrainSpec(seed=values[-1], **settings)
         except TypeError as error:
             raise SweepSpecError(f"the head {self.kind}: {error}") from None
-        return Configuration(values[0], HeadSpec(self.kind, self.engine, options), train)  # type: ignore[arg-type]
+        return Configuration(values[0], HeadSpec(self.kind, self.engine, options), train)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Grid:
         Raises ``SweepSpecError`` when there is none, or too many to hold.
         """
         if not len(self):
-            raise SweepSpecError("the grid has no configurations: name at least one head")
+            raise SweepSpecError(NO_CONFIGURATIONS)
         if random is None:
             if len(self) > MOST:
                 raise SweepSpecError(f"{len(self):,} configurations are too many: draw some with --random 50")
@@ -139,7 +142,7 @@ class Grid:
         return [self.blocks[at].draw(generator)[0] for at in picked]
 
 
-def read_file(path: Path | str) -> dict[str, Any]:
+def read_file(path: Path | str) -> dict[str, object]:
     """Read a sweep file: YAML without tags, a key at most once. Raises ``SweepError``."""
     import yaml
 
@@ -208,7 +211,7 @@ def read_file(path: Path | str) -> dict[str, Any]:
 
 
 def parse(
-    value: Any, feature_sets: Mapping[str, FeatureSet], *, features: Sequence[str] = (), seeds: Sequence[int] = ()
+    value: object, feature_sets: Mapping[str, FeatureSet], *, features: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> Grid:
     """Turn what a user wrote into a grid.
 
@@ -224,32 +227,101 @@ def parse(
         value = [value]
     if value is not None and not isinstance(value, (list, tuple, Mapping)):
         raise SweepSpecError(f"the grid is {shortened(value)}: expected names of heads, a list of them, or a mapping")
-    whole = {"heads": list(value)} if isinstance(value, (list, tuple)) else dict(value or {})
-    _known(whole, TOP, "the sweep file")
-    chosen = [_feature(name, feature_sets) for name in list(features) or _listed(whole.get("features"))]
-    common = tuple(chosen) or tuple(feature_sets)
-    everywhere = _seeds(list(seeds) or _listed(whole.get("seeds", 0)))
-    entries = whole.get("heads")
-    if entries is None:
-        entries = default_heads(feature_sets, common)
-    if not isinstance(entries, (list, tuple)):
-        entries = [entries]
+    written: Written = {"heads": value} if isinstance(value, (list, tuple)) else (value or {})
+    _refuse_unknown(written, TOP, "the sweep file")
+    chosen = tuple(_feature(name, feature_sets) for name in list(features) or _listed(written.get("features")))
+    everywhere = _seeds(list(seeds) or _listed(written.get("seeds", 0)))
+    reader = _Reader(feature_sets, chosen or tuple(feature_sets), everywhere, bool(seeds))
+    heads = written.get("heads")
+    if heads is None:
+        heads = default_heads(feature_sets, reader.features)
     blocks, given = [], []
-    for at, entry in enumerate(entries):
-        where = f"heads[{at}]"
+    for place, entry in enumerate(heads if isinstance(heads, (list, tuple)) else [heads]):
         if isinstance(entry, Configuration):
             given.append(replace(entry, feature=_feature(entry.feature, feature_sets)))
-            continue
-        fixed = bool(chosen) and not (isinstance(entry, Mapping) and "features" in entry)
-        blocks.append(_block(where, _entry(where, entry), feature_sets, common, everywhere, fixed, bool(seeds)))
-    asked = asked_in_file({name: whole[name] for name in ASKED if whole.get(name) is not None})
+        else:
+            blocks.append(reader.block(f"heads[{place}]", entry))
+    asked = asked_in_file({name: written[name] for name in ASKED if written.get(name) is not None})
     grid = Grid(tuple(blocks), tuple(given), asked)
     if not len(grid):
-        raise SweepSpecError("the grid has no configurations: name at least one head")
+        raise SweepSpecError(NO_CONFIGURATIONS)
     return grid
 
 
-def _entry(where: str, entry: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads entries of a grid, which are about the feature sets of one cache.
+
+    ``features`` and ``seeds`` are for entries that name none; a head leaves out the feature sets that it cannot read.
+    Seeds of a call (``seeds_of_call``) come before an entry's own.
+    """
+
+    sets: Mapping[str, FeatureSet]
+    features: tuple[str, ...]
+    seeds: tuple[int, ...]
+    seeds_of_call: bool
+
+    def block(self, where: str, entry: object) -> Block:
+        """Return the block of an entry; ``where`` it stands is for messages."""
+        written = _mapping_of(where, entry)
+        head = head_named(str(written["head"]), _engine(where, written.get("engine")))
+        kind, engine = head.kind, head.engine
+        options = _options(where, written.get("options", {}))
+        allowed = option_names(kind, engine)
+        if engine == "torch" and written.get("solver", "auto") == "auto":
+            asked = any(name in written and name not in allowed for name in MINIBATCH_SETTINGS)
+            written = {**written, "solver": "minibatch" if asked else TrainSpec().solver_for(head)}
+        solvers = [str(solver) for solver in choices("solver", written.get("solver", "minibatch")).values]
+        optimizers = [str(name) for name in choices("optimizer", written.get("optimizer", "adamw")).values]
+        read = {name for solver in solvers for optimizer in optimizers for name in fields_read(head, solver, optimizer)}
+        settings: dict[str, object] = {}
+        for name, value in written.items():
+            if name in _ENTRY:
+                continue
+            if name in allowed and (engine == "sklearn" or name not in TRAIN_FIELDS):
+                options[name] = value
+            elif name == "seed":
+                raise SweepSpecError(f"{where}: seeds are repetitions, not settings: write seeds: [{value}]")
+            elif name in TRAIN_FIELDS:
+                settings[name] = value
+            else:
+                # Of linear, either solver's: which of them it is hangs on what else is written.
+                both = read.union(MINIBATCH_SETTINGS) if engine == "torch" else read
+                _refuse_unknown([name], (*_ENTRY, *allowed, *sorted(both)), f"{where} ({kind})")
+        if "convex" in solvers and (engine != "torch" or kind != "linear"):
+            raise SweepSpecError(
+                f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out"
+            )
+        for name in settings:
+            if name not in read:
+                raise SweepSpecError(f"{where}: {_not_read(name, head, solvers)}: it reads {', '.join(sorted(read))}")
+        _refuse_unknown(options, allowed, f"{where} ({kind})")
+        features = self._readable(where, head, written)
+        own_seeds = "seeds" in written and not self.seeds_of_call
+        seeds = _seeds(_listed(written["seeds"])) if own_seeds else self.seeds
+        seeded = kind in SEEDED if engine == "sklearn" else "minibatch" in solvers
+        return Block(
+            kind, engine, features[:1] if kind == "majority" else features, seeds if seeded else seeds[:1],
+            {name: choices(f"{where}: {name}", value) for name, value in options.items()},
+            {name: _setting(f"{where}: {name}", name, value) for name, value in settings.items()},
+        )  # fmt: skip
+
+    def _readable(self, where: str, head: HeadSpec, written: Written) -> tuple[str, ...]:
+        own = tuple(_feature(name, self.sets) for name in _listed(written.get("features")))
+        names = own or self.features
+        takes = takes_of(head.kind, head.engine)
+        readable = tuple(name for name in names if self.sets[name].kind in takes)
+        if not readable:
+            wanted = " or ".join(_VECTORS[kind] for kind in takes)
+            raise SweepError(f"{where}: {head.kind} reads {wanted}, and none of {', '.join(names)} has that")
+        return readable
+
+
+_VECTORS = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
+
+
+def _mapping_of(where: str, entry: object) -> Written:
+    """Return an entry as the mapping that a file would have; it names a head."""
     if isinstance(entry, str):
         return {"head": entry}
     if isinstance(entry, HeadSpec):
@@ -258,152 +330,101 @@ def _entry(where: str, entry: Any) -> dict[str, Any]:
         head, train = entry
         train = replace(train, solver=train.solver_for(head))
         read = fields_read(head, train.solver, train.optimizer)
-        return {**_entry(where, head), "seeds": [train.seed], **{name: getattr(train, name) for name in read}}
+        settings = {name: getattr(train, name) for name in read}
+        return {**_mapping_of(where, head), "seeds": [train.seed], **settings}
     if not isinstance(entry, Mapping):
         raise SweepSpecError(f"{where} is {entry!r}: expected the name of a head, or settings with head: NAME")
-    found = dict(entry)
+    written = dict(entry)
     for other in ("kind", "name"):  # what people write instead
-        if other in found and "head" not in found:
-            found["head"] = found.pop(other)
-    if not isinstance(found.get("head"), str):
+        if other in written and "head" not in written:
+            written["head"] = written.pop(other)
+    if not isinstance(written.get("head"), str):
         raise SweepSpecError(f"{where} names no head: expected head: NAME, such as head: linear")
-    return found
+    return written
 
 
-def _block(
-    where: str, entry: Mapping[str, Any], sets: Mapping[str, FeatureSet], common: tuple[str, ...],
-    everywhere: tuple[int, ...], fixed: bool, seeds_win: bool,
-) -> Block:  # fmt: skip
-    head = head_named(entry["head"], entry.get("engine"))
-    kind, engine = head.kind, head.engine
-    options = {**_mapping(where, entry.get("options", {}))}
-    allowed = option_names(kind, engine)
-    if engine == "torch" and entry.get("solver", "auto") == "auto":
-        asked = any(name in entry and name not in allowed for name in MINIBATCH_SETTINGS)
-        entry = {**entry, "solver": "minibatch" if asked else TrainSpec().solver_for(head)}
-    solvers = choices("solver", entry.get("solver", "minibatch")).values
-    optimizers = choices("optimizer", entry.get("optimizer", "adamw")).values
-    read = {name for solver in solvers for optimizer in optimizers for name in fields_read(head, solver, optimizer)}
-    settings: dict[str, Any] = {}
-    for name, value in entry.items():
-        if name in _ENTRY:
-            continue
-        if name in allowed and (engine == "sklearn" or name not in TRAIN_FIELDS):
-            options[name] = value
-        elif name in TRAIN_FIELDS or name == "seed":
-            if name == "seed":
-                raise SweepSpecError(f"{where}: seeds are repetitions, not settings: write seeds: [{value}]")
-            settings[name] = value
-        else:
-            # Of linear, either solver's: which of them it is hangs on what else is written.
-            both = read.union(MINIBATCH_SETTINGS) if engine == "torch" else read
-            _known({name: value}, (*_ENTRY, *allowed, *sorted(both)), f"{where} ({kind})")
-    if "convex" in solvers and (engine != "torch" or kind != "linear"):
-        raise SweepSpecError(f"{where}: the convex solver trains the torch head linear, not {kind}: leave solver out")
-    for name in settings:
-        if name not in read:
-            solved = " or ".join(map(str, solvers))[:40]
-            who = f"{kind} of scikit-learn" if engine == "sklearn" else f"{kind} with solver {solved}"
-            hint = " (momentum goes with optimizer: sgd)" if name == "momentum" else ""
-            hint = (
-                " (l2 goes with the head linear and no setting of minibatches)"
-                if name == "l2" and engine == "torch"
-                else hint
-            )
-            raise SweepSpecError(f"{where}: {who} does not read {name}{hint}: it reads {', '.join(sorted(read))}")
-    for name in options:
-        if name not in allowed:
-            _known({name: 0}, allowed, f"{where} ({kind})")
-    own = [_feature(name, sets) for name in _listed(entry.get("features"))]
-    features = _readable(where, kind, engine, tuple(own) or common, sets, bool(own) or fixed)
-    seeds = everywhere if seeds_win or "seeds" not in entry else _seeds(_listed(entry["seeds"]))
-    seeded = kind in SEEDED if engine == "sklearn" else "minibatch" in solvers
-    return Block(
-        kind, engine, features[:1] if kind == "majority" else features, seeds if seeded else seeds[:1],
-        {name: choices(f"{where}: {name}", value) for name, value in options.items()},
-        {name: _typed(f"{where}: {name}", name, value) for name, value in settings.items()},
-    )  # fmt: skip
+def _not_read(name: str, head: HeadSpec, solvers: Sequence[str]) -> str:
+    """Say that a head does not read a setting, and with what the setting goes."""
+    if head.engine == "sklearn":
+        who = f"{head.kind} of scikit-learn"
+    else:
+        who = f"{head.kind} with solver {' or '.join(solvers)[:40]}"
+    hint = ""
+    if name == "momentum":
+        hint = " (momentum goes with optimizer: sgd)"
+    elif name == "l2" and head.engine == "torch":
+        hint = " (l2 goes with the head linear and no setting of minibatches)"
+    return f"{who} does not read {name}{hint}"
 
 
-def _readable(
-    where: str, kind: str, engine: str, names: tuple[str, ...], sets: Mapping[str, FeatureSet], asked: bool
-) -> tuple[str, ...]:
-    takes = takes_of(kind, engine)
-    fit = tuple(name for name in names if sets[name].kind in takes)
-    if fit and (len(fit) == len(names) or not asked):
-        return fit
-    said = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
-    wanted = " or ".join(said[each] for each in takes)
-    if not fit:
-        raise SweepError(f"{where}: {kind} reads {wanted}, and none of {', '.join(names)} has that")
-    return fit
-
-
-def takes_of(kind: str, engine: str) -> tuple[str, ...]:
+def takes_of(kind: str, engine: Engine) -> tuple[str, ...]:
     """Return the kinds of feature sets that a head reads."""
-    if engine == "sklearn":
-        return ("pooled",)
-    from embedcache.heads.registry import head_class
-
-    return tuple(head_class(kind).takes)
+    return ("pooled",) if engine == "sklearn" else tuple(head_class(kind).takes)
 
 
-def _typed(where: str, name: str, value: Any) -> Choices:
+def _setting(where: str, name: str, value: object) -> Choices:
     """Read a setting of training, numbers as numbers."""
     default = getattr(DEFAULTS, name)
     found = choices(where, value)
     if isinstance(default, bool):
-        wrong = [each for each in found.values if not isinstance(each, bool)]
+        wrong = [choice for choice in found.values if not isinstance(choice, bool)]
         if wrong:
             raise SweepSpecError(f"{where} is {wrong[0]!r}: expected true or false")
     elif isinstance(default, float):
-        return Choices(tuple(number(where, each) for each in found.values), found.span)
+        return Choices(tuple(number(where, choice) for choice in found.values), found.span)
     elif isinstance(default, int):
-        values = [number(where, each) for each in found.values]
-        if any(each != int(each) for each in values):
+        values = [number(where, choice) for choice in found.values]
+        if any(choice != int(choice) for choice in values):
             raise SweepSpecError(f"{where} is {value!r}: expected whole numbers")
         # A range of whole numbers is drawn from its steps.
-        return Choices(tuple(dict.fromkeys(int(each) for each in values)))
+        return Choices(tuple(dict.fromkeys(int(choice) for choice in values)))
     return found
 
 
-def _mapping(where: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise SweepSpecError(f"{where}: options is {value!r}: expected names and values")
+def _engine(where: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise SweepSpecError(f"{where}: engine is {value!r}: expected torch or sklearn")
     return value
 
 
-def _listed(value: Any) -> list[Any]:
+def _options(where: str, value: object) -> dict[str, object]:
+    if not isinstance(value, Mapping):
+        raise SweepSpecError(f"{where}: options is {value!r}: expected names and values")
+    return dict(value)
+
+
+def _listed(value: object) -> list[object]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _seeds(values: list[Any]) -> tuple[int, ...]:
-    for each in values:
-        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**32:
-            raise SweepSpecError(f"seeds holds {each!r}: expected whole numbers from 0")
+def _seeds(values: Sequence[object]) -> tuple[int, ...]:
     if not values:
         raise SweepSpecError("seeds is empty: expected at least one")
-    return tuple(dict.fromkeys(values))
+    seeds = []
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+            raise SweepSpecError(f"seeds holds {value!r}: expected whole numbers from 0")
+        seeds.append(value)
+    return tuple(dict.fromkeys(seeds))
 
 
-def _feature(name: Any, sets: Mapping[str, FeatureSet]) -> str:
+def _feature(name: object, sets: Mapping[str, FeatureSet]) -> str:
     found = find_name(name, sets, feature_name)
     if found is None:
         raise SweepError(f"there is no feature set {name!r}{did_you_mean(name, sets)}: the cache has {', '.join(sets)}")
     return found
 
 
-def _known(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
-    for name in given:
+def _refuse_unknown(names: Iterable[object], allowed: Sequence[str], where: str) -> None:
+    for name in names:
         if name not in allowed:
-            raise SweepSpecError(
-                f"{where} does not know {name!r}{did_you_mean(name, allowed)}: expected {', '.join(allowed)}"
-            )
+            hint = did_you_mean(name, allowed)
+            raise SweepSpecError(f"{where} does not know {name!r}{hint}: expected {', '.join(allowed)}")
 
 
-def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) -> list[dict[str, Any]]:
+def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) -> list[dict[str, object]]:
     """Return the heads of a sweep that names none, as the ``heads`` of a file.
 
     Every vector-a-row set gets a linear head by the convex solver at 16 strengths; the first of them also the
@@ -412,7 +433,7 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
     """
     vectors = [name for name in names if feature_sets[name].kind == "pooled"]
     others = [name for name in names if feature_sets[name].kind != "pooled"]
-    heads: list[dict[str, Any]] = []
+    heads: list[dict[str, object]] = []
     if vectors:
         first = vectors[:1]
         heads += [

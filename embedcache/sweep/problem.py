@@ -136,7 +136,7 @@ class Problem:
         sizes = f"{len(self.rows)},{len(self.test_rows)},{targets.dtype.str},{targets.shape}".encode()
         return sha256_bytes(b"".join([sizes, keys.tobytes(), targets.tobytes(), self.validation.tobytes()]))
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Return what must be the same for results to belong together; no path and no time is in it."""
         return {
             "cache": {"spec": self.cache.spec_hash, "dataset": self.dataset_hash},

@@ -52,9 +52,9 @@ class Protocol:
             return "shots"
         return "split" if self.folds == 1 else "folds"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what of it decides the results."""
-        body: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "stopping_share": self.stopping_share}
+        body: dict[str, object] = {"kind": self.kind, "seed": self.seed, "stopping_share": self.stopping_share}
         if self.shots is not None:
             return {**body, "shots": self.shots, "draws": self.draws}
         return {**body, "folds": self.folds, "repeats": self.repeats}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -17,10 +17,10 @@ from embedcache.wording import counted
 class Choices:
     """Values of one setting. ``span`` is (low, high, logarithmic) where it was given as a range, to draw from."""
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
     span: tuple[float, float, bool] | None = None
 
-    def draw(self, generator: np.random.Generator) -> Any:
+    def draw(self, generator: np.random.Generator) -> object:
         """Return one value at random: of the range where there is one, else of the list."""
         if self.span is None:
             return self.values[int(generator.integers(len(self.values)))]
@@ -30,7 +30,7 @@ class Choices:
         return float(f"{math.exp(drawn) if logarithmic else drawn:.3g}")
 
 
-def choices(where: str, value: Any) -> Choices:
+def choices(where: str, value: object) -> Choices:
     """Read a setting: a list is a choice of values, ``{log: [low, high], steps: n}`` and ``{linear: ...}`` are ranges.
 
     Raises ``SweepSpecError`` for a range that is none.
@@ -44,7 +44,7 @@ def choices(where: str, value: Any) -> Choices:
     return Choices((value,))
 
 
-def _range(where: str, value: Mapping[str, Any]) -> Choices:
+def _range(where: str, value: Mapping[str, object]) -> Choices:
     expected = (
         f"{where}: expected {{log: [low, high], steps: n}} or {{linear: [low, high], steps: n}}, got {dict(value)}"
     )
@@ -63,10 +63,10 @@ def _range(where: str, value: Mapping[str, Any]) -> Choices:
     return Choices(tuple(float(f"{each:.6g}") for each in made), (low, high, logarithmic))
 
 
-def number(where: str, value: Any) -> float:
+def number(where: str, value: object) -> float:
     """Return a number. YAML 1.1 reads 1e-3 as a string, which everybody means as a number."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (str, SupportsFloat)):
             raise ValueError
         if math.isfinite(found := float(value)):
             return found

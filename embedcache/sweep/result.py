@@ -8,7 +8,7 @@ import weakref
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from embedcache.errors import SweepError
 from embedcache.journal import commit
@@ -74,7 +74,7 @@ class SweepResult:
         """One for each configuration and fold, in the order in which they came."""
         return read_results(self.path)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, object]]:
         """Return one flat dict for each configuration and fold: head, options and settings as ``name: value``."""
         labels = {row.id: row.label for row in self.leaderboard}
         return [_flat(result, labels.get(result.candidate)) for result in self.results]
@@ -109,7 +109,7 @@ class SweepResult:
         return to_text(self._findings, rows)
 
 
-def _flat(result: Result, label: str | None) -> dict[str, Any]:
+def _flat(result: Result, label: str | None) -> dict[str, object]:
     body = asdict(result)
     head, train, metrics = body.pop("head"), body.pop("train"), body.pop("metrics")
     first = {name: body.pop(name) for name in ("id", "candidate", "fold", "repeat", "feature")}

@@ -241,7 +241,7 @@ class Run:
         self.folder.add(results, outputs)
 
     def _result(self, trained: Trained, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
-        problem, job = self.problem, trained.job
+        problem, job, made = self.problem, trained.job, trained.job.configuration
         metrics: dict[str, float | None] = {}
         error = trained.error
         if outputs is not None and not np.isfinite(outputs).all():
@@ -251,12 +251,11 @@ class Run:
                 if name not in _SLOW_METRICS or name == problem.metric:
                     value = score(name, problem.task, problem.y[rows], outputs)
                     metrics[name] = float(value) if np.isfinite(value) else None
-        body = job.configuration.to_json()
         return Result(
-            id=job.configuration.id, candidate=job.configuration.candidate, fold=job.number, repeat=job.fold.repeat,
-            train_rows=job.fold.rows, eval_rows=len(rows), score=metrics.get(problem.metric), metrics=metrics,
-            feature=body["feature"], head=body["head"], train=body["train"], parameters=trained.parameters,
-            seconds=trained.seconds, epochs=trained.epochs, curve=job.curve, error=error,
+            id=made.id, candidate=made.candidate, fold=job.number, repeat=job.fold.repeat, train_rows=job.fold.rows,
+            eval_rows=len(rows), score=metrics.get(problem.metric), metrics=metrics, feature=made.feature,
+            head=made.head_json, train=made.train_json, parameters=trained.parameters, seconds=trained.seconds,
+            epochs=trained.epochs, curve=job.curve, error=error,
         )  # fmt: skip
 
     def _candidates(self) -> list[Candidate]:

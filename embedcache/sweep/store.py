@@ -18,7 +18,6 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +55,8 @@ class Result:
     score: float | None
     metrics: Mapping[str, float | None]
     feature: str
-    head: Mapping[str, Any]
-    train: Mapping[str, Any]
+    head: Mapping[str, object]
+    train: Mapping[str, object]
     parameters: int
     seconds: float
     epochs: float | None = None
@@ -70,7 +69,7 @@ class Result:
         return self.id, self.fold, self.curve
 
     @classmethod
-    def from_json(cls, value: Any) -> Result:
+    def from_json(cls, value: object) -> Result:
         """Read a line. Raises ``ValueError`` for anything else."""
         names = [each.name for each in fields(cls)]
         if not isinstance(value, dict) or set(value) != set(names):
@@ -94,7 +93,7 @@ class SweepFolder:
     folder of something else, and for a damaged line, naming it.
     """
 
-    def __init__(self, path: Path | str, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | str, identity: Mapping[str, object]) -> None:
         self.path = Path(path)
         self.identity = dict(identity)
         self.notes: list[str] = []
@@ -201,7 +200,7 @@ def _by_key(results: Iterable[Result]) -> dict[Key, Result]:
     return by_key
 
 
-def read_identity(path: Path | str) -> dict[str, Any]:
+def read_identity(path: Path | str) -> dict[str, object]:
     """Return what a sweep's folder compares. Raises ``SweepError`` when it is not a sweep, or of another version."""
     file = Path(path) / IDENTITY
     try:
@@ -228,6 +227,6 @@ def read_results(path: Path | str) -> list[Result]:
     return list(_by_key(_journal(Path(path)).read()).values())
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
