@@ -68,29 +68,30 @@ class Resampler:
         prepare = metric_named(self._metric, self._task).prepare
         parts = [
             [
-                (each.rows, prepare(Predictions(self._task, self._y[each.rows], each.outputs, each.thresholds)))
-                for each in head
+                (part.rows, prepare(Predictions(self._task, self._y[part.rows], part.outputs, part.thresholds)))
+                for part in head
             ]
             for head in heads
         ]
         out = np.empty((len(heads), self.draws))
-        at = 0
-        for times in statistics.resamples(self._groups, self.draws, self._seed):
-            for draw in times.astype(np.float64):
-                for head, mine in enumerate(parts):
-                    out[head, at] = _mean([value(draw[rows]) for rows, value in mine])
-                at += 1
+        draws = (
+            draw.astype(np.float64)
+            for times in statistics.resamples(self._groups, self.draws, self._seed) for draw in times
+        )  # fmt: skip
+        for number, draw in enumerate(draws):
+            for head, of_head in enumerate(parts):
+                out[head, number] = _mean([value(draw[rows]) for rows, value in of_head])
         return out
 
     def _of_rows(self, heads: Sequence[Sequence[Scored]]) -> Floats:
         """Metrics that are a mean over rows: one matrix product for each set of rows that was scored."""
         by_rows: dict[bytes, tuple[npt.NDArray[np.int64], list[tuple[int, Floats]]]] = {}
         for head, parts in enumerate(heads):
-            for each in parts:
-                _, members = by_rows.setdefault(each.rows.tobytes(), (each.rows, []))
-                members.append((head, self._values(each)))
+            for part in parts:
+                _, members = by_rows.setdefault(part.rows.tobytes(), (part.rows, []))
+                members.append((head, self._values(part)))
         total, counted = np.zeros((len(heads), self.draws)), np.zeros((len(heads), self.draws))
-        at = 0
+        start = 0
         for times in statistics.resamples(self._groups, self.draws, self._seed):
             for rows, members in by_rows.values():
                 drawn = times[:, rows]
@@ -98,18 +99,19 @@ class Resampler:
                 values = np.stack([value for _, value in members]).astype(np.float32)
                 with np.errstate(invalid="ignore", divide="ignore"):
                     scores = (values @ drawn.T) / mass
-                fine = mass > 0
+                drawn_at_all = mass > 0
+                block = slice(start, start + len(times))
                 for (head, _), score in zip(members, scores, strict=True):
-                    total[head, at : at + len(times)][fine] += score[fine]
-                    counted[head, at : at + len(times)] += fine
-            at += len(times)
+                    total[head, block][drawn_at_all] += score[drawn_at_all]
+                    counted[head, block] += drawn_at_all
+            start += len(times)
         with np.errstate(invalid="ignore"):
             return np.asarray(total / counted)
 
-    def _values(self, each: Scored) -> Floats:
+    def _values(self, part: Scored) -> Floats:
         if self._metric == "log_loss":
-            return task_named(self._task).row_loss(self._y[each.rows], each.outputs)
-        return each.right(self._task, self._y)
+            return task_named(self._task).row_loss(self._y[part.rows], part.outputs)
+        return part.right(self._task, self._y)
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -131,34 +133,39 @@ class Candidate:
 
     @property
     def first(self) -> Configuration:
-        """It with its first seed."""
+        """The configuration with the first seed."""
         return self.configurations[0]
 
     def error(self) -> str | None:
         """Return why it has no place in the table, if it has none."""
-        every = [each for of_seed in self.results for each in of_seed]
-        failed = [each.error for each in every if each.error is not None]
-        if failed:
-            return failed[0]
-        return "its score is not defined on some fold" if any(each.score is None for each in every) else None
+        for result in self.every_result:
+            if result.error is not None:
+                return result.error
+        undefined = any(result.score is None for result in self.every_result)
+        return "its score is not defined on some fold" if undefined else None
+
+    @property
+    def every_result(self) -> list[Result]:
+        """The results of all seeds on all folds."""
+        return [result for of_seed in self.results for result in of_seed]
 
     def fold_scores(self) -> list[float]:
         """Return the score on each fold, the mean over seeds."""
-        table = [[each.score or 0.0 for each in of_seed] for of_seed in self.results]
-        return [float(each) for each in np.mean(table, axis=0)]
+        table = [[result.score or 0.0 for result in of_seed] for of_seed in self.results]
+        return [float(score) for score in np.mean(table, axis=0)]
 
 
 def candidates(folder: SweepFolder, configurations: Sequence[Configuration], folds: int) -> list[Candidate]:
     """Return the candidates among configurations of which every seed has a result on every fold."""
     groups: dict[str, list[Configuration]] = {}
-    for each in configurations:
-        groups.setdefault(each.candidate, []).append(each)
+    for configuration in configurations:
+        groups.setdefault(configuration.candidate, []).append(configuration)
     out = []
     for members in groups.values():
-        members = sorted(members, key=lambda each: each.train.seed)
-        whole = [each for each in members if all((each.id, fold, None) in folder.results for fold in range(folds))]
-        if len(whole) == len(members):
-            results = tuple(tuple(folder.results[each.id, fold, None] for fold in range(folds)) for each in members)
+        members.sort(key=lambda member: member.train.seed)
+        keys = [[(member.id, fold, None) for fold in range(folds)] for member in members]
+        if all(key in folder.results for of_seed in keys for key in of_seed):
+            results = tuple(tuple(folder.results[key] for key in of_seed) for of_seed in keys)
             out.append(Candidate(tuple(members), results))
     return out
 
@@ -220,7 +227,7 @@ def _row(problem: Problem, head: Compared, score: float, varied: Collection[str]
     """Return a row; its rank and what comes from all p values together are put in afterwards."""
     candidate = head.candidate
     configuration, folds = candidate.first, candidate.fold_scores()
-    results = [result for of_seed in candidate.results for result in of_seed]
+    results = candidate.every_result
     epochs = [result.epochs for result in results if result.epochs is not None]
     parsed = _parsed(configuration.feature)
     interval, method = _interval(problem, head)
@@ -264,20 +271,19 @@ def _varied(configurations: Sequence[Configuration]) -> set[str]:
     """Return the settings that differ among the heads of some kind, which is what a plot can be drawn over."""
     out: set[str] = set()
     groups: dict[tuple[str, str, str], list[dict[str, object]]] = {}
-    for each in configurations:
-        groups.setdefault((each.head.engine, each.head.kind, each.train.solver), []).append(each.flat())
+    for made in configurations:
+        groups.setdefault((made.head.engine, made.head.kind, made.train.solver), []).append(made.flat())
     for members in groups.values():
-        for name in {name for each in members for name in each}:
-            if len({repr(each.get(name)) for each in members}) > 1:
-                out.add(name)
+        names = {name for settings in members for name in settings}
+        out |= {name for name in names if len({repr(settings.get(name)) for settings in members}) > 1}
     return out
 
 
-def _scored(problem: Problem, folder: SweepFolder, each: Candidate) -> list[Scored]:
+def _scored(problem: Problem, folder: SweepFolder, candidate: Candidate) -> list[Scored]:
     out = []
-    for configuration in each.configurations:
-        kept = folder.predictions(configuration.id)
-        out += [Scored(np.flatnonzero(fold.score), kept[at]) for at, fold in enumerate(problem.folds)]
+    for configuration in candidate.configurations:
+        outputs = folder.predictions(configuration.id)
+        out += [Scored(np.flatnonzero(fold.score), outputs[number]) for number, fold in enumerate(problem.folds)]
     return out
 
 
@@ -303,9 +309,9 @@ def row_interval(
 ) -> tuple[Interval | None, str]:
     """Return the interval of a score over rows: the percentile bootstrap; Wilson's where all or none were right."""
     if metric == "accuracy" and len(scored) == 1:
-        mine = scored[0].right(task, y)
-        if len(mine) and mine.min() == mine.max():
-            return wilson(float(mine.sum()), len(mine), alpha), "wilson"
+        right = scored[0].right(task, y)
+        if len(right) and right.min() == right.max():  # of which the bootstrap knows no spread
+            return wilson(float(right.sum()), len(right), alpha), "wilson"
     return statistics.percentile_interval(resampled, alpha), "bootstrap"
 
 

@@ -18,7 +18,7 @@ _MINIBATCH = ("solver", *(name for name in MINIBATCH_SETTINGS if name != "moment
 _PENALIZED = frozenset({"linear", "logistic-regression", "linear-svm", "ridge", "random-projection"})
 _SHORT = {"learning_rate": "lr", "weight_decay": "wd", "label_smoothing": "smoothing", "batch_size": "batch"}
 DEFAULTS = TrainSpec()
-TRAIN_FIELDS = tuple(each.name for each in fields(TrainSpec))
+TRAIN_FIELDS = tuple(setting.name for setting in fields(TrainSpec))
 
 
 def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class Configuration:
 
     @cached_property
     def label(self) -> str:
-        """One line for people: the head, what is not at its default, the feature set."""
+        """One line for people: the head, the settings that are not at their defaults, the feature set."""
         parts = [self.head.kind if self.head.engine == "torch" else f"sklearn:{self.head.kind}"]
         if self.train.solver == "convex" and self.head.engine == "torch":
             parts = [f"{self.head.kind} l2={_text(self.train.l2)}"]
@@ -146,5 +146,5 @@ def _text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "x".join(map(str, value))
     if isinstance(value, Mapping):
-        return ",".join(f"{name}:{_text(each)}" for name, each in value.items())
+        return ",".join(f"{name}:{_text(held)}" for name, held in value.items())
     return str(value)

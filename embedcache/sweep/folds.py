@@ -79,7 +79,7 @@ def strata(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, nam
     else:
         edges = np.quantile(y[:, 0], np.linspace(0, 1, _BINS + 1)[1:-1])
         stratum = np.searchsorted(edges, y[:, 0], side="right").astype(np.int64)
-        titles = tuple(f"tenth {at + 1}" for at in range(_BINS))
+        titles = tuple(f"tenth {tenth}" for tenth in range(1, _BINS + 1))
     lowest = np.full(len(found), len(titles), np.int64)
     np.minimum.at(lowest, group, stratum)
     return Strata(group, lowest[group], short, titles)
@@ -101,9 +101,9 @@ def k_folds(
     stratum = _group_strata(of)
     if exact:
         counts = np.bincount(stratum, minlength=len(of.names))
-        short = [at for at in np.flatnonzero(counts) if counts[at] < folds]
+        short = [label for label in np.flatnonzero(counts) if counts[label] < folds]
         if short:
-            worst = min(short, key=lambda at: counts[at])
+            worst = min(short, key=lambda label: counts[label])
             raise SweepError(
                 f"{counted(folds, 'fold')}, but the class {of.names[worst]!r} has {counts[worst]} different "
                 f"{'row' if counts[worst] == 1 else 'rows'} in train and validation: "
@@ -118,13 +118,13 @@ def k_folds(
         order = _order(of, seed, repeat)
         fold_of = np.empty(of.groups, np.int64)
         totals = np.zeros(folds, np.int64)
-        for each in range(len(of.names)):
-            mine = order[stratum[order] == each]
-            if len(mine):
-                fold_of[mine] = _deal(sizes[mine], folds, totals)
+        for label in range(len(of.names)):
+            members = order[stratum[order] == label]
+            if len(members):
+                fold_of[members] = _deal(sizes[members], folds, totals)
         assigned = fold_of[of.group]
-        for at in range(folds):
-            score = assigned == at
+        for fold in range(folds):
+            score = assigned == fold
             out.append(Fold(*_hold_out(of, ~score, stopping, seed), score, repeat))
     return out
 
@@ -155,11 +155,11 @@ def _deal(sizes: Rows, folds: int, totals: Rows) -> Rows:
     fold_of = np.empty(len(sizes), np.int64)
     counts = np.zeros(folds, np.int64)
     several = np.flatnonzero(sizes > 1)
-    for at in several[np.argsort(-sizes[several], kind="stable")]:
-        to = min(range(folds), key=lambda fold: (counts[fold], totals[fold], fold))
-        fold_of[at] = to
-        counts[to] += sizes[at]
-        totals[to] += sizes[at]
+    for group in several[np.argsort(-sizes[several], kind="stable")]:
+        emptiest_fold = min(range(folds), key=lambda fold: (counts[fold], totals[fold], fold))
+        fold_of[group] = emptiest_fold
+        counts[emptiest_fold] += sizes[group]
+        totals[emptiest_fold] += sizes[group]
     single = np.flatnonzero(sizes == 1)
     # Level by level: the k-th single row of a fold costs its count so far; the cheapest places are taken.
     left = len(single)
@@ -170,9 +170,9 @@ def _deal(sizes: Rows, folds: int, totals: Rows) -> Rows:
         higher = level[level > level.min()]
         room = (int(higher.min()) - int(level.min())) * len(low) if len(higher) else left
         if min(left, room) >= len(low):
-            each = min(left, room) // len(low)
-            shares[low] += each
-            left -= each * len(low)
+            rows_each = min(left, room) // len(low)
+            shares[low] += rows_each
+            left -= rows_each * len(low)
         else:
             emptiest = low[np.argsort(totals[low] + shares[low], kind="stable")][:left]
             shares[emptiest] += 1
@@ -196,9 +196,9 @@ def _first(of: Strata, among: Mask, share: float, seeds: tuple[int, ...], at_lea
     order = order[there[order]]
     stratum = _group_strata(of)[order]
     chosen = np.zeros(of.groups, bool)
-    for each in np.unique(stratum):
-        mine = order[stratum == each]
-        chosen[mine[: max(at_least, int(share * len(mine) + 1e-9))]] = True
+    for label in np.unique(stratum):
+        members = order[stratum == label]
+        chosen[members[: max(at_least, int(share * len(members) + 1e-9))]] = True
     return chosen[of.group]
 
 
@@ -225,11 +225,12 @@ def shots(of: Strata, per_class: int, draws: int, *, seed: int = 0) -> list[Fold
         raise SweepSpecError(f"--shots {per_class} --draws {draws}: expected at least 1 of each")
     stratum = _group_strata(of)
     counts = np.bincount(stratum, minlength=len(of.names))
-    for at in np.flatnonzero(counts):
-        if counts[at] <= per_class:
+    for label in np.flatnonzero(counts):
+        members = int(counts[label])
+        if members <= per_class:
             raise SweepError(
-                f"--shots {per_class}, but the class {of.names[at]!r} has {counts[at]} different rows in train and "
-                f"validation, and some must be left to score: ask for --shots {max(1, int(counts[at]) - 1)} at most"
+                f"--shots {per_class}, but the class {of.names[label]!r} has {members} different rows in train and "
+                f"validation, and some must be left to score: ask for --shots {max(1, members - 1)} at most"
             )
     first = np.zeros(len(of.group), bool)
     first[np.unique(of.group, return_index=True)[1]] = True
@@ -237,8 +238,8 @@ def shots(of: Strata, per_class: int, draws: int, *, seed: int = 0) -> list[Fold
     for draw in range(draws):
         order = _order(of, seed, draw, 104729)
         drawn = np.zeros(of.groups, bool)
-        for each in np.flatnonzero(counts):
-            drawn[order[stratum[order] == each][:per_class]] = True
+        for label in np.flatnonzero(counts):
+            drawn[order[stratum[order] == label][:per_class]] = True
         rows = drawn[of.group]
         out.append(Fold(rows & first, np.zeros(len(rows), bool), ~rows, draw))
     return out

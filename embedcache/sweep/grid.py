@@ -119,18 +119,18 @@ class Grid:
         if random is None:
             if len(self) > MOST:
                 raise SweepSpecError(f"{len(self):,} configurations are too many: draw some with --random 50")
-            every = [each for block in self.blocks for each in block]
+            every = [configuration for block in self.blocks for configuration in block]
             return list(dict.fromkeys([*self.given, *every]))
         if not 1 <= random <= MOST:
             raise SweepSpecError(f"--random {random}: expected 1 to {MOST:,}")
         generator = np.random.default_rng(seed)
-        found: dict[str, list[Configuration]] = {each.candidate: [each] for each in self.given}
+        drawn: dict[str, list[Configuration]] = {given.candidate: [given] for given in self.given}
         for _ in range(50 * random):
-            if len(found) >= random or not self.blocks:
+            if len(drawn) >= random or not self.blocks:
                 break
-            drawn = self.blocks[int(generator.integers(len(self.blocks)))].draw(generator)
-            found.setdefault(drawn[0].candidate, drawn)
-        return list(dict.fromkeys(each for group in list(found.values())[:random] for each in group))
+            seeds = self.blocks[int(generator.integers(len(self.blocks)))].draw(generator)
+            drawn.setdefault(seeds[0].candidate, seeds)
+        return list(dict.fromkeys(made for seeds in list(drawn.values())[:random] for made in seeds))
 
     def sample(self, count: int = 200, seed: int = 0) -> list[Configuration]:
         """Return a few configurations at random, from which to estimate the cost of all."""
@@ -139,7 +139,7 @@ class Grid:
         if not weights.sum():
             return list(self.given[:count])
         picked = generator.choice(len(self.blocks), count, p=weights / weights.sum())
-        return [self.blocks[at].draw(generator)[0] for at in picked]
+        return [self.blocks[number].draw(generator)[0] for number in picked]
 
 
 def read_file(path: Path | str) -> dict[str, object]:
@@ -158,8 +158,8 @@ def read_file(path: Path | str) -> dict[str, object]:
         if id(node) not in sizes:
             parts = node.value
             if isinstance(node, yaml.MappingNode):
-                parts = [each for pair in node.value for each in pair]
-            sizes[id(node)] = 1 + sum(refuse_bombs(each, above + 1) for each in parts)
+                parts = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(refuse_bombs(part, above + 1) for part in parts)
         if sizes[id(node)] > _MOST_VALUES:
             raise SweepError(f"{line} stands for {sizes[id(node)]:,} values: expected {_MOST_VALUES:,} at most")
         return sizes[id(node)]

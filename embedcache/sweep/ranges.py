@@ -10,7 +10,7 @@ from typing import SupportsFloat
 import numpy as np
 
 from embedcache.errors import SweepSpecError
-from embedcache.wording import counted
+from embedcache.wording import counted, shortened
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Choices:
 def choices(where: str, value: object) -> Choices:
     """Read a setting: a list is a choice of values, ``{log: [low, high], steps: n}`` and ``{linear: ...}`` are ranges.
 
-    Raises ``SweepSpecError`` for a range that is none.
+    Raises ``SweepSpecError`` for a range that is not one.
     """
     if isinstance(value, (list, tuple)):
         if not value:
             raise SweepSpecError(f"{where} is an empty list: give it a value or leave it out")
-        return Choices(tuple(tuple(each) if isinstance(each, list) else each for each in value))
+        return Choices(tuple(tuple(choice) if isinstance(choice, list) else choice for choice in value))
     if isinstance(value, Mapping) and ("log" in value or "linear" in value):
         return _range(where, value)
     return Choices((value,))
@@ -60,7 +60,7 @@ def _range(where: str, value: Mapping[str, object]) -> Choices:
     if steps > 1_000_000:
         raise SweepSpecError(f"{where}: {counted(steps, 'step')}: expected at most 1,000,000")
     made = np.geomspace(low, high, steps) if logarithmic else np.linspace(low, high, steps)
-    return Choices(tuple(float(f"{each:.6g}") for each in made), (low, high, logarithmic))
+    return Choices(tuple(float(f"{step:.6g}") for step in made), (low, high, logarithmic))
 
 
 def number(where: str, value: object) -> float:
@@ -72,5 +72,4 @@ def number(where: str, value: object) -> float:
             return found
         raise ValueError
     except (TypeError, ValueError, OverflowError):
-        said = repr(value)
-        raise SweepSpecError(f"{where} is {said[:40]}{'...' if len(said) > 40 else ''}: expected a number") from None
+        raise SweepSpecError(f"{where} is {shortened(value)}: expected a number") from None

@@ -73,9 +73,9 @@ def holm(p: Sequence[float]) -> list[float]:
     count = len(p)
     adjusted = [0.0] * count
     highest = 0.0
-    for rank, at in enumerate(sorted(range(count), key=lambda at: p[at])):
-        highest = max(highest, min(1.0, (count - rank) * p[at]))
-        adjusted[at] = highest
+    for rank, place in enumerate(sorted(range(count), key=lambda place: p[place])):
+        highest = max(highest, min(1.0, (count - rank) * p[place]))
+        adjusted[place] = highest
     return adjusted
 
 
@@ -92,8 +92,8 @@ def resamples(groups: npt.NDArray[np.int64], draws: int, seed: int = 0) -> Itera
     for start in range(0, draws, block):
         size = min(block, draws - start)
         times = np.empty((size, count), np.float32)
-        for at in range(size):
-            times[at] = np.bincount(generator.integers(0, count, count), minlength=count)
+        for draw in range(size):
+            times[draw] = np.bincount(generator.integers(0, count, count), minlength=count)
         yield times if alone else times[:, groups]
 
 

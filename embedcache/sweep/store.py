@@ -71,7 +71,7 @@ class Result:
     @classmethod
     def from_json(cls, value: object) -> Result:
         """Read a line. Raises ``ValueError`` for anything else."""
-        names = [each.name for each in fields(cls)]
+        names = [field.name for field in fields(cls)]
         if not isinstance(value, dict) or set(value) != set(names):
             raise ValueError("its fields are not those of a result")
         texts, counts = ("id", "candidate", "feature"), ("fold", "repeat", "train_rows", "eval_rows", "parameters")
@@ -142,7 +142,7 @@ class SweepFolder:
         """Keep results: the predictions of each configuration by fold first, then the lines, synced."""
         for name, by_fold in (outputs or {}).items():
             self._write_predictions(name, by_fold)
-        new = [each for each in results if each.key not in self.results]
+        new = [result for result in results if result.key not in self.results]
         self._journal.append(new)
         self.results |= {result.key: result for result in new}
 
@@ -164,7 +164,7 @@ class SweepFolder:
 
         try:
             tensors = load(read(self._prediction_file(name), SweepError) or b"")
-            return {int(each.removeprefix("fold")): value for each, value in tensors.items()}
+            return {int(name.removeprefix("fold")): value for name, value in tensors.items()}
         except (SafetensorError, ValueError) as error:
             if isinstance(error, SweepError):
                 raise

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,13 @@ from embedcache.features import Dense, Ragged, features_of
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
-from embedcache.spec import MIN_STEPS
-from embedcache.sweep.configuration import DEFAULTS, Configuration
+from embedcache.shard import FeatureSet
+from embedcache.spec import MIN_STEPS, TaskName
+from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.folds import Fold
-from embedcache.sweep.problem import Problem, part
+from embedcache.sweep.problem import Array, Problem, part
+from embedcache.train.metrics import metric_named
+from embedcache.train.result import Origin
 
 MAY_DIFFER = (
     "learning_rate", "weight_decay", "label_smoothing", "class_weight", "schedule", "warmup", "clip", "seed",
@@ -61,7 +64,7 @@ class Trained:
     seconds: float = 0.0
     epochs: float | None = None
     error: str | None = None
-    history: Sequence[Any] = ()
+    history: Sequence[Mapping[str, float]] = ()
     improving: bool = False
 
     @property
@@ -78,7 +81,7 @@ class Trained:
 class Batch:
     """Jobs that are trained in one go; ``how`` is ``stack``, ``convex`` or ``sklearn``."""
 
-    how: str
+    how: How
     jobs: tuple[Job, ...]
 
     @property
@@ -94,68 +97,75 @@ class Interruption(Exception):
 
 def batches(problem: Problem, jobs: Iterable[Job]) -> list[Batch]:
     """Group jobs into what is trained in one go, cheapest kinds first, so that a table fills early."""
-    groups: dict[tuple[Any, ...], list[Job]] = {}
+    groups: dict[_Group, list[Job]] = {}
     for job in jobs:
-        groups.setdefault(_group(problem, job), []).append(job)
+        groups.setdefault(_group_of(problem, job), []).append(job)
     out = []
-    for key in sorted(groups, key=lambda key: (_ORDER[key[0]], canonical_json([str(each) for each in key]))):
-        members, how = groups[key], key[0]
-        if how == "stack":
-            size = _most_in_a_stack(problem, members[0].configuration)
-            out += [Batch(how, tuple(members[at : at + size])) for at in range(0, len(members), size)]
-        else:
-            out.append(Batch(how, tuple(members)))
+    for group in sorted(groups, key=lambda group: (_ORDER[group.how], group.name)):
+        members = groups[group]
+        most = _most_in_a_stack(problem, members[0].configuration) if group.how == "stack" else len(members)
+        out += [Batch(group.how, tuple(members[start : start + most])) for start in range(0, len(members), most)]
     return out
 
 
-_ORDER = {"convex": 0, "sklearn": 1, "stack": 2}
+How = Literal["convex", "sklearn", "stack"]
+_ORDER: Mapping[How, int] = {"convex": 0, "sklearn": 1, "stack": 2}
 
 
-def _group(problem: Problem, job: Job) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class _Group:
+    """What is alike in jobs that are trained in one go."""
+
+    how: How
+    key: tuple[object, ...]
+
+    @property
+    def name(self) -> str:
+        """A text to order groups by."""
+        return canonical_json([self.how, *map(str, self.key)])
+
+
+def _group_of(problem: Problem, job: Job) -> _Group:
     configuration = job.configuration
-    how = "sklearn" if configuration.head.engine == "sklearn" else "stack"
-    how = "convex" if how == "stack" and configuration.train.solver == "convex" else how
-    if how == "sklearn":
-        return how, configuration.feature
-    if how == "convex":
-        train = asdict(configuration.train)
-        alike = canonical_json({name: train[name] for name in ("class_weight", "standardize")})
-        return how, configuration.feature, alike, *_alone(problem, job)
+    if configuration.head.engine == "sklearn":
+        return _Group("sklearn", (configuration.feature,))
     train = asdict(configuration.train)
+    alone = (job.number, job.curve) if _alone(problem, job) else ()
+    if configuration.train.solver == "convex":
+        alike = canonical_json({name: train[name] for name in ("class_weight", "standardize")})
+        return _Group("convex", (configuration.feature, alike, *alone))
     alike = canonical_json({name: value for name, value in train.items() if name not in MAY_DIFFER})
     clipped = bool(configuration.train.clip)
-    return how, configuration.feature, stack_key(configuration.head), alike, clipped, *_alone(problem, job)
+    return _Group("stack", (configuration.feature, stack_key(configuration.head), alike, clipped, *alone))
 
 
-def _alone(problem: Problem, job: Job) -> tuple[Any, ...]:
-    """Return what keeps folds apart where they cannot share a pass."""
+def _alone(problem: Problem, job: Job) -> bool:
+    """Whether a fold cannot share a pass with others."""
     ragged = problem.cache.feature(job.configuration.feature).kind == "tokens"
     # Masks leave a small subset a row or two in each batch; alone it gets whole batches.
     small = job.curve is not None or int(job.fold.train.sum()) * 2 < len(problem)
-    return (job.number, job.curve) if ragged or small else ()
+    return ragged or small
 
 
 def _most_in_a_stack(problem: Problem, configuration: Configuration) -> int:
     head = build_head(configuration.head, problem.cache.feature(configuration.feature), len(problem.class_names))
-    size = sum(each.numel() for each in head.parameters())
+    size = sum(parameter.numel() for parameter in head.parameters())
     return max(1, min(_STACK_HEADS, _STACK_BYTES // (size * _BYTES_A_PARAMETER)))
 
 
 def refuse_impossible(problem: Problem, configurations: Sequence[Configuration]) -> None:
     """Build a head of every shape once. Raises ``SpecError`` or ``FeatureError`` for one that cannot be."""
     seen = set()
-    for each in configurations:
-        key = each.feature, stack_key(each.head), canonical_json(each.head.options.get("dropout"))
-        if key not in seen:
-            seen.add(key)
-            if each.head.engine == "sklearn":
-                checked_kind(each.head, problem.task)
-            else:
-                build_head(each.head, problem.cache.feature(each.feature), len(problem.class_names))
-        if each.train.metric is not None:
-            from embedcache.train.metrics import metric_named
-
-            metric_named(each.train.metric, problem.task)
+    for made in configurations:
+        head, feature = made.head, problem.cache.feature(made.feature)
+        key = made.feature, stack_key(head), canonical_json(head.options.get("dropout"))
+        if key not in seen and head.engine == "sklearn":
+            checked_kind(head, problem.task)
+        elif key not in seen:
+            build_head(head, feature, len(problem.class_names))
+        seen.add(key)
+        if made.train.metric is not None:
+            metric_named(made.train.metric, problem.task)
 
 
 def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title: str = "") -> Iterator[Trained]:
@@ -180,7 +190,7 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
 
 
 def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, title: str) -> Iterator[Trained]:
-    from embedcache.train import Masks, Origin, PassOptions, labelled_rows_of, train_stack
+    from embedcache.train import Masks, PassOptions, labelled_rows_of, train_stack
 
     jobs = batch.jobs
     origin, options = Origin.of(problem.cache), PassOptions(progress=progress, title=title or batch.title)
@@ -221,7 +231,7 @@ def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, t
 
     first = batch.jobs[0].configuration
     if first.train.class_weight is not None:
-        yield from _one_by_one(problem, batch, x)  # weights by class name are the trainer's business
+        yield from _one_by_one(problem, batch.jobs, x)  # weights by class name are the trainer's business
         return
     begun = time.perf_counter()
     penalties = list(dict.fromkeys(job.configuration.train.l2 for job in batch.jobs))
@@ -238,14 +248,18 @@ def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, t
     seconds = (time.perf_counter() - begun) / len(batch.jobs)
     feature = problem.cache.feature(first.feature)
     for job in batch.jobs:
-        one = found[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
+        solved = found[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
         head = TrainedHead(
             job.configuration.head, problem.task, problem.class_names, feature,
-            state={"output.weight": one.weight, "output.bias": one.bias}, training=job.configuration.train.record(),
-            **_origin(problem),
+            state={"output.weight": solved.weight, "output.bias": solved.bias},
+            training=job.configuration.train.record(), **vars(Origin.of(problem.cache)),
         )  # fmt: skip
-        entry = {"epoch": one.iterations, "train_loss": one.loss / len(y), "gradient_norm": one.gradient_norm}
-        yield Trained(job, head, seconds, float(one.iterations), history=[entry])
+        entry = {
+            "epoch": solved.iterations,
+            "train_loss": solved.loss / len(y),
+            "gradient_norm": solved.gradient_norm,
+        }
+        yield Trained(job, head, seconds, float(solved.iterations), history=[entry])
 
 
 def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -253,101 +267,86 @@ def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], 
     return (fold.train, fold.stopping) if stopping else (fold.train | fold.stopping, np.zeros_like(fold.stopping))
 
 
-def _origin(problem: Problem) -> dict[str, Any]:
-    where = problem.cache.provenance()[-1] if problem.cache.provenance() else {}
-    return {
-        "extraction": problem.cache.spec, "model": where.get("model"), "revision": where.get("revision"),
-        "probe": problem.cache.common_probe,
-    }  # fmt: skip
+@dataclass(frozen=True)
+class _Fitting:
+    """What heads that are trained one by one share; it goes to other processes too."""
+
+    task: TaskName
+    class_names: tuple[str, ...]
+    feature: FeatureSet
+    origin: Origin
+
+    @classmethod
+    def on(cls, problem: Problem, feature: str) -> _Fitting:
+        return cls(problem.task, problem.class_names, problem.cache.feature(feature), Origin.of(problem.cache))
+
+    def fit(self, job: Job, x: object, y: Array) -> Trained:
+        """Train one head by itself, on features of its own rows."""
+        from embedcache.train import train_head
+
+        begun = time.perf_counter()
+        try:
+            with quiet():
+                result = train_head(
+                    x, y, None, None, job.configuration.head, job.configuration.train, task=self.task,
+                    class_names=self.class_names, feature=self.feature, progress=False, calibrate=False,
+                    **vars(self.origin),
+                )  # fmt: skip
+        except EmbedcacheError as error:
+            return Trained(job, None, time.perf_counter() - begun, error=str(error))
+        return Trained(job, result.head, time.perf_counter() - begun, history=result.history)
+
+    def fit_elsewhere(
+        self, number: int, job: Job, x: npt.NDArray[np.float32], y: Array
+    ) -> tuple[int, TrainedHead | None, float, str | None]:
+        """Train one head in a process of its own; ``number`` says which, for they come back in any order."""
+        rows = np.flatnonzero(job.fold.train | job.fold.stopping)
+        trained = self.fit(job, x[rows], y[rows])
+        return number, trained.head, trained.seconds, trained.error
 
 
-def _one(problem: Problem, job: Job, x: Dense | Ragged, y: npt.NDArray[Any]) -> Trained:
-    """Train one head by itself, on features of its own rows."""
-    from embedcache.train import train_head
-
-    begun = time.perf_counter()
-    try:
-        with quiet():
-            result = train_head(
-                x, y, None, None, job.configuration.head, job.configuration.train, task=problem.task,
-                class_names=problem.class_names, feature=problem.cache.feature(job.configuration.feature),
-                progress=False, calibrate=False, **_origin(problem),
-            )  # fmt: skip
-    except EmbedcacheError as error:
-        return Trained(job, None, time.perf_counter() - begun, error=str(error))
-    return Trained(job, result.head, time.perf_counter() - begun, history=result.history)
-
-
-def _one_by_one(problem: Problem, batch: Batch, x: Dense | Ragged) -> Iterator[Trained]:
-    for job in batch.jobs:
+def _one_by_one(problem: Problem, jobs: Sequence[Job], x: Dense | Ragged) -> Iterator[Trained]:
+    for job in jobs:
         learn, _ = _learn_and_stop(job.fold, False)
-        yield _one(problem, job, part(x, learn), problem.y[learn])
+        yield _Fitting.on(problem, job.configuration.feature).fit(job, part(x, learn), problem.y[learn])
 
 
 def _sklearn(problem: Problem, batch: Batch, x: Dense | Ragged) -> Iterator[Trained]:
-    here = [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS]
-    yield from _one_by_one(problem, Batch("sklearn", tuple(here)), x)
-    rest = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
-    workers = min(len(rest), os.cpu_count() or 1)
-    if workers < 2 or len(rest) < 3 or np.size(x.values) * len(rest) < _WORTH_PROCESSES:
-        yield from _one_by_one(problem, Batch("sklearn", tuple(rest)), x)
+    yield from _one_by_one(problem, [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS], x)
+    jobs = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    if workers < 2 or len(jobs) < 3 or np.size(x.values) * len(jobs) < _WORTH_PROCESSES:
+        yield from _one_by_one(problem, jobs, x)
         return
     from joblib import Parallel, delayed
 
     # joblib hands arrays over 1 MB to its processes as one memory map.
     array = np.ascontiguousarray(x.values)
     run = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1, prefer="processes")
-    about = (problem.task, problem.class_names, problem.cache.feature(rest[0].configuration.feature), _origin(problem))
-    for at, head, seconds, error in run(
-        delayed(_fit_elsewhere)(
-            at, job.configuration.to_json(), np.flatnonzero(job.fold.train | job.fold.stopping), array, problem.y, about
-        )
-        for at, job in enumerate(rest)
-    ):  # fmt: skip
-        yield Trained(rest[at], head, seconds, error=error)
+    fit = delayed(_Fitting.on(problem, jobs[0].configuration.feature).fit_elsewhere)
+    for number, head, seconds, error in run(fit(number, job, array, problem.y) for number, job in enumerate(jobs)):
+        yield Trained(jobs[number], head, seconds, error=error)
 
 
-def _fit_elsewhere(
-    at: int, configuration: dict[str, Any], rows: npt.NDArray[np.int64], x: npt.NDArray[np.float32],
-    y: npt.NDArray[Any], about: tuple[Any, ...],
-) -> tuple[int, TrainedHead | None, float, str | None]:  # fmt: skip
-    """Fit one scikit-learn head in a process of its own."""
-    from embedcache.train import train_head
-
-    made = Configuration.from_json(configuration)
-    task, names, feature, origin = about
-    begun = time.perf_counter()
-    try:
-        with quiet():
-            head = train_head(
-                x[rows], y[rows], None, None, made.head, made.train, task=task, class_names=names, feature=feature,
-                progress=False, calibrate=False, **origin,
-            ).head  # fmt: skip
-    except EmbedcacheError as error:
-        return at, None, time.perf_counter() - begun, str(error)
-    return at, head, time.perf_counter() - begun, None
-
-
-def _estimator_size(estimator: Any) -> int:
+def _estimator_size(estimator: object) -> int:
     """Return how many numbers a fitted estimator holds, nested ones and trees included."""
     seen: set[int] = set()
 
-    def size(value: Any, depth: int) -> int:
+    def size(value: object, depth: int) -> int:
         if id(value) in seen or depth > 8:
             return 0
         seen.add(id(value))
+        parts: Iterable[object] = ()
         if isinstance(value, np.ndarray):
-            if value.dtype.names:
-                return int(value.size * len(value.dtype.names))
-            if value.dtype == object:
-                return sum(size(each, depth + 1) for each in value.flat)
-            return int(value.size) if value.dtype.kind in "fiu" else 0
-        if isinstance(value, (list, tuple)):
-            return sum(size(each, depth + 1) for each in value)
-        module = type(value).__module__
-        if module.startswith("sklearn"):
-            return sum(size(each, depth + 1) for each in vars(value).values()) if hasattr(value, "__dict__") else 0
-        return 0
+            if value.dtype != object:
+                numbers = len(value.dtype.names) if value.dtype.names else int(value.dtype.kind in "fiu")
+                return int(value.size * numbers)
+            parts = value.flat
+        elif isinstance(value, (list, tuple)):
+            parts = value
+        elif type(value).__module__.startswith("sklearn"):
+            parts = getattr(value, "__dict__", {}).values()
+        return sum(size(held, depth + 1) for held in parts)
 
     return size(estimator, 0)
 
@@ -360,8 +359,3 @@ def outputs_of(head: TrainedHead, x: object) -> Outputs:
     except FeatureError:  # the features are sound, so it is the head whose numbers overflow
         return np.full((len(features), len(head.class_names)), np.nan, np.float32)
     return np.asarray(head.calibrated(logits), np.float32)
-
-
-__all__ = [
-    "DEFAULTS", "Batch", "Interruption", "Job", "Trained", "batches", "outputs_of", "refuse_impossible", "train_batch",
-]  # fmt: skip
