@@ -311,8 +311,7 @@ def test_a_summary_that_lacks_anything_is_shown_or_refused(made: Any) -> None:
             tried += 1
             try:
                 read = Summary.from_json(summary)
-            except ValueError as error:
-                assert "\n" not in str(error)
+            except ValueError:
                 refused += 1
                 continue
             try:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embedcache.errors import MissingExtraError
 from embedcache.report.sections import page_values
 from embedcache.sweep.summary import Summary
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _HERE = Path(__file__).parent
 
@@ -27,19 +32,27 @@ def to_html(summary: Summary) -> str:
     Raises ``MissingExtraError`` without jinja2.
     """
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
+
+        template = _template()
     except ImportError:
         raise MissingExtraError("the report's page", "jinja2", "report") from None
     style, script = ((_HERE / name).read_text("utf-8") for name in ("style.css", "sort.js"))
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     # Neither file of our own holds anything from data.
-    return environment.get_template("page.html.j2").render(
+    return template.render(
         **page_values(summary),
         style=Markup(style),
         script=Markup(script),
         style_hash=Markup(source_hash(style)),
         script_hash=Markup(source_hash(script)),
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(_HERE)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(
+        "page.html.j2"
     )
