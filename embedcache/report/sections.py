@@ -20,7 +20,6 @@ from embedcache.sweep.summary import (
     Mistakes,
     Summary,
     TestResult,
-    TestScore,
     defined,
 )
 from embedcache.wording import counted
@@ -95,46 +94,24 @@ def domain_of(rows: Sequence[LeaderboardRow]) -> charts.Pair:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the leaderboard's table: what its cells show and are sorted by; None leaves a cell empty."""
+    """A row of the leaderboard's table: a head, how it is drawn, the bar of its interval, its score where it exists."""
 
-    rank: int
-    label: str
+    head: LeaderboardRow
     style: str
-    score: float | None
-    interval: charts.Pair | None
     bar: str
-    difference: float | None
+    score: float | None
     p: str
-    p_sort: float
-    same: bool
-    parameters: int
-    seconds: float
-    looked: bool
-    test: TestScore | None
 
 
 def leaderboard(rows: Sequence[LeaderboardRow], chosen: str | None) -> list[TableRow]:
     """Return the table's rows."""
     domain, scored = domain_of(rows), {row.id for row in defined(rows)}
-    return [
-        TableRow(
-            rank=row.rank,
-            label=row.label,
-            style=style_of(row, chosen),
-            score=row.score if row.id in scored else None,
-            interval=row.interval,
-            bar=charts.interval_bar(row.score, row.interval, domain, style_of(row, chosen)) if row.id in scored else "",
-            difference=row.difference.value if math.isfinite(row.difference.value) else None,
-            p=p_value(row.p_adjusted),
-            p_sort=2.0 if row.p_adjusted is None else row.p_adjusted,
-            same=not row.distinguishable,
-            parameters=row.parameters,
-            seconds=row.seconds,
-            looked=row.looked_at_test,
-            test=row.test,
-        )
-        for row in rows
-    ]
+    made = []
+    for row in rows:
+        style = style_of(row, chosen)
+        bar = charts.interval_bar(row.score, row.interval, domain, style) if row.id in scored else ""
+        made.append(TableRow(row, style, bar, row.score if row.id in scored else None, p_value(row.p_adjusted)))
+    return made
 
 
 def _point(row: LeaderboardRow, x: float, chosen: str | None) -> Point:

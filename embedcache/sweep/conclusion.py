@@ -66,20 +66,9 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     thresholds = head.thresholds if problem.task == "multilabel" else None
     found = measured(problem, problem.test_y, outputs, thresholds)
     test = TestResult(
-        id=chosen.id,
-        label=chosen.first.label,
-        split="test",
-        rows=on_test.rows,
-        score=on_test.score,
-        interval=on_test.interval,
-        interval_method=method,
+        **vars(found), **vars(on_test), id=chosen.id, label=chosen.first.label, split="test", interval_method=method,
         trained_on=folds[0].rows,
-        metrics=found.metrics,
-        confusion=found.confusion,
-        per_class=found.per_class,
-        calibration=found.calibration,
-        points=found.points,
-    )
+    )  # fmt: skip
     wrong = mistakes(problem, "test", problem.test_rows, problem.test_y, outputs, head.thresholds)
     few = None if shots is None else _few_shot(problem, shots, [made.head for made in every if made.head], x)
     return Final(trained, head, test, wrong, few)

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-DEFAULT_METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
-"""What heads are compared by when nobody says. Training stops early by a smooth metric all the same."""
-
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -54,7 +51,7 @@ class Problem:
         if cache.task is None:
             raise SweepError(f"{cache.path} has no labels: give it some with embedcache relabel {cache.path} INPUT")
         task: TaskName = cache.task
-        name = metric or DEFAULT_METRIC[task]
+        name = metric or task_named(task).headline_metric
         metric_named(name, task)
         targets, codes = cache.targets(), cache.split_codes()
         labelled = task_named(task).labelled(targets)
