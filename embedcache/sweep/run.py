@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import Interrupted, SweepError, warn
+from embedcache.errors import FeatureError, Interrupted, SweepError, warn
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
@@ -52,6 +52,7 @@ from embedcache.wording import counted, duration
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
+    from embedcache.heads import TrainedHead
 
 _SLOW_METRICS = frozenset({"roc_auc", "average_precision", "spearman"})
 """Left out of every fold's line, unless heads are compared by them: they sort every row for every class."""
@@ -141,6 +142,9 @@ def sweep(
 
 def _is_file(text: str) -> bool:
     return text.endswith((".yaml", ".yml", ".json"))
+
+
+DIVERGED = "it diverged, and its outputs are not finite: use a lower learning rate"
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,9 @@ class Run:
                 key = job.configuration.feature, job.number
                 if key not in loaded:
                     loaded = {key: self.problem.features(job.configuration.feature, self.problem.rows[rows])}
-                probabilities = outputs_of(trained.head, loaded[key])
+                probabilities = _finite_outputs(trained.head, loaded[key])
+                if probabilities is None:
+                    trained = replace(trained, error=DIVERGED)
             results.append(self._result(trained, rows, probabilities))
             if probabilities is not None and job.curve is None:
                 outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
@@ -243,10 +249,7 @@ class Run:
     def _result(self, trained: Trained, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
         problem, job, made = self.problem, trained.job, trained.job.configuration
         metrics: dict[str, float | None] = {}
-        error = trained.error
-        if outputs is not None and not np.isfinite(outputs).all():
-            error = "it diverged, and its outputs are not finite: use a lower learning rate"
-        elif outputs is not None:
+        if outputs is not None:
             for name in metrics_of(problem.task):
                 if name not in _SLOW_METRICS or name == problem.metric:
                     value = score(name, problem.task, problem.y[rows], outputs)
@@ -255,7 +258,7 @@ class Run:
             id=made.id, candidate=made.candidate, fold=job.number, repeat=job.fold.repeat, train_rows=job.fold.rows,
             eval_rows=len(rows), score=metrics.get(problem.metric), metrics=metrics, feature=made.feature,
             head=made.head_json, train=made.train_json, parameters=trained.parameters, seconds=trained.seconds,
-            epochs=trained.epochs, curve=job.curve, error=error,
+            epochs=trained.epochs, curve=job.curve, error=trained.error,
         )  # fmt: skip
 
     def _candidates(self) -> list[Candidate]:
@@ -376,6 +379,15 @@ class Run:
             ),
             notes=tuple(folder.notes),
         )  # fmt: skip
+
+
+def _finite_outputs(head: TrainedHead, x: object) -> Outputs | None:
+    """Return a head's outputs, None where they are not finite."""
+    try:
+        outputs = outputs_of(head, x)
+    except FeatureError:  # training has checked the features: it is the head whose numbers overflow
+        return None
+    return outputs if np.isfinite(outputs).all() else None
 
 
 def _now() -> str:
