@@ -121,7 +121,7 @@ def recover(path: Path, kind: Kind = CacheError) -> tuple[bytes, bool]:
     """Return the whole lines of a journal, and whether there was half a line after them; for its one writer.
 
     Half a line was never counted and is taken away. A file that has a second name, in a backup made of hard links
-    perhaps, gets a copy to grow. Raises ``kind``, also for a link or what is no plain file.
+    perhaps, gets a copy to grow. Raises ``kind``, also for a link or what is not a plain file.
     """
     with explained(f"cannot read {path}", kind):
         try:

@@ -34,7 +34,7 @@ _ROW_METRICS = ("accuracy", "subset_accuracy", "log_loss")
 
 @dataclass(frozen=True)
 class Scored:
-    """Rows that a head said something about: numbers int64 [n] of the problem's rows, outputs float32 [n, C].
+    """A head's outputs on some rows: numbers int64 [n] of the problem's rows, outputs float32 [n, C].
 
     ``thresholds`` [C] are a multi-label head's own, None for one half.
     """

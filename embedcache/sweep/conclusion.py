@@ -159,7 +159,7 @@ def read_tested(folder: SweepFolder) -> dict[str, TestScore]:
 
 
 def curve_jobs(problem: Problem, of: Sequence[Candidate]) -> list[Job]:
-    """Return the jobs of learning curves: each fold with a share of its training rows; its all is known already."""
+    """Return the jobs of learning curves: each fold with shares of its training rows; all of them is known already."""
     jobs = []
     whole = problem.mean_train_rows
     least = max(10, 2 * len(problem.class_names) if problem.task == "classification" else 10)

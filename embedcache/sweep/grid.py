@@ -219,7 +219,7 @@ def parse(
     and ``TrainSpec``, ``Configuration``), or None for the default. ``features`` and ``seeds`` come before the file's.
 
     Raises:
-        SweepSpecError: names that are none (with the nearest), values that contradict each other, nothing to do.
+        SweepSpecError: unknown names (with the nearest), values that contradict each other, nothing to do.
         SweepError: a feature set that the cache does not have, or that the head cannot read.
         SpecError: a head or a setting that cannot be.
     """
@@ -365,20 +365,20 @@ def takes_of(kind: str, engine: Engine) -> tuple[str, ...]:
 def _setting(where: str, name: str, value: object) -> Choices:
     """Read a setting of training, numbers as numbers."""
     default = getattr(DEFAULTS, name)
-    found = choices(where, value)
+    written = choices(where, value)
     if isinstance(default, bool):
-        wrong = [choice for choice in found.values if not isinstance(choice, bool)]
+        wrong = [choice for choice in written.values if not isinstance(choice, bool)]
         if wrong:
             raise SweepSpecError(f"{where} is {wrong[0]!r}: expected true or false")
     elif isinstance(default, float):
-        return Choices(tuple(number(where, choice) for choice in found.values), found.span)
+        return Choices(tuple(number(where, choice) for choice in written.values), written.span)
     elif isinstance(default, int):
-        values = [number(where, choice) for choice in found.values]
+        values = [number(where, choice) for choice in written.values]
         if any(choice != int(choice) for choice in values):
             raise SweepSpecError(f"{where} is {value!r}: expected whole numbers")
         # A range of whole numbers is drawn from its steps.
         return Choices(tuple(dict.fromkeys(int(choice) for choice in values)))
-    return found
+    return written
 
 
 def _engine(where: str, value: object) -> str | None:
@@ -411,10 +411,10 @@ def _seeds(values: Sequence[object]) -> tuple[int, ...]:
 
 
 def _feature(name: object, sets: Mapping[str, FeatureSet]) -> str:
-    found = find_name(name, sets, feature_name)
-    if found is None:
+    feature = find_name(name, sets, feature_name)
+    if feature is None:
         raise SweepError(f"there is no feature set {name!r}{did_you_mean(name, sets)}: the cache has {', '.join(sets)}")
-    return found
+    return feature
 
 
 def _refuse_unknown(names: Iterable[object], allowed: Sequence[str], where: str) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: what is not known yet is trained, kept as it comes, compared, and concluded."""
+"""A sweep: heads that have no result yet are trained; results are kept as they come, compared, and concluded."""
 
 from __future__ import annotations
 

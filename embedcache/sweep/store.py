@@ -123,8 +123,7 @@ class SweepFolder:
             body = {"format": FORMAT, "version": VERSION, "identity": self.identity}
             commit(self.path / IDENTITY, (canonical_json(body) + "\n").encode(), SweepError)
             return
-        found = read_identity(self.path)
-        differ = differences(found, self.identity)
+        differ = differences(read_identity(self.path), self.identity)
         if differ:
             shown = "; ".join(
                 f"{name}: the folder has {_short(old)}, now {_short(new)}" for name, old, new in differ[:6]

@@ -1,4 +1,4 @@
-"""Configurations x folds -> trained heads: what can be is trained together, the rest in parallel processes.
+"""Configurations x folds -> trained heads: together where that is possible, else in parallel processes.
 
 Torch heads of one shape form a stack, all folds of all of them: the folds are masks over rows that are read once.
 Linear heads of the convex solver are a path over penalties. scikit-learn's are fitted by joblib's processes. Heads on
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of a job: the head, or why there is none."""
+    """The result of a job: the head, or why it could not be trained."""
 
     job: Job
     head: TrainedHead | None
