@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import FeatureError, Interrupted, SweepError, warn
+from embedcache.errors import Interrupted, SweepError, warn
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
@@ -52,7 +52,6 @@ from embedcache.wording import counted, duration
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
-    from embedcache.heads import TrainedHead
 
 _SLOW_METRICS = frozenset({"roc_auc", "average_precision", "spearman"})
 """Left out of every fold's line, unless heads are compared by them: they sort every row for every class."""
@@ -238,9 +237,9 @@ class Run:
                 key = job.configuration.feature, job.number
                 if key not in loaded:
                     loaded = {key: self.problem.features(job.configuration.feature, self.problem.rows[rows])}
-                probabilities = _finite_outputs(trained.head, loaded[key])
-                if probabilities is None:
-                    trained = replace(trained, error=DIVERGED)
+                probabilities = outputs_of(trained.head, loaded[key])
+                if not np.isfinite(probabilities).all():
+                    trained, probabilities = replace(trained, error=DIVERGED), None
             results.append(self._result(trained, rows, probabilities))
             if probabilities is not None and job.curve is None:
                 outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
@@ -379,15 +378,6 @@ class Run:
             ),
             notes=tuple(folder.notes),
         )  # fmt: skip
-
-
-def _finite_outputs(head: TrainedHead, x: object) -> Outputs | None:
-    """Return a head's outputs, None where they are not finite."""
-    try:
-        outputs = outputs_of(head, x)
-    except FeatureError:  # training has checked the features: it is the head whose numbers overflow
-        return None
-    return outputs if np.isfinite(outputs).all() else None
 
 
 def _now() -> str:
