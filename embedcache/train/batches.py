@@ -189,8 +189,8 @@ class DiskBatches:
                     else:
                         yield self._batch(*both)
                 full = start + (len(rows) - start) // self._size * self._size
-                for at in range(start, full, self._size):
-                    yield self._batch(rows[at : at + self._size], x[places[at : at + self._size]])
+                for first in range(start, full, self._size):
+                    yield self._batch(rows[first : first + self._size], x[places[first : first + self._size]])
                 if full < len(rows):
                     left = rows[full:], x[places[full:]]
                 del item, x

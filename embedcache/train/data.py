@@ -134,7 +134,7 @@ def checked_names(names: Sequence[Any]) -> tuple[str, ...]:
 
 
 def refuse_untrainable(y: Array, task: Task, class_names: Sequence[str]) -> list[str]:
-    """Return what is worth saying of labelled targets.
+    """Return notes about labelled targets, such as classes without a row.
 
     Raises ``TrainingError`` for no rows, one class only, or fewer rows than classes.
     """

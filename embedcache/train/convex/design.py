@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,8 +142,8 @@ class Design:
 
 
 def design(
-    x: Any,
-    y: Any,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
     *,
     task: Task | TaskName,
     outputs: int,
@@ -157,28 +156,32 @@ def design(
 
     Raises ``FeatureError``, ``InputError``, ``SpecError`` and ``TrainingError`` as ``solve`` does.
     """
-    task, x = task_named(task), _rows(x)
-    y = _targets(y, len(x), task, outputs)
-    rows = _row_weights(sample_weight, len(x))
-    masses, on = _masses(y, rows, task, outputs, class_weight, masks)
-    absent = _absent(y, masses, task, outputs)
+    task, rows = task_named(task), _rows(x)
+    labels = _targets(y, len(rows), task, outputs)
+    weight = _row_weights(sample_weight, len(rows))
+    masses, on = _masses(labels, weight, task, outputs, class_weight, masks)
+    absent = _absent(labels, masses, task, outputs)
     scale: Floats | None = None
-    mean = _mean(x)
+    mean = _mean(rows)
     if standardize:
-        unclassed = rows if masks is None else masks * (1.0 if rows is None else rows)
-        mean, scale = _moments(x, mean, np.ones((1, len(x))) if unclassed is None else np.atleast_2d(unclassed))
-        scale = np.broadcast_to(scale, (len(absent), x.shape[1]))
-    x, shift = _without_offset(x, mean)
+        # Weights of classes change the loss of a row, and not what its features are standardised by.
+        unclassed = weight if masks is None else masks * (1.0 if weight is None else weight)
+        mean, scale = _moments(rows, mean, np.ones((1, len(rows))) if unclassed is None else np.atleast_2d(unclassed))
+        scale = np.broadcast_to(scale, (len(absent), rows.shape[1]))
+    rows, shift = _without_offset(rows, mean)
+    # Of two classes one logit is enough, and its weights are what scikit-learn penalises.
     softmax = task is CLASSIFICATION and outputs > 2
-    target: Array = y
+    target: Array = labels
     if not softmax:
-        target = np.asarray(y == 1, np.float64)[:, None] if task is CLASSIFICATION else np.asarray(y, np.float64)
+        target = (
+            np.asarray(labels == 1, np.float64)[:, None] if task is CLASSIFICATION else np.asarray(labels, np.float64)
+        )
     columns = outputs if softmax else target.shape[1]
-    return Design(x, mean, shift, scale, target, masses, on, softmax, columns, len(absent), absent)
+    return Design(rows, mean, shift, scale, target, masses, on, softmax, columns, len(absent), absent)
 
 
-def _rows(x: Any) -> Array:
-    x = np.asarray(x)
+def _rows(given: npt.ArrayLike) -> Array:
+    x = np.asarray(given)
     if x.ndim != 2 or not x.shape[1]:
         raise FeatureError(f"features are {list(x.shape)}: the convex solver needs one vector a row, [N, D]")
     if not len(x):
@@ -188,8 +191,8 @@ def _rows(x: Any) -> Array:
     return np.ascontiguousarray(x, x.dtype if x.dtype in (np.float32, np.float64) else np.float32)
 
 
-def _targets(y: Any, n: int, task: Task, outputs: int) -> Array:
-    y = np.asarray(y)
+def _targets(given: npt.ArrayLike, n: int, task: Task, outputs: int) -> Array:
+    y = np.asarray(given)
     shape = task.target_shape(n, outputs)
     if task is REGRESSION and y.ndim == 1 and outputs == 1:
         y = y[:, None]
@@ -209,7 +212,7 @@ def _targets(y: Any, n: int, task: Task, outputs: int) -> Array:
     return np.asarray(y, np.int64 if task is CLASSIFICATION else np.uint8)
 
 
-def _row_weights(sample_weight: Any, n: int) -> Floats | None:
+def _row_weights(sample_weight: npt.ArrayLike | None, n: int) -> Floats | None:
     if sample_weight is None:
         return None
     weight = np.asarray(sample_weight, np.float64)
@@ -219,7 +222,12 @@ def _row_weights(sample_weight: Any, n: int) -> Floats | None:
 
 
 def _masses(
-    y: Array, rows: Floats | None, task: Task, outputs: int, given: Any, masks: npt.NDArray[np.bool_] | None
+    y: Array,
+    rows: Floats | None,
+    task: Task,
+    outputs: int,
+    given: npt.ArrayLike | str | None,
+    masks: npt.NDArray[np.bool_] | None,
 ) -> tuple[Floats | None, Floats | None]:
     """Return the weights of rows [K, N] in each problem, classes considered, and those of labels that are on [C]."""
     mass = None if rows is None else rows[None]
@@ -233,7 +241,7 @@ def _masses(
         if given != "balanced" or task is not CLASSIFICATION:
             raise SpecError(f"class_weight is {given!r}: expected a weight for each class (or, of one label, balanced)")
         mass = np.ones((1, len(y))) if mass is None else mass
-        counts = np.stack([np.bincount(y, each, outputs) for each in mass])
+        counts = np.stack([np.bincount(y, of_problem, outputs) for of_problem in mass])
         seen = (counts > 0).sum(axis=1, keepdims=True)
         balanced = counts.sum(axis=1, keepdims=True) / (seen * np.where(counts > 0, counts, 1.0))
         return mass * balanced[:, y], None
@@ -248,14 +256,14 @@ def _masses(
 def _absent(y: Array, masses: Floats | None, task: Task, outputs: int) -> npt.NDArray[np.bool_]:
     masses = np.ones((1, len(y))) if masses is None else masses
     absent = np.zeros((len(masses), outputs), bool)
-    for at, mass in enumerate(masses):
-        where = f"fold {at}: " if len(masses) > 1 else ""
+    for problem, mass in enumerate(masses):
+        where = f"fold {problem}: " if len(masses) > 1 else ""
         if not mass.any():
             raise TrainingError(f"{where}there is no training row with a weight above 0")
         if task is CLASSIFICATION:
-            absent[at] = np.bincount(y, mass, outputs) == 0
-            if outputs - absent[at].sum() < 2:
-                only = int(np.flatnonzero(~absent[at])[0])
+            absent[problem] = np.bincount(y, mass, outputs) == 0
+            if outputs - absent[problem].sum() < 2:
+                only = int(np.flatnonzero(~absent[problem])[0])
                 raise TrainingError(f"{where}every training row is of class {only}: a head needs two classes or more")
     return absent
 
@@ -293,8 +301,8 @@ def _moments(x: Array, near: Floats, mass: Floats) -> tuple[Floats, Floats]:
     noise = total * eps * (second / total) + (total * eps * (near + first)) ** 2
     variance[variance <= noise] = 0.0
     deviation, mean = np.sqrt(variance), near + first.mean(axis=0)
-    for each in deviation:
-        each[each <= rounding(mean, each, x.dtype)] = 1.0
+    for of_problem in deviation:
+        of_problem[of_problem <= rounding(mean, of_problem, x.dtype)] = 1.0
     return mean, deviation
 
 
@@ -310,7 +318,7 @@ def _without_offset(x: Array, mean: Floats) -> tuple[Array, Floats]:
     return centred, np.zeros_like(mean)
 
 
-def checked_l2(l2: Any) -> float:
+def checked_l2(l2: float) -> float:
     """Return the strength of the penalty. Raises ``SpecError`` where it is negative or no number."""
     value = float(l2)
     if not np.isfinite(value) or value < 0:
@@ -318,9 +326,9 @@ def checked_l2(l2: Any) -> float:
     return value
 
 
-def checked_masks(folds: Any, n: int) -> npt.NDArray[np.bool_]:
+def checked_masks(given: npt.ArrayLike, n: int) -> npt.NDArray[np.bool_]:
     """Return the training rows of each fold, bool [K, N], from numbers of folds [N] or from such masks."""
-    folds = np.asarray(folds)
+    folds = np.asarray(given)
     if folds.dtype == bool and folds.ndim == 2 and folds.shape[1] == n and len(folds):
         return np.asarray(folds)
     if folds.shape != (n,) or folds.dtype.kind not in "iu":
@@ -331,7 +339,7 @@ def checked_masks(folds: Any, n: int) -> npt.NDArray[np.bool_]:
     return np.asarray(folds[None] != np.arange(count)[:, None])
 
 
-def checked_l2s(values: Sequence[Any]) -> list[float]:
+def checked_l2s(values: Sequence[float]) -> list[float]:
     """Return the strengths of a path, checked. Raises ``SpecError`` for none."""
     strengths = [checked_l2(value) for value in values]
     if not strengths:
