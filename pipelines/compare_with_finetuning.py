@@ -31,11 +31,9 @@ def main(source: str, folder: Path, max_rows: int | None) -> None:
 
     # Every number of the table is a value as well.
     cached, full = found.row("cached"), found.row("full")
-    print(
-        f"full fine-tuning takes {full['total_seconds'] / cached['total_seconds']:.1f} times as long as the cached way"
-    )
-    low, high = full["difference_interval"]
-    print(f"and differs from it by {full['difference']:+.3f} on test, 95 % interval [{low:+.3f}, {high:+.3f}]")
+    print(f"full fine-tuning takes {full.total_seconds / cached.total_seconds:.1f} times as long as the cached way")
+    low, high = full.difference_interval
+    print(f"and differs from it by {full.difference:+.3f} on test, 95 % interval [{low:+.3f}, {high:+.3f}]")
 
 
 if __name__ == "__main__":

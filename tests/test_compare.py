@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from embedcache.cli import run as command_line
 from embedcache.compare import APPROACHES, break_even, compare_training_approaches
 from embedcache.compare import run as running
 from embedcache.compare.approaches import chosen
+from embedcache.compare.assembly import assemble
+from embedcache.compare.figures import Facts, ratio_text, seconds_text
+from embedcache.compare.measurements import Extraction, Job, Memory, Training, TrainingJob, job_of
 from embedcache.compare.memory import Peak
-from embedcache.compare.result import assemble, ratio_text, seconds_text
 from embedcache.compare.rows import checked_rows, ranks, read_rows, sampled, training_rows, write_rows
 from embedcache.compare.store import Folder
 from embedcache.compare.worker import perform
@@ -29,8 +32,6 @@ from embedcache.examples import load_examples
 from embedcache.train.metrics import interval
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-
-Job = Mapping[str, Any]
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -55,9 +56,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Do the jobs in this process, which is faster, and keep a list of them."""
     done: list[Job] = []
 
-    def do(job: Job) -> dict[str, Any]:
+    def do(job: Job) -> Extraction | Training:
         done.append(job)
-        return perform(json.loads(json.dumps(dict(job))))
+        return perform(job_of(json.loads(json.dumps(job.to_json()))))
 
     monkeypatch.setattr(running, "in_own_process", do)
     return done
@@ -93,47 +94,51 @@ def test_break_even_is_the_first_number_of_heads_that_costs_no_more(extraction: 
 
 def test_the_table_is_put_together_by_hand() -> None:
     """Two seeds, two approaches: who is charged for what, the means, the break-even, the paired difference."""
-    memory = {"baseline": 100, "peak": 400, "device": None}
-    extraction = {"seconds": 20.0, "unique": 40, "extracted": 20, "parameters": 1000, "memory": {**memory, "peak": 900}}
-    common = {
-        "train_rows": 10, "validation_rows": 5, "test_rows": 6, "charged": 12, "best_epoch": 2, "epoch_seconds": 3.0,
-        "validation": 0.5, "memory": memory, "probe_seconds": None,
-    }  # fmt: skip
+    memory = Memory(baseline=100, device=None, peak=400)
+    extraction = Extraction(
+        seconds=20.0, unique=40, extracted=20, parameters=1000, memory=replace(memory, peak=900), rows=60, tokens=600,
+        setup_seconds=1.0,
+    )  # fmt: skip
+    cached = Training(
+        train_rows=10, validation_rows=5, test_rows=6, charged=12, best_epoch=2, epoch_seconds=3.0, validation=0.5,
+        memory=memory, probe_seconds=None, seconds=1.0, trainable=7, setup_seconds=0.0, history=[],
+    )  # fmt: skip
+    full = replace(cached, seconds=10.0, trainable=900, total=1007)
     runs = {
-        (1.0, "cached", 0): {**common, "seconds": 1.0, "trainable": 7},
-        (1.0, "cached", 1): {**common, "seconds": 3.0, "trainable": 7},
-        (1.0, "full", 0): {**common, "seconds": 10.0, "trainable": 900, "total": 1007, "best_epoch": 1},
-        (1.0, "full", 1): {**common, "seconds": 14.0, "trainable": 900, "total": 1007},
-        (1.0, "lp-ft", 0): {**common, "seconds": 10.0, "trainable": 900, "total": 1007, "probe_seconds": 0.5},
-        (1.0, "lp-ft", 1): {**common, "seconds": 10.0, "trainable": 900, "total": 1007, "probe_seconds": 1.5},
+        (1.0, "cached", 0): cached,
+        (1.0, "cached", 1): replace(cached, seconds=3.0),
+        (1.0, "full", 0): replace(full, best_epoch=1),
+        (1.0, "full", 1): replace(full, seconds=14.0),
+        (1.0, "lp-ft", 0): replace(full, probe_seconds=0.5),
+        (1.0, "lp-ft", 1): replace(full, probe_seconds=1.5),
     }
     y = np.array([0, 1, 0, 1, 0, 1])
     right, wrong = np.eye(2)[y], np.eye(2)[1 - y]
     half = np.where(np.arange(6)[:, None] < 3, right, wrong)
     outputs = {key: right if key[1] == "full" else half for key in runs} | {(1.0, "full", 1): half}
-    facts = {
-        "task": "classification", "metric": "accuracy", "fractions": [1.0], "approaches": ["cached", "full", "lp-ft"],
-        "seeds": [0, 1], "epochs": 5, "rows": 60, "unique": 40, "splits": {"train": 10}, "outputs": 2, "model": "m",
-        "head": "linear", "device": "cpu", "threads": 1, "adjusted": True,
-    }  # fmt: skip
+    facts = Facts(
+        task="classification", metric="accuracy", fractions=[1.0], approaches=["cached", "full", "lp-ft"],
+        seeds=[0, 1], epochs=5, rows=60, unique=40, splits={"train": 10}, outputs=2, model="m", pooling="mean",
+        head="linear", device="cpu", threads=1, torch="2", adjusted=True,
+    )  # fmt: skip
     found = assemble(facts, extraction, runs, outputs, y, None)
-    assert found.extraction["seconds"] == 40.0  # a second a text, and half of them were there before
+    assert found.extraction.seconds == 40.0  # a second a text, and half of them were there before
     cached, full, lp_ft = found.rows
-    assert (cached["extraction_seconds"], cached["training_seconds"], cached["total_seconds"]) == (12.0, 2.0, 14.0)
-    assert (full["extraction_seconds"], full["total_seconds"]) == (None, 12.0)
-    assert lp_ft["total_seconds"] == 12.0 + 1.0 + 10.0
-    assert (cached["parameters"], cached["trainable"]) == (1007, 7)
-    assert (full["parameters"], full["trainable"]) == (1007, 900)
-    assert (cached["memory"]["resident"], cached["head_memory"], full["memory"]["resident"]) == (800, 300, 300)
-    assert (cached["best_epoch"], full["best_epoch"]) == (2, 1.5)
-    assert (cached["test"], full["test"]) == (0.5, 0.75)
-    assert (cached["difference"], full["difference"]) == (None, 0.25)
-    assert cached["test_interval"] == list(interval("classification", y, half, "accuracy"))
-    low, high = full["difference_interval"]
+    assert (cached.extraction_seconds, cached.training_seconds, cached.total_seconds) == (12.0, 2.0, 14.0)
+    assert (full.extraction_seconds, full.total_seconds) == (None, 12.0)
+    assert lp_ft.total_seconds == 12.0 + 1.0 + 10.0
+    assert (cached.parameters, cached.trainable) == (1007, 7)
+    assert (full.parameters, full.trainable) == (1007, 900)
+    assert (cached.memory.resident, cached.head_memory, full.memory.resident) == (800, 300, 300)
+    assert (cached.best_epoch, full.best_epoch) == (2, 1.5)
+    assert (cached.test, full.test) == (0.5, 0.75)
+    assert (cached.difference, full.difference) == (None, 0.25)
+    assert cached.test_interval == interval("classification", y, half, "accuracy")
+    low, high = full.difference_interval
     assert 0 <= low < 0.25 < high <= 0.5
     (even,) = found.break_even
-    assert (even["against"], even["heads"]) == ("full", 2)  # 12 + 2 n <= 12 n
-    assert (even["first"], even["further"]) == (12 / 14, 6.0)
+    assert (even.against, even.heads) == ("full", 2)  # 12 + 2 n <= 12 n
+    assert (even.first, even.further) == (12 / 14, 6.0)
     assert "head number 2" in found.sentences()[0]
     assert found.row("full") is full
     with pytest.raises(KeyError):
@@ -268,7 +273,7 @@ def test_settings_that_make_no_sense(model: str, options: dict[str, Any], match:
 
 def test_a_folder_of_something_else(model: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"is no comparison \(it holds thesis.tex\)"):
+    with pytest.raises(InputError, match=r"is not a comparison \(it holds thesis.tex\)"):
         compare(model, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
@@ -296,22 +301,22 @@ def test_the_command_says_what_is_wrong_in_one_line(
 
 def test_four_ways_on_the_same_rows(model: str, tmp_path: Path, jobs: list[Job]) -> None:
     found = compare(model, tmp_path / "c", fractions=[0.5, 1], head="mlp", epochs=3)
-    assert [(each["fraction"], each["approach"]) for each in found.rows] == [
+    assert [(each.fraction, each.approach) for each in found.rows] == [
         (fraction, name) for fraction in (0.5, 1.0) for name in APPROACHES
     ]
-    assert [job["approach"] for job in jobs] == ["extraction", *APPROACHES, *APPROACHES]
-    rows = {each["approach"]: each for each in found.rows if each["fraction"] == 1}
-    assert {each["train_rows"] for each in rows.values()} == {30}
-    assert {each["train_rows"] for each in found.rows if each["fraction"] == 0.5} <= {15, 16}
-    assert {(each["validation_rows"], each["test_rows"]) for each in found.rows} == {(15, 15)}
+    assert [job.approach for job in jobs] == ["extraction", *APPROACHES, *APPROACHES]
+    rows = {each.approach: each for each in found.rows if each.fraction == 1}
+    assert {each.train_rows for each in rows.values()} == {30}
+    assert {each.train_rows for each in found.rows if each.fraction == 0.5} <= {15, 16}
+    assert {(each.validation_rows, each.test_rows) for each in found.rows} == {(15, 15)}
     # The same head on the same features, from the same start, in the same order: the same answer.
-    assert rows["cached"]["validation"] == rows["frozen"]["validation"]
-    assert rows["frozen"]["difference"] == 0.0
-    assert rows["cached"]["trainable"] == rows["frozen"]["trainable"] < rows["full"]["trainable"]
-    assert rows["cached"]["parameters"] == rows["frozen"]["parameters"] == rows["full"]["parameters"]
-    assert rows["full"]["trainable"] == rows["lp-ft"]["trainable"]
-    assert rows["lp-ft"]["probe_seconds"] > 0
-    assert [(each["fraction"], each["against"]) for each in found.break_even] == [
+    assert rows["cached"].validation == rows["frozen"].validation
+    assert rows["frozen"].difference == 0.0
+    assert rows["cached"].trainable == rows["frozen"].trainable < rows["full"].trainable
+    assert rows["cached"].parameters == rows["frozen"].parameters == rows["full"].parameters
+    assert rows["full"].trainable == rows["lp-ft"].trainable
+    assert rows["lp-ft"].probe_seconds > 0
+    assert [(each.fraction, each.against) for each in found.break_even] == [
         (fraction, name) for fraction in (0.5, 1.0) for name in ("frozen", "full")
     ]
     text = (tmp_path / "c" / "comparison.md").read_text()
@@ -331,9 +336,9 @@ def test_nothing_is_measured_twice(model: str, tmp_path: Path, jobs: list[Job]) 
     assert len(jobs) == 3
     assert again.to_json() == first.to_json()
     compare(model, tmp_path / "c", approaches=["cached", "frozen", "full"])
-    assert [job["approach"] for job in jobs[3:]] == ["frozen"]
+    assert [job.approach for job in jobs[3:]] == ["frozen"]
     compare(model, tmp_path / "c", approaches=["cached"], seeds=[0, 1])
-    assert [(job["approach"], job["seed"]) for job in jobs[4:]] == [("cached", 1)]
+    assert [(job.approach, job.seed) for job in jobs[4:]] == [("cached", 1)]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +357,7 @@ def test_what_differs_is_measured(
     compare(model, tmp_path / "c", approaches=["cached"])
     del jobs[:]
     compare(model, tmp_path / "c", approaches=["cached"], **change)
-    assert [job["approach"] for job in jobs] == measured
+    assert [job.approach for job in jobs] == measured
 
 
 def test_other_weights_under_the_same_name_are_measured(model: str, tmp_path: Path, jobs: list[Job]) -> None:
@@ -369,17 +374,13 @@ def test_other_weights_under_the_same_name_are_measured(model: str, tmp_path: Pa
     save_file(tensors, moving / "model.safetensors", metadata={"format": "pt"})
     del jobs[:]
     compare(str(moving), tmp_path / "c", approaches=["cached"])
-    assert [job["approach"] for job in jobs] == ["extraction", "cached"]
+    assert [job.approach for job in jobs] == ["extraction", "cached"]
     # And in the midst of a comparison, by the one who finds other weights than the features are from.
     tensors["embeddings.word_embeddings.weight"] += torch.tensor(0.5)
     save_file(tensors, moving / "model.safetensors", metadata={"format": "pt"})
-    cache = next(job["cache"] for job in jobs)
+    cache = next(job.cache for job in jobs)
     with pytest.raises(BackboneMismatchError, match="changed during the comparison"):
-        perform(
-            {"approach": "frozen", "fraction": 1.0, "seed": 0, "epochs": 1, "metric": "accuracy", "head": "linear",
-             "head_options": {}, "cache": cache, "device": "cpu", "outputs": str(tmp_path / "o"), "progress": False,
-             "trust_remote_code": False}
-        )  # fmt: skip
+        perform(TrainingJob("frozen", 1.0, 0, 1, "accuracy", "linear", cache, "cpu", str(tmp_path / "o"), False, False))
 
 
 def test_a_comparison_that_is_interrupted_goes_on(
@@ -389,8 +390,8 @@ def test_a_comparison_that_is_interrupted_goes_on(
     del jobs[:]
     do = running.in_own_process
 
-    def stop(job: Job) -> dict[str, Any]:
-        if job["approach"] == "full":
+    def stop(job: Job) -> Extraction | Training:
+        if job.approach == "full":
             raise KeyboardInterrupt
         return do(job)
 
@@ -402,10 +403,10 @@ def test_a_comparison_that_is_interrupted_goes_on(
     with open(tmp_path / "c" / "results.jsonl", "ab") as file:
         file.write(b'{"key": "abc')
     found = compare(model, tmp_path / "c", approaches=["cached", "full"])
-    assert [job["approach"] for job in jobs] == ["extraction", "cached", "full"]
+    assert [job.approach for job in jobs] == ["extraction", "cached", "full"]
     for ours, theirs in zip(found.rows, whole.rows, strict=True):
         for field in ("validation", "test", "test_interval", "difference", "best_epoch", "train_rows"):
-            assert ours[field] == theirs[field], "the same seed, another result"
+            assert getattr(ours, field) == getattr(theirs, field), "the same seed, another result"
     next((tmp_path / "c" / "outputs").iterdir()).write_bytes(b"cut")
     compare(model, tmp_path / "c", approaches=["cached", "full"])
     assert len(jobs) == 4
@@ -417,24 +418,25 @@ def test_an_interrupted_extraction_is_charged_in_full(model: str, tmp_path: Path
     from embedcache.spec import BackboneSettings, ModelSource
 
     examples = checked_rows(load_examples(rows_of(60)))
-    work = running._Work(
-        Folder(tmp_path / "c"), examples, chosen(["cached"]), [1.0], [0], running.HeadSpec("linear"), "accuracy", 2,
-        model, "mean", "cpu",
+    plan = running.Plan(
+        examples, chosen(["cached"]), [1.0], [0], running.HeadSpec("linear"), "accuracy", 2,
+        ModelSource(Path(model), device="cpu"), "mean",
     )  # fmt: skip
+    work = running.Work(plan, Folder(tmp_path / "c"))
     backbone = load_for(None, ModelSource(model, device="cpu"), BackboneSettings(("mean",)))
     (tmp_path / "c" / "caches").mkdir(parents=True)
     run(part_of(examples, 1, 2), backbone, work.cache)
     found = compare(model, tmp_path / "c", approaches=["cached"])
     line = json.loads((tmp_path / "c" / "results.jsonl").read_text().splitlines()[0])
     assert (line["extracted"], line["unique"]) == (30, 60)
-    assert found.extraction["seconds"] == pytest.approx(2 * line["seconds"])
+    assert found.extraction.seconds == pytest.approx(2 * line["seconds"])
     assert any("interrupted" in note for note in found.notes)
     (tmp_path / "c" / "results.jsonl").unlink()
     (tmp_path / "c" / "comparison.json").unlink()
     (tmp_path / "c" / "comparison.md").unlink()
     (tmp_path / "c" / "comparison.svg").unlink(missing_ok=True)
     again = compare(model, tmp_path / "c", approaches=["cached"])
-    assert again.extraction["extracted"] == 60
+    assert again.extraction.extracted == 60
 
 
 def test_a_damaged_line_is_named(model: str, tmp_path: Path, jobs: list[Job]) -> None:
@@ -445,6 +447,54 @@ def test_a_damaged_line_is_named(model: str, tmp_path: Path, jobs: list[Job]) ->
         compare(model, tmp_path / "c", approaches=["cached"])
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda line: line.pop("memory"), "'memory'"),
+        (lambda line: line["memory"].pop("peak"), "'peak'"),
+        (lambda line: line.update(seconds="12"), "its seconds"),
+        (lambda line: line["memory"].update(baseline=True), "its baseline"),
+        (lambda line: line.update(approach=["cached"]), "its approach"),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_line_that_lacks_something_is_named(
+    number: int, change: Callable[[dict[str, Any]], Any], problem: str, tmp_path: Path
+) -> None:
+    """What is not as it was written is said of its line when the folder is opened, not in the midst of a comparison."""
+    memory = Memory(baseline=2, device=None, peak=3)
+    extraction = Extraction(5, memory, 7, 11, 1.5, 0.5, 13, 17)
+    training = Training(19, 23, 29, 31, 1, 0.5, 1.0, [{"seconds": 1.0}], 2.0, None, 0.0, memory, 37)
+    with Folder(tmp_path / "c") as folder:
+        folder.add("extracted", extraction, approach="extraction")
+        folder.add("trained", training, approach="cached", fraction=1.0, seed=0, epochs=1)
+    with Folder(tmp_path / "c") as folder:
+        assert folder.extraction("extracted") == extraction
+        assert folder.training("trained") is None  # its outputs are not there
+        np.save(folder.output_path("trained"), np.zeros((2, 3), np.float32))
+        assert folder.training("trained") == training
+    file = tmp_path / "c" / "results.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    change(lines[number - 1])
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (
+        pytest.raises(InputError, match=rf"results.jsonl, line {number} is damaged .*{problem}"),
+        Folder(tmp_path / "c"),
+    ):
+        pass
+
+
+@given(st.integers(0, 2**40), st.floats(0, 1e9), st.none() | st.floats(0, 1e9), st.sampled_from(list(APPROACHES)))
+def test_jobs_and_results_survive_the_way_to_another_process(
+    count: int, seconds: float, probe: float | None, approach: str
+) -> None:
+    memory = Memory(baseline=count, device=None, peak=2 * count)
+    training = Training(3, 5, 7, count, 1, 0.5, seconds, [{"seconds": seconds}], seconds, probe, 0.0, memory, 11, 13)
+    job = TrainingJob(approach, 0.5, 2, 3, "accuracy", "mlp", "c", "cpu", "o", False, True, {"hidden": [5]})
+    assert job_of(json.loads(json.dumps(job.to_json()))) == job
+    assert job.result_of(json.loads(json.dumps(training.to_json()))) == training
+
+
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_the_other_tasks(model: str, tmp_path: Path, jobs: list[Job], task: str) -> None:
     def label(row: dict[str, Any]) -> Any:
@@ -453,17 +503,17 @@ def test_the_other_tasks(model: str, tmp_path: Path, jobs: list[Job], task: str)
 
     data = [{**row, "label": label(row)} for row in rows_of(60)]
     found = compare(model, None, inputs=data, task=task, epochs=3)
-    rows = {each["approach"]: each for each in found.rows}
-    assert found.facts["metric"] == {"multilabel": "f1_macro", "regression": "rmse"}[task]
-    assert rows["frozen"]["test"] == pytest.approx(rows["cached"]["test"], rel=1e-3)
+    rows = {each.approach: each for each in found.rows}
+    assert found.facts.metric == {"multilabel": "f1_macro", "regression": "rmse"}[task]
+    assert rows["frozen"].test == pytest.approx(rows["cached"].test, rel=1e-3)
     if task == "regression":  # LP-FT starts from the head, not from values a thousand away from it
-        assert rows["lp-ft"]["test"] < 100
+        assert rows["lp-ft"].test < 100
 
 
 def test_a_head_on_tokens(model: str, tmp_path: Path, jobs: list[Job]) -> None:
     found = compare(model, None, head="attention", pooling="tokens", approaches=["cached", "frozen", "lp-ft"])
-    rows = {each["approach"]: each for each in found.rows}
-    assert rows["frozen"]["validation"] == rows["cached"]["validation"]
+    rows = {each.approach: each for each in found.rows}
+    assert rows["frozen"].validation == rows["cached"].validation
 
 
 def test_in_processes_of_their_own(
@@ -500,6 +550,7 @@ def test_a_worker_that_fails_or_dies_says_so(monkeypatch: pytest.MonkeyPatch, tm
 
         monkeypatch.setattr(subprocess, "run", run)
 
+    job = TrainingJob("full", 1.0, 0, 1, "accuracy", "linear", "c", "cpu", "o", False, False)
     for status, error, match in (
         (-9, TrainingError, "full was killed: is there enough memory"),
         (3, TrainingError, "ended with status 3"),
@@ -507,11 +558,11 @@ def test_a_worker_that_fails_or_dies_says_so(monkeypatch: pytest.MonkeyPatch, tm
     ):
         worker(status)
         with pytest.raises(error, match=match):
-            running.in_own_process({"approach": "full"})
+            running.in_own_process(job)
     for name, error in (("InputError", InputError), ("BadRowsError", TrainingError), ("Gone", TrainingError)):
         worker(0, {"error": name, "message": "no such thing"})
         with pytest.raises(error, match="no such thing"):
-            running.in_own_process({"approach": "full"})
+            running.in_own_process(job)
 
 
 def test_a_worker_ends_with_the_comparison_that_started_it() -> None:
@@ -535,7 +586,7 @@ def test_the_peak_is_what_was_held_since_and_not_what_the_parent_held() -> None:
         "from embedcache.compare.memory import Peak\n"
         "before = bytearray(90 << 20)\nbefore[::4096] = b'x' * len(before[::4096])\ndel before\n"
         "peak = Peak()\nheld = bytearray(40 << 20)\nheld[::4096] = b'x' * len(held[::4096])\ndel held\n"
-        "found = peak.read()\nprint(found['peak'] - found['baseline'])"
+        "found = peak.read()\nprint(found.held)"
     )
     large = np.ones(60 << 20, np.uint8)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -547,8 +598,8 @@ def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.compare.memory._STATUS", Path("/nowhere"))
     monkeypatch.setattr("embedcache.compare.memory._CLEAR", Path("/nowhere/clear"))
     found = Peak().read()
-    assert found["peak"] >= found["baseline"] > 0
-    assert found["device"] is None
+    assert found.peak >= found.baseline > 0
+    assert found.device is None
 
 
 def test_every_recipe_names_its_source() -> None:
@@ -573,4 +624,4 @@ def test_a_model_with_code_of_its_own_is_compared_where_it_is_trusted(jobs: list
     with pytest.raises(BackboneError, match="--trust-remote-code"):
         compare(str(folder), tmp_path / "c", approaches=ways)
     found = compare(str(folder), tmp_path / "c", approaches=ways, trust_remote_code=True)
-    assert [row["approach"] for row in found.rows] == list(ways)
+    assert [row.approach for row in found.rows] == list(ways)

@@ -117,10 +117,6 @@ def test_a_planted_fault_is_found(tmp_path: Path, file: str, code: str, fault: s
     assert fault in found
 
 
-# Rooms in which modules still import one another in a circle. A room leaves this list when its circle is gone.
-WITH_CIRCLES = {"compare"}
-
-
 def circles(package: Path, room: str) -> list[list[str]]:
     """Every set of modules within a room that import one another in a circle, inside functions or not."""
     files = [file for file in sorted(package.rglob("*.py")) if room_of(file, package) == room]
@@ -154,10 +150,7 @@ def circles(package: Path, room: str) -> list[list[str]]:
 @pytest.mark.parametrize("room", sorted(LAYER_OF))
 def test_no_room_has_a_circle_of_imports(room: str) -> None:
     found = circles(PACKAGE, room)
-    if room in WITH_CIRCLES:
-        pytest.skip(f"{room} still has a circle: {found}")
-    else:
-        assert not found, "\n".join(" <-> ".join(circle) for circle in found)
+    assert not found, "\n".join(" <-> ".join(circle) for circle in found)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+
+from embedcache.compare.measurements import Memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,14 +28,14 @@ class Peak:
 
             torch.cuda.reset_peak_memory_stats(self._cuda)
 
-    def read(self) -> dict[str, Any]:
-        """Return ``baseline`` and ``peak`` in bytes, and ``device``, bytes on the GPU, None without one."""
+    def read(self) -> Memory:
+        """Return what was held until now."""
         device = None
         if self._cuda is not None:
             import torch
 
             device = int(torch.cuda.max_memory_allocated(self._cuda))
-        return {"baseline": self.baseline, "peak": max(_status("VmHWM") or _most(), self.baseline), "device": device}
+        return Memory(baseline=self.baseline, device=device, peak=max(_status("VmHWM") or _most(), self.baseline))
 
 
 def _status(name: str) -> int | None:

@@ -14,8 +14,8 @@ from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_bytes
 from embedcache.spec import TaskName
-from embedcache.task import task_named
 
+Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 SPLITS = ("train", "validation", "test")
@@ -93,7 +93,7 @@ def sampled(keys: npt.NDArray[np.uint8], most: int, seed: int) -> Rows:
     return np.flatnonzero(rank < bound)
 
 
-def training_rows(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, fraction: float, seed: int) -> Rows:
+def training_rows(keys: npt.NDArray[np.uint8], y: Array, task: TaskName, fraction: float, seed: int) -> Rows:
     """Return the places of a fraction of the training rows, increasing; a larger fraction holds a smaller one.
 
     Classes keep their shares, and each keeps a row at least: a fraction without a class would be another problem.
@@ -163,8 +163,3 @@ def read_rows(file: Path, task: TaskName, class_names: Sequence[str]) -> Example
         label_column=[f"target {number}" for number in range(len(class_names))] if regression else "label",
         class_names=None if regression else list(class_names),
     )  # fmt: skip
-
-
-def labelled(task: TaskName, y: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Return which rows have a label, bool [N]."""
-    return task_named(task).labelled(y)

@@ -9,33 +9,36 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from embedcache import errors
 from embedcache.arguments import checks_arguments
-from embedcache.compare.approaches import Approach, chosen
-from embedcache.compare.result import Comparison, assemble, seconds_text
+from embedcache.compare.approaches import APPROACHES, Approach, chosen
+from embedcache.compare.assembly import assemble
+from embedcache.compare.figures import Facts, seconds_text
+from embedcache.compare.measurements import EXTRACTION, Extraction, ExtractionJob, JobOf, Training, TrainingJob
+from embedcache.compare.result import Comparison
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
-from embedcache.compare.store import Folder, Result
+from embedcache.compare.store import Folder
 from embedcache.compare.worker import INTERRUPTED
 from embedcache.errors import InputError, Interrupted, MissingExtraError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import head_named
 from embedcache.journal import exists, explained
-from embedcache.spec import HeadSpec, TaskName
+from embedcache.spec import HeadSpec, ModelSource, TaskName
 from embedcache.train.metrics import metric_named
 from embedcache.version import __version__
 from embedcache.wording import counted
 
+R = TypeVar("R", Extraction, Training)
+
 METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What approaches are judged by when nobody says."""
-
-Runner = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @checks_arguments(load_examples)
@@ -90,25 +93,25 @@ def compare_training_approaches(
         found = compare_training_approaches("reviews.csv", "reviews.compare", split="80/10/10", max_rows=2000)
         print(found.to_markdown())
     """
-    wanted = chosen(approaches)
+    from embedcache.backbone import choose_device, model_name
+
+    ways = chosen(approaches)
     shares = checked_fractions(fractions)
     spec = head_named(head)
-    _check(spec, epochs, seeds)
+    _refuse_impossible(spec, epochs, seeds)
     examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
     examples = checked_rows(examples, max_rows, seeds[0])
     assert examples.task is not None
     name = metric or METRIC[examples.task]
     metric_named(name, examples.task)
+    source = ModelSource(model_name(model), device=choose_device(device), trust_remote_code=trust_remote_code)
+    plan = Plan(examples, ways, shares, tuple(seeds), spec, name, epochs, source, pooling)
     with ExitStack() as stack:
         where = stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir
         folder = stack.enter_context(Folder(where))
-        work = _Work(
-            folder, examples, wanted, shares, tuple(seeds), spec, name, epochs, model, pooling, device,
-            trust_remote_code,
-        )  # fmt: skip
-        found = work.run(progress)
+        found = Work(plan, folder, progress=progress and sys.stderr.isatty()).run()
         if output_dir is None:
-            return Comparison(found.facts, found.extraction, found.rows, found.break_even)
+            return replace(found, folder=None)
         folder.write_json("comparison.json", found.to_json())
         folder.write("comparison.md", found.to_markdown())
         with suppress(MissingExtraError):  # the table is there; a picture is an extra
@@ -116,7 +119,7 @@ def compare_training_approaches(
         return found
 
 
-def _check(spec: HeadSpec, epochs: int, seeds: Sequence[int]) -> None:
+def _refuse_impossible(spec: HeadSpec, epochs: int, seeds: Sequence[int]) -> None:
     from embedcache.heads.registry import head_class
 
     if spec.engine != "torch":
@@ -128,117 +131,133 @@ def _check(spec: HeadSpec, epochs: int, seeds: Sequence[int]) -> None:
         raise SpecError(f"seeds are {list(seeds)}: expected different whole numbers in [0, 2**32)")
 
 
-class _Work:
-    """What is to be measured, and where it is kept."""
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: the rows, the approaches, the fractions of the training rows, the seeds, and how to train."""
 
-    def __init__(
-        self,
-        folder: Folder,
-        examples: Examples,
-        approaches: Sequence[Approach],
-        fractions: Sequence[float],
-        seeds: Sequence[int],
-        head: HeadSpec,
-        metric: str,
-        epochs: int,
-        model: Path | str | None,
-        pooling: str,
-        device: str,
-        trust_remote_code: bool = False,
-    ) -> None:
-        from embedcache.backbone import choose_device, model_name, resolve_model, weight_files
+    examples: Examples
+    approaches: Sequence[Approach]
+    fractions: Sequence[float]
+    seeds: Sequence[int]
+    head: HeadSpec
+    metric: str
+    epochs: int
+    source: ModelSource
+    pooling: str
 
-        self.folder, self.examples, self.approaches = folder, examples, approaches
-        self.fractions, self.seeds, self.head, self.metric, self.epochs = fractions, seeds, head, metric, epochs
-        self.model, self.pooling, self.device = model_name(model), pooling, choose_device(device)
-        self.trust_remote_code = trust_remote_code
-        weights = weight_files(resolve_model(self.model))
-        self.machine = machine(self.device)
+    def units(self) -> list[tuple[float, Approach, int]]:
+        """Return what is measured once, in order."""
+        return [
+            (fraction, approach, seed)
+            for seed in self.seeds for fraction in self.fractions for approach in self.approaches
+        ]  # fmt: skip
+
+
+class Work:
+    """A plan and the folder in which its measurements are kept; ``run`` measures those that are not there yet."""
+
+    def __init__(self, plan: Plan, folder: Folder, *, progress: bool = False) -> None:
+        from embedcache.backbone import resolve_model, weight_files
+
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self.machine = machine(plan.source.device)
         self.identity = {
             "version": __version__,
-            "data": dataset_hash(examples),
-            "weights": {each.name: sha256_file(each) for each in weights},
-            "pooling": pooling,
+            "data": dataset_hash(plan.examples),
+            "weights": {file.name: sha256_file(file) for file in weight_files(resolve_model(plan.source.model))},
+            "pooling": plan.pooling,
             **self.machine,
         }
-        self.key = hash_json({**self.identity, "approach": "extraction"})
+        self.key = hash_json({**self.identity, "approach": EXTRACTION})
         self.cache = folder.cache_path(self.key)
 
-    def run(self, progress: bool) -> Comparison:
-        """Measure what is not there yet."""
-        units = [
-            (fraction, approach, seed)
-            for seed in self.seeds
-            for fraction in self.fractions
-            for approach in self.approaches
-        ]
-        shown = progress and sys.stderr.isatty()
-        say = _say if shown else _silent
+    def run(self) -> Comparison:
+        """Measure what is not there yet, and put everything together."""
+        plan, units = self.plan, self.plan.units()
+        extraction = self._extraction()
         total = len(units) + 1
-        extraction = self._extraction(shown)
-        say(f"[1/{total}] extraction: {seconds_text(extraction['seconds'])}")
+        self._say(f"[1/{total}] extraction: {seconds_text(extraction.seconds)}")
         runs, outputs = {}, {}
         for number, (fraction, approach, seed) in enumerate(units, 2):
-            done = self._training(approach, fraction, seed, shown)
-            runs[fraction, approach.name, seed] = done
-            said = self.folder.outputs(done["key"])
+            key = self._key(fraction, approach, seed)
+            run = self.folder.training(key) or self._train(key, fraction, approach, seed)
+            said = self.folder.outputs(key)
             assert said is not None  # written before its line, and looked for when the line was
-            outputs[fraction, approach.name, seed] = said
-            say(
-                f"[{number}/{total}] {approach.title}, {counted(done['train_rows'], 'row')}, seed {seed}: "
-                f"{seconds_text(done['seconds'])}, validation {self.metric} {done['validation']:.3f}"
+            runs[fraction, approach.name, seed], outputs[fraction, approach.name, seed] = run, said
+            self._say(
+                f"[{number}/{total}] {approach.title}, {counted(run.train_rows, 'row')}, seed {seed}: "
+                f"{seconds_text(run.seconds)}, validation {plan.metric} {run.validation:.3f}"
             )
-        assert self.examples.targets is not None
-        test = self.examples.split == self.examples.split_names.index("test")
-        return assemble(
-            self._facts(extraction), extraction, runs, outputs, self.examples.targets[test], self.folder.path
-        )
+        targets = plan.examples.targets
+        assert targets is not None
+        test = plan.examples.split == plan.examples.split_names.index("test")
+        return assemble(self._facts(extraction), extraction, runs, outputs, targets[test], self.folder.path)
 
-    def _extraction(self, shown: bool) -> Result:
-        found = self.folder.get(self.key)
-        if found is not None and exists(self.cache / "manifest.json", InputError):
-            return found
-        job = {
-            "approach": "extraction", "cache": str(self.cache), "task": self.examples.task,
-            "class_names": list(self.examples.class_names), "model": self.model, "pooling": self.pooling,
-            "device": self.device, "trust_remote_code": self.trust_remote_code, "progress": shown,
-        }  # fmt: skip
+    def _extraction(self) -> Extraction:
+        known = self.folder.extraction(self.key)
+        if known is not None and exists(self.cache / "manifest.json", InputError):
+            return known
+        plan = self.plan
+        assert plan.examples.task is not None
         with tempfile.TemporaryDirectory() as scratch:
             rows = Path(scratch) / "rows.jsonl"
-            write_rows(self.examples, rows)
-            result = self._measure({**job, "rows": str(rows)})
-            if not result["extracted"]:  # whole already, but nobody knows what it took
+            write_rows(plan.examples, rows)
+            job = ExtractionJob(
+                cache=str(self.cache),
+                rows=str(rows),
+                task=plan.examples.task,
+                class_names=list(plan.examples.class_names),
+                model=None if plan.source.model is None else str(plan.source.model),
+                pooling=plan.pooling,
+                device=plan.source.device,
+                trust_remote_code=plan.source.trust_remote_code,
+                progress=self.progress,
+            )
+            result = self._measure(job)
+            if not result.extracted:  # whole already, but nobody knows what it took
                 with explained(f"cannot remove {self.cache}", InputError):
                     shutil.rmtree(self.cache)
-                result = self._measure({**job, "rows": str(rows)})
-        return self.folder.add({"key": self.key, "approach": "extraction", **result})
+                result = self._measure(job)
+        self.folder.add(self.key, result, approach=EXTRACTION)
+        return result
 
-    def _training(self, approach: Approach, fraction: float, seed: int, shown: bool) -> Result:
-        recipe = {"cached": approach.train_spec(self.epochs, seed, self.metric)}
+    def _key(self, fraction: float, approach: Approach, seed: int) -> str:
+        """Return the hash of all that decides a training."""
+        plan = self.plan
+        recipes = {"cached": approach.train_spec(plan.epochs, seed, plan.metric)}
         if approach.name == "lp-ft":
-            recipe = {"probe": chosen(["cached"])[0].train_spec(self.epochs, seed, self.metric), **recipe}
-        body = {
-            **self.identity, "approach": approach.name, "fraction": fraction, "seed": seed,
-            "recipe": {name: asdict(each) for name, each in recipe.items()}, "backbone_rate": approach.backbone_rate,
-            "head": asdict(self.head) | {"options": dict(self.head.options)},
-        }  # fmt: skip
-        key = hash_json(body)
-        found = self.folder.get(key)
-        if found is not None:
-            return found
-        result = self._measure(
+            recipes["probe"] = APPROACHES["cached"].train_spec(plan.epochs, seed, plan.metric)
+        return hash_json(
             {
-                "approach": approach.name, "fraction": fraction, "seed": seed, "epochs": self.epochs,
-                "metric": self.metric, "head": self.head.kind, "head_options": dict(self.head.options),
-                "cache": str(self.cache), "device": self.device, "outputs": str(self.folder.output_path(key)),
-                "trust_remote_code": self.trust_remote_code, "progress": shown,
+                **self.identity, "approach": approach.name, "fraction": fraction, "seed": seed,
+                "recipe": {name: asdict(recipe) for name, recipe in recipes.items()},
+                "backbone_rate": approach.backbone_rate,
+                "head": asdict(plan.head) | {"options": dict(plan.head.options)},
             }
         )  # fmt: skip
-        return self.folder.add(
-            {"key": key, "approach": approach.name, "fraction": fraction, "seed": seed, "epochs": self.epochs, **result}
-        )
 
-    def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    def _train(self, key: str, fraction: float, approach: Approach, seed: int) -> Training:
+        plan = self.plan
+        result = self._measure(
+            TrainingJob(
+                approach=approach.name,
+                fraction=fraction,
+                seed=seed,
+                epochs=plan.epochs,
+                metric=plan.metric,
+                head=plan.head.kind,
+                cache=str(self.cache),
+                device=plan.source.device,
+                outputs=str(self.folder.output_path(key)),
+                trust_remote_code=plan.source.trust_remote_code,
+                progress=self.progress,
+                head_options=dict(plan.head.options),
+            )
+        )
+        self.folder.add(key, result, approach=approach.name, fraction=fraction, seed=seed, epochs=plan.epochs)
+        return result
+
+    def _measure(self, job: JobOf[R]) -> R:
         try:
             return in_own_process(job)
         except KeyboardInterrupt:
@@ -247,35 +266,49 @@ class _Work:
                 "run the same command again to go on from there"
             ) from None
 
-    def _facts(self, extraction: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "rows": len(self.examples),
-            "unique": self.examples.n_unique,
-            "splits": {name: rows for name, rows in self.examples.split_sizes().items() if rows},
-            "task": self.examples.task,
-            "outputs": len(self.examples.class_names),
-            "model": self.model or "all-MiniLM-L6-v2",
-            "pooling": self.pooling,
-            "head": self.head.kind,
-            "approaches": [each.name for each in self.approaches],
-            "fractions": list(self.fractions),
-            "seeds": list(self.seeds),
-            "epochs": self.epochs,
-            "metric": self.metric,
-            "adjusted": extraction["extracted"] < extraction["unique"],
+    def _facts(self, extraction: Extraction) -> Facts:
+        plan, examples = self.plan, self.plan.examples
+        assert examples.task is not None
+        return Facts(
+            rows=len(examples),
+            unique=examples.n_unique,
+            splits={name: rows for name, rows in examples.split_sizes().items() if rows},
+            task=examples.task,
+            outputs=len(examples.class_names),
+            model=str(plan.source.model or "all-MiniLM-L6-v2"),
+            pooling=plan.pooling,
+            head=plan.head.kind,
+            approaches=[approach.name for approach in plan.approaches],
+            fractions=list(plan.fractions),
+            seeds=list(plan.seeds),
+            epochs=plan.epochs,
+            metric=plan.metric,
+            adjusted=extraction.adjusted,
             **self.machine,
-        }
+        )
+
+    def _say(self, line: str) -> None:
+        if self.progress:
+            print(line, file=sys.stderr)
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Return what kind of machine times are taken on; on another, everything is measured anew."""
+class Machine(TypedDict):
+    """What kind of machine times are taken on; on another, everything is measured anew."""
+
+    device: str
+    threads: int
+    torch: str
+
+
+def machine(device: str) -> Machine:
+    """Return what kind of machine this is."""
     import torch
 
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     return {"device": kind, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
-def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
+def in_own_process(job: JobOf[R]) -> R:
     """Do a job in a fresh interpreter, so that memory is its own and nothing is warm.
 
     Raises what the job raised, and ``TrainingError`` where the process was killed.
@@ -284,7 +317,7 @@ def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "job.json"
-        file.write_text(json.dumps({**job, "parent": os.getpid()}), "utf-8")
+        file.write_text(json.dumps({**job.to_json(), "parent": os.getpid()}), "utf-8")
         done = subprocess.run(
             [sys.executable, "-c", "from embedcache.compare.worker import main; main()", str(file)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.DEVNULL, check=False,
@@ -294,20 +327,12 @@ def in_own_process(job: Mapping[str, Any]) -> dict[str, Any]:
         if done.returncode:
             killed = done.returncode == -signal.SIGKILL
             why = "was killed: is there enough memory?" if killed else f"ended with status {done.returncode}"
-            raise TrainingError(f"the process of {job['approach']} {why}; what was measured before is kept")
-        result: dict[str, Any] = json.loads(file.with_suffix(".result").read_text("utf-8"))
+            raise TrainingError(f"the process of {job.approach} {why}; what was measured before is kept")
+        result = json.loads(file.with_suffix(".result").read_text("utf-8"))
     if "error" in result:
         kind = getattr(errors, result["error"], TrainingError)
         try:
             raise kind(result["message"])
         except TypeError:  # an error that is made of more than its message
             raise TrainingError(result["message"]) from None
-    return result
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _silent(text: str) -> None:
-    return None
+    return job.result_of(result)

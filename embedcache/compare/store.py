@@ -17,32 +17,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.compare.measurements import EXTRACTION, Extraction, Json, Training
 from embedcache.errors import InputError
-from embedcache.fingerprint import canonical_json, strict_json
-from embedcache.journal import (
-    LOCK,
-    append,
-    commit,
-    exists,
-    explained,
-    lock,
-    make_folder,
-    make_output,
-    read,
-    recover,
-    refuse_link,
-    remove_temporaries,
-)
+from embedcache.fingerprint import canonical_json, require, strict_json
+from embedcache.journal import Journal, commit, exists, read, refuse_foreign, refuse_link, writing
 
-Result = dict[str, Any]
+MARKER = "results.jsonl"
+PARTS = ("outputs", "caches")
 
 
 class Folder:
@@ -53,74 +40,38 @@ class Folder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._found: dict[str, Result] = {}
-        self._lock: contextlib.ExitStack | None = None
+        self._journal = Journal(self.path / MARKER, _parsed, canonical_json, InputError, "it is measured again")
+        self._lines: dict[str, Json] = {}
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Folder:
-        self._refuse_foreign()
-        make_output(self.path, InputError, fresh=not exists(self.path / "results.jsonl", InputError))
-        for name in ("outputs", "caches"):
-            make_folder(self.path / name, InputError)
-        self._lock = lock(self.path)
-        try:
-            for folder in (self.path, self.path / "outputs"):
-                remove_temporaries(folder, InputError)
-            self._found = self._read()
-        except BaseException:
-            self.__exit__()
-            raise
+        refuse_foreign(self.path, "a comparison", MARKER, PARTS, InputError)
+        with contextlib.ExitStack() as opening:
+            fresh = not exists(self.path / MARKER, InputError)
+            opening.enter_context(writing(self.path, InputError, parts=PARTS, fresh=fresh))
+            lines, _ = self._journal.recover()
+            self._lines = {line["key"]: line for line in lines}
+            self._open = opening.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._open.close()
 
-    def _refuse_foreign(self) -> None:
-        if not exists(self.path, InputError):
-            return
-        if not self.path.is_dir():
-            raise InputError(f"{self.path} is a file: choose a new or an empty directory")
-        if not exists(self.path / "results.jsonl", InputError):
-            with explained(f"cannot read {self.path}", InputError):
-                strangers = [name for name in os.listdir(self.path) if name not in ("outputs", "caches", LOCK)]
-            if strangers:
-                raise InputError(
-                    f"{self.path} exists and is no comparison (it holds {strangers[0]}): "
-                    "choose a new or an empty directory"
-                )
+    def extraction(self, key: str) -> Extraction | None:
+        """Return an extraction that was measured already."""
+        line = self._lines.get(key)
+        return None if line is None else Extraction.from_json(line)
 
-    def _read(self) -> dict[str, Result]:
-        file = self.path / "results.jsonl"
-        data, _ = recover(file, InputError)
-        found: dict[str, Result] = {}
-        for number, line in enumerate(data.splitlines(), 1):
-            try:
-                result = strict_json(line)
-                key = result["key"]
-                if not isinstance(key, str) or not isinstance(result["approach"], str):
-                    raise ValueError("its key or its approach is no text")
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(
-                    f"{file}, line {number} is damaged ({error}): delete that line, and it is measured again"
-                ) from None
-            found[key] = result
-        return found
+    def training(self, key: str) -> Training | None:
+        """Return a training that was measured already and whose outputs are there."""
+        line = self._lines.get(key)
+        return None if line is None or self.outputs(key) is None else Training.from_json(line)
 
-    def get(self, key: str) -> Result | None:
-        """Return a measurement that is there already, with what it said where it says anything."""
-        result = self._found.get(key)
-        if result is None or (result["approach"] != "extraction" and self.outputs(key) is None):
-            return None
-        return result
-
-    def add(self, result: Result) -> Result:
-        """Keep a measurement, and return it as it will be read again."""
-        line = (canonical_json(result) + "\n").encode("ascii")
-        append(self.path / "results.jsonl", line, InputError)
-        kept: Result = strict_json(line)
-        self._found[kept["key"]] = kept
-        return kept
+    def add(self, key: str, result: Extraction | Training, **described: object) -> None:
+        """Keep a measurement; ``described`` is for people who read the file."""
+        line = {"key": key, **described, **result.to_json()}
+        self._journal.append([line])
+        self._lines[key] = line
 
     def cache_path(self, key: str) -> Path:
         """Return where the features are. Raises ``InputError`` for a link: what is written would go elsewhere."""
@@ -145,6 +96,16 @@ class Folder:
         """Replace a file of the folder, atomically."""
         commit(self.path / name, text.encode("utf-8"), InputError)
 
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, value: Mapping[str, object]) -> None:
         """Replace a JSON file of the folder, atomically."""
         self.write(name, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _parsed(data: bytes) -> Json:
+    """Read a line of the journal. Raises ``ValueError``, ``TypeError`` or ``KeyError`` for one that is damaged."""
+    line: Json = strict_json(data)
+    require(isinstance(line["key"], str), "its key")
+    require(isinstance(line["approach"], str), "its approach")
+    # Whole, also where nobody asks for it: what is missing is then said of the line, not in the midst of a comparison.
+    (Extraction if line["approach"] == EXTRACTION else Training).from_json(line)
+    return line

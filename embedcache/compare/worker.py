@@ -12,50 +12,45 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from embedcache.compare.approaches import APPROACHES
+from embedcache.compare.approaches import APPROACHES, Approach
+from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memory, Training, TrainingJob, job_of
 from embedcache.compare.memory import Peak
-from embedcache.compare.rows import labelled, read_rows, training_rows
+from embedcache.compare.rows import Array, Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
-from embedcache.spec import (
-    BackboneSettings,
-    ExtractionSpec,
-    HeadSpec,
-    ModelSource,
-    TaskName,
-    TrainSpec,
-    differences_text,
-)
+from embedcache.spec import BackboneSettings, ExtractionSpec, TrainSpec, differences_text
+from embedcache.task import CLASSIFICATION, REGRESSION, Task, task_named
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
-    from embedcache.finetune import FeatureBasedModel
+    from embedcache.features import Features
     from embedcache.heads import TrainedHead
+    from embedcache.heads.modules import Head
     from embedcache.shard import FeatureSet
 
-Array = npt.NDArray[Any]
-Rows = npt.NDArray[np.int64]
-Job = Mapping[str, Any]
-
 INTERRUPTED = 130
+
+History = Sequence[Mapping[str, float]]
+"""What training reports of each epoch, by name."""
 
 
 def main() -> None:
     """Read the job's file, named in the arguments, do the job, write the result beside it."""
     file = Path(sys.argv[1])
-    job = json.loads(file.read_text("utf-8"))
-    end_with(int(job["parent"]))
+    body = json.loads(file.read_text("utf-8"))
+    end_with(int(body["parent"]))
     try:
         with quiet():  # of the rows, the parent has said it
-            result = perform(job)
+            result: Mapping[str, object] = perform(job_of(body)).to_json()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except EmbedcacheError as error:
@@ -74,37 +69,36 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, name="embedcache-parent", daemon=True).start()
 
 
-def perform(job: Job) -> dict[str, Any]:
+def perform(job: Job) -> Extraction | Training:
     """Do one job. Raises ``KeyboardInterrupt`` where it was interrupted, so that nothing half done is kept."""
-    return extraction(job) if job["approach"] == "extraction" else training(job)
+    return extraction(job) if isinstance(job, ExtractionJob) else training(job)
 
 
-def extraction(job: Job) -> dict[str, Any]:
+def extraction(job: ExtractionJob) -> Extraction:
     """Run the backbone once over all rows, and say what that took."""
     from embedcache.errors import Interrupted
     from embedcache.extract import load_for, run
 
     load("torch", "transformers")
-    memory = Peak(job["device"])
-    examples = read_rows(Path(job["rows"]), job["task"], job["class_names"])
+    memory = Peak(job.device)
+    examples = read_rows(Path(job.rows), job.task, job.class_names)
     begun = time.perf_counter()
-    source = ModelSource(job["model"], device=job["device"], trust_remote_code=job["trust_remote_code"])
-    backbone = load_for(job["cache"], source, BackboneSettings((job["pooling"],)))
+    backbone = load_for(job.cache, job.source, BackboneSettings((job.pooling,)))
     setup = time.perf_counter() - begun
     try:
-        report = run(examples, backbone, job["cache"], keep_inputs=True)
+        report = run(examples, backbone, job.cache, keep_inputs=True)
     except Interrupted:
         raise KeyboardInterrupt from None
-    return {
-        "seconds": report.seconds,
-        "setup_seconds": setup,
-        "rows": report.rows,
-        "unique": report.unique,
-        "extracted": report.extracted,
-        "tokens": report.tokens,
-        "parameters": sum(each.numel() for each in backbone.network.parameters()),
-        "memory": memory.read(),
-    }
+    return Extraction(
+        extracted=report.extracted,
+        memory=memory.read(),
+        parameters=sum(parameter.numel() for parameter in backbone.network.parameters()),
+        rows=report.rows,
+        seconds=report.seconds,
+        setup_seconds=setup,
+        tokens=report.tokens,
+        unique=report.unique,
+    )
 
 
 def load(*modules: str) -> None:
@@ -113,163 +107,200 @@ def load(*modules: str) -> None:
         import_module(module)
 
 
+@dataclass(frozen=True)
 class Split:
     """The rows of one training: a fraction of train, all of validation and test, as numbers of rows of the cache."""
 
-    def __init__(self, cache: FeatureCache, fraction: float, seed: int) -> None:
-        self.task: TaskName = cache.task or "classification"
-        self.y = cache.targets()
-        fine = labelled(self.task, self.y)
-        of = {name: rows[fine[rows]] for name in ("train", "validation", "test") if len(rows := cache.rows(name))}
-        train = of["train"]
-        keys = cache.keys("train")[fine[cache.rows("train")]]
-        self.train: Rows = train[training_rows(keys, self.y[train], self.task, fraction, seed)]
-        self.validation: Rows = of["validation"]
-        self.test: Rows = of["test"]
+    train: Rows
+    validation: Rows
+    test: Rows
 
-    def charged(self, cache: FeatureCache) -> int:
-        """Return how many different contents training needs the features of."""
-        return len(np.unique(cache.places()[np.concatenate([self.train, self.validation])]))
+    @classmethod
+    def of(cls, cache: FeatureCache, fraction: float, seed: int) -> Split:
+        """Return the labelled rows of a cache's splits."""
+        task, y = task_named(cache.task or CLASSIFICATION), cache.targets()
+        labelled = task.labelled(y)
+        train, validation, test = (
+            rows[labelled[rows]] for rows in (cache.rows(name) for name in ("train", "validation", "test"))
+        )
+        keys = cache.keys("train")[labelled[cache.rows("train")]]
+        return cls(train[training_rows(keys, y[train], task.name, fraction, seed)], validation, test)
 
 
-def training(job: Job) -> dict[str, Any]:
-    """Train by one approach, measure it, and keep what it says of the test rows in ``job["outputs"]``."""
+@dataclass(frozen=True)
+class Problem:
+    """What one training learns from: the cache, the rows of its job, and the feature set that the head reads."""
+
+    job: TrainingJob
+    cache: FeatureCache
+    split: Split
+    feature: FeatureSet
+
+    @property
+    def approach(self) -> Approach:
+        """How it is trained."""
+        return APPROACHES[self.job.approach]
+
+    def train_spec(self, approach: Approach) -> TrainSpec:
+        """Return the settings by which an approach trains in this job."""
+        return approach.train_spec(self.job.epochs, self.job.seed, self.job.metric)
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return task_named(self.cache.task or CLASSIFICATION)
+
+    @cached_property
+    def targets(self) -> Array:
+        """The targets of all rows of the cache."""
+        return self.cache.targets()
+
+    def features(self, rows: Rows) -> Features:
+        """Return the cached features of some rows."""
+        from embedcache.train.cached import rows_of
+
+        return rows_of(self.cache, rows, self.feature)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training by an approach gave: its history, the seconds, parameters, and the outputs of the test rows."""
+
+    history: History
+    seconds: float
+    memory: Memory
+    trainable: int
+    outputs: Array
+    probe_seconds: float | None = None
+    setup_seconds: float = 0.0
+    total: int | None = None
+
+
+def training(job: TrainingJob) -> Training:
+    """Train by one approach, measure it, and keep what it says of the test rows in ``job.outputs``."""
     from embedcache.cache import FeatureCache
     from embedcache.train.cached import feature_for
+    from embedcache.train.metrics import metric_named
 
-    approach = APPROACHES[job["approach"]]
-    live = approach.name != "cached"
+    live = job.approach != "cached"
     load("embedcache.train.minibatch", *(["embedcache.finetune"] if live else []))
-    memory = Peak(job["device"])
-    cache = FeatureCache.open(job["cache"])
-    split = Split(cache, job["fraction"], job["seed"])
-    head = HeadSpec(job["head"], "torch", job["head_options"])
-    spec = approach.train_spec(job["epochs"], job["seed"], job["metric"])
-    feature = feature_for(cache, head, None)
-    if live:
-        found, outputs = _live(job, cache, split, head, spec, feature, memory)
-    else:
-        found, outputs = _cached(job, cache, split, head, spec, feature, memory)
+    memory = Peak(job.device)
+    cache = FeatureCache.open(job.cache)
+    split = Split.of(cache, job.fraction, job.seed)
+    problem = Problem(job, cache, split, feature_for(cache, job.head_spec, None))
+    trained = _live(problem, memory) if live else _cached(problem, memory)
     data = io.BytesIO()
-    np.save(data, outputs.astype(np.float32))
-    commit(Path(job["outputs"]), data.getvalue(), InputError)
-    return {
-        "train_rows": len(split.train),
-        "validation_rows": len(split.validation),
-        "test_rows": len(split.test),
-        "charged": split.charged(cache),
-        **found,
-    }
+    np.save(data, trained.outputs.astype(np.float32))
+    commit(Path(job.outputs), data.getvalue(), InputError)
+    values = [float(epoch[f"validation_{job.metric}"]) for epoch in trained.history]
+    greater = metric_named(job.metric, problem.task.name).greater_is_better
+    best = int(np.argmax(values) if greater else np.argmin(values))
+    return Training(
+        train_rows=len(split.train),
+        validation_rows=len(split.validation),
+        test_rows=len(split.test),
+        charged=len(np.unique(cache.places()[np.concatenate([split.train, split.validation])])),
+        best_epoch=best + 1,
+        validation=values[best],
+        epoch_seconds=statistics.median(float(epoch["seconds"]) for epoch in trained.history),
+        history=[{name: float(value) for name, value in epoch.items()} for epoch in trained.history],
+        seconds=trained.seconds,
+        probe_seconds=trained.probe_seconds,
+        setup_seconds=trained.setup_seconds,
+        memory=trained.memory,
+        trainable=trained.trainable,
+        total=trained.total,
+    )
 
 
-def _probe(
-    job: Job, cache: FeatureCache, split: Split, head: HeadSpec, spec: TrainSpec, feature: FeatureSet
-) -> tuple[TrainedHead, list[dict[str, Any]], float]:
-    """Train the head on the cache; the head, its history and the seconds."""
+def _train_head(problem: Problem) -> tuple[TrainedHead, History, float]:
+    """Train the head on the cache, as the cached approach does; the head, its history and the seconds."""
     from embedcache.train import train_head
-    from embedcache.train.cached import rows_of
 
+    job, split, y = problem.job, problem.split, problem.targets
     begun = time.perf_counter()
-    x, x_eval = (rows_of(cache, rows, feature) for rows in (split.train, split.validation))
+    x, x_validation = problem.features(split.train), problem.features(split.validation)
     reading = time.perf_counter() - begun
     result = train_head(
-        x, split.y[split.train], x_eval, split.y[split.validation],
-        head, spec, task=split.task, class_names=cache.class_names, feature=feature, calibrate=False,
-        intervals=False, device="cpu", progress=bool(job["progress"]),
+        x, y[split.train], x_validation, y[split.validation], job.head_spec, problem.train_spec(APPROACHES["cached"]),
+        task=problem.task.name, class_names=problem.cache.class_names, feature=problem.feature, calibrate=False,
+        intervals=False, device="cpu", progress=job.progress,
     )  # fmt: skip
     if result.interrupted:
         raise KeyboardInterrupt
-    return result.head, [dict(each) for each in result.history], reading + result.seconds
+    return result.head, result.history, reading + result.seconds
 
 
-def _cached(
-    job: Job, cache: FeatureCache, split: Split, head: HeadSpec, spec: TrainSpec, feature: FeatureSet, memory: Peak
-) -> tuple[dict[str, Any], Array]:
-    from embedcache.train.cached import rows_of
-
-    trained, history, seconds = _probe(job, cache, split, head, spec, feature)
+def _cached(problem: Problem, memory: Peak) -> Trained:
+    head, history, seconds = _train_head(problem)
     held = memory.read()
-    return {
-        **_curve(history, spec, split.task),
-        "seconds": seconds,
-        "probe_seconds": None,
-        "setup_seconds": 0.0,
-        "memory": held,
-        "trainable": trained.parameters,
-    }, trained.probabilities(rows_of(cache, split.test, feature))
+    return Trained(history, seconds, held, head.parameters, head.probabilities(problem.features(problem.split.test)))
 
 
-def _live(
-    job: Job, cache: FeatureCache, split: Split, head: HeadSpec, spec: TrainSpec, feature: FeatureSet, memory: Peak
-) -> tuple[dict[str, Any], Array]:
+def _live(problem: Problem, memory: Peak) -> Trained:
     from embedcache.extract import load_for
     from embedcache.finetune import FeatureBasedModel, fine_tune
     from embedcache.heads import build_head
 
-    approach = APPROACHES[job["approach"]]
-    contents = cache.inputs()
-    assert contents is not None  # the extraction kept them
+    job, cache, split, approach, y = problem.job, problem.cache, problem.split, problem.approach, problem.targets
+    spec = problem.train_spec(approach)
+    kept = cache.inputs()
+    assert kept is not None  # by the extraction
+    train, validation, test = (
+        [kept[row] for row in rows.tolist()] for rows in (split.train, split.validation, split.test)
+    )
     begun = time.perf_counter()
-    source = ModelSource(device=job["device"], trust_remote_code=job["trust_remote_code"])
-    backbone = load_for(cache.path, source, BackboneSettings())
+    backbone = load_for(cache.path, job.source, BackboneSettings())
     refuse_changed(cache, backbone.identity)
     setup = time.perf_counter() - begun
     probe = None
     if approach.name == "lp-ft":
-        first = APPROACHES["cached"].train_spec(job["epochs"], job["seed"], job["metric"])
-        trained, _, probe = _probe(job, cache, split, head, first, feature)
-        module = trained.module
-        if split.task == "regression":
-            into_standard_units(module, split.y[split.train])
+        head, _, probe = _train_head(problem)
+        module = head.module
+        if problem.task is REGRESSION:
+            into_standard_units(module, y[split.train])
     else:
-        module = build_head(head, feature, len(cache.class_names), seed=job["seed"])
+        module = build_head(job.head_spec, problem.feature, len(cache.class_names), seed=job.seed)
     if approach.name == "frozen" and spec.standardize:
-        standardized(module, cache, split, feature)
+        standardize(module, problem)
     model: FeatureBasedModel = FeatureBasedModel(backbone, module, freeze_backbone=approach.backbone_rate is None)
-    done = fine_tune(
-        model, [contents[row] for row in split.train.tolist()], split.y[split.train],
-        [contents[row] for row in split.validation.tolist()], split.y[split.validation], spec,
-        backbone_learning_rate=approach.backbone_rate or 0.0, task=split.task, class_names=cache.class_names,
-        new_head=approach.name != "lp-ft",
-        progress=bool(job["progress"]), title=approach.title,
+    tuned = fine_tune(
+        model, train, y[split.train], validation, y[split.validation], spec,
+        backbone_learning_rate=approach.backbone_rate or 0.0, task=problem.task.name, class_names=cache.class_names,
+        new_head=approach.name != "lp-ft", progress=job.progress, title=approach.title,
     )  # fmt: skip
-    if done.interrupted:
+    if tuned.interrupted:
         raise KeyboardInterrupt
     held, count = memory.read(), model.count_trainable_params()
-    return {
-        **_curve(done.history, spec, split.task),
-        "seconds": done.seconds,
-        "probe_seconds": probe,
-        "setup_seconds": setup,
-        "memory": held,
-        "trainable": count.trainable,
-        "total": count.total,
-    }, done.head.probabilities([contents[row] for row in split.test.tolist()])
+    return Trained(
+        tuned.history, tuned.seconds, held, count.trainable, tuned.head.probabilities(test), probe, setup, count.total
+    )  # fmt: skip
 
 
-def standardized(module: Any, cache: FeatureCache, split: Split, feature: FeatureSet) -> None:
+def standardize(module: Head, problem: Problem) -> None:
     """Let a head read features standardised by the training rows, as training on the cache does."""
     import torch
 
-    from embedcache.train.cached import rows_of
     from embedcache.train.data import moments
 
-    mean, scale = moments(rows_of(cache, split.train, feature))
+    mean, scale = moments(problem.features(problem.split.train))
     module.standardize(torch.from_numpy(mean), torch.from_numpy(scale))
 
 
-def into_standard_units(module: Any, y: Array) -> None:
+def into_standard_units(module: Head, y: Array) -> None:
     """Turn a trained regression head, which gives values, into one that gives them standardised by ``y`` [N, R]."""
     import torch
 
     deviation = y.std(axis=0)
-    mean, deviation = (torch.from_numpy(each) for each in (y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)))
+    mean, deviation = (torch.from_numpy(part) for part in (y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)))
+    weight, bias = module.output.weight, module.output.bias
+    assert bias is not None  # heads of one's own are not compared
     with torch.no_grad():
-        module.output.weight.copy_(module.output.weight / deviation[:, None])
-        module.output.bias.copy_((module.output.bias - mean) / deviation)
+        weight.copy_(weight / deviation[:, None])
+        bias.copy_((bias - mean) / deviation)
 
 
-def refuse_changed(cache: FeatureCache, identity: Mapping[str, Any]) -> None:
+def refuse_changed(cache: FeatureCache, identity: Mapping[str, object]) -> None:
     """Raise ``BackboneMismatchError`` where the backbone is no longer the one that the features are from."""
     found = ExtractionSpec.from_json(cache.spec).differences(ExtractionSpec.from_json(identity))
     if found:
@@ -277,21 +308,3 @@ def refuse_changed(cache: FeatureCache, identity: Mapping[str, Any]) -> None:
             f"the backbone changed during the comparison ({differences_text(found[:1], 'it was', 'it is')}): "
             "choose another output directory"
         )
-
-
-def _curve(history: Any, spec: TrainSpec, task: TaskName) -> dict[str, Any]:
-    """Say how validation went: the best epoch, counted from 1, its metric, and the seconds of an epoch."""
-    from embedcache.train.metrics import metric_named
-
-    greater = metric_named(str(spec.metric), task).greater_is_better
-    values = [float(each[f"validation_{spec.metric}"]) for each in history]
-    best = int(np.argmax(values) if greater else np.argmin(values))
-    return {
-        "best_epoch": best + 1,
-        "validation": values[best],
-        "epoch_seconds": statistics.median(float(each["seconds"]) for each in history),
-        "history": [{name: float(value) for name, value in each.items()} for each in history],
-    }
-
-
-__all__ = ["INTERRUPTED", "extraction", "main", "perform", "training"]

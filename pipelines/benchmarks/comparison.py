@@ -18,17 +18,17 @@ def comparison() -> None:
     found = ec.compare_training_approaches(
         snippets(rows), split="80/10/10", approaches=("cached", "frozen", "full"), epochs=EPOCHS
     )
-    even = {each["against"]: each for each in found.break_even}
+    evens = {even.against: even for even in found.break_even}
     for against, name, bar in (("frozen", "frozen end to end", "4x"), ("full", "full fine-tuning", "10x")):
-        heads = even[against]["heads"]
+        heads = evens[against].heads
         row(
             f"{EPOCHS} epochs on {rows:,} rows from cached features, extraction included, vs {name}",
-            f"{even[against]['first']:.1f}x (paid for with head number {heads})",
+            f"{evens[against].first:.1f}x (paid for with head number {heads})",
             bar,
         )
-    row("the 2nd and every further head vs frozen end to end", f"{even['frozen']['further']:,.0f}x", "100x")
-    held = {each["approach"]: each["memory"]["resident"] / 2**20 for each in found.rows}
-    head = found.row("cached")["head_memory"] / 2**20
+    row("the 2nd and every further head vs frozen end to end", f"{evens['frozen'].further:,.0f}x", "100x")
+    held = {each.approach: each.memory.resident / 2**20 for each in found.rows}
+    head = found.row("cached").head_memory / 2**20
     row(
         "peak memory above Python's own: extraction, a head on the cache, frozen, full",
         f"{held['cached']:,.0f}, {head:,.0f}, {held['frozen']:,.0f}, {held['full']:,.0f} MiB",

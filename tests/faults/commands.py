@@ -37,6 +37,7 @@ from power import Disk, Node, policies
 from embedcache import cli, compare
 from embedcache.cache import FeatureCache, files
 from embedcache.compare import run as comparing
+from embedcache.compare.measurements import job_of
 from embedcache.compare.store import Folder
 from embedcache.compare.worker import perform
 from embedcache.errors import CacheNotFoundError, EmbedcacheError, IncompleteCacheError
@@ -172,7 +173,9 @@ def run_extract(count: int, folder: Path) -> None:
 
 def run_compare(folder: Path) -> None:
     """Compare with the workers in this process."""
-    with mock.patch.object(comparing, "in_own_process", lambda job: perform(json.loads(json.dumps(dict(job))))):
+    with mock.patch.object(
+        comparing, "in_own_process", lambda job: perform(job_of(json.loads(json.dumps(job.to_json()))))
+    ):
         compare.compare_training_approaches(
             [{"text": f"t {at} {'xy'[at % 2]}", "label": "xy"[at % 2]} for at in range(40)], folder / "o",
             model=str(inputs() / "bert"), approaches=["cached"], epochs=1, pooling="mean", device="cpu",
