@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, features_of, load_again, probe_of
+from embedcache.backbone import Backbone, compute_features, load_again, probe_of
 from embedcache.errors import BackboneMismatchError, InputError, warn
 from embedcache.examples import CONTENTS, Examples
 from embedcache.heads import TrainedHead
@@ -113,7 +113,7 @@ class Predictor:
 
     def features(self, contents: Sequence[bytes]) -> Array | tuple[Array, Array]:
         """Return what the cache would hold for these rows: [N, D], [N, L, D], or (values, offsets) for tokens."""
-        return features_of(self.backbone, contents, self.head.feature.name)
+        return compute_features(self.backbone, contents, self.head.feature.name)
 
     def _prediction(self, values: Array) -> Prediction:
         names = self.head.class_names

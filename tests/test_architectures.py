@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 
-from embedcache.backbone import features_of, load_backbone
+from embedcache.backbone import compute_features, load_backbone
 from embedcache.equivalence.standard_model import StandardModel
 from embedcache.errors import BackboneError
 
@@ -73,7 +73,7 @@ def test_an_encoder_saved_alone_is_the_encoder_of_the_whole(tmp_path: Path, kind
     encoder.save_pretrained(alone)
     tiny_models.word_level(alone)
     backbones = [load_backbone(str(folder), features=["mean"], device="cpu") for folder in (whole, alone)]
-    first, second = (features_of(backbone, TEXTS, "mean") for backbone in backbones)
+    first, second = (compute_features(backbone, TEXTS, "mean") for backbone in backbones)
     assert first.tobytes() == second.tobytes()
     standard = StandardModel(alone, backbones[1].identity, "cpu")
     inputs = standard.inputs([tiny_models.TEXTS[0]])

@@ -25,7 +25,7 @@ from embedcache.backbone import (
     DEFAULT_MODEL,
     TextBackbone,
     choose_device,
-    features_of,
+    compute_features,
     load_backbone,
     needs_spare_row,
     resolve_model,
@@ -401,7 +401,7 @@ def test_minilm_bits(minilm_path: Path, dtype: str) -> None:
         assert_same_bits(run(backbone, contents, order), whole)
         assert backbone.side_by_side(4) == 2
         for name in whole:
-            assert features_of(backbone, contents[::-1], name)[::-1].tobytes() == whole[name].tobytes()
+            assert compute_features(backbone, contents[::-1], name)[::-1].tobytes() == whole[name].tobytes()
     subset = sorted(generator.choice(len(contents), 7, replace=False).tolist())
     part = run(backbone, [contents[index] for index in subset])
     assert_same_bits(part, {name: values[subset] for name, values in whole.items()})
@@ -428,7 +428,7 @@ def test_passes_side_by_side(tiny: Callable[[str], Path], kind: str, dtype: str)
         values["cls@all"] = found["cls@all"].reshape(expected["cls@all"].shape)
         assert_same_bits(values, expected)
     assert sum(done) == 4 * len(contents)
-    decoded, offsets = features_of(backbone, contents, "tokens")
+    decoded, offsets = compute_features(backbone, contents, "tokens")
     assert decoded.dtype == np.float32
     assert np.array_equal(offsets, tokens.offsets)
 
@@ -446,7 +446,7 @@ def test_a_pass_that_fails_beside_others(tiny: Callable[[str], Path], monkeypatc
 
     monkeypatch.setattr(backbone, "forward", fail)
     with pytest.raises(FeatureError, match="the third pass"), threads(2):
-        features_of(backbone, list(TEXTS) * 3, "mean")
+        compute_features(backbone, list(TEXTS) * 3, "mean")
     assert len(ran) < 12
     assert torch.get_num_threads() == before
 
@@ -853,7 +853,7 @@ def test_compiled_once_for_all_shapes(tiny: Callable[[str], Path]) -> None:
     with threads(2):  # each pass has one thread all the same, in threads of their own
         assert backbone.side_by_side(7) == (2 if Compiled.may_run_side_by_side() else 1)
         for name in ("mean", "cls@-2"):
-            assert features_of(backbone, contents * 5, name)[: len(contents)].tobytes() == whole[name].tobytes()
+            assert compute_features(backbone, contents * 5, name)[: len(contents)].tobytes() == whole[name].tobytes()
         assert_same_bits(run(backbone, contents), whole)
         assert torch.get_num_threads() == 2
     assert not inductor.freezing

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from embedcache.backbone import FrozenModel, TextBackbone, features_of, load_backbone
+from embedcache.backbone import FrozenModel, TextBackbone, compute_features, load_backbone
 from embedcache.backbone.text import TextPreparation, Texts
 from embedcache.batching import ShapePolicy
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
@@ -205,7 +205,7 @@ def test_forward_says_what_the_head_trained_on_the_cache_says(
 ) -> None:
     backbone = load_backbone(str(folder), features=(pooling,), device="cpu")
     contents = [text.encode() for text in TEXTS]
-    x = features_of(backbone, contents, pooling)
+    x = compute_features(backbone, contents, pooling)
     spec = HeadSpec(head, "torch", options)
     trained = train_head(
         x, LABELS, head=spec, spec=SEEDED, class_names=NAMES, feature=backbone.feature_sets[0], progress=False
@@ -252,7 +252,7 @@ def test_training_the_head_with_the_backbone_in_every_step_is_training_it_on_the
     spec = TrainSpec(**{**SEEDED.__dict__, "standardize": False, "epochs": 5, "schedule": "cosine"})
     head = HeadSpec("mlp", "torch", {"hidden": [7], "dropout": 0.3})
     backbone = load_backbone(str(folder), features=("mean",), device="cpu")
-    x = features_of(backbone, [text.encode() for text in TEXTS], "mean")
+    x = compute_features(backbone, [text.encode() for text in TEXTS], "mean")
     cached = train_head(x, LABELS, x, LABELS, head, spec, class_names=NAMES, progress=False, calibrate=False)
     module = build_head(head, backbone.feature_sets[0], 2, seed=spec.seed)
     live = fine_tune(
@@ -276,7 +276,7 @@ def test_a_live_model_that_still_improves_says_so(folder: Path) -> None:
 
 def test_lp_ft_starts_where_the_trained_head_is(folder: Path) -> None:
     backbone = load_backbone(str(folder), features=("mean",), device="cpu")
-    x = features_of(backbone, [text.encode() for text in TEXTS], "mean")
+    x = compute_features(backbone, [text.encode() for text in TEXTS], "mean")
     trained = train_head(x, LABELS, spec=SEEDED, class_names=NAMES, progress=False)
     model = FeatureBasedModel(backbone, trained.head.module, freeze_backbone=False)
     start = live_outputs(model, TEXTS)

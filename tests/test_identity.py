@@ -22,7 +22,7 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from embedcache.backbone import behaviour, features_of, folder_state, load_backbone, resolve_model, weight_files
+from embedcache.backbone import behaviour, compute_features, folder_state, load_backbone, resolve_model, weight_files
 from embedcache.backbone import load as load_module
 from embedcache.backbone.model import FrozenModel
 from embedcache.errors import BackboneError, BackboneMismatchError
@@ -33,7 +33,7 @@ TEXTS = [each.encode() for each in tiny_models.TEXTS]
 
 
 def features(folder: Path) -> np.ndarray:
-    return np.asarray(features_of(load_backbone(str(folder), features=["mean"], device="cpu"), TEXTS, "mean"))
+    return np.asarray(compute_features(load_backbone(str(folder), features=["mean"], device="cpu"), TEXTS, "mean"))
 
 
 def refused(folder: Path, match: str, **options: Any) -> None:
@@ -396,7 +396,7 @@ def test_auto_is_what_encode_gives_or_refused(bert: Path, setting: str) -> None:
         return
     texts = [*tiny_models.TEXTS, "THE Film WAS good"]
     backbone = load_backbone(str(bert), device="cpu")
-    found = features_of(backbone, [text.encode() for text in texts], backbone.feature_sets[0].name)
+    found = compute_features(backbone, [text.encode() for text in texts], backbone.feature_sets[0].name)
     peer = sentence_transformers.SentenceTransformer(str(bert), device="cpu")
     np.testing.assert_allclose(found, peer.encode(texts, show_progress_bar=False), atol=2e-5)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from embedcache.backbone import FrozenModel, Inputs, features_of, run_plan, vectors_of
+from embedcache.backbone import FrozenModel, Inputs, compute_features, run_plan, vectors_of
 from embedcache.batching import Batch, ShapePolicy, plan
 from embedcache.errors import FeatureError, PoolingUnavailableError
 from embedcache.examples import load_examples
@@ -117,8 +117,8 @@ def test_poolings_of_a_vision_transformer() -> None:
         "pooler": out.pooler_output, "l2:mean@-2": before / before.norm(dim=-1, keepdim=True),
         "cls@all": torch.stack([state[:, 0] for state in out.hidden_states], 1),
     }.items():  # fmt: skip
-        np.testing.assert_allclose(features_of(backbone, CONTENTS, name), vectors, atol=1e-5, err_msg=name)
-    values, offsets = features_of(backbone, CONTENTS, "tokens")
+        np.testing.assert_allclose(compute_features(backbone, CONTENTS, name), vectors, atol=1e-5, err_msg=name)
+    values, offsets = compute_features(backbone, CONTENTS, "tokens")
     assert offsets.tolist() == list(range(0, 131, 10))
     np.testing.assert_allclose(values.reshape(final.shape), final, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_what_a_row_costs_and_how_many_vectors_it_has_are_two_numbers(tmp_path: 
 def test_another_number_of_vectors_than_was_said_is_refused() -> None:
     backbone = model(vit(), "tokens", tokens=PATCHES)
     with pytest.raises(FeatureError, match="gave 50 vectors for 45 tokens"):
-        features_of(backbone, CONTENTS, "tokens")
+        compute_features(backbone, CONTENTS, "tokens")
 
 
 def test_a_convolutional_network_has_layers_of_their_own_widths() -> None:
@@ -159,7 +159,7 @@ def test_a_convolutional_network_has_layers_of_their_own_widths() -> None:
         "mean": out.last_hidden_state.mean((2, 3)), "mean@1": out.hidden_states[1].mean((2, 3)),
         "pooler": out.pooler_output.flatten(1), "max@0": out.hidden_states[0].amax((2, 3)),
     }.items():  # fmt: skip
-        np.testing.assert_allclose(features_of(backbone, CONTENTS, name), vectors, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(compute_features(backbone, CONTENTS, name), vectors, atol=1e-5, err_msg=name)
     with pytest.raises(PoolingUnavailableError, match=r"different widths \(7, 11\): ask for a feature set of each"):
         model(network, "mean@all")
 

@@ -12,7 +12,7 @@ a few built-in rows, to know what this machine computes.
 
 from __future__ import annotations
 
-from embedcache.backbone.compute import FeatureArrays, features_of, run_plan
+from embedcache.backbone.compute import FeatureArrays, compute_features, run_plan
 from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
@@ -42,8 +42,8 @@ __all__ = [
     "Tokens",
     "Workers",
     "choose_device",
+    "compute_features",
     "contents_hash",
-    "features_of",
     "load_again",
     "load_backbone",
     "model_name",

@@ -116,7 +116,7 @@ def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int
             workers.shutdown(wait=True, cancel_futures=True)
 
 
-def features_of(backbone: Backbone, contents: Sequence[bytes], name: str) -> Array | tuple[Array, Array]:
+def compute_features(backbone: Backbone, contents: Sequence[bytes], name: str) -> Array | tuple[Array, Array]:
     """Run a backbone over rows at canonical shapes: the very bits that a cache would hold.
 
     Returns the feature set ``name`` in float32, [N, D] or [N, L, D], or for a token-level set a pair

@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from embedcache.backbone import Backbone, features_of, run_plan
+from embedcache.backbone import Backbone, compute_features, run_plan
 from embedcache.batching import plan
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
@@ -149,7 +149,7 @@ def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> InMemory:
 
 def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet) -> InMemory:
     """Run a backbone over rows at canonical shapes, and round as ``feature`` is stored."""
-    values = features_of(backbone, contents, feature.name)
+    values = compute_features(backbone, contents, feature.name)
     if isinstance(values, tuple):
         return Ragged(rounded(values[0], feature.dtype), values[1], feature)
     return Dense(np.ascontiguousarray(rounded(values, feature.dtype)), feature)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embedcache.backbone import Backbone, features_of
+from embedcache.backbone import Backbone, compute_features
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, difference
 from embedcache.spec import ExtractionSpec
@@ -104,7 +104,7 @@ def snapshot(backbone: Backbone, contents: Sequence[bytes], feature: str) -> Sna
     network = _network(backbone)
     named = () if network is None else network.named_buffers()
     buffers = {name: buffer.detach().clone() for name, buffer in named}
-    values = features_of(backbone, contents, feature)
+    values = compute_features(backbone, contents, feature)
     return Snapshot(values[0] if isinstance(values, tuple) else values, len(contents), buffers)
 
 

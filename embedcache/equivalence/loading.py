@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from embedcache.backbone import Backbone, features_of, load_again, resolve_model
+from embedcache.backbone import Backbone, compute_features, load_again, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array
 from embedcache.equivalence.standard_model import StandardModel
@@ -47,7 +47,7 @@ def other_poolings(
         other = load_live(cache, source, names)
     except BackboneError:  # the model was passed in, and is nowhere else
         return {}
-    return {name: np.asarray(features_of(other, contents, name)) for name in names}
+    return {name: np.asarray(compute_features(other, contents, name)) for name in names}
 
 
 def load_standard(cache: FeatureCache, source: ModelSource, backbone: Backbone) -> StandardModel | None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import features_of
+from embedcache.backbone import compute_features
 from embedcache.errors import InputError
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
@@ -136,7 +136,7 @@ class TextClassificationPipeline:
 
     def _features(self, contents: Sequence[bytes]) -> Array | tuple[Array, Array]:
         extractor = self.model.extractor
-        return features_of(extractor, contents, extractor.feature_sets[0].name)
+        return compute_features(extractor, contents, extractor.feature_sets[0].name)
 
     def _contents(self, texts: Sequence[str], name: str) -> list[bytes]:
         if isinstance(texts, str) or not len(texts):

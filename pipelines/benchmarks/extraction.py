@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from benchmarks.table import SETTINGS, interleaved, row, seconds
 
-from embedcache.backbone import features_of, load_backbone, probe_of, resolve_model, run_plan
+from embedcache.backbone import compute_features, load_backbone, probe_of, resolve_model, run_plan
 from embedcache.batching import Plan, plan
 from embedcache.examples import load_examples
 from embedcache.extract import run
@@ -197,8 +197,8 @@ def passes() -> None:
         )
         name, row_alone = one.feature_sets[0].name, [b"An instant classic, I loved every minute."]
         works = {
-            "all": lambda: features_of(all_of_them, row_alone, name),  # noqa: B023
-            "one": lambda: features_of(one, row_alone, name),  # noqa: B023
+            "all": lambda: compute_features(all_of_them, row_alone, name),  # noqa: B023
+            "one": lambda: compute_features(one, row_alone, name),  # noqa: B023
             "probe": lambda: probe_of(one),  # noqa: B023
         }
         times = interleaved(works, rounds=15)
