@@ -23,7 +23,6 @@ import numpy as np
 
 from embedcache.errors import BundleError, MissingExtraError
 from embedcache.fingerprint import strict_json
-from embedcache.journal import commit
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -72,40 +71,29 @@ TRUSTED: frozenset[tuple[str, str]] = frozenset(
 """Every node that a file may hold: how skops loads it, and its type."""
 
 _PROTOCOL = 2
-_LARGEST = 4 << 30
 _STEPS = ("scale", "head")
 
 
-def save_estimator(path: Path | str, estimator: BaseEstimator) -> None:
-    """Write a fitted estimator; see ``dump_estimator``."""
-    commit(Path(path), dump_estimator(path, estimator), BundleError)
-
-
-def dump_estimator(path: Path | str, estimator: BaseEstimator) -> bytes:
-    """Return the bytes of a file for a fitted estimator.
+def dump_estimator(path: Path, estimator: BaseEstimator) -> bytes:
+    """Return the bytes of a file for a fitted estimator; ``path`` names it in messages.
 
     Raises ``BundleError`` for one that could not be read back, ``MissingExtraError`` without skops.
     """
     skops = _skops("saving this head")
     data: bytes = skops.dumps(estimator)
     with zipfile.ZipFile(BytesIO(data)) as file:
-        _refuse_untrusted(Path(path), file)
+        _refuse_untrusted(path, file)
     return data
 
 
-def load_estimator(path: Path | str, data: bytes | None = None) -> BaseEstimator:
-    """Read a fitted estimator, from the file's bytes where they have been read.
+def load_estimator(path: Path, data: bytes) -> BaseEstimator:
+    """Return a fitted estimator from the bytes of its file, which ``path`` names in messages.
 
     Raises ``BundleError`` for a file that cannot be read or holds a type that no head is made of, naming it, and
     ``MissingExtraError`` without skops.
     """
-    path = Path(path)
     skops = _skops("loading this head")
     try:
-        if data is None:
-            if path.stat().st_size > _LARGEST:
-                raise BundleError(f"{path} is too large to be a head's")
-            data = path.read_bytes()
         with zipfile.ZipFile(BytesIO(data)) as file:
             _refuse_untrusted(path, file)
         estimator = skops.loads(data, trusted=[name for node, name in sorted(TRUSTED) if node == "ObjectNode"])
