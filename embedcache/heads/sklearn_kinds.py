@@ -73,6 +73,11 @@ class Setting:
     rows: int
     dim: int
 
+    @property
+    def regression(self) -> bool:
+        """Whether numbers are to be predicted."""
+        return self.task == "regression"
+
 
 Build = Callable[[Setting, Options], "BaseEstimator"]
 
@@ -144,7 +149,7 @@ def _penalty(setting: Setting, options: Options) -> float:
 
 def _logistic(setting: Setting, options: Options) -> BaseEstimator:
     penalty = _penalty(setting, options)
-    if setting.task == "regression":
+    if setting.regression:
         from sklearn.linear_model import Ridge
 
         return Ridge(alpha=penalty)
@@ -173,7 +178,7 @@ def _svm(setting: Setting, options: Options) -> BaseEstimator:
 def _ridge(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.linear_model import Ridge, RidgeClassifier
 
-    estimator = Ridge if setting.task == "regression" else RidgeClassifier
+    estimator = Ridge if setting.regression else RidgeClassifier
     return estimator(alpha=_penalty(setting, options), solver=options["solver"])
 
 
@@ -190,7 +195,7 @@ def _knn(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
     # Brute force: in hundreds of dimensions no tree helps, and a tree in a file would have to be trusted.
-    estimator = KNeighborsRegressor if setting.task == "regression" else KNeighborsClassifier
+    estimator = KNeighborsRegressor if setting.regression else KNeighborsClassifier
     return estimator(
         n_neighbors=min(options.whole("n_neighbors"), setting.rows),
         weights=options["weights"],
@@ -202,8 +207,7 @@ def _knn(setting: Setting, options: Options) -> BaseEstimator:
 def _mlp(setting: Setting, options: Options) -> BaseEstimator:
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    regression = setting.task == "regression"
-    network = (MLPRegressor if regression else MLPClassifier)(
+    network = (MLPRegressor if setting.regression else MLPClassifier)(
         hidden_layer_sizes=options.widths("hidden"),
         activation=options["activation"],
         alpha=options.number("alpha"),
@@ -211,7 +215,7 @@ def _mlp(setting: Setting, options: Options) -> BaseEstimator:
         max_iter=options.whole("max_iter"),
         random_state=setting.seed,
     )
-    if not regression:
+    if not setting.regression:
         return network
     from sklearn.compose import TransformedTargetRegressor
     from sklearn.preprocessing import StandardScaler
@@ -225,7 +229,7 @@ def _boosting(setting: Setting, options: Options) -> BaseEstimator:
 
     counts = ("max_iter", "max_leaf_nodes", "max_depth", "min_samples_leaf")
     whole = {name: options.whole(name) for name in counts if options[name] is not None}
-    estimator = HistGradientBoostingRegressor if setting.task == "regression" else HistGradientBoostingClassifier
+    estimator = HistGradientBoostingRegressor if setting.regression else HistGradientBoostingClassifier
     return estimator(early_stopping=False, random_state=setting.seed, categorical_features=None, **{**options, **whole})
 
 

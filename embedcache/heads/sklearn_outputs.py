@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.errors import BundleError, FeatureError
 from embedcache.spec import TaskName
-from embedcache.task import Array, Floats
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task, task_named
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -17,23 +17,23 @@ _CERTAIN = 1e-15
 """Probabilities are kept this far from 0 and 1, so that their logits are finite."""
 
 
-def outputs(estimator: BaseEstimator, x: Array, task: TaskName, classes: int) -> Floats:
+def outputs(estimator: BaseEstimator, x: Array, task: Task | TaskName, classes: int) -> Floats:
     """Return what a fitted estimator gives for features ``x`` [N, D]: probabilities [N, C], or values [N, R].
 
     A class that training did not have gets a column of zeros; a label that was the same in every row of training gets
     that, 0 or 1. Raises ``FeatureError`` for features of another shape, ``BundleError`` for an estimator that does
     not fit the task.
     """
-    x = np.asarray(x)
+    x, task = np.asarray(x), task_named(task)
     expected = getattr(estimator, "n_features_in_", None)
     if x.ndim != 2 or x.shape[1] != expected:
         raise FeatureError(f"got features of shape {x.shape}, expected [N, {expected}]")
     try:
         if not len(x):
             return np.zeros((0, classes))
-        if task == "regression":
+        if task is REGRESSION:
             values = np.asarray(estimator.predict(x), np.float64).reshape(len(x), -1)
-        elif task == "classification":
+        elif task is CLASSIFICATION:
             values = _spread(estimator.predict_proba(x), estimator.classes_, classes)
         else:
             values = _label_probabilities(estimator, x, classes)
@@ -44,12 +44,12 @@ def outputs(estimator: BaseEstimator, x: Array, task: TaskName, classes: int) ->
     return values
 
 
-def logits_of(values: Floats, task: TaskName) -> Floats:
+def logits_of(values: Floats, task: Task) -> Floats:
     """Return logits [N, C], whose softmax or sigmoid are the probabilities ``values``; a regression's values stay."""
-    if task == "regression":
+    if task is REGRESSION:
         return values
     kept = np.clip(values, _CERTAIN, 1.0 - _CERTAIN)
-    return np.asarray(np.log(kept) if task == "classification" else np.log(kept) - np.log1p(-kept))
+    return np.asarray(np.log(kept) if task is CLASSIFICATION else np.log(kept) - np.log1p(-kept))
 
 
 def _spread(probabilities: Array, present: Array, classes: int) -> Floats:

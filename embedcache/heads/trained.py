@@ -110,11 +110,13 @@ class TrainedHead(HeadRecord):
         return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
 
     def _estimated(self, rows: Array) -> Array:
+        task = task_named(self.task)
+
         def estimate(part: Array) -> Array:
-            return outputs(self.estimator, part, self.task, len(self.class_names))
+            return outputs(self.estimator, part, task, len(self.class_names))
 
         whole = self.spec.kind in _BY_ROW and len(rows) > 0
-        return logits_of(estimate(rows) if whole else self._in_passes(rows, estimate), self.task)
+        return logits_of(estimate(rows) if whole else self._in_passes(rows, estimate), task)
 
     @cached_property
     def _matrix(self) -> tuple[Array, Array]:
