@@ -174,7 +174,8 @@ def refuse_wrong_estimator(head: HeadRecord, where: Path) -> None:
         raise BundleError(f"{where} reads {width} features, and the config beside it says {head.feature.dim}")
     try:
         zeros = np.zeros((1, head.feature.dim), np.float32)
-        values = outputs(head.estimator, zeros, head.task, len(head.class_names))
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below, not warned of
+            values = outputs(head.estimator, zeros, head.task, len(head.class_names))
     except EmbedcacheError as error:
         raise BundleError(f"{where} does not fit the config beside it: {error}") from None
     if not np.isfinite(values).all():
