@@ -1,18 +1,20 @@
 """Training heads on features: one loop, stacked heads, solvers, metrics. No transformers, no HDF5.
 
 ==================  ====================================================================
-``run``             one head, or many of one shape, on features in hand
+``run``             one head, or many of one shape, on features in hand: picks the engine, calibrates, measures
 ``cached``          the same on the splits of a cache
-``minibatch``       torch heads: what is trained on what
+``data``            labelled rows, checked once; their moments and class weights
+``result``          what an engine made (``Fitted``), and the head with its record (``TrainingResult``)
+``minibatch``       the engine of torch heads: what is trained on what
 ``loop``            the one loop: epochs, early stopping, history
-``start``           the biases it starts from; ``ending``, whether it had come to an end
+``start``           the biases it starts from; ``ending``, whether it had converged
 ``stack``           K heads and their optimizer
 ``batches``         where batches come from: memory, disk, ragged, live
 ``losses``          losses with their gradients
-``convex``          the full-batch solver for linear heads
-``sklearn_engine``  heads that scikit-learn fits
+``convex``          the engine of linear heads: their optimum, by full batches
+``sklearn_engine``  the engine of heads that scikit-learn fits
 ``metrics``         what is measured; ``calibration``, temperature and thresholds
-``data``            features and targets, checked
+``memory``          whether features fit in memory
 ==================  ====================================================================
 
 Names are found when they are asked for: a scikit-learn head is trained without importing torch.
