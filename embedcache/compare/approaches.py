@@ -46,8 +46,8 @@ _TUNE = TrainSpec(
 _BACKBONE_RATE = 5e-5
 
 APPROACHES: dict[str, Approach] = {
-    each.name: each
-    for each in (
+    approach.name: approach
+    for approach in (
         Approach(
             "cached",
             "cached features + head",
@@ -92,4 +92,4 @@ def chosen(names: Sequence[str]) -> list[Approach]:
             raise SpecError(f"there is no approach {name!r}{hint}: expected some of {', '.join(APPROACHES)}")
     if not names:
         raise SpecError(f"no approach was named: expected some of {', '.join(APPROACHES)}")
-    return [each for name, each in APPROACHES.items() if name in names]
+    return [approach for name, approach in APPROACHES.items() if name in names]

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from embedcache.fingerprint import require
 from embedcache.spec import HeadSpec, ModelSource, TaskName
 
 Json = Mapping[str, Any]
-R_co = TypeVar("R_co", covariant=True)
 V = TypeVar("V", bound="_Value")
 
 _NUMBERS = {
@@ -137,10 +136,6 @@ class ExtractionJob(_Value):
     progress: bool
     approach: str = EXTRACTION
 
-    def result_of(self, body: Json) -> Extraction:
-        """Read the result of such a job."""
-        return Extraction.from_json(body)
-
     @property
     def source(self) -> ModelSource:
         """Where the model is."""
@@ -164,10 +159,6 @@ class TrainingJob(_Value):
     progress: bool
     head_options: dict[str, Any] = field(default_factory=dict)
 
-    def result_of(self, body: Json) -> Training:
-        """Read the result of such a job."""
-        return Training.from_json(body)
-
     @property
     def source(self) -> ModelSource:
         """The model of the cache, on this job's device."""
@@ -177,23 +168,6 @@ class TrainingJob(_Value):
     def head_spec(self) -> HeadSpec:
         """The head that is trained."""
         return HeadSpec(self.head, "torch", self.head_options)
-
-
-class JobOf(Protocol[R_co]):
-    """A job whose result is an ``Extraction``, or a ``Training``."""
-
-    @property
-    def approach(self) -> str:
-        """What is measured."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the job as JSON values."""
-        ...
-
-    def result_of(self, body: Json) -> R_co:
-        """Read the result of such a job."""
-        ...
 
 
 Job = ExtractionJob | TrainingJob

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 from embedcache import errors
 from embedcache.arguments import checks_arguments
 from embedcache.compare.approaches import APPROACHES, Approach, chosen
 from embedcache.compare.assembly import assemble
 from embedcache.compare.figures import Facts, seconds_text
-from embedcache.compare.measurements import EXTRACTION, Extraction, ExtractionJob, JobOf, Training, TrainingJob
+from embedcache.compare.measurements import EXTRACTION, Extraction, ExtractionJob, Job, Json, Training, TrainingJob
 from embedcache.compare.result import Comparison
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
 from embedcache.compare.store import Folder
@@ -34,8 +34,6 @@ from embedcache.spec import HeadSpec, ModelSource, TaskName
 from embedcache.train.metrics import metric_named
 from embedcache.version import __version__
 from embedcache.wording import counted
-
-R = TypeVar("R", Extraction, Training)
 
 METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
 """What approaches are judged by when nobody says."""
@@ -181,9 +179,10 @@ class Work:
         for number, (fraction, approach, seed) in enumerate(units, 2):
             key = self._key(fraction, approach, seed)
             run = self.folder.training(key) or self._train(key, fraction, approach, seed)
-            said = self.folder.outputs(key)
-            assert said is not None  # written before its line, and looked for when the line was
-            runs[fraction, approach.name, seed], outputs[fraction, approach.name, seed] = run, said
+            test_outputs = self.folder.outputs(key)
+            assert test_outputs is not None  # written before its line, and looked for when the line was
+            unit = fraction, approach.name, seed
+            runs[unit], outputs[unit] = run, test_outputs
             self._say(
                 f"[{number}/{total}] {approach.title}, {counted(run.train_rows, 'row')}, seed {seed}: "
                 f"{seconds_text(run.seconds)}, validation {plan.metric} {run.validation:.3f}"
@@ -213,11 +212,11 @@ class Work:
                 trust_remote_code=plan.source.trust_remote_code,
                 progress=self.progress,
             )
-            result = self._measure(job)
+            result = Extraction.from_json(self._measure(job))
             if not result.extracted:  # whole already, but nobody knows what it took
                 with explained(f"cannot remove {self.cache}", InputError):
                     shutil.rmtree(self.cache)
-                result = self._measure(job)
+                result = Extraction.from_json(self._measure(job))
         self.folder.add(self.key, result, approach=EXTRACTION)
         return result
 
@@ -238,26 +237,25 @@ class Work:
 
     def _train(self, key: str, fraction: float, approach: Approach, seed: int) -> Training:
         plan = self.plan
-        result = self._measure(
-            TrainingJob(
-                approach=approach.name,
-                fraction=fraction,
-                seed=seed,
-                epochs=plan.epochs,
-                metric=plan.metric,
-                head=plan.head.kind,
-                cache=str(self.cache),
-                device=plan.source.device,
-                outputs=str(self.folder.output_path(key)),
-                trust_remote_code=plan.source.trust_remote_code,
-                progress=self.progress,
-                head_options=dict(plan.head.options),
-            )
+        job = TrainingJob(
+            approach=approach.name,
+            fraction=fraction,
+            seed=seed,
+            epochs=plan.epochs,
+            metric=plan.metric,
+            head=plan.head.kind,
+            cache=str(self.cache),
+            device=plan.source.device,
+            outputs=str(self.folder.output_path(key)),
+            trust_remote_code=plan.source.trust_remote_code,
+            progress=self.progress,
+            head_options=dict(plan.head.options),
         )
+        result = Training.from_json(self._measure(job))
         self.folder.add(key, result, approach=approach.name, fraction=fraction, seed=seed, epochs=plan.epochs)
         return result
 
-    def _measure(self, job: JobOf[R]) -> R:
+    def _measure(self, job: Job) -> Json:
         try:
             return in_own_process(job)
         except KeyboardInterrupt:
@@ -308,8 +306,8 @@ def machine(device: str) -> Machine:
     return {"device": kind, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
-def in_own_process(job: JobOf[R]) -> R:
-    """Do a job in a fresh interpreter, so that memory is its own and nothing is warm.
+def in_own_process(job: Job) -> Json:
+    """Do a job in a fresh interpreter, so that memory is its own and nothing is warm; return its result as JSON.
 
     Raises what the job raised, and ``TrainingError`` where the process was killed.
     """
@@ -328,11 +326,11 @@ def in_own_process(job: JobOf[R]) -> R:
             killed = done.returncode == -signal.SIGKILL
             why = "was killed: is there enough memory?" if killed else f"ended with status {done.returncode}"
             raise TrainingError(f"the process of {job.approach} {why}; what was measured before is kept")
-        result = json.loads(file.with_suffix(".result").read_text("utf-8"))
+        result: Json = json.loads(file.with_suffix(".result").read_text("utf-8"))
     if "error" in result:
         kind = getattr(errors, result["error"], TrainingError)
         try:
             raise kind(result["message"])
         except TypeError:  # an error that is made of more than its message
             raise TrainingError(result["message"]) from None
-    return job.result_of(result)
+    return result

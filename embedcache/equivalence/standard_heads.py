@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from embedcache.errors import SpecError
 from embedcache.spec import HeadSpec
 
+Options = Mapping[str, Any]
 Named = Mapping[str, npt.NDArray[np.float32]]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -49,7 +50,7 @@ def _norm(state: Named, name: str) -> nn.Module:
 
 
 class _Drop(nn.Module):
-    def __init__(self, options: Mapping[str, Any], generator: torch.Generator) -> None:
+    def __init__(self, options: Options, generator: torch.Generator) -> None:
         super().__init__()
         self.rate, self.generator = float(options.get("dropout", 0.1)), generator
 
@@ -64,7 +65,7 @@ class _Drop(nn.Module):
 
 
 class _Linear(nn.Module):
-    def __init__(self, options: Mapping[str, Any], state: Named, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__()
         self.output = _linear(state, "output")
 
@@ -74,7 +75,7 @@ class _Linear(nn.Module):
 
 
 class _MLP(nn.Module):
-    def __init__(self, options: Mapping[str, Any], state: Named, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__()
         depth = sum(name.startswith("hidden.") and name.endswith(".weight") for name in state)
         self.hidden = nn.ModuleList(_linear(state, f"hidden.{at}") for at in range(depth))
@@ -91,7 +92,7 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, options: Mapping[str, Any], state: Named, at: int, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, at: int, generator: torch.Generator) -> None:
         super().__init__()
         self.norm = _norm(state, f"blocks.{at}.norm")
         self.up, self.down = _linear(state, f"blocks.{at}.up"), _linear(state, f"blocks.{at}.down")
@@ -104,7 +105,7 @@ class _Block(nn.Module):
 
 
 class _Residual(nn.Module):
-    def __init__(self, options: Mapping[str, Any], state: Named, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__()
         depth = sum(name.startswith("blocks.") and name.endswith(".up.weight") for name in state)
         self.input = _linear(state, "input")
@@ -117,13 +118,13 @@ class _Residual(nn.Module):
 
 
 class _Vectors(nn.Module):
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: npt.NDArray[np.float32]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(weight.shape))
 
 
 class _Attending(nn.Module):
-    def __init__(self, options: Mapping[str, Any], state: Named, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__()
         self.input, self.output = _linear(state, "input"), _linear(state, "output")
         self.norm = _norm(state, "norm")
@@ -139,17 +140,17 @@ class _Attending(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k / sqrt(d)) v, head by head."""
         size = query.shape[-1] // self.heads
-        said = []
-        for q, k, v in zip(*(torch.split(each, size, dim=-1) for each in (query, key, value)), strict=True):
+        outputs = []
+        for q, k, v in zip(*(torch.split(part, size, dim=-1) for part in (query, key, value)), strict=True):
             scores = q @ k.transpose(-1, -2) / math.sqrt(size)
             if mask is not None:
                 scores = scores.masked_fill(~mask[:, None, :], -math.inf)
-            said.append(scores.softmax(dim=-1) @ v)
-        return torch.cat(said, dim=-1)
+            outputs.append(scores.softmax(dim=-1) @ v)
+        return torch.cat(outputs, dim=-1)
 
 
 class _SelfAttention(_Attending):
-    def __init__(self, options: Mapping[str, Any], state: Named, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__(options, state, generator)
         self.qkv, self.mix = _linear(state, "qkv"), _linear(state, "mix")
         self.final = _norm(state, "final")
@@ -164,7 +165,7 @@ class _SelfAttention(_Attending):
 
 
 class _AttentionPooling(_Attending):
-    def __init__(self, options: Mapping[str, Any], state: Named, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__(options, state, generator)
         self.key, self.queries = _linear(state, "key"), _Vectors(state["queries.weight"])
 
@@ -176,7 +177,7 @@ class _AttentionPooling(_Attending):
         return out
 
 
-STANDARD_HEADS: dict[str, Callable[[Mapping[str, Any], Named, torch.Generator], nn.Module]] = {
+STANDARD_HEADS: dict[str, Callable[[Options, Named, torch.Generator], nn.Module]] = {
     "linear": _Linear,
     "mlp": _MLP,
     "residual": _Residual,

@@ -174,7 +174,7 @@ def run_extract(count: int, folder: Path) -> None:
 def run_compare(folder: Path) -> None:
     """Compare with the workers in this process."""
     with mock.patch.object(
-        comparing, "in_own_process", lambda job: perform(job_of(json.loads(json.dumps(job.to_json()))))
+        comparing, "in_own_process", lambda job: perform(job_of(json.loads(json.dumps(job.to_json())))).to_json()
     ):
         compare.compare_training_approaches(
             [{"text": f"t {at} {'xy'[at % 2]}", "label": "xy"[at % 2]} for at in range(40)], folder / "o",
