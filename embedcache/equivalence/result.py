@@ -10,7 +10,7 @@ from typing import Literal
 from embedcache.equivalence.bits import Array, Difference
 from embedcache.errors import NotEqualError
 from embedcache.numerics import Difference as Numerics
-from embedcache.wording import shown
+from embedcache.wording import shown, table
 
 Verdict = Literal["identical", "within tolerance", "different", "cost"]
 
@@ -65,7 +65,8 @@ class Comparison:
 
 
 HEADER = ("reference", "what", "values", "identical", "largest diff", "ulps", "tolerance", "where", "verdict")
-_TO_THE_RIGHT = ("values", "identical", "largest diff", "ulps", "tolerance")
+_NUMBERS = range(2, 7)
+"""The columns from ``values`` to ``tolerance``."""
 
 
 def judged(reference: str, what: str, found: Difference, where: str = "", tolerance: float | None = None) -> Comparison:
@@ -179,13 +180,6 @@ class EquivalenceResult:
 
     def to_text(self) -> str:
         """Lay the result out as a table, with findings and notes below it."""
-        columns = list(zip(HEADER, *(row.cells() for row in self.comparisons), strict=True))
-        widths = [max(map(len, column)) for column in columns]
-        aligned = [
-            [cell.rjust(width) if column[0] in _TO_THE_RIGHT else cell.ljust(width) for cell in column]
-            for column, width in zip(columns, widths, strict=True)
-        ]
-        header, *rows = zip(*aligned, strict=True)
         below = [f"sampled: {', '.join(f'{name} {value}' for name, value in self.sampled.items())}"]
         below += [f"storage costs: {name} {value}" for name, value in self.costs.items()]
         below += [f"numerics: {self.numerics.to_text()}"]
@@ -194,5 +188,5 @@ class EquivalenceResult:
         if not self.equal and not self.findings:
             below.append(f"DIFFERENT: {self.reason}")
         verdict = "equal" if self.equal else "different"
-        lines = ["  ".join(cells).rstrip() for cells in (header, tuple("-" * width for width in widths), *rows)]
+        lines = table(HEADER, [row.cells() for row in self.comparisons], _NUMBERS)
         return "\n".join([*map(shown, [*lines, "", *below]), f"verdict: {verdict} ({self.seconds:.0f} s)"])
