@@ -71,6 +71,8 @@ def head_named(
         return head
     if not isinstance(head, str):
         raise SpecError(f"head is {shortened(head)}: expected the name of a head, such as linear, or a HeadSpec")
+    if not isinstance(engine, (str, type(None))):
+        raise SpecError(f"engine is {shortened(engine)}: expected torch or sklearn, or None")
     prefix, _, rest = head.partition(":")
     kind, engine = (rest, engine or prefix) if rest and prefix in ENGINES else (head, engine)
     default = engine_of(kind)
