@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -60,7 +60,7 @@ def check(
     model: str | None,
     revision: str | None,
     feature: str | None,
-    reference: Any,
+    reference: Literal["canonical", "standard", "both"],
     steps: int | None,
     rows: int,
     everything: bool,

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,12 @@ from embedcache.cli.options import (
     untrusted_option,
 )
 from embedcache.wording import cell, counted, json_shown, page, shown
+
+if TYPE_CHECKING:
+    from embedcache.heads import TrainedHead
+    from embedcache.predict import Prediction
+
+    Named = tuple[str, Prediction]
 
 
 @click.command()
@@ -51,10 +57,9 @@ def train(
 ) -> None:
     """Train one head on CACHE and save it, with its metrics and a model card, in RUN.
 
-    A linear head is trained to its exact optimum (--solver, --l2). Any other head keeps the epoch with the best metric
-    on the validation split or, without one, on a tenth of the training rows that is held out; probabilities are
-    calibrated on the same rows. The test split is not used: measure on it once, with embedcache evaluate. Ctrl-C stops
-    training; minibatch training then saves the best head so far.
+    A linear head is trained to its exact optimum (--solver, --l2). Other heads keep the epoch with the best metric on
+    the validation split (or a tenth of the training rows); probabilities are calibrated there. The test split is not
+    used: measure on it once, with embedcache evaluate. Ctrl-C saves the best head so far.
     """
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
@@ -112,7 +117,7 @@ def _refuse_unused(engine: Any, kind: str, given: Mapping[str, Any], device: str
         raise SpecError(f"--{wrong.replace('_', '-')} means nothing to {what}: {instead}")
 
 
-def _class_weight(text: str) -> Any:
+def _class_weight(text: str) -> object:
     from embedcache.errors import SpecError
     from embedcache.fingerprint import strict_json
 
@@ -131,7 +136,7 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return table(rows, ["metric", *splits])
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
@@ -229,7 +234,7 @@ def predict(
             say(_line(text, prediction))
         return
     if texts:
-        rows: Iterable[tuple[str, Any]] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
+        rows: Iterable[Named] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
         total = len(texts)
     else:
         from embedcache.examples import load_examples
@@ -251,7 +256,7 @@ def predict(
 _SHOWN = 5
 
 
-def _line(text: str, prediction: Any) -> str:
+def _line(text: str, prediction: Prediction) -> str:
     values = prediction.probabilities
     given = [prediction.label] if isinstance(prediction.label, str) else list(prediction.label)
     label = ", ".join(shown(each) if isinstance(each, str) else f"{each:.4g}" for each in given) or "(none)"
@@ -291,16 +296,14 @@ def _destination(output: str | None) -> Iterator[IO[str]]:
         file.detach()
 
 
-def _progress(rows: Iterable[tuple[str, Any]], total: int) -> Iterable[tuple[str, Any]]:
+def _progress(rows: Iterable[Named], total: int) -> Iterable[Named]:
     from tqdm import tqdm
 
-    said: Iterable[tuple[str, Any]] = tqdm(
-        rows, total=total, unit="row", desc="predict", disable=not sys.stderr.isatty()
-    )
-    return said
+    shown_rows: Iterable[Named] = tqdm(rows, total=total, unit="row", desc="predict", disable=not sys.stderr.isatty())
+    return shown_rows
 
 
-def _json_of(name: str, prediction: Any, head: Any) -> dict[str, Any]:
+def _json_of(name: str, prediction: Prediction, head: TrainedHead) -> dict[str, object]:
     values = dict(prediction.probabilities)
     if head.task == "regression":
         return {"id": name, "values": values}
@@ -308,15 +311,15 @@ def _json_of(name: str, prediction: Any, head: Any) -> dict[str, Any]:
     return {"id": name, "label": label, "confidence": prediction.confidence, "probabilities": values}
 
 
-def _jsonl(file: IO[str], head: Any) -> Callable[[str, Any], None]:
-    def write(name: str, prediction: Any) -> None:
-        said = json.dumps(_json_of(name, prediction, head), ensure_ascii=False)
-        file.write(json_shown(said, getattr(file, "encoding", None)) + "\n")
+def _jsonl(file: IO[str], head: TrainedHead) -> Callable[[str, Prediction], None]:
+    def write(name: str, prediction: Prediction) -> None:
+        line = json.dumps(_json_of(name, prediction, head), ensure_ascii=False)
+        file.write(json_shown(line, getattr(file, "encoding", None)) + "\n")
 
     return write
 
 
-def _csv(file: IO[str], head: Any) -> Callable[[str, Any], None]:
+def _csv(file: IO[str], head: TrainedHead) -> Callable[[str, Prediction], None]:
     import csv
 
     writer = csv.writer(file, lineterminator="\n")
@@ -326,11 +329,14 @@ def _csv(file: IO[str], head: Any) -> Callable[[str, Any], None]:
     # Labels are joined by a semicolon, unless a class has one in its name.
     join = json.dumps if any(";" in name for name in head.class_names) else ";".join
 
-    def write(name: str, prediction: Any) -> None:
+    def write(name: str, prediction: Prediction) -> None:
         cells = [name]
         if head.task != "regression":
             label, sure = prediction.label, prediction.confidence
-            cells += [label if isinstance(label, str) else join(list(label)), "" if sure is None else f"{sure:.6g}"]
+            cells += [
+                label if isinstance(label, str) else join(list(map(str, label))),
+                "" if sure is None else f"{sure:.6g}",
+            ]
         writer.writerow([*map(cell, cells), *(f"{value:.6g}" for value in prediction.probabilities.values())])
 
     return write

@@ -6,17 +6,21 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from embedcache.spec import HeadSpec, TrainSpec, declared
 from embedcache.wording import json_shown, page, shown
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from embedcache.dataset import Examples
+
+Decorator = Callable[[Any], Any]
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def several(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+def several(*options: Decorator) -> Callable[[Function], Function]:
     """Join options into one decorator, kept in the order given."""
 
     def decorate(function: Function) -> Function:
@@ -27,7 +31,7 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     return decorate
 
 
-def setting_option(name: str, *, more: str = "", default: Any = None) -> Callable[[Any], Any]:
+def setting_option(name: str, *, more: str = "", default: Any = None) -> Decorator:
     """Return the option of a field of ``TrainSpec``, as the field declares itself.
 
     Not given it is None, so that a command knows what was asked for; with a ``default`` of the command's own it is
@@ -49,7 +53,7 @@ _SHORT = {"learning_rate": ("--lr",)}
 training_options = several(*map(setting_option, declared(TrainSpec)))
 
 
-def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = "") -> Callable[[Any], Any]:
+def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = "") -> Decorator:
     """Return the options of a ``HeadSpec``, or those of them in ``names``: ``kind``, ``engine``, ``options``.
 
     A command whose heads are torch's alone says in ``torch`` which of them.
@@ -127,11 +131,11 @@ device_option = click.option(
 )
 
 
-def head_settings(options: tuple[str, ...]) -> dict[str, Any]:
+def head_settings(options: tuple[str, ...]) -> dict[str, object]:
     """Read ``--head-option NAME=VALUE``, values as JSON where they are. Raises ``SpecError`` for anything else."""
     from embedcache.errors import SpecError
 
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
@@ -140,7 +144,7 @@ def head_settings(options: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def json_or_text(text: str) -> Any:
+def json_or_text(text: str) -> object:
     """Return the JSON value that ``text`` is, else the text itself."""
     from embedcache.fingerprint import strict_json
 
@@ -169,7 +173,7 @@ def untrusted_option(function: Function) -> Function:
     return click.option("--untrusted", is_flag=True, help=help_text)(guarded)  # type: ignore[return-value]
 
 
-def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Any:
+def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Examples:
     """Read the input as the shared options say."""
     from embedcache.examples import load_examples
 
@@ -190,7 +194,7 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     click.echo(page(text), file=sys.stderr if err else sys.stdout, nl=nl)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a JSON value, indented."""
     say_json(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from embedcache.cli.options import say, say_json
+
+if TYPE_CHECKING:
+    from embedcache.report import Form
 
 
 @click.command()
@@ -19,13 +22,13 @@ from embedcache.cli.options import say, say_json
     "--format", "form", type=click.Choice(["html", "markdown", "json"]),
     help="Default: by the ending of --output, else HTML.",
 )  # fmt: skip
-def report(sweep: str, output: str | None, form: Any) -> None:
+def report(sweep: str, output: str | None, form: Form | None) -> None:
     """Write the results of SWEEP as one page that needs no network: leaderboard, plots, errors."""
     from pathlib import Path
 
     from embedcache.report import report as write
 
-    endings = {".md": "markdown", ".json": "json"}
+    endings: dict[str, Form] = {".md": "markdown", ".json": "json"}
     form = form or (endings.get(Path(output).suffix.lower(), "html") if output is not None else "html")
     if output is None and form != "html":
         text = write(sweep, form=form)

@@ -86,7 +86,7 @@ def sweep(
     say(f"kept in {output_dir}; the chosen head in {output_dir}/best")
 
 
-def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[Any]:
+def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[object]:
     """Turn flags into the heads of a file; a setting goes to every head."""
     if not settings:
         return list(names)
@@ -101,7 +101,7 @@ def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[Any]:
     return [{"head": name, **given} for name in names]
 
 
-def _values(text: str) -> Any:
+def _values(text: str) -> object:
     """Read values as JSON where they are: 0.1,0.01 or [256],[512,256]; words stay words."""
     from embedcache.fingerprint import strict_json
 
