@@ -55,11 +55,11 @@ def train(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train one head on CACHE and save it, with its metrics and a model card, in RUN.
+    """Train one head on CACHE and save it in RUN, with metrics and a model card.
 
     A linear head is trained to its exact optimum (--solver, --l2). Other heads keep the epoch with the best metric on
     the validation split (or a tenth of the training rows); probabilities are calibrated there. The test split is not
-    used: measure on it once, with embedcache evaluate. Ctrl-C saves the best head so far.
+    used: measure on it once, with embedcache evaluate. Ctrl-C saves the best head yet.
     """
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
