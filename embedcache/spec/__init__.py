@@ -15,6 +15,7 @@ from embedcache.wording import did_you_mean, shortened
 
 __all__ = [
     "DTYPES",
+    "MAY_DIFFER",
     "MINIBATCH_SETTINGS",
     "MIN_STEPS",
     "POOLINGS",
@@ -327,6 +328,11 @@ class TrainSpec:
         """The seed of the batch order."""
         return self.seed if self.shuffle_seed is None else self.shuffle_seed
 
+
+MAY_DIFFER = (
+    "learning_rate", "weight_decay", "label_smoothing", "class_weight", "schedule", "warmup", "clip", "seed",
+)  # fmt: skip
+"""Settings in which the heads of one stack may differ."""
 
 MINIBATCH_SETTINGS = tuple(name for name, setting in declared(TrainSpec).items() if setting.solver == "minibatch")
 """Settings that only training by minibatches reads."""

@@ -22,17 +22,12 @@ from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
 from embedcache.shard import FeatureSet
-from embedcache.spec import MIN_STEPS, TaskName
+from embedcache.spec import MAY_DIFFER, MIN_STEPS, TaskName
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.folds import Fold
 from embedcache.sweep.problem import Array, Problem, part
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
-
-MAY_DIFFER = (
-    "learning_rate", "weight_decay", "label_smoothing", "class_weight", "schedule", "warmup", "clip", "seed",
-)  # fmt: skip
-"""Settings in which the heads of one stack may differ."""
 
 _STACK_BYTES = 1 << 30
 _STACK_HEADS = 384

@@ -15,7 +15,7 @@ from embedcache.errors import SpecError
 from embedcache.features import Array, Dense, OnDisk, Ragged
 from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Head, Linear
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION, Floats
 from embedcache.train.batches import Batch, Batches, DiskBatches, RaggedBatches, TensorBatches, lent
 from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
@@ -24,7 +24,7 @@ from embedcache.train.loop import Scores, Stopping, fit
 from embedcache.train.losses import Loss
 from embedcache.train.metrics import scores
 from embedcache.train.result import Fitted
-from embedcache.train.stack import MAY_DIFFER, HeadStack
+from embedcache.train.stack import HeadStack
 from embedcache.train.start import start_at, start_biases
 from embedcache.wording import counted
 

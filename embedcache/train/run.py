@@ -197,7 +197,7 @@ def train_stack(
         rows: what they are trained on; ``data.labelled_rows_of`` makes them.
         judged: validation rows for early stopping, None for none.
         heads: they may differ in dropout only.
-        specs: one for each head; they may differ in what ``train.stack.MAY_DIFFER`` names.
+        specs: one for each head; they may differ in what ``spec.MAY_DIFFER`` names.
         masks: head k trains on ``masks.train[masks.of[k]]`` and is judged on ``masks.evaluate[masks.of[k]]`` of the
             same rows; each then standardises features by its own training rows. ``judged`` is not looked at.
         origin: where the features come from, recorded in the heads.

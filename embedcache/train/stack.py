@@ -27,11 +27,6 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 FUSED_SIZE = 16_000
 """Numbers in a head from which on it is worth a fused call of its own."""
 
-MAY_DIFFER = (
-    "learning_rate", "weight_decay", "label_smoothing", "class_weight", "schedule", "warmup", "clip", "seed",
-)  # fmt: skip
-"""Settings in which the heads of one stack may differ."""
-
 
 def schedule_factors(spec: TrainSpec, start: int, steps: int, total: int) -> Floats:
     """Return the factors of the learning rate for ``steps`` steps from ``start`` on, of ``total`` in all.
