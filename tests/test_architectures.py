@@ -11,7 +11,7 @@ import tiny_models
 import torch
 
 from embedcache.backbone import compute_features, load_backbone
-from embedcache.equivalence.standard_model import StandardModel
+from embedcache.equivalence.standard import StandardModel
 from embedcache.errors import BackboneError
 
 TEXTS = [text.encode() for text in tiny_models.TEXTS]

@@ -34,7 +34,7 @@ from embedcache.backbone import (
     threads,
     weight_files,
 )
-from embedcache.backbone.compiled import Compiled
+from embedcache.backbone.device import Compiled
 from embedcache.batching import Batch, plan
 from embedcache.errors import BackboneError, FeatureError, MissingExtraError, PoolingUnavailableError, SpecError
 from embedcache.fingerprint import differences

@@ -23,8 +23,8 @@ from safetensors.numpy import load_file, save_file
 from embedcache.errors import BundleError, CacheLockedError, EmbedcacheError, FeatureError
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import TrainedHead, kinds
-from embedcache.heads.card import plain
 from embedcache.heads.folder import prepare, record
+from embedcache.heads.record import plain
 from embedcache.heads.sklearn_kinds import KINDS
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from small_caches import SETS, SPEC, values, write
 
 from embedcache.cache import CacheWriter, FeatureCache, files, gather, manifest, reader
-from embedcache.cache.index import RowIndex
+from embedcache.cache.gather import RowIndex
 from embedcache.errors import (
     CacheNotFoundError,
     CorruptCacheError,

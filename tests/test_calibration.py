@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import f1_score
 
 from embedcache.errors import SpecError, TrainingError
-from embedcache.train.calibration import fit_temperature, fit_thresholds
+from embedcache.train.run import fit_temperature, fit_thresholds
 
 N, C = 97, 5
 

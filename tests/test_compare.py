@@ -19,13 +19,10 @@ from hypothesis import strategies as st
 from embedcache.cli import run as command_line
 from embedcache.compare import APPROACHES, break_even, compare_training_approaches
 from embedcache.compare import run as running
-from embedcache.compare.approaches import chosen
-from embedcache.compare.assembly import assemble
-from embedcache.compare.figures import Facts, ratio_text, seconds_text
-from embedcache.compare.measurements import Extraction, Job, Memory, Training, TrainingJob, job_of
-from embedcache.compare.memory import Peak
+from embedcache.compare.figures import Facts, chosen, ratio_text, seconds_text
+from embedcache.compare.measurements import Extraction, Folder, Job, Memory, Peak, Training, TrainingJob, job_of
+from embedcache.compare.result import assemble
 from embedcache.compare.rows import checked_rows, ranks, read_rows, sampled, training_rows, write_rows
-from embedcache.compare.store import Folder
 from embedcache.compare.worker import perform
 from embedcache.errors import BackboneError, BackboneMismatchError, InputError, Interrupted, SpecError, TrainingError
 from embedcache.examples import load_examples
@@ -583,7 +580,7 @@ def test_a_worker_ends_with_the_comparison_that_started_it() -> None:
 def test_the_peak_is_what_was_held_since_and_not_what_the_parent_held() -> None:
     """A child of a large parent reports its own: ``ru_maxrss`` would be the parent's."""
     code = (
-        "from embedcache.compare.memory import Peak\n"
+        "from embedcache.compare.measurements import Peak\n"
         "before = bytearray(90 << 20)\nbefore[::4096] = b'x' * len(before[::4096])\ndel before\n"
         "peak = Peak()\nheld = bytearray(40 << 20)\nheld[::4096] = b'x' * len(held[::4096])\ndel held\n"
         "found = peak.read()\nprint(found.held)"
@@ -595,8 +592,8 @@ def test_the_peak_is_what_was_held_since_and_not_what_the_parent_held() -> None:
 
 
 def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.compare.memory._STATUS", Path("/nowhere"))
-    monkeypatch.setattr("embedcache.compare.memory._CLEAR", Path("/nowhere/clear"))
+    monkeypatch.setattr("embedcache.compare.measurements._STATUS", Path("/nowhere"))
+    monkeypatch.setattr("embedcache.compare.measurements._CLEAR", Path("/nowhere/clear"))
     found = Peak().read()
     assert found.peak >= found.baseline > 0
     assert found.device is None

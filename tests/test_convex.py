@@ -22,9 +22,8 @@ from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.train.convex import NEVER, Solution, path, path_folds, solve
 from embedcache.train.convex import descent as descent_module
 from embedcache.train.convex.curvature import Curvature
-from embedcache.train.convex.design import design
-from embedcache.train.convex.objective import Objective
-from embedcache.train.convex.workers import Workers
+from embedcache.train.convex.descent import Objective
+from embedcache.train.convex.design import Workers, design
 
 Array = np.ndarray[Any, Any]
 N, D = 211, 7
@@ -150,7 +149,7 @@ def test_more_features_than_rows_have_the_same_ridge_regression(
         }
         found = []
         for threshold in (1024, 60):
-            monkeypatch.setattr("embedcache.train.convex.squared._WIDE", threshold)
+            monkeypatch.setattr("embedcache.train.convex.solver._WIDE", threshold)
             (on_folds,) = path_folds(x, y, [l2], folds, **given)
             found.append([solve(x, y, l2=l2, **given), *on_folds])
         for narrow, wide in zip(*found, strict=True):
@@ -421,7 +420,7 @@ def test_a_fault_on_a_thread_is_raised_and_blas_has_its_threads_back(monkeypatch
 def test_blocks_of_rows_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(3, n=1009)
     whole = solve(x.astype(np.float64), y, task="classification", outputs=3, l2=0.1, standardize=True)
-    monkeypatch.setattr("embedcache.train.convex.workers._ROWS", 67)
+    monkeypatch.setattr("embedcache.train.convex.design._ROWS", 67)
     same(whole, solve(x.astype(np.float64), y, task="classification", outputs=3, l2=0.1, standardize=True), 1e-6)
 
 
@@ -531,7 +530,7 @@ def test_a_wrong_inverse_costs_steps_and_not_the_optimum(monkeypatch: pytest.Mon
 def test_every_blas_has_one_thread_while_blocks_are_worked_on() -> None:
     # scipy's own BLAS, were it loaded later, would keep its threads: ten times the seconds on shared cores.
     code = (
-        "from embedcache.train.convex.workers import workers\n"
+        "from embedcache.train.convex.design import workers\n"
         "with workers():\n"
         "    import scipy.linalg\n"
         "    from threadpoolctl import threadpool_info\n"

@@ -24,11 +24,11 @@ from embedcache.backbone import TextBackbone, load_backbone
 from embedcache.backbone import load as load_module
 from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
-from embedcache.equivalence import EquivalenceResult, check, check_equivalence, references
+from embedcache.equivalence import EquivalenceResult, check, check_equivalence
 from embedcache.equivalence.bits import Difference, difference, ordered_bits
 from embedcache.equivalence.result import Comparison
-from embedcache.equivalence.standard_heads import plain_head
-from embedcache.equivalence.subject import TrainingPlan
+from embedcache.equivalence.rows import TrainingPlan
+from embedcache.equivalence.standard import plain_head
 from embedcache.equivalence.tolerance import (
     UNIT,
     conditioning,
@@ -547,33 +547,33 @@ def test_a_head_trained_another_way(
     change: dict[str, Any], cause: str, cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch,
     command: Callable[..., Said],
 ) -> None:  # fmt: skip
-    honest = references.train_live
+    honest = check.train_live
 
     def other(plan: TrainingPlan, x: Any, y: Any, evaluation: Any, batches: Any, **options: Any) -> Any:
         batches._seed = change.get("shuffle_seed", 0)
         return honest(replace(plan, spec=replace(plan.spec, **change)), x, y, evaluation, batches, **options)
 
-    monkeypatch.setattr(references, "train_live", other)
+    monkeypatch.setattr(check, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "training, canonical reference: ", cause)
 
 
 def test_standardised_by_other_moments_and_other_dropout(
     cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
 ) -> None:
-    honest = references.train_live
+    honest = check.train_live
 
     def moved(plan: TrainingPlan, x: Dense, *rest: Any, **options: Any) -> Any:
         return honest(plan, x.take(np.arange(len(x) - 1)), *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(references, "train_live", moved)
+        patched.setattr(check, "train_live", moved)
         fails(command(cache.path, csv, *QUICK), "standardisation differ at ", "another mean or scale")
 
     def wetter(plan: TrainingPlan, *rest: Any, **options: Any) -> Any:
         return honest(replace(plan, head=replace(plan.head, options={"dropout": 0.2})), *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(references, "train_live", wetter)
+        patched.setattr(check, "train_live", wetter)
         said = command(cache.path, csv, *QUICK[:2], "--head", "mlp", "--reference", "canonical")
         fails(said, "training, canonical reference: losses differ at step")
 
@@ -581,7 +581,7 @@ def test_standardised_by_other_moments_and_other_dropout(
 def test_predictions_that_read_features_another_way(
     cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
 ) -> None:
-    honest = references.train_live
+    honest = check.train_live
 
     def other(plan: TrainingPlan, x: Any, y: Any, evaluation: Dense, *rest: Any, **options: Any) -> Any:
         record = honest(plan, x, y, evaluation, *rest, **options)
@@ -590,7 +590,7 @@ def test_predictions_that_read_features_another_way(
         moved = TrainedHead(head.spec, head.task, head.class_names, head.feature, state=state)
         return replace(record, logits=moved.logits(evaluation))
 
-    monkeypatch.setattr(references, "train_live", other)
+    monkeypatch.setattr(check, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "logits differ at row r")
 
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import BadRowsError, InputError, InputNotFoundError, MissingExtraError, SpecError
-from embedcache.examples import Examples, assign_splits, content, delimited, labels, load, load_examples, parse_split
+from embedcache.examples import Examples, assign_splits, content, formats, labels, load, load_examples, parse_split
 from embedcache.fingerprint import row_key
 
 HARD = [
@@ -158,8 +158,8 @@ def test_block_size_changes_nothing(
     write_csv(tmp_path / "a.csv", [("text", "label"), *rows])
     whole = load_examples(tmp_path / "a.csv")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delimited, "BLOCK_ROWS", block)
-        patch.setattr(delimited, "BLOCK_BYTES", 7 * block)
+        patch.setattr(formats, "BLOCK_ROWS", block)
+        patch.setattr(formats, "BLOCK_BYTES", 7 * block)
         cut = load_examples(tmp_path / "a.csv")
         wanted = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1))))
         assert list(cut.contents(wanted)) == [rows[row][0].encode() for row in wanted]
@@ -169,7 +169,7 @@ def test_block_size_changes_nothing(
 
 
 def test_nul_survives_a_csv_module_that_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delimited, "_CSV_REFUSES_NUL", True)
+    monkeypatch.setattr(formats, "_CSV_REFUSES_NUL", True)
     write_csv(tmp_path / "a.csv", [("text", "label"), ("a\0b", "\0"), ("c", "d")])
     examples = load_examples(tmp_path / "a.csv")
     check_exact(examples, ["a\0b", "c"])
@@ -859,7 +859,7 @@ def test_bad_csv_rows_stop_the_run_with_line_and_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [1, 3, 4096])
 def test_bad_csv_rows_go_to_the_quarantine(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delimited, "BLOCK_ROWS", block)
+    monkeypatch.setattr(formats, "BLOCK_ROWS", block)
     path = put(tmp_path / "a.csv", BAD_CSV)
     quarantine = tmp_path / "bad.jsonl"
     for _ in range(2):  # a second run replaces the file of the first
@@ -1084,7 +1084,7 @@ def test_of_many_files_not_all_are_open_at_once(
 @pytest.mark.parametrize("most", [0, 1, 11, 40, 1_000])
 def test_contents_beyond_a_size_are_held_in_a_file(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "MOST_HELD", most)
-    monkeypatch.setattr("embedcache.examples.objects.BLOCK_ROWS", 3)
+    monkeypatch.setattr("embedcache.examples.inputs.BLOCK_ROWS", 3)
     texts = [f"row {row} é" for row in range(17)]
     examples = load_examples(records(*((text, 1) for text in texts)))
     check_exact(examples, texts)

@@ -327,7 +327,7 @@ def test_the_best_weights_are_restored_and_training_stops_early(folder: Path, mo
 def test_rates_and_decay_by_group(folder: Path) -> None:
     """One step of AdamW moves a weight by its group's rate, whatever the gradient; decay spares biases and gains."""
     from embedcache.backbone import text_inputs
-    from embedcache.finetune.learner import ContentBatch, LiveLearner, LiveLoss
+    from embedcache.finetune.live import ContentBatch, LiveLearner, LiveLoss
     from embedcache.train.losses import Loss
 
     model = model_of(folder, freeze_backbone=False)

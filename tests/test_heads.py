@@ -18,8 +18,7 @@ from embedcache.errors import FeatureError, InputError, SpecError
 from embedcache.features import Ragged, features_of, refuse_non_finite
 from embedcache.heads import STACKED_OPTIONS, TrainedHead, build_head, engine_of, kinds, register_head, stack_key
 from embedcache.heads.attention import AttentionPooling, SelfAttention, number_of_heads
-from embedcache.heads.layers import Affine, Dropout
-from embedcache.heads.modules import MLP, Head, Linear, ResidualMLP, choose_heads, stack_heads
+from embedcache.heads.modules import MLP, Affine, Dropout, Head, Linear, ResidualMLP, choose_heads, stack_heads
 from embedcache.heads.registry import TORCH
 from embedcache.heads.trained import PASS_ROWS, padded_length, passes
 from embedcache.shard import FeatureSet

@@ -22,7 +22,8 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from embedcache.backbone import behaviour, compute_features, folder_state, load_backbone, resolve_model, weight_files
+from embedcache.backbone import compute_features, load_backbone, resolve_model, weight_files
+from embedcache.backbone import folder as folder_module
 from embedcache.backbone import load as load_module
 from embedcache.backbone.model import FrozenModel
 from embedcache.errors import BackboneError, BackboneMismatchError
@@ -232,21 +233,21 @@ def test_shapes_of_another_device_are_those_of_the_fit(bert: Path, tmp_path: Pat
 
 def test_files_are_read_again_only_where_they_may_have_changed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    whole = folder_state.sha256_file
+    whole = folder_module.sha256_file
 
     def counted(path: Path) -> str:
         read.append(path.name)
         return str(whole(path))
 
-    monkeypatch.setattr(folder_state, "sha256_file", counted)
-    first = folder_state.contents_hash(bert)
-    assert folder_state.contents_hash(bert) == first
+    monkeypatch.setattr(folder_module, "sha256_file", counted)
+    first = folder_module.contents_hash(bert)
+    assert folder_module.contents_hash(bert) == first
     assert read.count("model.safetensors") == 2  # written just now: in doubt
-    monkeypatch.setattr(folder_state, "DOUBT", -1e9)
-    assert folder_state.contents_hash(bert) == first
+    monkeypatch.setattr(folder_module, "DOUBT", -1e9)
+    assert folder_module.contents_hash(bert) == first
     assert read.count("model.safetensors") == 2
     nudge(bert, 0.5)
-    assert folder_state.contents_hash(bert) != first
+    assert folder_module.contents_hash(bert) != first
     assert read.count("model.safetensors") == 3
 
 
@@ -322,16 +323,16 @@ def test_a_model_that_is_random_is_refused(odd: Callable[..., Path]) -> None:
 def test_the_real_model_behaves(minilm_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a wide margin: what is measured of it is at most a tenth of what is allowed."""
     measured: list[float] = []
-    apart = behaviour._apart
+    apart = load_module._apart
 
     def kept(one: torch.Tensor, other: torch.Tensor) -> float:
         measured.append(apart(one, other))
         return measured[-1]
 
-    monkeypatch.setattr(behaviour, "_apart", kept)
+    monkeypatch.setattr(load_module, "_apart", kept)
     load_backbone(str(minilm_path), compute_dtype=dtype, device="cpu")
     assert measured[0] == 0
-    assert measured[1] < behaviour.ROUNDING[dtype] / 10
+    assert measured[1] < load_module.ROUNDING[dtype] / 10
 
 
 def test_rows_that_compete_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

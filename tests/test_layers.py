@@ -104,7 +104,7 @@ def test_no_room_is_named_twice() -> None:
 )
 def test_a_planted_fault_is_found(tmp_path: Path, file: str, code: str, fault: str) -> None:
     package = tmp_path / "embedcache"
-    for name in ("__init__.py", "errors.py", "pooling.py", "heads.py", "cache/__init__.py", "cache/index.py"):
+    for name in ("__init__.py", "errors.py", "pooling.py", "heads.py", "cache/__init__.py", "cache/gather.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).touch()
     (package / "cache/reader.py").write_text("from .index import X\nfrom embedcache.errors import CacheError\n")

@@ -21,7 +21,7 @@ from embedcache.spec import TASKS
 from embedcache.task import task_named
 from embedcache.train import metrics
 from embedcache.train.metrics import METRICS, interval, measure, metrics_of, score, scores
-from embedcache.train.metrics.predictions import Predictions, Ranked, areas
+from embedcache.train.metrics.formulas import Predictions, Ranked, areas
 
 N, C, R, K = 97, 5, 3, 7
 

@@ -19,7 +19,7 @@ from fakes import CountingBackbone
 from tiny_models import TEXTS
 
 import embedcache as ec
-import embedcache.backbone.probe as backbone_probe
+import embedcache.backbone.compute as backbone_probe
 import embedcache.backbone.text as backbone_text
 from embedcache.backbone import FrozenModel, TextBackbone, load_backbone, probe_of
 from embedcache.cache import FeatureCache

@@ -28,10 +28,9 @@ from embedcache.errors import SweepError
 from embedcache.report import charts, report
 from embedcache.report import to_html as page_of
 from embedcache.report import to_markdown as markdown_of
-from embedcache.report.markdown import plain
-from embedcache.report.page import source_hash
+from embedcache.report.page import plain, source_hash
+from embedcache.sweep.result import to_text
 from embedcache.sweep.summary import Summary
-from embedcache.sweep.table import to_text
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -38,8 +38,8 @@ from embedcache.errors import (
 )
 from embedcache.heads import sklearn_io
 from embedcache.heads.registry import checked_kind, option_names
+from embedcache.heads.sklearn_io import outputs
 from embedcache.heads.sklearn_kinds import KINDS, Setting
-from embedcache.heads.sklearn_outputs import outputs
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.task import task_named
 from embedcache.train import sklearn_engine
@@ -795,7 +795,7 @@ from embedcache.heads.sklearn_kinds import KINDS
 print([option_names(kind, 'sklearn') for kind in KINDS] and 'sklearn' in sys.modules, 'torch' in sys.modules)
 from pathlib import Path
 from embedcache.heads.sklearn_io import dump_estimator, load_estimator
-from embedcache.heads.sklearn_outputs import outputs
+from embedcache.heads.sklearn_io import outputs
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.train.data import labelled_rows_of
 x = np.random.default_rng(0).normal(size=(20, 3)).astype('f4')

@@ -20,9 +20,9 @@ from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.sweep import Configuration, SweepResult, conclusion, sweep, training
 from embedcache.sweep import run as running
 from embedcache.sweep.comparison import Resampler, Scored
+from embedcache.sweep.configuration import Protocol
 from embedcache.sweep.cost import refuse_too_many
 from embedcache.sweep.problem import Problem
-from embedcache.sweep.protocol import Protocol
 from embedcache.train.metrics import score
 
 FAST = {"head": "linear", "learning_rate": [0.003, 0.03], "epochs": 6, "seeds": [0, 1]}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from embedcache.errors import SweepError
 from embedcache.fingerprint import row_key
-from embedcache.sweep.folds import Fold, Strata, given_split, k_folds, shots, strata, subset
+from embedcache.sweep.problem import Fold, Strata, given_split, k_folds, shots, strata, subset
 
 
 def keys_of(contents: list[int]) -> np.ndarray:

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from embedcache.errors import InputNotFoundError, SpecError, SweepError
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec
-from embedcache.sweep.configuration import Configuration
+from embedcache.sweep.configuration import Asked, Configuration, choices
 from embedcache.sweep.grid import parse, read_file
-from embedcache.sweep.protocol import Asked
-from embedcache.sweep.ranges import choices
 
 SETS = {
     each.name: each

@@ -25,14 +25,11 @@ from embedcache.task import CLASSIFICATION, REGRESSION
 from embedcache.train import Masks, TrainingResult, train_head
 from embedcache.train import train_stack as stack_of_rows
 from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, order
-from embedcache.train.data import class_weights, labelled_rows_of, moments
-from embedcache.train.ending import still_improving
-from embedcache.train.loop import Stopping, fit
-from embedcache.train.losses import Loss
-from embedcache.train.memory import fits_in_memory
+from embedcache.train.data import class_weights, fits_in_memory, labelled_rows_of, moments
+from embedcache.train.loop import Stopping, fit, still_improving
+from embedcache.train.losses import Loss, start_biases
 from embedcache.train.minibatch import PassOptions, fit_minibatch
 from embedcache.train.stack import HeadStack, schedule_factors
-from embedcache.train.start import start_biases
 
 POOLED = FeatureSet("features", "pooled", 7, 1, "float32")
 NAMES = ("a", "b", "c")

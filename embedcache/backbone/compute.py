@@ -1,4 +1,4 @@
-"""Rows -> features: every batch of a plan is run, and what comes out is put back in the order of the rows."""
+"""What extraction needs of a model, and how it is run: rows -> features, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,92 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from embedcache.backbone.device import MOST_PASSES, threads
-from embedcache.backbone.protocol import Backbone, PassFeatures, Prepared, vectors_of
-from embedcache.batching import Batch, Plan, plan
+from embedcache.batching import Batch, Plan, ShapePolicy, plan
 from embedcache.errors import FeatureError
+from embedcache.numerics import Outcome, Probe
 from embedcache.shard import STORED, Array, FeatureSet, decoded
 from embedcache.wording import counted
+
+# What extraction needs of a model, and of rows made ready for one. Anything that has these members can be cached.
+
+
+Numbers = npt.NDArray[np.int64]
+PassFeatures = dict[str, Array | tuple[Array, Array]]
+"""What one pass gives of each feature set: [b, D] or [b, L, D], or for tokens (values [sum T, D], vectors [b])."""
+
+
+class Prepared(Protocol):
+    """Rows made ready for the model on the CPU: tokens, pixels.
+
+    ``vectors`` [n] may be there too: how many vectors a token-level set has of each row. Without it they are as many
+    as ``lengths``, as a text has one vector for each token. An image costs 1, whatever the number of its patches.
+    """
+
+    @property
+    def lengths(self) -> Numbers:
+        """[n] what each row costs, in positions of a canonical batch."""
+        ...
+
+    @property
+    def truncated(self) -> int:
+        """How many rows were longer than the model reads."""
+        ...
+
+
+def vectors_of(prepared: Prepared) -> Numbers:
+    """Return how many vectors a token-level set has of each row, int64 [n]."""
+    return np.asarray(getattr(prepared, "vectors", prepared.lengths), np.int64)
+
+
+class Backbone(Protocol):
+    """What extraction needs of a model. Features of ``fetch`` are in the order of ``batch.indices``.
+
+    One that has ``probe_rows`` (contents), ``probe_versions`` (names -> versions of what prepares them) and prepared
+    rows with ``digests()`` (a hash a row) too gets a probe in its caches; see ``probe``.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the bits of a feature, as JSON, content hashes only."""
+        ...
+
+    @property
+    def provenance(self) -> Mapping[str, object]:
+        """What ran it: device, versions, the name it was asked for by. Recorded, never compared."""
+        ...
+
+    @property
+    def feature_sets(self) -> Sequence[FeatureSet]:
+        """What one pass gives."""
+        ...
+
+    @property
+    def policy(self) -> ShapePolicy:
+        """The canonical shapes."""
+        ...
+
+    def prepare(self, contents: Sequence[bytes]) -> Prepared:
+        """Decode rows. Runs in a thread of its own beside ``forward``."""
+        ...
+
+    def forward(self, prepared: Any, batch: Batch) -> Any:
+        """Start one canonical pass; on a GPU it may return before the work is done."""
+        ...
+
+    def side_by_side(self, batches: int) -> int:
+        """Return how many of ``batches`` passes may run at a time; each has ``policy.pass_threads`` threads."""
+        ...
+
+    def fetch(self, running: Any) -> PassFeatures:
+        """Wait for a pass and return its features, as ``PassFeatures`` says."""
+        ...
+
 
 Passes = Generator[tuple[Batch, PassFeatures], None, None]
 FeatureArrays = dict[str, Array | tuple[Array, Array]]
@@ -125,3 +202,32 @@ def compute_features(backbone: Backbone, contents: Sequence[bytes], name: str) -
     prepared = backbone.prepare(contents)
     features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name]
     return (decoded(features[0]), features[1]) if isinstance(features, tuple) else decoded(features)
+
+
+# The probe of a backbone: its built-in rows, of several canonical lengths, prepared and run on this machine.
+
+
+def probe_of(backbone: Backbone) -> Probe | None:
+    """Run a backbone over its own ``probe_rows``, at canonical shapes; None where it has none. A few passes."""
+    rows = [row for row in getattr(backbone, "probe_rows", ()) if _takes(backbone, row)]
+    if not rows:
+        return None
+    prepared = backbone.prepare(rows)
+    arrays = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))
+    outcomes = {}
+    for feature in backbone.feature_sets:
+        values = arrays[feature.name]
+        stored = values[0] if isinstance(values, tuple) else values
+        outcomes[feature.name] = Outcome.of(decoded(stored), feature.dtype)
+    digests: list[str] = getattr(prepared, "digests", list)()
+    versions: Mapping[str, str] = getattr(backbone, "probe_versions", {})
+    return Probe(tuple(digests), versions, outcomes)
+
+
+def _takes(backbone: Backbone, row: bytes) -> bool:
+    """Whether a tokenizer makes tokens of a row that its model knows; one for proteins, say, may not."""
+    try:
+        backbone.prepare([row])
+    except Exception:  # whatever a tokenizer raises; the user's own rows will say what is wrong, if anything is
+        return False
+    return True

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from embedcache import pooling
-from embedcache.backbone.compiled import Compiled
-from embedcache.backbone.device import side_by_side, threads
-from embedcache.backbone.protocol import PassFeatures, Prepared
+from embedcache.backbone.compute import PassFeatures, Prepared
+from embedcache.backbone.device import Compiled, side_by_side, threads
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError
 from embedcache.shard import Array, FeatureSet, Kind

@@ -20,11 +20,9 @@ from typing import Protocol
 
 import numpy as np
 
-from embedcache.backbone.compute import Collected, Done, FeatureArrays, run_plan
+from embedcache.backbone.compute import Backbone, Collected, Done, FeatureArrays, Numbers, Prepared, probe_of, run_plan
 from embedcache.backbone.device import MOST_PASSES
 from embedcache.backbone.model import Recipe
-from embedcache.backbone.probe import probe_of
-from embedcache.backbone.protocol import Backbone, Numbers, Prepared
 from embedcache.batching import Batch, Plan
 from embedcache.errors import BackboneError
 from embedcache.numerics import Probe, difference

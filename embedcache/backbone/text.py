@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedcache.backbone.loading import one_line, quiet
+from embedcache.backbone.compute import Numbers
+from embedcache.backbone.folder import SentenceTransformerSettings
 from embedcache.backbone.model import Inputs
-from embedcache.backbone.protocol import Numbers
-from embedcache.backbone.sentence_transformers import SentenceTransformerSettings
+from embedcache.backbone.network import one_line, quiet
 from embedcache.batching import Batch
 from embedcache.errors import BackboneError, FeatureError, SpecError
 from embedcache.fingerprint import sha256_bytes

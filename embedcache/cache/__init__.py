@@ -15,7 +15,7 @@
 ==============  ======================================================================
 """
 
-from embedcache.cache.damage import verify
+from embedcache.cache.files import verify
 from embedcache.cache.join import merge, relabel
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, known_rows, read_spec

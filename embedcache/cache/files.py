@@ -1,4 +1,4 @@
-"""Checked files: hashed once in a process, then remembered by hash, size and file identity."""
+"""The files of a cache: hashed once in a process, checked, and set aside when damaged."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from embedcache.cache.gather import Piece
-from embedcache.cache.index import Keys, Rows
+from embedcache.cache import manifest as manifests
+from embedcache.cache.gather import Keys, Piece, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
-from embedcache.journal import explain, explained
+from embedcache.journal import commit, exists, explain, explained, is_locked, lock, make_folder, sync_directory
 from embedcache.shard import Array, Column, FeatureSet, Placed, ShardFile, place
 from embedcache.task import task_named
+from embedcache.wording import shown
 
 Identity = tuple[int, int, int, int, int]
 
@@ -270,3 +271,134 @@ def rises(offsets: Array, length: int) -> bool:
     """Whether offsets rise from 0 to ``length``."""
     # Compared, not subtracted: a difference of hostile numbers wraps around.
     return int(offsets[0]) == 0 and int(offsets[-1]) == length and not bool((offsets[1:] < offsets[:-1]).any())
+
+
+# What is wrong with the files of a cache.
+
+
+PATIENCE = 100
+"""How often a writer may replace the dataset just after its name was read."""
+
+
+def verify(path: Path | str) -> list[str]:
+    """Hash every file of a cache again and return what is wrong, one line each, left-over files included.
+
+    While another process writes to the cache, its temporary files are not left-overs, and a dataset that it replaced
+    meanwhile is looked at in its new form.
+
+    Raises ``CacheNotFoundError`` when there is no cache.
+    """
+    directory = Path(path)
+    known: dict[str, str | None] = {}  # shards never change, and are looked at once
+    for _ in range(PATIENCE):
+        try:
+            manifest = manifests.read(directory)
+        except CorruptCacheError as error:
+            return [str(error)]
+        damaged_dataset = dataset_damage(directory, manifest)  # first, as a writer may remove it
+        for shard in StoredShard.all_of(directory, manifest):
+            if shard.path.name not in known:
+                known[shard.path.name] = shard.damage()
+        every = [*(known[shard.file.name] for shard in manifest.shards), damaged_dataset]
+        problems = [problem for problem in every if problem is not None]
+        if not problems or manifests.read(directory).examples == manifest.examples:
+            break
+    with explained(f"cannot read {directory}"):
+        return problems + [
+            shown(f"{file} is left over: the manifest does not name it, so it is never read")
+            for file in _left_over(directory)
+        ]
+
+
+def dataset_damage(directory: Path, manifest: Manifest) -> str | None:
+    """Hash the current dataset again and look into it; return what is wrong, None for nothing."""
+    dataset = manifest.examples
+    if dataset is not None:
+        try:
+            dataset_arrays(directory / "examples" / dataset.file.name, dataset, manifest.rows, again=True)
+        except CacheError as error:
+            return str(error)
+    return None
+
+
+def _left_over(directory: Path) -> list[Path]:
+    """Return what no manifest names, unless a writer is at work, which may have made it."""
+    if is_locked(directory):
+        return []
+    named = {Path(folder, file.name) for folder, file in manifests.read(directory).files()} | {Path(manifests.NAME)}
+    left = []
+    for file in sorted(directory.rglob("*")):
+        inside = file.relative_to(directory)
+        is_folder = str(inside) in manifests.FOLDERS and file.is_dir()
+        if not is_folder and inside not in named:
+            left.append(file)
+    # What a writer made since, or has removed again, is not left over.
+    return [] if is_locked(directory) else [file for file in left if exists(file)]
+
+
+# Damaged files set aside, so that the next extraction computes what they held and nothing else.
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done: ``problems`` one line each, ``aside`` where the files are now, and how many rows are left.
+
+    ``aside`` is None where nothing was damaged, and nothing has changed.
+    """
+
+    problems: tuple[str, ...]
+    aside: Path | None
+    rows: int
+    lost: int
+
+
+def repair(path: Path | str) -> Repair:
+    """Take every damaged shard out of a cache, and the dataset, which points into all of them.
+
+    The files, and the manifest that named them, are moved into a folder beside the cache. The same ``extract`` command
+    then computes the rows that are missing, and only those, and makes the dataset again; so does ``relabel``, where no
+    shard was damaged.
+
+    Raises:
+        CacheNotFoundError: there is no cache.
+        CorruptCacheError: the manifest is damaged, which nothing can replace.
+        CacheError: another process is writing to it, or it cannot be written.
+    """
+    directory = Path(path)
+    manifests.read(directory)
+    with lock(directory):
+        manifest = manifests.read(directory)
+        if manifest.newer is not None:
+            raise CacheError(f"{path} was written in format {manifest.newer}: upgrade embedcache to repair it")
+        damage = [(shard.entry, shard.damage()) for shard in StoredShard.all_of(directory, manifest)]
+        damaged = [shard for shard, problem in damage if problem is not None]
+        every = [*(problem for _, problem in damage), dataset_damage(directory, manifest)]
+        problems = tuple(problem for problem in every if problem is not None)
+        if not problems:
+            return Repair((), None, manifest.rows, 0)
+        aside = _new_folder(directory)
+        with explained(f"cannot write {aside}"):
+            commit(aside / manifests.NAME, (directory / manifests.NAME).read_bytes())
+        kept = tuple(shard for shard in manifest.shards if shard not in damaged)
+        # First the manifest that no longer names them: from then on they are left-over files, and nothing reads them.
+        changed = replace(manifest, shards=kept, examples=None, complete=False)
+        changed.write(directory)
+        moved = [("features", shard.file.name) for shard in damaged]
+        moved += [] if manifest.examples is None else [("examples", manifest.examples.file.name)]
+        for folder, name in moved:
+            if exists(directory / folder / name):
+                make_folder(aside / folder)
+                with explained(f"cannot move {directory / folder / name}"):
+                    os.replace(directory / folder / name, aside / folder / name)
+                    sync_directory(aside / folder)
+        return Repair(problems, aside, changed.rows, manifest.rows - changed.rows)
+
+
+def _new_folder(directory: Path) -> Path:
+    """Make a folder beside a cache."""
+    for number in range(1, 10_000):
+        aside = directory.resolve().with_name(f"{directory.resolve().name}.damaged{'' if number == 1 else number}")
+        if not exists(aside):
+            make_folder(aside)
+            return aside
+    raise CacheError(f"cannot make a folder beside {directory}: too many are there")

@@ -11,7 +11,7 @@ import numpy as np
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
-from embedcache.cache.index import Keys, RowIndex, Rows
+from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter

@@ -13,10 +13,8 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
-from embedcache.cache.damage import PATIENCE, verify
-from embedcache.cache.files import StoredShard, check_all, dataset_arrays, identity, stored_keys
-from embedcache.cache.gather import take, take_tokens
-from embedcache.cache.index import Keys, RowIndex, Rows
+from embedcache.cache.files import PATIENCE, StoredShard, check_all, dataset_arrays, identity, stored_keys, verify
+from embedcache.cache.gather import Keys, RowIndex, Rows, take, take_tokens
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.features import Ragged

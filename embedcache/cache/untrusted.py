@@ -75,7 +75,7 @@ def _limit(seconds: int) -> None:
 
 def main() -> None:
     """Verify and open a cache under limits, and print the problems as JSON."""
-    from embedcache.cache.damage import verify
+    from embedcache.cache.files import verify
     from embedcache.cache.reader import FeatureCache
 
     directory, seconds = sys.argv[1], int(sys.argv[2])

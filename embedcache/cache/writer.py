@@ -14,7 +14,7 @@ import numpy as np
 
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, rises, stored_keys
-from embedcache.cache.index import Keys, RowIndex, Rows
+from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Numerics, Shard
 from embedcache.dataset import Dataset, Packed
 from embedcache.errors import (

@@ -222,7 +222,7 @@ def verify(cache: str, repair: bool, untrusted: bool) -> None:
 
 
 def _repair(cache: str) -> None:
-    from embedcache.cache.repair import repair
+    from embedcache.cache.files import repair
 
     done = repair(cache)
     for problem in done.problems:

@@ -15,8 +15,7 @@
 ================  =========================================================================
 """
 
-from embedcache.compare.approaches import APPROACHES, Approach
-from embedcache.compare.figures import break_even
+from embedcache.compare.figures import APPROACHES, Approach, break_even
 from embedcache.compare.result import Comparison
 from embedcache.compare.run import compare_training_approaches
 

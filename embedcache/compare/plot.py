@@ -10,8 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from embedcache.compare.approaches import APPROACHES
-from embedcache.compare.figures import Facts, Row, seconds_text
+from embedcache.compare.figures import APPROACHES, Facts, Row, seconds_text
 from embedcache.errors import InputError
 from embedcache.journal import commit
 

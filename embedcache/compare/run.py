@@ -17,13 +17,19 @@ from typing import Any, TypedDict
 
 from embedcache import errors
 from embedcache.arguments import checks_arguments
-from embedcache.compare.approaches import APPROACHES, Approach, chosen
-from embedcache.compare.assembly import assemble
-from embedcache.compare.figures import Facts, seconds_text
-from embedcache.compare.measurements import EXTRACTION, Extraction, ExtractionJob, Job, Json, Training, TrainingJob
-from embedcache.compare.result import Comparison
+from embedcache.compare.figures import APPROACHES, Approach, Facts, chosen, seconds_text
+from embedcache.compare.measurements import (
+    EXTRACTION,
+    Extraction,
+    ExtractionJob,
+    Folder,
+    Job,
+    Json,
+    Training,
+    TrainingJob,
+)
+from embedcache.compare.result import Comparison, assemble
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
-from embedcache.compare.store import Folder
 from embedcache.compare.worker import INTERRUPTED
 from embedcache.errors import InputError, Interrupted, MissingExtraError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedcache.compare.approaches import APPROACHES, Approach
-from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memory, Training, TrainingJob, job_of
-from embedcache.compare.memory import Peak
+from embedcache.compare.figures import APPROACHES, Approach
+from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memory, Peak, Training, TrainingJob, job_of
 from embedcache.compare.rows import Array, Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit

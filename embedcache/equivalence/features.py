@@ -1,22 +1,24 @@
-"""Features recomputed from raw rows at canonical shapes, compared with what the cache holds."""
+"""Features recomputed from raw rows in canonical batches: all at once, or inside every step of training."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
+import torch
 
 from embedcache.backbone import Backbone, compute_features, run_plan
 from embedcache.batching import plan
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
-from embedcache.equivalence.subject import Subject
+from embedcache.equivalence.rows import Subject
 from embedcache.features import Dense, Ragged
 from embedcache.shard import FeatureSet, decoded, rounded
+from embedcache.train.batches import Batch, order
 
 InMemory = Dense | Ragged
 WINDOW = 2048
@@ -190,3 +192,33 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
                 if row in keep or len(contents) < WINDOW:
                     contents[row] = content
     return Recomputed(reports, vectors, contents)
+
+
+# The backbone in the loop: raw rows -> features, in canonical batches, inside every step.
+
+
+class LiveBatches:
+    """Training batches whose features the frozen backbone makes when they are asked for; see ``train.batches``.
+
+    ``contents`` are the raw rows [N] and ``feature`` is the set that the head reads. The backbone prepares, plans and
+    runs the rows of one batch and of no other, at the canonical shapes, and rounds as the cache stores.
+    """
+
+    def __init__(
+        self, contents: Sequence[bytes], backbone: Backbone, feature: FeatureSet, batch_size: int, seed: int
+    ) -> None:
+        self._contents, self._backbone, self._feature = contents, backbone, feature
+        self._size, self._seed = batch_size, seed
+        self.steps = -(-len(contents) // batch_size)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of one epoch."""
+        shuffled = order(len(self._contents), self._seed, number)
+        for start in range(0, len(shuffled), self._size):
+            rows = shuffled[start : start + self._size]
+            x = computed(self._backbone, [self._contents[row] for row in rows], self._feature)
+            if isinstance(x, Ragged):
+                values, mask = x.padded(np.arange(len(rows)))
+                yield Batch(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(rows))
+            else:
+                yield Batch(torch.from_numpy(x.values), None, torch.from_numpy(rows))

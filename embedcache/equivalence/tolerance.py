@@ -56,8 +56,8 @@ from torch import Tensor, nn
 
 from embedcache.equivalence.bits import Array, Rows
 from embedcache.equivalence.features import InMemory, Recomputed, stored
-from embedcache.equivalence.standard_model import StandardModel
-from embedcache.equivalence.subject import Subject
+from embedcache.equivalence.rows import Subject
+from embedcache.equivalence.standard import StandardModel
 from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts, train
 from embedcache.task import CLASSIFICATION, Flags, Task
 

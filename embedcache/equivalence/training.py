@@ -12,10 +12,10 @@ from torch import Tensor
 from embedcache.equivalence.bits import Array, Difference, difference
 from embedcache.equivalence.features import InMemory
 from embedcache.equivalence.result import Comparison, judged
-from embedcache.equivalence.subject import TrainingPlan
+from embedcache.equivalence.rows import TrainingPlan
 from embedcache.features import Ragged
 from embedcache.heads import TrainedHead
-from embedcache.heads.layers import Dropout
+from embedcache.heads.modules import Dropout
 from embedcache.train.batches import Batch, Batches, RaggedBatches, TensorBatches
 from embedcache.train.data import LabelledRows
 from embedcache.train.minibatch import PassOptions, fit_minibatch

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError
-from embedcache.examples.cells import Faults, Parsed, is_missing, parsed
 from embedcache.examples.labels import (
     MAX_CLASSES,
     Codebook,
@@ -20,6 +19,7 @@ from embedcache.examples.labels import (
     name_fault,
     one_name_each,
 )
+from embedcache.examples.source import Faults, Parsed, is_missing, parsed
 from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import MULTILABEL

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol, cast
 
-from embedcache.examples.cells import Faults, Kind, is_missing, unicode_fault
+from embedcache.examples.source import Faults, Kind, is_missing, unicode_fault
 
 
 class Content(Protocol):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError
-from embedcache.examples.cells import NUMBER, Faults, Parsed, is_missing, parsed, unicode_fault
+from embedcache.examples.source import NUMBER, Faults, Parsed, is_missing, parsed, unicode_fault
 from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import MULTILABEL

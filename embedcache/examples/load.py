@@ -1,13 +1,16 @@
-"""The pass over the input: check every row, keep compact columns and the contents."""
+"""The pass over the input: check every row, keep compact columns and contents, set bad rows aside."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +19,61 @@ from embedcache.arguments import checks_arguments
 from embedcache.dataset import Examples, IdColumn
 from embedcache.errors import BadRowsError, InputError, SpecError, warn
 from embedcache.examples import findings
-from embedcache.examples.cells import Faults, parsed
 from embedcache.examples.class_sets import ClassSets
-from embedcache.examples.columns import Roles, choose_columns
-from embedcache.examples.ids import IdCollector
+from embedcache.examples.columns import LabelUse, ReadingOptions, Roles, choose_columns, quarantine_file
 from embedcache.examples.inputs import GivenSource, open_inputs
 from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets
-from embedcache.examples.options import LabelUse, ReadingOptions, quarantine_file
-from embedcache.examples.packing import MOST_HELD, Packing
-from embedcache.examples.quarantine import Quarantine
-from embedcache.examples.source import BadRow, Block, Source
+from embedcache.examples.packing import MOST_HELD, IdCollector, Packing
+from embedcache.examples.source import BadRow, Block, Faults, Source, parsed
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
-from embedcache.fingerprint import KEY_BYTES
+from embedcache.fingerprint import KEY_BYTES, strict_json
+from embedcache.journal import commit, explained, replacing
 from embedcache.spec import TaskName
 from embedcache.wording import counted
+
+# The file that bad rows are set aside in.
+
+
+class Quarantine:
+    """The file that bad rows are set aside in: written beside its place, put there when the pass is over."""
+
+    def __init__(self, path: Path, sources: Sequence[Source]) -> None:
+        self.path = path
+        self._stack = ExitStack()
+        self._file: IO[bytes] | None = None
+        with explained(f"cannot read {path}", InputError):
+            self._there = path.exists()
+            for source in sources:
+                if source.path is not None and self._there and os.path.samefile(source.path, path):
+                    raise SpecError(f"the quarantine file {path} is an input file: name another one")
+        if self._there and not self._is_ours():
+            raise SpecError(f"the quarantine file {path} exists and was not written by embedcache: name another one")
+
+    def _is_ours(self) -> bool:
+        try:
+            with open(self.path, "rb") as file:
+                line = file.readline(1 << 24)
+            return not line or list(strict_json(line)) == ["file", "line", "reason", "raw"]
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def add(self, name: str, row: BadRow) -> None:
+        """Write one row. ASCII only, so that bytes that are not UTF-8 come back by ``surrogateescape``."""
+        if self._file is None:
+            self._file = self._stack.enter_context(replacing(self.path, InputError))
+        record = {"file": name, "line": row.line, "reason": row.reason, "raw": row.raw}
+        self._file.write((json.dumps(record, default=repr) + "\n").encode("ascii"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is None and kind is None and self._there:
+            commit(self.path, b"", InputError)  # of an earlier run, which had bad rows
+        self._stack.__exit__(kind, error, traceback)
+
 
 _SHOWN_BAD_ROWS = 10
 _MOST_OPEN = 16

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from embedcache.errors import InputError, MissingExtraError
-from embedcache.examples.cells import Kind
-from embedcache.examples.file_source import InputFile
 from embedcache.examples.source import (
     BLOCK_ROWS,
     SAMPLE_ROWS,
     Block,
     DeclaredType,
+    InputFile,
+    Kind,
     Source,
     named,
     row_of,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError, SpecError
-from embedcache.examples.cells import Faults, Parsed, is_missing, parsed, unicode_fault
+from embedcache.examples.source import Faults, Parsed, is_missing, parsed, unicode_fault
 from embedcache.spec import SPLITS, split_name
 
 _PART = re.compile(r"\d+(\.\d*)?|\.\d+")

@@ -21,8 +21,7 @@ from embedcache.errors import SpecError, warn
 from embedcache.examples import Examples, load_examples
 from embedcache.extract.commit import run
 from embedcache.extract.forecast import Forecast, compile_hint, forecast
-from embedcache.extract.progress import Bar, Progress
-from embedcache.extract.report import ExtractionReport
+from embedcache.extract.progress import Bar, ExtractionReport, Progress
 from embedcache.extract.windows import Window, new_rows
 from embedcache.extract.work import Computed, Engine, Here, work
 from embedcache.spec import BackboneSettings, ModelSource

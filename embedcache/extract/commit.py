@@ -17,8 +17,7 @@ from embedcache.backbone import Backbone
 from embedcache.cache import CacheWriter
 from embedcache.dataset import Examples
 from embedcache.errors import FeatureError, Interrupted, warn
-from embedcache.extract.progress import Bar, Progress, Watch
-from embedcache.extract.report import ExtractionReport
+from embedcache.extract.progress import Bar, ExtractionReport, Progress, Watch
 from embedcache.extract.windows import new_rows, shard_rows, unique_count, windows
 from embedcache.extract.work import Computed, Costs, Engine, Here
 

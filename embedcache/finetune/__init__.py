@@ -9,10 +9,15 @@
 ================  =================================================================
 """
 
-from embedcache.finetune.classifiers import AttentionClassifier, LinearClassifier, MLPClassifier, ResidualClassifier
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune, live_outputs
 from embedcache.finetune.model import FeatureBasedModel, FeatureBasedOutput, ParameterCount
-from embedcache.finetune.pipeline import TextClassificationPipeline
+from embedcache.finetune.pipeline import (
+    AttentionClassifier,
+    LinearClassifier,
+    MLPClassifier,
+    ResidualClassifier,
+    TextClassificationPipeline,
+)
 
 __all__ = [
     "FINE_TUNING",

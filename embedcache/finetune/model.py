@@ -16,7 +16,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.backbone import FrozenModel, Inputs, load_backbone, text_inputs
 from embedcache.errors import SpecError
 from embedcache.heads import build_head, head_named
-from embedcache.heads.layers import Dropout
+from embedcache.heads.modules import Dropout
 from embedcache.spec import HeadSpec
 
 

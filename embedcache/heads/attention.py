@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedcache.errors import SpecError
-from embedcache.heads.layers import Affine, Dropout, Norm
-from embedcache.heads.modules import Head, rate, whole
+from embedcache.heads.modules import Affine, Dropout, Head, Norm, rate, whole
 from embedcache.shard import FeatureSet, Kind
 
 

@@ -32,8 +32,7 @@ from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecEr
 from embedcache.fingerprint import hash_json, is_number, read_json, sha256_bytes, strict_json
 from embedcache.heads.record import Calibration, HeadRecord
 from embedcache.heads.registry import blank_head, checked_kind, kinds, refuse_unknown_options
-from embedcache.heads.sklearn_io import load_estimator
-from embedcache.heads.sklearn_outputs import outputs
+from embedcache.heads.sklearn_io import load_estimator, outputs
 from embedcache.journal import explain, explained
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet

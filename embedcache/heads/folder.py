@@ -35,8 +35,7 @@ from embedcache.heads.bundle import (
     sealed,
     to_json,
 )
-from embedcache.heads.card import model_card
-from embedcache.heads.record import HeadRecord
+from embedcache.heads.record import HeadRecord, model_card
 from embedcache.heads.sklearn_io import dump_estimator
 from embedcache.journal import LOCK, TEMPORARY, commit, exists, explained, lock, make_output, sync_directory
 

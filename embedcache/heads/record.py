@@ -1,15 +1,18 @@
-"""What is known of a trained head and stands in its bundle, as a value: nothing in it runs."""
+"""What is known of a trained head, as a value; and the model card made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
+from embedcache.fingerprint import is_number
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName
-from embedcache.task import Array
+from embedcache.task import Array, task_named
+from embedcache.version import __version__
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -53,3 +56,132 @@ class HeadRecord:
     def thresholds(self) -> tuple[float, ...]:
         """From which probability on each label of a multi-label head is given."""
         return tuple(self.calibration.get("thresholds", (0.5,) * len(self.class_names)))
+
+
+# The model card of a head bundle.
+
+
+_MOST = 20
+"""Classes that are listed; nobody reads a hundred rows of a card."""
+
+
+def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[str, object]) -> str:
+    """Return the card as Markdown: what it is, what it was trained on, how good it is, how to use it.
+
+    Whatever comes from data, class names above all, is escaped: it can neither break a table nor become a link.
+    """
+    backbone = head.model or _mapping(head.extraction.get("backbone")).get("architecture") or "unknown"
+    kind = plain(head.spec.kind)
+    options = ", ".join(f"{name}={json.dumps(value)}" for name, value in head.spec.options.items()) or "defaults"
+    names = [plain(name) for name in head.class_names]
+    shown = ", ".join(names[:_MOST]) + (" ..." if len(names) > _MOST else "")
+    lines = [
+        "---",
+        "library_name: embedcache",
+        f"tags: [frozen-backbone, {head.task}]",
+        "---",
+        "",
+        f"# {kind} head on {plain(backbone)}",
+        "",
+        f"A {kind} head ({head.spec.engine}; {plain(options)}) on the features of a frozen backbone.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| task | {head.task} |",
+        f"| {task_named(head.task).outputs_are} | {len(names)}: {shown} |",
+        f"| backbone | {plain(backbone)}{f' @ {plain(head.revision)}' if head.revision else ''}, frozen |",
+        f"| features | {plain(head.feature.name)} ({head.feature.kind}, {head.feature.dim} wide) |",
+        f"| parameters | {head.parameters:,} |" if head.state else "| parameters | a scikit-learn estimator |",
+    ]
+    if head.calibration:
+        lines.append(f"| calibration | {plain(_calibration(head))} |")
+    lines += [f"| {plain(name)} | {plain(value)} |" for name, value in facts.items()]
+    lines += ["", "## Training", "", *_training(head)]
+    splits = {plain(split): values for split, values in metrics.items() if isinstance(values, Mapping)}
+    if splits:
+        lines += ["", "## Metrics", "", *_metrics(splits)]
+    lines += ["", "## Use", "", "```python", *_use(head), "```", ""]
+    lines += [
+        "```",
+        'embedcache predict RUN --text "..."',
+        "```",
+        "",
+        "The head is only good for the features of the very backbone, tokenizer and settings in `config.json`; loading",
+        "checks that.",
+        "",
+        f"Written by embedcache {__version__}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _calibration(head: HeadRecord) -> str:
+    if "temperature" in head.calibration:
+        return f"temperature {head.calibration['temperature']:.4g}"
+    return "thresholds " + ", ".join(f"{threshold:.3g}" for threshold in head.thresholds[:_MOST])
+
+
+def _training(head: HeadRecord) -> list[str]:
+    settings = {name: value for name, value in head.training.items() if value is not None}
+    return [plain(", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items()) or "unknown") + "."]
+
+
+def _use(head: HeadRecord) -> list[str]:
+    if "preprocessing" in head.extraction:
+        return ["from embedcache import Predictor", "", 'Predictor.load("RUN")(["a text"])']
+    return ["from embedcache import TrainedHead", "", 'TrainedHead.from_pretrained("RUN").predict(features)']
+
+
+def _metrics(splits: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    names = dict.fromkeys(
+        name for values in splits.values() for name, value in values.items() if is_number(value) or value is None
+    )
+    yield f"| metric | {' | '.join(splits)} |"
+    yield f"|---|{'---:|' * len(splits)}"
+    for name in names:
+        yield f"| {plain(name)} | {' | '.join(_number(values.get(name)) for values in splits.values())} |"
+    for split, values in splits.items():
+        for name, bounds in _mapping(values.get("intervals")).items():
+            low, high = (_number(bound) for bound in _list(bounds))
+            chosen = "; these rows chose the epoch and the calibration too" if split == "validation" else ""
+            yield f"\n{split} {plain(name)}: {low} to {high} (95 % interval, over rows{chosen})."
+        if missing := _list(values.get("missing_classes")):
+            yield f"\nNot in {split}: {', '.join(plain(name) for name in missing[:_MOST])}."
+    last, values = list(splits.items())[-1]
+    for what in ("per_class", "per_target"):
+        rows = [_mapping(row) for row in _list(values.get(what))]
+        if rows:
+            yield from _table(f"By {what[4:]}, on {last}:", rows)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    columns = list(rows[0])
+    yield f"\n{title}\n"
+    yield f"| {' | '.join(columns)} |"
+    yield f"|---|{'---:|' * (len(columns) - 1)}"
+    for row in rows[:_MOST]:
+        yield f"| {plain(row[columns[0]])} | {' | '.join(_number(row[name]) for name in columns[1:])} |"
+    if len(rows) > _MOST:
+        yield f"\n{len(rows) - _MOST} more are in `metrics.json`."
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _number(value: object) -> str:
+    if not is_number(value):
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def plain(value: object) -> str:
+    """Return a text from data on one line, harmless in Markdown: no table, link, HTML, formula or mention in it."""
+    text = " ".join("".join(sign if sign.isprintable() or sign.isspace() else "\ufffd" for sign in str(value)).split())
+    for mark in "\\|<>`[]*_~$&#!@":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("://", ":\\//").replace("www.", "www\\.")

@@ -134,7 +134,7 @@ def blank_head(spec: HeadSpec, feature: FeatureSet, outputs: int) -> Head:
 
 def refuse_headless(kind: str, head: Head) -> None:
     """Raise ``SpecError`` for a class that lacks the layers which standardisation and regression targets need."""
-    from embedcache.heads.layers import Affine
+    from embedcache.heads.modules import Affine
 
     if not isinstance(getattr(head, "output", None), Affine):
         raise SpecError(f"the head {kind} has no last layer called output that is an Affine: see CONTRIBUTING")

@@ -23,7 +23,7 @@ from embedcache.heads.bundle import load
 from embedcache.heads.folder import RunFolder
 from embedcache.heads.record import HeadRecord
 from embedcache.heads.registry import build_head
-from embedcache.heads.sklearn_outputs import logits_of, outputs
+from embedcache.heads.sklearn_io import logits_of, outputs
 from embedcache.spec import HeadSpec
 from embedcache.task import Array, Floats, task_named
 

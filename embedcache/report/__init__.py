@@ -16,8 +16,7 @@ from typing import Literal
 
 from embedcache.errors import SweepError
 from embedcache.journal import commit
-from embedcache.report.markdown import to_markdown
-from embedcache.report.page import to_html
+from embedcache.report.page import to_html, to_markdown
 from embedcache.sweep.summary import read_summary
 
 Form = Literal["html", "markdown", "json"]

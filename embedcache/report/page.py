@@ -1,4 +1,4 @@
-"""The page: one file, no network, nothing from data that could become markup."""
+"""The report as a page of its own, and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,11 +9,77 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedcache.errors import MissingExtraError
-from embedcache.report.sections import page_values
-from embedcache.sweep.summary import Summary
+from embedcache.report.sections import facts, p_value, page_values, show
+from embedcache.sweep.summary import LeaderboardRow, Summary
+from embedcache.wording import counted, markdown_table, shown
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+
+# The report as Markdown, for a pull request or a terminal.
+
+
+def to_markdown(summary: Summary, most: int = 30) -> str:
+    """Return the findings as Markdown: leaderboard, test, classes, mistakes, what was run."""
+    rows, metric = summary.leaderboard, summary.metric.name
+    percent = f"{100 * (1 - summary.protocol.alpha):g} %"
+    lines = [f"# {counted(len(rows), 'head')} on {plain(summary.data.name)}", ""]
+    if not summary.complete:
+        lines += ["**Not finished: this is a part.**", ""]
+    if (test := summary.test) is not None:
+        ends = f" ({percent} interval {show(test.interval)})" if test.interval else ""
+        score = f"**{plain(test.label)}**: {metric} {show(test.score)}{ends}"
+        lines += [f"{score} on {counted(test.rows, 'row')} of {plain(test.split)}.", ""]
+    for name, choice in (("chosen", summary.chosen), ("recommended", summary.recommended)):
+        if choice is not None:
+            lines.append(f"- {name}: {plain(choice.label)} ({plain(choice.why)})")
+    lines += [f"- {plain(note)}" for note in summary.notes]
+    header = ["rank", "head", metric, f"{percent} interval", "p (Holm)", "from the best", "parameters", "seconds"]
+    chosen = summary.chosen.id if summary.chosen else None
+    lines += ["", "## Leaderboard", ""]
+    lines += markdown_table(header, [_cells(row, row.id == chosen) for row in rows[:most]])
+    if len(rows) > most:
+        lines += ["", f"{len(rows) - most} more are in `results.jsonl`."]
+    if test is not None and test.per_class:
+        columns = list(test.per_class[0])
+        lines += ["", f"## By {columns[0]}", ""]
+        lines += markdown_table(columns, [[plain(show(row[name])) for name in columns] for row in test.per_class])
+    if summary.mistakes is not None and summary.mistakes.shown:
+        lines += ["", "## The most confident mistakes", ""]
+        lines += markdown_table(
+            ["row", "true", "predicted", "probability", "text"],
+            [
+                [plain(wrong.id), plain(show(wrong.true)), plain(show(wrong.predicted)), show(wrong.probability, 3),
+                 plain((wrong.text or "")[:200])]
+                for wrong in summary.mistakes.shown[:10]
+            ],
+        )  # fmt: skip
+    ran = [[name, plain(value)] for name, value in facts(summary)]
+    lines += ["", "## What was run", "", *markdown_table(["", ""], ran)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: LeaderboardRow, chosen: bool) -> list[str]:
+    return [
+        str(row.rank),
+        plain(row.label) + (" **chosen**" if chosen else ""),
+        show(row.score),
+        show(row.interval),
+        p_value(row.p_adjusted),
+        "" if row.distinguishable else "not distinguishable",
+        f"{row.parameters:,}",
+        f"{row.seconds:.2f}",
+    ]
+
+
+def plain(value: object) -> str:
+    """Make a text from data harmless in Markdown."""
+    text = shown(" ".join(str(value).split()))
+    for mark in "\\|<>`[]*_#":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("&", "&amp;")
+
 
 _HERE = Path(__file__).parent
 

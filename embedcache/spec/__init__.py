@@ -9,8 +9,17 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from embedcache.errors import SpecError
-from embedcache.spec.extraction import BackboneSettings, ExtractionSpec, FieldDifference, ModelSource, differences_text
-from embedcache.spec.feature import DTYPES, POOLINGS, FeatureSpec, feature_name
+from embedcache.spec.extraction import (
+    DTYPES,
+    POOLINGS,
+    BackboneSettings,
+    ExtractionSpec,
+    FeatureSpec,
+    FieldDifference,
+    ModelSource,
+    differences_text,
+    feature_name,
+)
 from embedcache.wording import did_you_mean, shortened
 
 __all__ = [

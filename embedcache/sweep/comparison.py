@@ -19,7 +19,7 @@ from embedcache.sweep.store import Outputs, Result, SweepFolder
 from embedcache.sweep.summary import Difference, Failure, HeadFacts, LeaderboardRow
 from embedcache.task import task_named
 from embedcache.train.metrics import metric_named, wilson
-from embedcache.train.metrics.predictions import Predictions
+from embedcache.train.metrics.formulas import Predictions
 
 Array = npt.NDArray[Any]
 DRAWS = 1000

@@ -18,8 +18,7 @@ from embedcache.sweep import statistics
 from embedcache.sweep.comparison import DRAWS, Candidate, Resampler, Scored, row_interval
 from embedcache.sweep.decoding import from_json
 from embedcache.sweep.findings import measured, mistakes
-from embedcache.sweep.folds import subset
-from embedcache.sweep.problem import Problem
+from embedcache.sweep.problem import Problem, subset
 from embedcache.sweep.store import SweepFolder
 from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
 from embedcache.sweep.training import Job, Trained, batches, outputs_of, train_batch
@@ -97,7 +96,7 @@ def _out_of_fold(
 
 
 def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: TrainedHead) -> TrainedHead:
-    from embedcache.train.calibration import fit_temperature, fit_thresholds
+    from embedcache.train.run import fit_temperature, fit_thresholds
 
     if problem.task == "regression" or head.spec.kind == "majority":
         return head

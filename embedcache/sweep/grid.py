@@ -34,9 +34,20 @@ from embedcache.heads import head_named
 from embedcache.heads.registry import Engine, head_class, option_names
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
-from embedcache.sweep.configuration import DEFAULTS, SEEDED, TRAIN_FIELDS, Configuration, fields_read
-from embedcache.sweep.protocol import ASKED, NOTHING_ASKED, Asked, asked_in_file
-from embedcache.sweep.ranges import Choices, choices, number
+from embedcache.sweep.configuration import (
+    ASKED,
+    DEFAULTS,
+    NOTHING_ASKED,
+    SEEDED,
+    TRAIN_FIELDS,
+    Asked,
+    Choices,
+    Configuration,
+    asked_in_file,
+    choices,
+    fields_read,
+    number,
+)
 from embedcache.wording import did_you_mean, shortened
 
 NO_CONFIGURATIONS = "the grid has no configurations: name at least one head"

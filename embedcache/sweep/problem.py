@@ -1,7 +1,12 @@
-"""What is swept over: the labelled rows of a cache, how they are divided, and what makes two sweeps the same."""
+"""What is swept over: the labelled rows of a cache, and how they are divided into folds.
+
+Everything is decided by a row's content key, its label and a seed, never by its place: another order of the rows gives
+every row the same fold. Rows of equal content are one *group* and never stand on both sides.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,21 +14,258 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import SweepError
+from embedcache.errors import SweepError, SweepSpecError
 from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import sha256_bytes
 from embedcache.spec import TaskName
-from embedcache.sweep import folds
-from embedcache.sweep.folds import Fold, Strata
-from embedcache.sweep.protocol import Protocol
+from embedcache.sweep.configuration import Protocol
 from embedcache.task import task_named
 from embedcache.train.metrics import metric_named
+from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
 
-Array = npt.NDArray[Any]
+
+# Which rows a head learns from and which it is scored on: folds, few-shot draws, subsets for learning curves.
+
+
 Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+_BINS = 10  # strata of a regression target
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of N development rows: bool [N] masks of the rows to learn from, to stop early by, and to score.
+
+    ``stopping`` may be empty. The three never share a row, nor a content. ``repeat`` says which repeat or draw it is.
+    """
+
+    train: Mask
+    stopping: Mask
+    score: Mask
+    repeat: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows a head may use: those to learn from and those to stop early by."""
+        return int((self.train | self.stopping).sum())
+
+
+@dataclass(frozen=True)
+class Strata:
+    """What division goes by: each row's ``group`` and ``stratum`` int64 [N], and ``keys`` uint64 [G] of the groups.
+
+    ``names`` are those of the strata, for messages.
+    """
+
+    group: Rows
+    stratum: Rows
+    keys: npt.NDArray[np.uint64]
+    names: tuple[str, ...]
+
+    @property
+    def groups(self) -> int:
+        """How many different contents there are."""
+        return len(self.keys)
+
+
+def strata(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, names: Sequence[str]) -> Strata:
+    """Return groups and strata of rows by their keys u1 [N, 16] and targets.
+
+    A stratum is a class; the rarest of a row's labels (the first step of iterative stratification, Sechidis et al.
+    2011); or a tenth of the first regression target. A group takes the smallest stratum among its rows.
+    """
+    whole = np.ascontiguousarray(keys).view("V16").reshape(-1)
+    found, group = np.unique(whole, return_inverse=True)
+    short = np.ascontiguousarray(found).view(np.uint8).reshape(-1, 16)[:, :8].copy().view("<u8").reshape(-1)
+    group = group.reshape(-1).astype(np.int64)
+    if task == "classification":
+        stratum, titles = y.astype(np.int64), tuple(names)
+    elif task == "multilabel":
+        counts = y.sum(0)
+        rank = np.argsort(np.argsort(counts, kind="stable"), kind="stable")
+        cost = np.where(y > 0, rank[None, :], len(names))
+        stratum = np.where(y.any(1), cost.argmin(1), len(names)).astype(np.int64)
+        titles = (*names, "no label")
+    else:
+        edges = np.quantile(y[:, 0], np.linspace(0, 1, _BINS + 1)[1:-1])
+        stratum = np.searchsorted(edges, y[:, 0], side="right").astype(np.int64)
+        titles = tuple(f"tenth {tenth}" for tenth in range(1, _BINS + 1))
+    lowest = np.full(len(found), len(titles), np.int64)
+    np.minimum.at(lowest, group, stratum)
+    return Strata(group, lowest[group], short, titles)
+
+
+def k_folds(
+    of: Strata, folds: int, repeats: int = 1, *, seed: int = 0, stopping: float = 0.1, exact: bool = True
+) -> list[Fold]:
+    """Return ``folds * repeats`` stratified folds by group.
+
+    ``exact`` refuses a stratum of fewer groups than folds: some fold could not score it.
+
+    Raises ``SweepError`` for fewer than two folds, or more folds than a class has different rows, naming it.
+    """
+    if folds < 2:
+        raise SweepError(f"folds is {folds}: expected at least 2, or 1 for the cache's own validation split")
+    if of.groups < folds:
+        raise SweepError(f"{folds} folds of {of.groups} different rows: ask for at most {of.groups} folds")
+    stratum = _group_strata(of)
+    if exact:
+        counts = np.bincount(stratum, minlength=len(of.names))
+        short = [label for label in np.flatnonzero(counts) if counts[label] < folds]
+        if short:
+            worst = min(short, key=lambda label: counts[label])
+            raise SweepError(
+                f"{counted(folds, 'fold')}, but the class {of.names[worst]!r} has {counts[worst]} different "
+                f"{'row' if counts[worst] == 1 else 'rows'} in train and validation: "
+                f"ask for --folds {max(2, int(counts[worst]))} at most, or --folds 1 for the validation split"
+                if counts[worst] > 1
+                else f"{folds} folds, but the class {of.names[worst]!r} has 1 different row in train and validation: "
+                "no folds can hold it on both sides; add rows, drop the class, or use --folds 1"
+            )
+    sizes = np.bincount(of.group, minlength=of.groups)
+    out = []
+    for repeat in range(repeats):
+        order = _order(of, seed, repeat)
+        fold_of = np.empty(of.groups, np.int64)
+        totals = np.zeros(folds, np.int64)
+        for label in range(len(of.names)):
+            members = order[stratum[order] == label]
+            if len(members):
+                fold_of[members] = _deal(sizes[members], folds, totals)
+        assigned = fold_of[of.group]
+        for fold in range(folds):
+            score = assigned == fold
+            out.append(Fold(*_hold_out(of, ~score, stopping, seed), score, repeat))
+    return out
+
+
+def _group_strata(of: Strata) -> Rows:
+    stratum = np.empty(of.groups, np.int64)
+    stratum[of.group] = of.stratum
+    return stratum
+
+
+def _order(of: Strata, *seeds: int) -> Rows:
+    """Return the groups in an order that only their content and the seeds decide."""
+    mixed = of.keys.copy()
+    for seed in seeds:
+        # splitmix64's finaliser (Steele et al. 2014): neighbouring seeds give unrelated orders.
+        mixed = mixed + np.uint64((seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+    return np.argsort(mixed, kind="stable")
+
+
+def _deal(sizes: Rows, folds: int, totals: Rows) -> Rows:
+    """Give groups of one stratum to folds so that their rows are as even as can be, ``totals`` [folds] too.
+
+    Groups of several rows go first, each to the emptiest fold; single rows then level what is left.
+    """
+    fold_of = np.empty(len(sizes), np.int64)
+    counts = np.zeros(folds, np.int64)
+    several = np.flatnonzero(sizes > 1)
+    for group in several[np.argsort(-sizes[several], kind="stable")]:
+        emptiest_fold = min(range(folds), key=lambda fold: (counts[fold], totals[fold], fold))
+        fold_of[group] = emptiest_fold
+        counts[emptiest_fold] += sizes[group]
+        totals[emptiest_fold] += sizes[group]
+    single = np.flatnonzero(sizes == 1)
+    # Level by level: the k-th single row of a fold costs its count so far; the cheapest places are taken.
+    left = len(single)
+    shares = np.zeros(folds, np.int64)
+    while left:
+        level = counts + shares
+        low = np.flatnonzero(level == level.min())
+        higher = level[level > level.min()]
+        room = (int(higher.min()) - int(level.min())) * len(low) if len(higher) else left
+        if min(left, room) >= len(low):
+            rows_each = min(left, room) // len(low)
+            shares[low] += rows_each
+            left -= rows_each * len(low)
+        else:
+            emptiest = low[np.argsort(totals[low] + shares[low], kind="stable")][:left]
+            shares[emptiest] += 1
+            left = 0
+    fold_of[single] = np.repeat(np.arange(folds), shares)
+    totals += shares
+    return fold_of
+
+
+def _hold_out(of: Strata, among: Mask, share: float, seed: int) -> tuple[Mask, Mask]:
+    """Divide rows into those to learn from and a share of every stratum, rounded down, to stop early by."""
+    stopping = among & _first(of, among, share, (seed, 7919))
+    return among & ~stopping, stopping
+
+
+def _first(of: Strata, among: Mask, share: float, seeds: tuple[int, ...], at_least: int = 0) -> Mask:
+    """Return the rows of the first ``share`` of each stratum's groups among some rows, in an order by content."""
+    there = np.zeros(of.groups, bool)
+    there[of.group[among]] = True
+    order = _order(of, *seeds)
+    order = order[there[order]]
+    stratum = _group_strata(of)[order]
+    chosen = np.zeros(of.groups, bool)
+    for label in np.unique(stratum):
+        members = order[stratum == label]
+        chosen[members[: max(at_least, int(share * len(members) + 1e-9))]] = True
+    return chosen[of.group]
+
+
+def given_split(of: Strata, train: Mask, validation: Mask, *, seed: int = 0, stopping: float = 0.1) -> list[Fold]:
+    """Return the cache's own division: learn from train, score validation.
+
+    A row of train whose content is in validation too is left out of training.
+
+    Raises ``SweepError`` when either is empty.
+    """
+    twins = np.isin(of.group, of.group[validation])
+    learn = train & ~twins
+    if not learn.any() or not validation.any():
+        raise SweepError("--folds 1 needs rows in train and in validation: split the input, or ask for --folds 5")
+    return [Fold(*_hold_out(of, learn, stopping, seed), validation)]
+
+
+def shots(of: Strata, per_class: int, draws: int, *, seed: int = 0) -> list[Fold]:
+    """Return ``draws`` few-shot divisions: learn from ``per_class`` different rows a class, score all others.
+
+    Raises ``SweepError`` when a class has fewer rows than that, naming it, or nothing is left to score.
+    """
+    if per_class < 1 or draws < 1:
+        raise SweepSpecError(f"--shots {per_class} --draws {draws}: expected at least 1 of each")
+    stratum = _group_strata(of)
+    counts = np.bincount(stratum, minlength=len(of.names))
+    for label in np.flatnonzero(counts):
+        members = int(counts[label])
+        if members <= per_class:
+            raise SweepError(
+                f"--shots {per_class}, but the class {of.names[label]!r} has {members} different rows in train and "
+                f"validation, and some must be left to score: ask for --shots {max(1, members - 1)} at most"
+            )
+    first = np.zeros(len(of.group), bool)
+    first[np.unique(of.group, return_index=True)[1]] = True
+    out = []
+    for draw in range(draws):
+        order = _order(of, seed, draw, 104729)
+        drawn = np.zeros(of.groups, bool)
+        for label in np.flatnonzero(counts):
+            drawn[order[stratum[order] == label][:per_class]] = True
+        rows = drawn[of.group]
+        out.append(Fold(rows & first, np.zeros(len(rows), bool), ~rows, draw))
+    return out
+
+
+def subset(of: Strata, fold: Fold, share: float, *, seed: int = 0, stopping: float = 0.1) -> Fold:
+    """Return a fold that learns from a share of the rows, of every stratum at least one; larger shares hold smaller."""
+    among = fold.train | fold.stopping
+    rows = among & _first(of, among, share, (seed, 15485863), at_least=1)
+    return Fold(*_hold_out(of, rows, stopping if fold.stopping.any() else 0.0, seed), fold.score, fold.repeat)
+
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +310,7 @@ class Problem:
         test = np.flatnonzero(by_name.get("test", none) & labelled)
         return cls(
             cache, task, tuple(cache.class_names), rows, targets[rows], validation[rows],
-            folds.strata(keys[rows], targets[rows], task, cache.class_names), test, targets[test], name,
+            strata(keys[rows], targets[rows], task, cache.class_names), test, targets[test], name,
             protocol or Protocol(),
         )  # fmt: skip
 
@@ -87,11 +329,11 @@ class Problem:
         if plan.shots is not None:
             if self.task != "classification":
                 raise SweepError(f"--shots draws rows of each class, and this is {self.task}: use --learning-curve")
-            return folds.shots(self.strata, plan.shots, plan.draws, seed=plan.seed)
+            return shots(self.strata, plan.shots, plan.draws, seed=plan.seed)
         options = {"seed": plan.seed, "stopping": plan.stopping_share}
         if plan.folds == 1:
-            return folds.given_split(self.strata, ~self.validation, self.validation, **options)  # type: ignore[arg-type]
-        return folds.k_folds(self.strata, plan.folds, plan.repeats, exact=self.task == "classification", **options)  # type: ignore[arg-type]
+            return given_split(self.strata, ~self.validation, self.validation, **options)  # type: ignore[arg-type]
+        return k_folds(self.strata, plan.folds, plan.repeats, exact=self.task == "classification", **options)  # type: ignore[arg-type]
 
     @cached_property
     def mean_train_rows(self) -> float:
@@ -113,7 +355,7 @@ class Problem:
             return whole
         # A subset that leaves nothing out, so that the held-out share is drawn as it is in every fold.
         stopping = Fold(everything, everything, nothing)
-        return folds.subset(
+        return subset(
             self.strata, stopping, 1.0, seed=self.protocol.seed, stopping=self.protocol.stopping_share
         )  # fmt: skip
 

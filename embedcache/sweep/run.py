@@ -20,15 +20,13 @@ from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
-from embedcache.sweep.configuration import Configuration
+from embedcache.sweep.configuration import Asked, Configuration
 from embedcache.sweep.cost import refuse_too_many
 from embedcache.sweep.decoding import to_json
-from embedcache.sweep.findings import data_facts, machine, protocol_facts, versions
+from embedcache.sweep.findings import data_facts, machine, notes_on, protocol_facts, versions
 from embedcache.sweep.grid import parse, read_file
-from embedcache.sweep.notes import notes_on
 from embedcache.sweep.problem import Problem
-from embedcache.sweep.protocol import Asked
-from embedcache.sweep.result import SweepResult
+from embedcache.sweep.result import SweepResult, to_text
 from embedcache.sweep.store import Outputs, Result, SweepFolder
 from embedcache.sweep.summary import (
     FORMAT,
@@ -44,9 +42,8 @@ from embedcache.sweep.summary import (
     TestScore,
     read_summary,
 )
-from embedcache.sweep.table import to_text
 from embedcache.sweep.training import Interruption, Job, Trained, batches, outputs_of, refuse_impossible, train_batch
-from embedcache.train.ending import STILL_IMPROVING
+from embedcache.train.loop import STILL_IMPROVING
 from embedcache.train.metrics import metrics_of, score
 from embedcache.wording import counted, duration
 

@@ -24,8 +24,7 @@ from embedcache.heads.registry import checked_kind
 from embedcache.shard import FeatureSet
 from embedcache.spec import MAY_DIFFER, MIN_STEPS, TaskName
 from embedcache.sweep.configuration import Configuration
-from embedcache.sweep.folds import Fold
-from embedcache.sweep.problem import Array, Problem, part
+from embedcache.sweep.problem import Array, Fold, Problem, part
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
 

@@ -18,8 +18,7 @@ from embedcache.heads.registry import head_class, head_named
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec, differences_text
-from embedcache.train.data import labelled_rows_of
-from embedcache.train.memory import fits_in_memory
+from embedcache.train.data import fits_in_memory, labelled_rows_of
 from embedcache.train.result import Origin, TrainingResult
 from embedcache.train.run import measured, train_head
 from embedcache.wording import counted

@@ -1,7 +1,8 @@
-"""Labelled rows as training takes them: checked once, unlabelled rows dropped; their moments and class weights."""
+"""Labelled rows as training takes them: checked once, unlabelled rows dropped; moments, class weights, memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,44 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
 from embedcache.wording import counted, shortened
+
+# Whether features fit in the memory that is free.
+
+
+def fits_in_memory(size: int) -> bool:
+    """Whether features of ``size`` bytes may be read whole: a quarter of the memory that is free now.
+
+    ``EMBEDCACHE_MEMORY`` (bytes) overrides the detected free memory.
+    """
+    given = os.environ.get("EMBEDCACHE_MEMORY", "")
+    free = int(given) if given.isdecimal() else available_memory()
+    return free is None or size <= free // 4
+
+
+def available_memory() -> int | None:
+    """Return how much memory is free, in bytes, within a container's limit; None where the system does not say."""
+    limits = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            limits += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        pass
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            limits.append(max(0, limit - int(file.read())))
+    except (OSError, ValueError):
+        pass
+    try:
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft)
+    except (ImportError, ValueError, OSError):
+        pass
+    return min(limits) if limits else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,11 @@ from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION, Floats
 from embedcache.train.batches import Batch, Batches, DiskBatches, RaggedBatches, TensorBatches, lent
 from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
-from embedcache.train.ending import still_improving
-from embedcache.train.loop import Scores, Stopping, fit
-from embedcache.train.losses import Loss
+from embedcache.train.loop import Scores, Stopping, fit, still_improving
+from embedcache.train.losses import Loss, start_at, start_biases
 from embedcache.train.metrics import scores
 from embedcache.train.result import Fitted
 from embedcache.train.stack import HeadStack
-from embedcache.train.start import start_at, start_biases
 from embedcache.wording import counted
 
 Vectors = npt.NDArray[np.float32]

@@ -37,8 +37,7 @@ from power import Disk, Node, policies
 from embedcache import cli, compare
 from embedcache.cache import FeatureCache, files
 from embedcache.compare import run as comparing
-from embedcache.compare.measurements import job_of
-from embedcache.compare.store import Folder
+from embedcache.compare.measurements import Folder, job_of
 from embedcache.compare.worker import perform
 from embedcache.errors import CacheNotFoundError, EmbedcacheError, IncompleteCacheError
 from embedcache.examples import load_examples

@@ -18,7 +18,7 @@ import small_caches
 from fakes import CountingBackbone
 
 from embedcache.cache import CacheWriter, FeatureCache, untrusted, verify
-from embedcache.cache.repair import repair
+from embedcache.cache.files import repair
 from embedcache.cli import run as cli
 from embedcache.errors import CacheLockedError, CacheNotFoundError, CorruptCacheError, IncompleteCacheError
 from embedcache.examples import load_examples

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.task import Array, Floats
-from embedcache.train.convex.design import Design
-from embedcache.train.convex.workers import Workers
+from embedcache.train.convex.design import Design, Workers
 
 Inverse = Callable[[Floats], Floats]
 """Gradient [D + 1, C] -> step [D + 1, C]."""

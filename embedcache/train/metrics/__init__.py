@@ -12,8 +12,19 @@ threshold.
 """
 
 from embedcache.train.metrics.formulas import BINS
-from embedcache.train.metrics.measuring import interval, measure, reliability, resampled_scores, score, scores, wilson
-from embedcache.train.metrics.table import METRICS, Metric, metric_named, metrics_of
+from embedcache.train.metrics.measuring import (
+    METRICS,
+    Metric,
+    interval,
+    measure,
+    metric_named,
+    metrics_of,
+    reliability,
+    resampled_scores,
+    score,
+    scores,
+    wilson,
+)
 
 __all__ = [
     "BINS",
