@@ -196,7 +196,8 @@ def test_the_card_has_what_the_program_checks(prepare: ModuleType, name: str) ->
 
 
 def test_every_set_has_a_card_and_is_listed(prepare: ModuleType) -> None:
-    assert set(prepare.DATA_SETS) == {path.stem for path in DATA.glob("*.md")} - {"README"} == set(SIZES)
+    cards = {path.stem for path in DATA.glob("*.md")} - {"README"}
+    assert set(prepare.DATA_SETS) == set(SIZES) == cards - {"cifar10", "emoji"}
     listed = (DATA / "README.md").read_text(encoding="utf-8")
     assert all(f"[{name}.md]({name}.md)" in listed for name in SIZES)
 

