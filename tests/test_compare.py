@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,22 @@ from embedcache.cli import run as command_line
 from embedcache.compare import APPROACHES, break_even, compare_training_approaches
 from embedcache.compare import run as running
 from embedcache.compare.figures import Facts, chosen, ratio_text, seconds_text
-from embedcache.compare.measurements import Extraction, Folder, Job, Memory, Peak, Training, TrainingJob, job_of
+from embedcache.compare.measurements import Extraction, Folder, Job, Memory, Peak, Training, TrainingJob
 from embedcache.compare.result import assemble
 from embedcache.compare.rows import checked_rows, ranks, read_rows, sampled, training_rows, write_rows
 from embedcache.compare.worker import perform
-from embedcache.errors import BackboneError, BackboneMismatchError, InputError, Interrupted, SpecError, TrainingError
+from embedcache.decoding import from_json, to_json
+from embedcache.errors import (
+    BackboneError,
+    BackboneMismatchError,
+    BadRowsError,
+    InputError,
+    Interrupted,
+    SpecError,
+    TrainingError,
+)
 from embedcache.examples import load_examples
+from embedcache.spec import BackboneSettings, HeadSpec, ModelSource
 from embedcache.train.metrics import interval
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -55,10 +66,15 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def do(job: Job) -> Any:
         done.append(job)
-        return json.loads(json.dumps(perform(job_of(json.loads(json.dumps(job.to_json())))).to_json()))
+        return pickle.loads(pickle.dumps(perform(pickle.loads(pickle.dumps(job)))))
 
     monkeypatch.setattr(running, "in_own_process", do)
     return done
+
+
+def training_job(approach: str, cache: Path = Path("c"), outputs: Path = Path("o")) -> TrainingJob:
+    head, source = HeadSpec("linear"), ModelSource(device="cpu")
+    return TrainingJob(approach, 1.0, 0, 1, "accuracy", head, cache, source, outputs, False)
 
 
 def compare(model: str, folder: Path | None, count: int = 60, **options: Any) -> Any:
@@ -98,7 +114,7 @@ def test_the_table_is_put_together_by_hand() -> None:
     )  # fmt: skip
     cached = Training(
         train_rows=10, validation_rows=5, test_rows=6, charged=12, best_epoch=2, epoch_seconds=3.0, validation=0.5,
-        memory=memory, probe_seconds=None, seconds=1.0, trainable=7, setup_seconds=0.0, history=[],
+        memory=memory, probe_seconds=None, seconds=1.0, trainable=7, setup_seconds=0.0, history=(),
     )  # fmt: skip
     full = replace(cached, seconds=10.0, trainable=900, total=1007)
     runs = {
@@ -377,7 +393,7 @@ def test_other_weights_under_the_same_name_are_measured(model: str, tmp_path: Pa
     save_file(tensors, moving / "model.safetensors", metadata={"format": "pt"})
     cache = next(job.cache for job in jobs)
     with pytest.raises(BackboneMismatchError, match="changed during the comparison"):
-        perform(TrainingJob("frozen", 1.0, 0, 1, "accuracy", "linear", cache, "cpu", str(tmp_path / "o"), False, False))
+        perform(training_job("frozen", cache, tmp_path / "o"))
 
 
 def test_a_comparison_that_is_interrupted_goes_on(
@@ -412,11 +428,10 @@ def test_a_comparison_that_is_interrupted_goes_on(
 def test_an_interrupted_extraction_is_charged_in_full(model: str, tmp_path: Path, jobs: list[Job]) -> None:
     """What was extracted before counts by the pace of the rest; where nothing is left to time, it is done again."""
     from embedcache.extract import load_for, part_of, run
-    from embedcache.spec import BackboneSettings, ModelSource
 
     examples = checked_rows(load_examples(rows_of(60)))
     plan = running.Plan(
-        examples, chosen(["cached"]), [1.0], [0], running.HeadSpec("linear"), "accuracy", 2,
+        examples, chosen(["cached"]), [1.0], [0], HeadSpec("linear"), "accuracy", 2,
         ModelSource(Path(model), device="cpu"), "mean",
     )  # fmt: skip
     work = running.Work(plan, Folder(tmp_path / "c"))
@@ -447,10 +462,10 @@ def test_a_damaged_line_is_named(model: str, tmp_path: Path, jobs: list[Job]) ->
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda line: line.pop("memory"), "'memory'"),
-        (lambda line: line["memory"].pop("peak"), "'peak'"),
-        (lambda line: line.update(seconds="12"), "its seconds"),
-        (lambda line: line["memory"].update(baseline=True), "its baseline"),
+        (lambda line: line.pop("memory"), "the whole lacks memory"),
+        (lambda line: line["memory"].pop("peak"), "memory lacks peak"),
+        (lambda line: line.update(seconds="12"), "seconds is of type str: expected a number"),
+        (lambda line: line["memory"].update(baseline=True), "memory.baseline is of type bool: expected a whole number"),
         (lambda line: line.update(approach=["cached"]), "its approach"),
     ],
 )
@@ -461,7 +476,7 @@ def test_a_line_that_lacks_something_is_named(
     """What is not as it was written is said of its line when the folder is opened, not in the midst of a comparison."""
     memory = Memory(baseline=2, device=None, peak=3)
     extraction = Extraction(5, memory, 7, 11, 1.5, 0.5, 13, 17)
-    training = Training(19, 23, 29, 31, 1, 0.5, 1.0, [{"seconds": 1.0}], 2.0, None, 0.0, memory, 37)
+    training = Training(19, 23, 29, 31, 1, 0.5, 1.0, ({"seconds": 1.0},), 2.0, None, 0.0, memory, 37)
     with Folder(tmp_path / "c") as folder:
         folder.add("extracted", extraction, approach="extraction")
         folder.add("trained", training, approach="cached", fraction=1.0, seed=0, epochs=1)
@@ -482,14 +497,14 @@ def test_a_line_that_lacks_something_is_named(
 
 
 @given(st.integers(0, 2**40), st.floats(0, 1e9), st.none() | st.floats(0, 1e9), st.sampled_from(list(APPROACHES)))
-def test_jobs_and_results_survive_the_way_to_another_process(
+def test_jobs_and_results_survive_the_way_to_another_process_and_to_the_journal(
     count: int, seconds: float, probe: float | None, approach: str
 ) -> None:
     memory = Memory(baseline=count, device=None, peak=2 * count)
-    training = Training(3, 5, 7, count, 1, 0.5, seconds, [{"seconds": seconds}], seconds, probe, 0.0, memory, 11, 13)
-    job = TrainingJob(approach, 0.5, 2, 3, "accuracy", "mlp", "c", "cpu", "o", False, True, {"hidden": [5]})
-    assert job_of(json.loads(json.dumps(job.to_json()))) == job
-    assert Training.from_json(json.loads(json.dumps(training.to_json()))) == training
+    training = Training(3, 5, 7, count, 1, 0.5, seconds, ({"seconds": seconds},), seconds, probe, 0.0, memory, 11, 13)
+    job = replace(training_job(approach), head=HeadSpec("mlp", "torch", {"hidden": [5]}), fraction=0.5, seed=2)
+    assert pickle.loads(pickle.dumps((job, training))) == (job, training)
+    assert from_json(Training, json.loads(json.dumps(to_json(training)))) == training
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
@@ -539,15 +554,15 @@ def test_in_processes_of_their_own(
 
 
 def test_a_worker_that_fails_or_dies_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def worker(status: int, said: dict[str, str] | None = None) -> None:
+    def worker(status: int, error: Exception | None = None) -> None:
         def run(command: list[str], **_: Any) -> Any:
-            if said is not None:
-                Path(command[-1]).with_suffix(".result").write_text(json.dumps(said))
+            if error is not None:
+                Path(command[-2]).with_suffix(".result").write_bytes(pickle.dumps(error))
             return subprocess.CompletedProcess(command, status)
 
         monkeypatch.setattr(subprocess, "run", run)
 
-    job = TrainingJob("full", 1.0, 0, 1, "accuracy", "linear", "c", "cpu", "o", False, False)
+    job = training_job("full")
     for status, error, match in (
         (-9, TrainingError, "full was killed: is there enough memory"),
         (3, TrainingError, "ended with status 3"),
@@ -556,9 +571,9 @@ def test_a_worker_that_fails_or_dies_says_so(monkeypatch: pytest.MonkeyPatch, tm
         worker(status)
         with pytest.raises(error, match=match):
             running.in_own_process(job)
-    for name, error in (("InputError", InputError), ("BadRowsError", TrainingError), ("Gone", TrainingError)):
-        worker(0, {"error": name, "message": "no such thing"})
-        with pytest.raises(error, match="no such thing"):
+    for raised in (InputError("no such thing"), BadRowsError([("row 7", "no such thing")], 1)):
+        worker(0, raised)
+        with pytest.raises(type(raised), match="no such thing"):
             running.in_own_process(job)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = (
     ("version", "wording"),
     ("errors",),
-    ("journal", "arguments"),
+    ("journal", "arguments", "decoding"),
     ("fingerprint", "pooling", "batching", "shard"),
     ("spec",),
     ("task", "features"),
@@ -169,6 +170,25 @@ def test_a_planted_circle_is_found(tmp_path: Path, a: str, b: str, circle: bool)
     for name, code in (("a", a), ("b", b), ("c", ""), ("__init__", "from embedcache.room.a import x")):
         (room / f"{name}.py").write_text(code)
     assert bool(circles(tmp_path / "embedcache", "room")) is circle
+
+
+def named_files(page: str) -> set[str]:
+    """Return the modules that a room's docstring lists in its table, one a line."""
+    return set(re.findall(r"^``(\w+)``  ", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", sorted(PACKAGE.rglob("__init__.py")), ids=lambda page: page.parent.name)
+def test_a_rooms_table_lists_its_files(page: Path) -> None:
+    files = {file.stem for file in page.parent.glob("*.py")} | {file.parent.name for file in page.parent.glob("*/*.py")}
+    listed = named_files(ast.get_docstring(ast.parse(page.read_text(encoding="utf-8"))) or "")
+    assert listed in (set(), files - {"__init__"})
+
+
+def test_a_table_is_read() -> None:
+    assert named_files("A room.\n\n====  ===\n``a``   of ``x``\n``bc``  of y\n====  ===\n\n``d`` is elsewhere.") == {
+        "a",
+        "bc",
+    }
 
 
 def heavy_modules(statement: str) -> list[str]:

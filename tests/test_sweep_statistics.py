@@ -11,9 +11,9 @@ import small_summaries
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.decoding import from_json
 from embedcache.sweep import statistics as stats
 from embedcache.sweep.comparison import simplest
-from embedcache.sweep.decoding import from_json
 from embedcache.sweep.summary import LeaderboardRow
 from embedcache.train.metrics import wilson
 

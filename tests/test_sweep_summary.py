@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_summaries import EVERY, full
 
+from embedcache.decoding import from_json, to_json
 from embedcache.errors import SweepError
 from embedcache.report import report
 from embedcache.sweep import SweepResult
-from embedcache.sweep.decoding import from_json, to_json
 from embedcache.sweep.summary import Summary, defined, read_summary
 
 

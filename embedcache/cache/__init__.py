@@ -1,18 +1,15 @@
 """FeatureCache: manifest, shards, row index, splits, arrays and batches. ``FORMAT.md`` specifies the files.
 
-==============  ======================================================================
+==============  =========================================================================================
 ``manifest``    which files there are and what they hold; committed last
-``files``       a file checked against the manifest, once per process; what its values may be
-``index``       row key -> place in the cache
+``files``       a file checked against the manifest, once per process; damaged files, found and set aside
+``gather``      row key -> place in the cache; rows out of many shards, mapped or copied
 ``writer``      one writer at a time: shards, then the dataset
 ``reader``      splits, targets, ids, features as arrays
-``gather``      rows out of many shards, mapped or copied
 ``torch_data``  the same as a torch ``Dataset``
 ``join``        relabel and merge
-``damage``      what is wrong with the files of a cache
-``repair``      damaged files set aside, to be computed again
 ``untrusted``   a stranger's cache, looked into by a limited child process
-==============  ======================================================================
+==============  =========================================================================================
 """
 
 from embedcache.cache.files import verify

@@ -1,6 +1,6 @@
 """What is measured and what it took: jobs, results, and the folder that keeps them.
 
-All of them are values that travel as JSON: jobs and results between processes, results in the folder's journal too.
+All of them are values: jobs and results travel between processes, results are lines of the folder's journal too.
 
 ::
 
@@ -20,57 +20,28 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.decoding import from_json, to_json
 from embedcache.errors import InputError
 from embedcache.fingerprint import canonical_json, require, strict_json
 from embedcache.journal import Journal, commit, exists, read, refuse_foreign, refuse_link, writing
 from embedcache.spec import HeadSpec, ModelSource, TaskName
 
 Json = Mapping[str, Any]
-V = TypeVar("V", bound="_Value")
-
-_NUMBERS = {
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-}
-"""What JSON may hold for an annotation: a whole number is also a float, and true is neither."""
 
 EXTRACTION = "extraction"
 """Stands where a training has the name of its approach."""
 
 
 @dataclass(frozen=True)
-class _Value:
-    """A value with JSON's types in its fields."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls: type[V], body: Json) -> V:
-        """Read what ``to_json`` gave; other fields are left out.
-
-        Raises ``KeyError`` for a field that is missing, and ``ValueError`` for a number that is not a number.
-        """
-        values = {part.name: body[part.name] for part in fields(cls)}
-        for part in fields(cls):
-            allowed = _NUMBERS.get(str(part.type))
-            require(allowed is None or type(values[part.name]) in allowed, f"its {part.name}")
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class Memory(_Value):
+class Memory:
     """Bytes that a process held: ``baseline`` before the work, ``peak`` at most; ``device`` on the GPU, if any."""
 
     baseline: int
@@ -84,7 +55,7 @@ class Memory(_Value):
 
 
 @dataclass(frozen=True)
-class Extraction(_Value):
+class Extraction:
     """What extraction took. ``extracted`` of the ``unique`` contents were computed, the others were there before."""
 
     extracted: int
@@ -95,11 +66,6 @@ class Extraction(_Value):
     setup_seconds: float
     tokens: int
     unique: int
-
-    @classmethod
-    def from_json(cls, body: Json) -> Extraction:
-        """Read what ``to_json`` gave."""
-        return super().from_json({**body, "memory": Memory.from_json(body["memory"])})
 
     @property
     def seconds_per_content(self) -> float:
@@ -113,7 +79,7 @@ class Extraction(_Value):
 
 
 @dataclass(frozen=True)
-class Training(_Value):
+class Training:
     """What one training took and how validation went.
 
     ``charged`` counts the different contents whose features it needs. ``probe_seconds`` is what training the first
@@ -128,7 +94,7 @@ class Training(_Value):
     best_epoch: int
     validation: float
     epoch_seconds: float
-    history: list[dict[str, float]]
+    history: tuple[Mapping[str, float], ...]
     seconds: float
     probe_seconds: float | None
     setup_seconds: float
@@ -136,67 +102,41 @@ class Training(_Value):
     trainable: int
     total: int | None = None
 
-    @classmethod
-    def from_json(cls, body: Json) -> Training:
-        """Read what ``to_json`` gave."""
-        return super().from_json({"total": None, **body, "memory": Memory.from_json(body["memory"])})
-
 
 @dataclass(frozen=True)
-class ExtractionJob(_Value):
+class ExtractionJob:
     """Run the backbone once over the rows of a file; see ``rows.write_rows``."""
 
-    cache: str
-    rows: str
+    cache: Path
+    rows: Path
     task: TaskName
-    class_names: list[str]
-    model: str | None
+    class_names: Sequence[str]
+    source: ModelSource
     pooling: str
-    device: str
-    trust_remote_code: bool
     progress: bool
     approach: str = EXTRACTION
 
-    @property
-    def source(self) -> ModelSource:
-        """Where the model is."""
-        return ModelSource(self.model, device=self.device, trust_remote_code=self.trust_remote_code)
-
 
 @dataclass(frozen=True)
-class TrainingJob(_Value):
-    """Train by one approach on a fraction of a cache's training rows, and write what it says of the test rows."""
+class TrainingJob:
+    """Train by one approach on a fraction of a cache's training rows, and write what it says of the test rows.
+
+    The model is that of the cache; ``source`` says on which device it runs.
+    """
 
     approach: str
     fraction: float
     seed: int
     epochs: int
     metric: str
-    head: str
-    cache: str
-    device: str
-    outputs: str
-    trust_remote_code: bool
+    head: HeadSpec
+    cache: Path
+    source: ModelSource
+    outputs: Path
     progress: bool
-    head_options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def source(self) -> ModelSource:
-        """The model of the cache, on this job's device."""
-        return ModelSource(device=self.device, trust_remote_code=self.trust_remote_code)
-
-    @property
-    def head_spec(self) -> HeadSpec:
-        """The head that is trained."""
-        return HeadSpec(self.head, "torch", self.head_options)
 
 
 Job = ExtractionJob | TrainingJob
-
-
-def job_of(body: Json) -> Job:
-    """Read a job of either sort."""
-    return (ExtractionJob if body["approach"] == EXTRACTION else TrainingJob).from_json(body)
 
 
 # How much memory a process held at most, above what Python and its libraries take.
@@ -282,16 +222,16 @@ class Folder:
     def extraction(self, key: str) -> Extraction | None:
         """Return an extraction that was measured already."""
         line = self._lines.get(key)
-        return None if line is None else Extraction.from_json(line)
+        return None if line is None else from_json(Extraction, line)
 
     def training(self, key: str) -> Training | None:
         """Return a training that was measured already and whose outputs are there."""
         line = self._lines.get(key)
-        return None if line is None or self.outputs(key) is None else Training.from_json(line)
+        return None if line is None or self.outputs(key) is None else from_json(Training, line)
 
     def add(self, key: str, result: Extraction | Training, **described: object) -> None:
         """Keep a measurement; ``described`` is for people who read the file."""
-        line = {"key": key, **described, **result.to_json()}
+        line = {"key": key, **described, **to_json(result)}
         self._journal.append([line])
         self._lines[key] = line
 
@@ -329,5 +269,5 @@ def _parsed(data: bytes) -> Json:
     require(isinstance(line["key"], str), "its key")
     require(isinstance(line["approach"], str), "its approach")
     # Whole, also where nobody asks for it: what is missing is then said of the line, not in the midst of a comparison.
-    (Extraction if line["approach"] == EXTRACTION else Training).from_json(line)
+    from_json(Extraction if line["approach"] == EXTRACTION else Training, line)
     return line

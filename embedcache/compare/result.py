@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from embedcache.compare.figures import (
     seconds_text,
 )
 from embedcache.compare.measurements import Extraction, Training
+from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
 from embedcache.train.metrics import resampled_scores, score
 from embedcache.wording import counted, shown
@@ -57,10 +58,10 @@ class Comparison:
         return {
             "format": "embedcache-comparison",
             "version": 1,
-            "facts": asdict(self.facts),
-            "extraction": self.extraction.to_json(),
-            "rows": [asdict(row) for row in self.rows],
-            "break_even": [asdict(even) for even in self.break_even],
+            "facts": to_json(self.facts),
+            "extraction": to_json(self.extraction),
+            "rows": to_json(self.rows),
+            "break_even": to_json(self.break_even),
         }
 
     def header(self) -> list[str]:

@@ -13,12 +13,11 @@ import numpy.typing as npt
 from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_bytes
-from embedcache.spec import TaskName
+from embedcache.spec import SPLITS, TaskName
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-SPLITS = ("train", "validation", "test")
 FEWEST = 2
 """Labelled rows that validation and test must have: with fewer, no metric means anything at all."""
 

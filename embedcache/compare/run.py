@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,34 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from embedcache import errors
 from embedcache.arguments import checks_arguments
 from embedcache.compare.figures import APPROACHES, Approach, Facts, chosen, seconds_text
-from embedcache.compare.measurements import (
-    EXTRACTION,
-    Extraction,
-    ExtractionJob,
-    Folder,
-    Job,
-    Json,
-    Training,
-    TrainingJob,
-)
+from embedcache.compare.measurements import EXTRACTION, Extraction, ExtractionJob, Folder, Job, Training, TrainingJob
 from embedcache.compare.result import Comparison, assemble
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
 from embedcache.compare.worker import INTERRUPTED
-from embedcache.errors import InputError, Interrupted, MissingExtraError, SpecError, TrainingError
+from embedcache.errors import EmbedcacheError, InputError, Interrupted, MissingExtraError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import head_named
 from embedcache.journal import exists, explained
-from embedcache.spec import HeadSpec, ModelSource, TaskName
+from embedcache.spec import HeadSpec, ModelSource
+from embedcache.task import task_named
 from embedcache.train.metrics import metric_named
 from embedcache.version import __version__
 from embedcache.wording import counted
-
-METRIC: dict[TaskName, str] = {"classification": "accuracy", "multilabel": "f1_macro", "regression": "rmse"}
-"""What approaches are judged by when nobody says."""
 
 
 @checks_arguments(load_examples)
@@ -106,8 +94,9 @@ def compare_training_approaches(
     examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
     examples = checked_rows(examples, max_rows, seeds[0])
     assert examples.task is not None
-    name = metric or METRIC[examples.task]
-    metric_named(name, examples.task)
+    task = task_named(examples.task)
+    name = metric or task.headline_metric
+    metric_named(name, task)
     source = ModelSource(model_name(model), device=choose_device(device), trust_remote_code=trust_remote_code)
     plan = Plan(examples, ways, shares, tuple(seeds), spec, name, epochs, source, pooling)
     with ExitStack() as stack:
@@ -208,21 +197,15 @@ class Work:
             rows = Path(scratch) / "rows.jsonl"
             write_rows(plan.examples, rows)
             job = ExtractionJob(
-                cache=str(self.cache),
-                rows=str(rows),
-                task=plan.examples.task,
-                class_names=list(plan.examples.class_names),
-                model=None if plan.source.model is None else str(plan.source.model),
-                pooling=plan.pooling,
-                device=plan.source.device,
-                trust_remote_code=plan.source.trust_remote_code,
-                progress=self.progress,
-            )
-            result = Extraction.from_json(self._measure(job))
-            if not result.extracted:  # whole already, but nobody knows what it took
+                self.cache, rows, plan.examples.task, plan.examples.class_names, plan.source, plan.pooling,
+                self.progress,
+            )  # fmt: skip
+            result = self._measure(job)
+            if isinstance(result, Extraction) and not result.extracted:  # whole already, but nobody knows what it took
                 with explained(f"cannot remove {self.cache}", InputError):
                     shutil.rmtree(self.cache)
-                result = Extraction.from_json(self._measure(job))
+                result = self._measure(job)
+            assert isinstance(result, Extraction)
         self.folder.add(self.key, result, approach=EXTRACTION)
         return result
 
@@ -249,19 +232,18 @@ class Work:
             seed=seed,
             epochs=plan.epochs,
             metric=plan.metric,
-            head=plan.head.kind,
-            cache=str(self.cache),
-            device=plan.source.device,
-            outputs=str(self.folder.output_path(key)),
-            trust_remote_code=plan.source.trust_remote_code,
+            head=plan.head,
+            cache=self.cache,
+            source=replace(plan.source, model=None),
+            outputs=self.folder.output_path(key),
             progress=self.progress,
-            head_options=dict(plan.head.options),
         )
-        result = Training.from_json(self._measure(job))
+        result = self._measure(job)
+        assert isinstance(result, Training)
         self.folder.add(key, result, approach=approach.name, fraction=fraction, seed=seed, epochs=plan.epochs)
         return result
 
-    def _measure(self, job: Job) -> Json:
+    def _measure(self, job: Job) -> Extraction | Training:
         try:
             return in_own_process(job)
         except KeyboardInterrupt:
@@ -312,18 +294,18 @@ def machine(device: str) -> Machine:
     return {"device": kind, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
 
 
-def in_own_process(job: Job) -> Json:
-    """Do a job in a fresh interpreter, so that memory is its own and nothing is warm; return its result as JSON.
+def in_own_process(job: Job) -> Extraction | Training:
+    """Do a job in a fresh interpreter, so that memory is its own and nothing is warm; return its result.
 
     Raises what the job raised, and ``TrainingError`` where the process was killed.
     """
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "job.json"
-        file.write_text(json.dumps({**job.to_json(), "parent": os.getpid()}), "utf-8")
+    with tempfile.TemporaryDirectory() as scratch:  # which only this user can read or write
+        file = Path(scratch) / "job"
+        file.write_bytes(pickle.dumps(job))
         done = subprocess.run(
-            [sys.executable, "-c", "from embedcache.compare.worker import main; main()", str(file)],
+            [sys.executable, "-c", "from embedcache.compare.worker import main; main()", str(file), str(os.getpid())],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdout=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         if done.returncode == INTERRUPTED or done.returncode == -signal.SIGINT:
@@ -332,11 +314,7 @@ def in_own_process(job: Job) -> Json:
             killed = done.returncode == -signal.SIGKILL
             why = "was killed: is there enough memory?" if killed else f"ended with status {done.returncode}"
             raise TrainingError(f"the process of {job.approach} {why}; what was measured before is kept")
-        result: Json = json.loads(file.with_suffix(".result").read_text("utf-8"))
-    if "error" in result:
-        kind = getattr(errors, result["error"], TrainingError)
-        try:
-            raise kind(result["message"])
-        except TypeError:  # an error that is made of more than its message
-            raise TrainingError(result["message"]) from None
+        result: Extraction | Training | EmbedcacheError = pickle.loads(file.with_suffix(".result").read_bytes())
+    if isinstance(result, EmbedcacheError):
+        raise result
     return result

@@ -1,13 +1,13 @@
 """One measurement in a process of its own: the extraction, or one training.
 
-The parent writes a job, a JSON object, and reads a result; a mistake of the user's comes back as its class and line.
+The parent writes a job and reads a result, both pickled; a mistake of the user's comes back as the error that it is.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
+import pickle
 import statistics
 import sys
 import threading
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedcache.compare.figures import APPROACHES, Approach
-from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memory, Peak, Training, TrainingJob, job_of
+from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memory, Peak, Training, TrainingJob
 from embedcache.compare.rows import Array, Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
@@ -43,18 +43,18 @@ History = Sequence[Mapping[str, float]]
 
 
 def main() -> None:
-    """Read the job's file, named in the arguments, do the job, write the result beside it."""
+    """Do the job in the file that the arguments name, beside the parent's number, and write the result beside it."""
     file = Path(sys.argv[1])
-    body = json.loads(file.read_text("utf-8"))
-    end_with(int(body["parent"]))
+    end_with(int(sys.argv[2]))
+    result: Extraction | Training | EmbedcacheError
     try:
         with quiet():  # of the rows, the parent has said it
-            result: Mapping[str, object] = perform(job_of(body)).to_json()
+            result = perform(pickle.loads(file.read_bytes()))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except EmbedcacheError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    file.with_suffix(".result").write_text(json.dumps(result), "utf-8")
+        result = error
+    file.with_suffix(".result").write_bytes(pickle.dumps(result))
 
 
 def end_with(parent: int) -> None:
@@ -79,8 +79,8 @@ def extraction(job: ExtractionJob) -> Extraction:
     from embedcache.extract import load_for, run
 
     load("torch", "transformers")
-    memory = Peak(job.device)
-    examples = read_rows(Path(job.rows), job.task, job.class_names)
+    memory = Peak(job.source.device)
+    examples = read_rows(job.rows, job.task, job.class_names)
     begun = time.perf_counter()
     backbone = load_for(job.cache, job.source, BackboneSettings((job.pooling,)))
     setup = time.perf_counter() - begun
@@ -183,14 +183,14 @@ def training(job: TrainingJob) -> Training:
 
     live = job.approach != "cached"
     load("embedcache.train.minibatch", *(["embedcache.finetune"] if live else []))
-    memory = Peak(job.device)
+    memory = Peak(job.source.device)
     cache = FeatureCache.open(job.cache)
     split = Split.of(cache, job.fraction, job.seed)
-    problem = Problem(job, cache, split, feature_for(cache, job.head_spec, None))
+    problem = Problem(job, cache, split, feature_for(cache, job.head, None))
     trained = _live(problem, memory) if live else _cached(problem, memory)
     data = io.BytesIO()
     np.save(data, trained.outputs.astype(np.float32))
-    commit(Path(job.outputs), data.getvalue(), InputError)
+    commit(job.outputs, data.getvalue(), InputError)
     values = [float(epoch[f"validation_{job.metric}"]) for epoch in trained.history]
     greater = metric_named(job.metric, problem.task.name).greater_is_better
     best = int(np.argmax(values) if greater else np.argmin(values))
@@ -202,7 +202,7 @@ def training(job: TrainingJob) -> Training:
         best_epoch=best + 1,
         validation=values[best],
         epoch_seconds=statistics.median(float(epoch["seconds"]) for epoch in trained.history),
-        history=[{name: float(value) for name, value in epoch.items()} for epoch in trained.history],
+        history=tuple({name: float(value) for name, value in epoch.items()} for epoch in trained.history),
         seconds=trained.seconds,
         probe_seconds=trained.probe_seconds,
         setup_seconds=trained.setup_seconds,
@@ -221,7 +221,7 @@ def _train_head(problem: Problem) -> tuple[TrainedHead, History, float]:
     x, x_validation = problem.features(split.train), problem.features(split.validation)
     reading = time.perf_counter() - begun
     result = train_head(
-        x, y[split.train], x_validation, y[split.validation], job.head_spec, problem.train_spec(APPROACHES["cached"]),
+        x, y[split.train], x_validation, y[split.validation], job.head, problem.train_spec(APPROACHES["cached"]),
         task=problem.task.name, class_names=problem.cache.class_names, feature=problem.feature, calibrate=False,
         intervals=False, device="cpu", progress=job.progress,
     )  # fmt: skip
@@ -259,7 +259,7 @@ def _live(problem: Problem, memory: Peak) -> Trained:
         if problem.task is REGRESSION:
             into_standard_units(module, y[split.train])
     else:
-        module = build_head(job.head_spec, problem.feature, len(cache.class_names), seed=job.seed)
+        module = build_head(job.head, problem.feature, len(cache.class_names), seed=job.seed)
     if approach.name == "frozen" and spec.standardize:
         standardize(module, problem)
     model: FeatureBasedModel = FeatureBasedModel(backbone, module, freeze_backbone=approach.backbone_rate is None)

@@ -1,23 +1,16 @@
 """Is training on the cache really the same as training with the backbone in the loop?
 
-=====================  ===================================================================
-``check``              ``check_equivalence``: the whole check, from opened inputs to a result
-``rows``               the input matched with the cache, and which rows are looked at
-``subject``            what a check works on, and how both sides train
-``loading``            the backbone that made the cache, and the model of the standard reference
-``identity``           is it the same backbone, in the same environment, and does it hold still
-``features``           features recomputed from raw rows, compared with what is stored
-``training``           a few steps with everything written down, and two records compared
-``references``         features, training and predictions of each reference, compared with the cache's
-``live``               batches that the frozen backbone makes inside every step
-``standard_model``     features as anyone would compute them with transformers
-``standard_heads``     our heads once more, in plain torch
-``standard_training``  training as anyone would write it in torch
-``tolerance``          how far apart two correct computations may be, derived
-``bits``               two arrays compared bit by bit
-``causes``             what is behind a difference
-``result``             the table, the findings, the verdict
-=====================  ===================================================================
+=============  ===============================================================================================
+``check``      ``check_equivalence``: the whole check, reference by reference
+``rows``       the input matched with the cache, which rows are looked at, and how both sides train
+``identity``   the models of a check: is it the same backbone, in the same environment, and does it hold still
+``features``   features recomputed from raw rows, compared with what is stored; batches made inside every step
+``training``   a few steps with everything written down, and two records compared
+``standard``   features with transformers and training in plain torch, as anyone would write them
+``tolerance``  how far apart two correct computations may be, derived
+``bits``       two arrays compared bit by bit
+``result``     the table, what is behind a difference, the verdict
+=============  ===============================================================================================
 """
 
 from __future__ import annotations

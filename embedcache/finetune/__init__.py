@@ -1,12 +1,10 @@
 """The live model, frozen or not, and the tutorial's names. The only place that unfreezes a backbone.
 
-================  =================================================================
-``model``         ``FeatureBasedModel``: backbone and head in one ``nn.Module``
-``classifiers``   the heads, by width and number of classes
-``learner``       a live model's batches and its step, for the loop of ``train``
-``live``          training with the backbone inside every step
-``pipeline``      texts in, predictions out
-================  =================================================================
+============  ======================================================================
+``model``     ``FeatureBasedModel``: backbone and head in one ``nn.Module``
+``live``      training with the backbone inside every step, by the loop of ``train``
+``pipeline``  heads by width and number of classes; texts in, predictions out
+============  ======================================================================
 """
 
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune, live_outputs

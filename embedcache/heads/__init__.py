@@ -1,19 +1,16 @@
 """Heads: linear, MLP, residual, attention; scikit-learn's; saved and loaded without pickle.
 
-=====================  ==============================================================
-``layers``             the layers, each working on one head or on K stacked ones
-``modules``            heads on one vector a row
-``attention``          heads on several vectors a row
-``sklearn_kinds``      heads that scikit-learn fits
-``registry``           which kinds there are on both engines, and how one is built
-``sklearn_outputs``    what a fitted estimator gives for features
-``sklearn_io``         a fitted estimator as a file, without pickle
-``record``             what is known of a trained head: the value that a bundle holds
-``bundle``             what a bundle's folder holds, read and checked
-``card``               the model card
-``folder``             the folder written, by one process at a time
-``trained``            a trained head that runs: logits, probabilities, decisions
-=====================  ==============================================================
+=================  =======================================================================================
+``modules``        layers, each working on one head or on K stacked ones, and heads on one vector a row
+``attention``      heads on several vectors a row
+``sklearn_kinds``  heads that scikit-learn fits
+``registry``       which kinds there are on both engines, and how one is built
+``sklearn_io``     what a fitted estimator gives for features, and the estimator as a file, without pickle
+``record``         what is known of a trained head: the value that a bundle holds, and the model card
+``bundle``         what a bundle's folder holds, read and checked
+``folder``         the folder written, by one process at a time
+``trained``        a trained head that runs: logits, probabilities, decisions
+=================  =======================================================================================
 
 Each imports only from those above it.
 

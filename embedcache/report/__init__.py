@@ -1,11 +1,10 @@
 """A sweep's findings as one self-contained page, as Markdown, or as JSON.
 
-==============  ==============================================================
-``charts``      pictures as SVG, written by hand: they follow the page's colours
-``sections``    a summary -> what the page shows
-``page``        the template, the style and the script put together
-``markdown``    the same for a terminal or a pull request
-==============  ==============================================================
+============  =========================================================================
+``charts``    pictures as SVG, written by hand: they follow the page's colours
+``sections``  a summary -> what the page shows
+``page``      the template, the style and the script put together; the same as Markdown
+============  =========================================================================
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.decoding import from_json
 from embedcache.errors import SweepError, TrainingError
 from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
 from embedcache.journal import exists, explained, make_folder
 from embedcache.sweep import statistics
 from embedcache.sweep.comparison import DRAWS, Candidate, Resampler, Scored, row_interval
-from embedcache.sweep.decoding import from_json
 from embedcache.sweep.findings import measured, mistakes
 from embedcache.sweep.problem import Problem, subset
 from embedcache.sweep.store import SweepFolder

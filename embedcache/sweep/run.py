@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
+from embedcache.decoding import to_json
 from embedcache.errors import Interrupted, SweepError, warn
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
@@ -22,7 +23,6 @@ from embedcache.sweep import conclusion
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
 from embedcache.sweep.configuration import Asked, Configuration
 from embedcache.sweep.cost import refuse_too_many
-from embedcache.sweep.decoding import to_json
 from embedcache.sweep.findings import data_facts, machine, notes_on, protocol_facts, versions
 from embedcache.sweep.grid import parse, read_file
 from embedcache.sweep.problem import Problem

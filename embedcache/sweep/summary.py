@@ -13,12 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
+from embedcache.decoding import from_json, to_json
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
 from embedcache.journal import explained
-from embedcache.sweep.decoding import from_json, to_json
 
 FORMAT, VERSION = "embedcache-sweep", 1
 SUMMARY = "summary.json"
@@ -363,7 +362,7 @@ class Summary:
 
     def to_json(self) -> Mapping[str, object]:
         """Return the content of the file."""
-        return cast("Mapping[str, object]", to_json(self))
+        return to_json(self)
 
     @property
     def group(self) -> list[LeaderboardRow]:

@@ -1,21 +1,19 @@
 """Training heads on features: one loop, stacked heads, solvers, metrics. No transformers, no HDF5.
 
-==================  ====================================================================
+==================  ===========================================================================================
 ``run``             one head, or many of one shape, on features in hand: picks the engine, calibrates, measures
 ``cached``          the same on the splits of a cache
 ``data``            labelled rows, checked once; their moments and class weights
 ``result``          what an engine made (``Fitted``), and the head with its record (``TrainingResult``)
 ``minibatch``       the engine of torch heads: what is trained on what
 ``loop``            the one loop: epochs, early stopping, history
-``start``           the biases it starts from; ``ending``, whether it had converged
 ``stack``           K heads and their optimizer
 ``batches``         where batches come from: memory, disk, ragged, live
-``losses``          losses with their gradients
+``losses``          losses with their gradients, and the biases that training starts from
 ``convex``          the engine of linear heads: their optimum, by full batches
 ``sklearn_engine``  the engine of heads that scikit-learn fits
-``metrics``         what is measured; ``calibration``, temperature and thresholds
-``memory``          whether features fit in memory
-==================  ====================================================================
+``metrics``         what heads are judged by
+==================  ===========================================================================================
 
 Names are found when they are asked for: a scikit-learn head is trained without importing torch.
 """

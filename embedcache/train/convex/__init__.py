@@ -4,15 +4,12 @@ The objective is ``sum_i w_i loss_i + l2 / 2 ||W||^2`` with the bias unpenalised
 ``LogisticRegression`` with ``C = 1 / l2``, and of its ``Ridge`` with ``alpha = l2`` (for squared errors, halved). Of
 two classes the penalty is on the difference of their rows, as scikit-learn has it.
 
-| module | what is in it |
-|---|---|
-| ``design`` | rows, targets and weights, checked; standardisation that is folded in, never applied to a copy |
-| ``objective`` | losses and gradients of K problems over the same rows, in one matrix product there and one back |
-| ``curvature`` | what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty |
-| ``workers`` | blocks of rows on several threads |
-| ``descent`` | limited-memory BFGS for K problems in lock-step |
-| ``squared`` | squared errors, in closed form |
-| ``solver`` | ``solve``, ``path`` and ``path_folds`` |
+=============  =================================================================================================
+``design``     rows, targets and weights, checked; blocks of rows on several threads
+``curvature``  what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty
+``descent``    losses and gradients of K problems, and limited-memory BFGS for them in lock-step
+``solver``     ``solve``, ``path`` and ``path_folds``; squared errors in closed form
+=============  =================================================================================================
 """
 
 from __future__ import annotations

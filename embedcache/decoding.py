@@ -8,9 +8,12 @@ import math
 import types
 import typing
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar, Union, cast
+from typing import TYPE_CHECKING, TypeVar, Union, cast, overload
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 Read = Callable[[object], object]
@@ -38,6 +41,10 @@ def from_json(kind: type[T], value: object) -> T:
     return cast(T, _reader(cast(Hashable, kind))(value))
 
 
+@overload
+def to_json(value: DataclassInstance) -> dict[str, object]: ...
+@overload
+def to_json(value: object) -> object: ...
 def to_json(value: object) -> object:
     """Return dataclasses, arrays and what they hold as JSON values, with null for every number that is not finite.
 
