@@ -5,20 +5,19 @@ from __future__ import annotations
 import inspect
 import os
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from embedcache.errors import SpecError
-from embedcache.wording import shortened
+from embedcache.wording import did_you_mean, shortened
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+_PLAIN: Mapping[object, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a text"),
     int: ((Integral,), "a whole number"),
     float: ((Real,), "a number"),
@@ -29,7 +28,7 @@ _PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 
-def checks_arguments(*takers: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checks_arguments(*takers: Callable[..., object]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Have a function refuse an argument that it does not have, and one that is not of the kind its annotation says.
 
     Annotations of the function's own classes and of plain kinds are checked; what only type checkers can see is not.
@@ -38,22 +37,23 @@ def checks_arguments(*takers: Callable[..., Any]) -> Callable[[Callable[P, R]], 
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        kinds: dict[str, Any] = {}
+        kinds: dict[str, object] = {}
+        known: set[str] = set()
 
         @wraps(function)
         def call(*arguments: P.args, **named: P.kwargs) -> R:
             if not kinds:  # at the first call: importing a module must cost nothing
-                kinds.update({each.name: _kind(each.annotation, function) for each in signature.parameters.values()})
+                kinds.update({name: _kind(each.annotation, function) for name, each in signature.parameters.items()})
+                both = [each for taker in (function, *takers) for each in inspect.signature(taker).parameters.values()]
+                known.update(each.name for each in both if each.kind not in _MANY)
+            anything = not takers and any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+            if wrong := next((name for name in named if not anything and name not in known), None):
+                hint = did_you_mean(wrong, known)
+                raise SpecError(f"{function.__qualname__} got an unexpected keyword argument {wrong!r}{hint}")
             try:
                 bound = signature.bind(*arguments, **named)
             except TypeError as error:
-                raise SpecError(f"{function.__qualname__} {error}{_near(named, signature, ())}") from None
-            options = next((each.name for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD), None)
-            given = bound.arguments.get(options, {}) if options is not None and takers else {}
-            known = {name for taker in takers for name in inspect.signature(taker).parameters}
-            if wrong := next((name for name in given if name not in known), None):
-                hint = _near({wrong: None}, signature, known)
-                raise SpecError(f"{function.__qualname__} got an unexpected keyword argument {wrong!r}{hint}")
+                raise SpecError(f"{function.__qualname__} {error}") from None
             for name, value in bound.arguments.items():
                 if signature.parameters[name].kind not in _MANY and not _is(value, kinds[name]):
                     expected = _words(kinds[name])
@@ -68,14 +68,7 @@ def checks_arguments(*takers: Callable[..., Any]) -> Callable[[Callable[P, R]], 
 _MANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
-def _near(named: Mapping[str, Any], signature: inspect.Signature, more: Collection[str]) -> str:
-    known = [*signature.parameters, *more]
-    wrong = next((name for name in named if name not in known), None)
-    near = get_close_matches(wrong, known, 1) if wrong is not None else []
-    return f": did you mean {near[0]}?" if near else ""
-
-
-def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
+def _kind(annotation: object, function: Callable[..., object]) -> object:
     """Return what an annotation means, ``Any`` where only a type checker knows."""
     if not isinstance(annotation, str):
         return Any if annotation is inspect.Parameter.empty else annotation
@@ -85,7 +78,7 @@ def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is(value: object, kind: object) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -101,8 +94,10 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, _PLAIN[origin or kind][0]) and not isinstance(value, bool)
     if (origin or kind) in (Sequence, list):
         # An array is as good as a list; what can be walked only once is not.
-        several = isinstance(value, Sequence) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0)
-        return several and not isinstance(value, (str, bytes)) and all(_is(each, inner[0]) for each in value)
+        items: object = value.tolist() if hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0 else value
+        if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
+            return False
+        return all(_is(item, inner[0]) for item in items)
     if (origin or kind) is Iterable:
         return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     if not isinstance(kind, type) or origin is not None:
@@ -118,12 +113,12 @@ def _members(protocol: type) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def _words(kind: Any) -> str:
+def _words(kind: object) -> str:
     words = list(dict.fromkeys(_alternatives(kind)))
     return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
-def _alternatives(kind: Any) -> list[str]:
+def _alternatives(kind: object) -> list[str]:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return [word for each in inner for word in _alternatives(each)]

@@ -14,6 +14,7 @@ _ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Spreadsheets know the wide signs too.
 _FORMULA = re.compile("'*[=+@\\t\\r\\n\uff1d\uff0b\uff0d\uff20-]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
+_SIZE = re.compile(r"([\d.,-]*\d[ %xMGKiB]*)?")
 
 
 def shown(text: object) -> str:
@@ -51,18 +52,28 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
-def did_you_mean(name: object, names: Collection[str]) -> str:
-    """Return `` (did you mean linear?)`` for a name that is close to one of some, else nothing; ends a phrase."""
+def did_you_mean(name: object, names: Iterable[str], *more: str) -> str:
+    """Return `` (did you mean linear?)`` for a name that is close to one of some, else nothing; ends a phrase.
+
+    Case does not count. ``more`` are near in another way.
+    """
     from difflib import get_close_matches  # not before somebody mistypes: the command line starts with this room
 
-    nearest = get_close_matches(str(name), names, 1)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""
+    there = {known.lower(): known for known in names}
+    near = dict.fromkeys([*more, *(there[known] for known in get_close_matches(str(name).lower(), there, 1))])
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return the lines of a table; the columns in ``numbers`` are aligned on the right."""
-    lines = [header, *rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] | None = None) -> list[str]:
+    """Return the lines of a table; the columns in ``numbers`` are aligned on the right, None for those that look so.
+
+    Without a header there is no line below it either. Cells are ``shown``.
+    """
+    rows = [list(map(shown, row)) for row in rows]
+    lines = [list(map(shown, header)), *rows] if header else rows
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if numbers is None:
+        numbers = [column for column in range(len(widths)) if all(_SIZE.fullmatch(row[column]) for row in rows)]
     aligned = [
         [
             cell.rjust(width) if column in numbers else cell.ljust(width)
@@ -70,7 +81,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collect
         ]
         for line in lines
     ]
-    aligned.insert(1, ["-" * width for width in widths])
+    if header:
+        aligned.insert(1, ["-" * width for width in widths])
     return ["  ".join(cells).rstrip() for cells in aligned]
 
 

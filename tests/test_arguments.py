@@ -214,9 +214,9 @@ def test_what_is_said_of_a_wrong_argument() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ec.extract(ROWS, output_dir="x", max_lenght=3), "'max_lenght': did you mean max_length?"),
-        (lambda: ec.extract(ROWS, output_dir="x", text_colum="t"), "'text_colum': did you mean text_column?"),
-        (lambda: load_examples(ROWS, lables="none"), "'lables': did you mean labels?"),
+        (lambda: ec.extract(ROWS, output_dir="x", max_lenght=3), "'max_lenght' (did you mean max_length?)"),
+        (lambda: ec.extract(ROWS, output_dir="x", text_colum="t"), "'text_colum' (did you mean text_column?)"),
+        (lambda: load_examples(ROWS, lables="none"), "'lables' (did you mean labels?)"),
         (lambda: ec.extract(ROWS), "extract missing a required argument: 'output_dir'"),
         (lambda: TrainSpec(epoch=3), "there is no setting 'epoch' (did you mean epochs?)"),
     ],

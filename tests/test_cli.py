@@ -197,7 +197,9 @@ def test_a_missing_and_an_empty_file(extract: Command, tmp_path: Path) -> None:
 
 def test_a_wrong_column(extract: Command) -> None:
     for flag in ("--text-column", "--label-column", "--id-column", "--split-column"):
-        refused(extract(SAMPLE, "-o", "c", flag, "texts"), "has no column 'texts': it has 'text', 'label'")
+        refused(
+            extract(SAMPLE, "-o", "c", flag, "texts"), "no column 'texts' (did you mean text?): it has 'text', 'label'"
+        )
 
 
 def test_a_model_without_weights_and_a_hub_name_offline(command: Command, model: Path, tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_no_cache(command: Command, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["extrct", "x"], "There is no command 'extrct'. Did you mean 'extract'?; see embedcache --help"),
+        (["extrct", "x"], "There is no command 'extrct' (did you mean extract?); see embedcache --help"),
         (["zzz"], "There is no command 'zzz'"),
         (["extract", "--pool", "x"], "No such option '--pool'"),
         (["extract", "x", "-o"], "requires an argument"),

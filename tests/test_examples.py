@@ -375,7 +375,7 @@ def test_columns_are_guessed_and_said(row: dict[str, Any], text: str, label: str
         (
             {"text": "a", "label": 1},
             {"text_column": "Txet"},
-            "it has 'text', 'label'; did you mean 'text'",
+            r"no column 'Txet' \(did you mean text\?\): it has 'text', 'label'",
         ),
         ({"text": "a", "label": 1}, {"label_column": "zzz"}, "no column 'zzz': it has 'text', 'label'$"),
         ({"text": "a", "label": 1}, {"label_column": "text", "text_column": "text"}, "'text' has two roles"),

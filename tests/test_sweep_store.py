@@ -80,8 +80,15 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
         folder.add([result(fold=fold) for fold in range(5)])
     file = path / "results.jsonl"
     lines = file.read_text().splitlines()
-    other = json.dumps({**json.loads(lines[2]), "fold": "two"})
-    for damage in ("{not json", "[]", lines[2][:-10], other, lines[2].replace('"fold":2', '"fold":2,"fold":3'), "\0\0"):
+    others = [json.dumps({**json.loads(lines[2]), "fold": value}) for value in ("two", -1, True, None)]
+    for damage in (
+        "{not json",
+        "[]",
+        lines[2][:-10],
+        *others,
+        lines[2].replace('"fold":2', '"fold":2,"fold":3'),
+        "\0\0",
+    ):
         file.write_text("\n".join([*lines[:2], damage, *lines[3:]]) + "\n")
         before = file.read_bytes()
         with (

@@ -24,7 +24,7 @@ from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION
 from embedcache.train import Masks, TrainingResult, train_head
 from embedcache.train import train_stack as stack_of_rows
-from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, order
+from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, lent, order
 from embedcache.train.data import class_weights, fits_in_memory, labelled_rows_of, moments
 from embedcache.train.loop import Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_biases
@@ -349,6 +349,17 @@ class Scripted:
 
     def keep(self, places: Any) -> None:
         self.alive = [self.alive[place] for place in places]
+
+
+def test_an_array_that_may_not_be_written_is_lent_without_a_copy() -> None:
+    x = np.arange(35, dtype=np.float32).reshape(5, 7)
+    mapped = x[1:, ::2]
+    mapped.flags.writeable = False
+    tensor = lent(mapped)
+    assert tensor.data_ptr() == x[1:].ctypes.data
+    assert lent(x).data_ptr() == x.ctypes.data
+    del x, mapped
+    np.testing.assert_array_equal(tensor.numpy(), np.arange(35).reshape(5, 7)[1:, ::2])
 
 
 def batches(rows: int = 4) -> TensorBatches:

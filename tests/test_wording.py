@@ -104,6 +104,8 @@ def test_the_nearest_name() -> None:
     assert did_you_mean("liner", ["mlp", "linear"]) == " (did you mean linear?)"
     assert did_you_mean("xyz", ["mlp", "linear"]) == ""
     assert did_you_mean(7, {"seven": 7}) == ""
+    assert did_you_mean("LINEAR", ["mlp", "Linear"]) == " (did you mean Linear?)"
+    assert did_you_mean("f1", ["f1_macro", "f11"], "f1_macro") == " (did you mean f1_macro or f11?)"
 
 
 def test_tables() -> None:
@@ -111,4 +113,7 @@ def test_tables() -> None:
     assert lines == ["head     rows", "------  -----", "mlp         7", "linear  1,000"]
     assert table(["a", "b"], []) == ["a  b", "-  -"]
     assert table(["a", ""], [["b", ""]]) == ["a", "-", "b"]
+    sizes = [["\n", "1,000", "7 MiB", "-"], ["mlp", "", "-70 %", "0.5"]]
+    assert table([], sizes) == ["\\n   1,000  7 MiB  -", "mlp         -70 %  0.5"], "the right aligned by their looks"
+    assert table(["a", "b"], [["1", "xyz"]], []) == ["a  b", "-  ---", "1  xyz"]
     assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]

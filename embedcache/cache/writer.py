@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +24,11 @@ from embedcache.errors import (
     InputError,
 )
 from embedcache.fingerprint import canonical_json, sha256_bytes
-from embedcache.journal import LOCK, TEMPORARY, explained, lock, make_folder, make_output
+from embedcache.journal import explained, refuse_foreign, writing
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import FILE_NAME, Array, Column, FeatureSet, ShardFile, StoredRows, build, publish
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
-
-_TEMPORARY = re.compile(r"\.(manifest\.json|\d{6,9}-[0-9a-f]{16}\.h5)" + TEMPORARY)
 
 
 class CacheWriter:
@@ -56,11 +53,8 @@ class CacheWriter:
         with explained(f"cannot read {self.path}"):
             # Refuses another spec or a directory of something else before writing anything.
             fresh = self._read() is None
-        make_output(self.path, fresh=fresh)
-        for name in manifests.FOLDERS:
-            make_folder(self.path / name)
-        self._lock = lock(self.path)
-        try:
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(writing(self.path, parts=manifests.FOLDERS, fresh=fresh))
             with explained(f"cannot read {self.path}"):
                 existing = self._read()
                 self._manifest = existing or self._manifest
@@ -68,9 +62,7 @@ class CacheWriter:
             if existing is None:
                 self._commit(self._manifest)
             self._keys = [stored_keys(StoredShard.all_of(self.path, self._manifest))]
-        except BaseException:
-            self.__exit__()
-            raise
+            self._lock = opening.pop_all()
         return self
 
     def _read(self) -> Manifest | None:
@@ -78,8 +70,7 @@ class CacheWriter:
         try:
             manifest = manifests.read(self.path)
         except CacheNotFoundError:
-            if self.path.exists():
-                refuse_foreign(self.path)
+            self._refuse_foreign()
             return None
         if manifest.newer is not None:
             raise CacheError(f"{self.path} was written in format {manifest.newer}: upgrade embedcache to write to it")
@@ -269,34 +260,30 @@ class CacheWriter:
             raise CacheError(f"{self.path} is not open for writing: use the writer in a with block")
 
     def _remove_strays(self) -> None:
-        """Remove what a killed writer can have left: temporaries, and what it published but did not come to name.
+        """Remove what a killed writer has published but did not come to name.
 
         Anything else that the manifest does not name is left alone: it may be what is left of a better manifest.
         """
         named = {(folder, file.name) for folder, file in self._manifest.files()}
-        for folder in ("", *manifests.FOLDERS):
+        for folder in manifests.FOLDERS:
             for path in (self.path / folder).iterdir():
-                stray = folder != "" and FILE_NAME.fullmatch(path.name) and (folder, path.name) not in named
+                stray = FILE_NAME.fullmatch(path.name) and (folder, path.name) not in named
                 if stray and folder == "features":
                     stray = int(path.name.split("-")[0]) == len(self._manifest.shards)
-                if (stray or _TEMPORARY.fullmatch(path.name)) and not path.is_dir():
+                if stray and not path.is_dir():
                     with contextlib.suppress(OSError):
                         os.unlink(path)
 
-
-def refuse_foreign(path: Path) -> None:
-    """Raise ``CacheError`` unless a path without a manifest may become a cache: empty, or of a killed first run."""
-    if not path.is_dir():
-        raise CacheError(f"{path} is a file: choose a new or an empty directory")
-    for inside in path.iterdir():
-        if inside.name in manifests.FOLDERS and inside.is_dir() and not inside.is_symlink():
-            if any(FILE_NAME.fullmatch(file.name) for file in inside.iterdir()):
+    def _refuse_foreign(self) -> None:
+        """Raise ``CacheError`` unless a path without a manifest may become a cache: empty, or of a killed first run."""
+        refuse_foreign(self.path, "a feature cache", manifests.NAME, manifests.FOLDERS)
+        for folder in manifests.FOLDERS:
+            inside = self.path / folder
+            if inside.is_dir() and any(FILE_NAME.fullmatch(file.name) for file in inside.iterdir()):
                 raise CacheError(
-                    f"{path} holds {inside.name} but no {manifests.NAME}: "
+                    f"{self.path} holds {folder} but no {manifests.NAME}: "
                     "restore that from a copy, or choose another directory"
                 )
-        elif not _TEMPORARY.fullmatch(inside.name) and inside.name != LOCK:
-            raise CacheError(f"{path} exists and is not a feature cache: choose a new or an empty directory")
 
 
 def refuse_misfit(name: str, array: Array, column: Column) -> None:

@@ -19,7 +19,7 @@ import click
 from embedcache.cli import caches, checks, heads, sweeps
 from embedcache.errors import EmbedcacheError, EmbedcacheWarning, Interrupted
 from embedcache.version import __version__
-from embedcache.wording import shown
+from embedcache.wording import did_you_mean, shown
 
 
 class Commands(click.Group):
@@ -35,11 +35,7 @@ class Commands(click.Group):
         """Find the command, or name the nearest one there is."""
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, self.list_commands(ctx), 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"There is no command {name!r}.{hint}", ctx)
+            raise click.UsageError(f"There is no command {name!r}{did_you_mean(name, self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 
 

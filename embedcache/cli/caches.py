@@ -14,11 +14,10 @@ from embedcache.cli.options import (
     print_json,
     read_examples,
     say,
-    table,
     trust_option,
     untrusted_option,
 )
-from embedcache.wording import counted, shown
+from embedcache.wording import counted, shown, table
 
 
 @click.command(short_help="Run the backbone once over INPUT, into CACHE.")
@@ -150,14 +149,14 @@ def describe_text(facts: dict[str, Any]) -> str:
             for at, name in enumerate(facts["class_names"])
         ]
         rows.append(["all", *(f"{splits[split]['rows']:,}" for split in splits)])
-        lines += ["", table(rows, ["class", *splits])]
+        lines += ["", *table(["class", *splits], rows)]
     else:
-        lines += ["", table([[split, f"{splits[split]['rows']:,}"] for split in splits], ["split", "rows"])]
+        lines += ["", *table(["split", "rows"], [[split, f"{splits[split]['rows']:,}"] for split in splits])]
     sets = [
         [each["name"], each["kind"], str(each["dim"]), str(each["layers"]), each["dtype"]]
         for each in facts["feature_sets"]
     ]
-    lines += ["", table(sets, ["feature set", "kind", "dim", "layers", "stored as"])]
+    lines += ["", *table(["feature set", "kind", "dim", "layers", "stored as"], sets)]
     backbone = facts["spec"].get("backbone", {})
     if backbone:
         how = f"computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"
@@ -305,7 +304,7 @@ def env(as_json: bool) -> None:
         facts["mps"] = torch.backends.mps.is_available()
     if as_json:
         return print_json(facts)
-    say(table([[name, str(value)] for name, value in facts.items()]))
+    say("\n".join(table([], [[name, str(value)] for name, value in facts.items()])))
 
 
 COMMANDS = (extract, info, verify, relabel, merge, env)

@@ -16,7 +16,6 @@ from embedcache.cli.options import (
     read_examples,
     say,
     setting_option,
-    table,
     trust_option,
     untrusted_option,
 )
@@ -176,7 +175,7 @@ def compare(
     )  # fmt: skip
     if as_json:
         return print_json(found.to_json())
-    say(found.to_text(table))
+    say(found.to_text())
     say(f"\nsaved in {where}: comparison.md, comparison.json and, with matplotlib, comparison.svg")
 
 

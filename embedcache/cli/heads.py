@@ -19,12 +19,11 @@ from embedcache.cli.options import (
     print_json,
     say,
     several,
-    table,
     training_options,
     trust_option,
     untrusted_option,
 )
-from embedcache.wording import cell, counted, json_shown, page, shown
+from embedcache.wording import cell, counted, json_shown, page, shown, table
 
 if TYPE_CHECKING:
     from embedcache.heads import TrainedHead
@@ -133,7 +132,7 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     first = metrics[splits[0]]
     names = [name for name, value in first.items() if isinstance(value, (int, float)) or value is None]
     rows = [[name, *(_number(metrics[split].get(name)) for split in splits)] for name in names]
-    return table(rows, ["metric", *splits])
+    return "\n".join(table(["metric", *splits], rows))
 
 
 def _number(value: object) -> str:
@@ -179,7 +178,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
     for part in ("per_class", "per_target"):
         if rows := measured.get(part):
             cells = [[each if isinstance(each, str) else _number(each) for each in row.values()] for row in rows]
-            say("\n" + table([[shown(row[0]), *row[1:]] for row in cells], list(rows[0])))
+            say("\n".join(["", *table(list(rows[0]), cells)]))
     if missing := measured.get("missing_classes"):
         say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from embedcache.spec import HeadSpec, TrainSpec, declared
-from embedcache.wording import json_shown, page, shown
+from embedcache.wording import json_shown, page
 
 if TYPE_CHECKING:
     from embedcache.dataset import Examples
@@ -202,26 +202,3 @@ def print_json(value: object) -> None:
 def say_json(text: str, *, nl: bool = True) -> None:
     """Print JSON, in escapes where stdout could not hold it."""
     click.echo(json_shown(text, getattr(sys.stdout, "encoding", None)), file=sys.stdout, nl=nl)
-
-
-def table(rows: list[list[str]], header: list[str] | None = None) -> str:
-    """Lay out rows in columns: text to the left, numbers to the right."""
-    rows = [[shown(cell) for cell in row] for row in rows]
-    header = header and [shown(cell) for cell in header]
-    whole = ([header] if header else []) + rows
-    widths = [max(len(row[at]) for row in whole) for at in range(len(whole[0]))]
-    numeric = [all(_is_number(row[at]) for row in rows) for at in range(len(whole[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in whole
-    ]
-    if header:
-        lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    return not cell or cell.replace(",", "").rstrip(" %xMGKiB").replace(".", "").replace("-", "").isdigit()

@@ -28,7 +28,7 @@ from embedcache.compare.measurements import Extraction, Training
 from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
 from embedcache.train.metrics import resampled_scores, score
-from embedcache.wording import counted, shown
+from embedcache.wording import counted, shown, table
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class Comparison:
             )
         return notes
 
-    def to_text(self, table: Callable[[list[list[str]], list[str]], str]) -> str:
-        """Lay it out for a terminal, by a function (rows, header) -> text."""
-        below = [*self.sentences(), "", *self.notes]
-        return "\n".join([table(self.cells(), self.header()), "", *map(shown, below)])
+    def to_text(self) -> str:
+        """Lay it out for a terminal."""
+        lines = [*table(self.header(), self.cells()), "", *self.sentences(), "", *self.notes]
+        return "\n".join(map(shown, lines))
 
     def to_markdown(self) -> str:
         """Lay it out as Markdown, with the recipes."""

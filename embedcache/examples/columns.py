@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from embedcache.examples.formats import FORMATS, Format
 from embedcache.examples.source import Source
 from embedcache.examples.splits import is_standard, parse_split
 from embedcache.spec import TASKS, TaskName
+from embedcache.wording import did_you_mean
 
 # What `load_examples` is asked to do, checked once.
 
@@ -160,10 +160,8 @@ def _check(sources: Sequence[Source], roles: Roles, options: ReadingOptions) -> 
 def _require(source: Source, name: str) -> None:
     if name in source.columns:
         return
-    lower = {column.lower(): column for column in source.columns}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    meant = f"; did you mean {lower[near[0]]!r}?" if near else ""
-    raise InputError(f"{source.name} has no column {name!r}: it has {_listed(source)}{meant}")
+    hint = did_you_mean(name, source.columns)
+    raise InputError(f"{source.name} has no column {name!r}{hint}: it has {_listed(source)}")
 
 
 def _listed(source: Source) -> str:

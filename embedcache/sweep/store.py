@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.decoding import from_json
 from embedcache.errors import SweepError
 from embedcache.fingerprint import canonical_json, differences, hash_json, read_json, strict_json
 from embedcache.journal import (
@@ -68,22 +69,9 @@ class Result:
         """Configuration, fold, point of a learning curve."""
         return self.id, self.fold, self.curve
 
-    @classmethod
-    def from_json(cls, value: object) -> Result:
-        """Read a line. Raises ``ValueError`` for anything else."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(value, dict) or set(value) != set(names):
-            raise ValueError("its fields are not those of a result")
-        texts, counts = ("id", "candidate", "feature"), ("fold", "repeat", "train_rows", "eval_rows", "parameters")
-        numbers = ("score", "seconds", "epochs", "curve")
-        fine = all(isinstance(value[name], str) for name in texts)
-        fine &= all(isinstance(value[name], int) and value[name] >= 0 for name in counts)
-        fine &= all(value[name] is None or isinstance(value[name], (int, float)) for name in numbers)
-        fine &= all(isinstance(value[name], dict) for name in ("metrics", "head", "train"))
-        fine &= value["error"] is None or isinstance(value["error"], str)
-        if not fine:
-            raise ValueError("a field has an impossible value")
-        return cls(**value)
+    def __post_init__(self) -> None:
+        if min(self.fold, self.repeat, self.train_rows, self.eval_rows, self.parameters) < 0:
+            raise ValueError("counts less than nothing")
 
 
 class SweepFolder:
@@ -186,7 +174,7 @@ class SweepFolder:
 
 def _journal(path: Path) -> Journal[Result]:
     return Journal(
-        path / "results.jsonl", lambda line: Result.from_json(strict_json(line)),
+        path / "results.jsonl", lambda line: from_json(Result, strict_json(line)),
         lambda result: canonical_json(asdict(result)), SweepError, "what it held is computed again",
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -85,19 +84,17 @@ def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> It
         yield inside, generator.permutation(len(inside))
 
 
-_QUIET = threading.Lock()
+class _Lent:
+    """An array that says it may be written. torch warns of one that may not, and no thread can silence it alone."""
+
+    def __init__(self, x: Array) -> None:
+        self.x = x  # kept as long as the tensor is
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.__array_interface__["data"][0], False)}
 
 
 def lent(x: Array) -> Tensor:
-    """Return an array as a tensor, without a copy.
-
-    torch warns of arrays that may not be written, such as mapped ones; features are never written.
-    """
-    if x.flags.writeable:
-        return torch.from_numpy(x)
-    with _QUIET, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(x)
+    """Return an array as a tensor, without a copy; one that is mapped too, for features are never written."""
+    return torch.from_numpy(x if x.flags.writeable else np.asarray(_Lent(x)))
 
 
 class TensorBatches:
@@ -131,10 +128,6 @@ class RaggedBatches:
             yield Batch(x, mask, torch.from_numpy(rows).to(self._device))
 
 
-def _owned(x: Array) -> Tensor:
-    return torch.from_numpy(x if x.flags.writeable else x.copy())  # warnings cannot be silenced in one thread alone
-
-
 class DiskBatches:
     """Features that stay on disk: block-shuffled windows, one trained on while the next is read."""
 
@@ -164,7 +157,7 @@ class DiskBatches:
             try:
                 for rows, shuffled in block_order(len(self._x), self._seed, number, self._window, self._block):
                     # No name may keep a window here: the next one is read while this one trains.
-                    if not put((rows, shuffled, _owned(self._x.read(rows)))):
+                    if not put((rows, shuffled, lent(self._x.read(rows)))):
                         return
                 put(None)
             except BaseException as error:  # handed to the thread that can act on it

@@ -16,7 +16,7 @@ import small_caches
 from power import Disk, Node, policies
 
 from embedcache import journal, shard
-from embedcache.cache import CacheWriter, files, manifest, writer
+from embedcache.cache import CacheWriter, files, manifest
 from embedcache.errors import CacheNotFoundError
 
 
@@ -117,7 +117,7 @@ def no_sync_of_directories(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_sync_of_new_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "make_output", lambda path, fresh: path.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(journal, "make_output", lambda path, kind, fresh: path.mkdir(parents=True, exist_ok=True))
 
 
 def no_sync_of_files(monkeypatch: pytest.MonkeyPatch) -> None:

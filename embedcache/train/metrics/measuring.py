@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from statistics import NormalDist
 from typing import Any
 
@@ -25,6 +24,7 @@ from embedcache.train.metrics.formulas import (
     mean_defined,
     weighted_mean,
 )
+from embedcache.wording import did_you_mean
 
 # Which metrics there are.
 
@@ -96,8 +96,7 @@ def metric_named(name: str, task: Task | TaskName) -> Metric:
         return metric
     there = metrics_of(task)
     # A part of the name counts as near too: accuracy is subset_accuracy where rows have several labels.
-    near = [known for known in there if name in known] + get_close_matches(name, there, 2)
-    hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
+    hint = did_you_mean(name, there, *(known for known in there if name in known))
     what = "there is no metric" if metric is None else f"{task} has no metric"
     raise SpecError(f"{what} {name!r}{hint}: expected one of {', '.join(there)}")
 
