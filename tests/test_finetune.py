@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from embedcache.backbone import FrozenModel, TextBackbone, compute_features, load_backbone
+from embedcache.backbone import FrozenModel, LoadedBackbone, compute_features, load_backbone
 from embedcache.backbone.text import TextPreparation, Texts
 from embedcache.batching import ShapePolicy
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
@@ -93,7 +93,7 @@ class Wobbly(nn.Module):
         return SimpleNamespace(last_hidden_state=x)
 
 
-def wobbly(folder: Path) -> TextBackbone:
+def wobbly(folder: Path) -> LoadedBackbone:
     torch.manual_seed(3)
     identity = {
         "backbone": {"architecture": "Wobbly"},

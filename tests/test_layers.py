@@ -21,7 +21,7 @@ LAYERS = (
     ("version", "wording"),
     ("errors",),
     ("journal", "arguments", "decoding"),
-    ("fingerprint", "pooling", "batching", "shard"),
+    ("fingerprint", "pooling", "batching", "shard", "pictures"),
     ("spec",),
     ("task", "features"),
     ("numerics",),

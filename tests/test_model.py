@@ -47,6 +47,8 @@ class Pictures:
 
     given = "pixels"
     probe_rows = ()
+    poolings = ("cls", "mean", "max", "last", "pooler", "tokens")
+    prepared_bytes = 0
 
     def __init__(self, tokens: int = PATCHES + 1) -> None:
         self.tokens = tokens

@@ -21,7 +21,7 @@ from tiny_models import TEXTS
 import embedcache as ec
 import embedcache.backbone.compute as backbone_probe
 import embedcache.backbone.text as backbone_text
-from embedcache.backbone import FrozenModel, TextBackbone, load_backbone, probe_of
+from embedcache.backbone import FrozenModel, LoadedBackbone, load_backbone, probe_of
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli as main
 from embedcache.errors import CorruptCacheError, NumericsMismatchError
@@ -36,7 +36,7 @@ def folder(tiny: Callable[[str], Path]) -> Path:
     return tiny("bert")
 
 
-def load(folder: Path, **settings: Any) -> TextBackbone:
+def load(folder: Path, **settings: Any) -> LoadedBackbone:
     return load_backbone(str(folder), features=FEATURES, device="cpu", **settings)
 
 
@@ -51,7 +51,7 @@ def other_versions(monkeypatch: pytest.MonkeyPatch, version: str = "0.0.1") -> N
     monkeypatch.setattr(FrozenModel, "probe_versions", property(lambda self: versions))
 
 
-def nudge(backbone: TextBackbone, ulps: int = 1 << 10) -> TextBackbone:
+def nudge(backbone: LoadedBackbone, ulps: int = 1 << 10) -> LoadedBackbone:
     """Change one weight a little, as no file of the model would show it."""
     with torch.no_grad():
         weight = next(each for name, each in backbone.network.named_parameters() if name.endswith("dense.weight"))

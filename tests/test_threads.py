@@ -19,7 +19,7 @@ import torch
 from tiny_models import WORDS
 
 from embedcache import FeatureCache, extract
-from embedcache.backbone import TextBackbone, Workers, compute_features, load_backbone, probe_of, processes, threads
+from embedcache.backbone import LoadedBackbone, Workers, compute_features, load_backbone, probe_of, processes, threads
 from embedcache.backbone.model import Recipe
 from embedcache.batching import plan
 from embedcache.errors import BackboneError
@@ -32,7 +32,7 @@ MODELS = ("minilm", "bert", "gpt2", "modernbert")
 Texts = list[dict[str, str]]
 
 
-def planted(folder: Path, dtype: str, **settings: Any) -> TextBackbone:
+def planted(folder: Path, dtype: str, **settings: Any) -> LoadedBackbone:
     """A backbone whose features show with how many threads they were computed."""
     backbone = load_backbone(str(folder), features=["mean", "cls"], compute_dtype=dtype, device="cpu", **settings)
 

@@ -30,7 +30,7 @@ from embedcache.backbone.folder import (
     resolve_model,
     weight_files,
 )
-from embedcache.backbone.load import TextBackbone, load_again, load_backbone
+from embedcache.backbone.load import LoadedBackbone, load_again, load_backbone
 from embedcache.backbone.model import FrozenModel, Inputs
 from embedcache.backbone.processes import Workers, workers
 from embedcache.backbone.text import Tokens, text_inputs
@@ -42,9 +42,9 @@ __all__ = [
     "FeatureArrays",
     "FrozenModel",
     "Inputs",
+    "LoadedBackbone",
     "Prepared",
     "SentenceTransformerSettings",
-    "TextBackbone",
     "Tokens",
     "Workers",
     "choose_device",

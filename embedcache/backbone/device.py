@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 POSITIONS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
 """Positions a batch, by device: on 2 CPU cores 1,024 is as fast as more and wastes least on dummy rows."""
 
+IMAGES = {"cpu": 32, "cuda": 128, "mps": 32}
+"""Images a batch, by device."""
+LARGE_NETWORK = 150_000_000
+"""Parameters from which on a batch on CPU has half as many: ViT-L and its like take seconds for each pass."""
+
+
+def images_a_batch(network: torch.nn.Module, device: str) -> int:
+    """Return how many images are a batch, where nobody has said."""
+    kind = device.split(":")[0]
+    large = sum(parameter.numel() for parameter in network.parameters()) >= LARGE_NETWORK
+    return IMAGES[kind] // 2 if large and kind == "cpu" else IMAGES[kind]
+
 
 def choose_device(device: str = "auto") -> str:
     """Return ``cuda``, ``mps`` or ``cpu``; ``auto`` takes the first there is. Raises ``BackboneError`` when absent."""

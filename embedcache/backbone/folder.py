@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "bpe.codes",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 HUB_SECONDS = 10.0
 """How long the hub may take to answer, before what is on this machine has to do."""
@@ -189,6 +190,16 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
             "(tokenizer.save_pretrained(folder) writes them)"
         )
     return files
+
+
+def contents_read(folder: Path) -> tuple[str, ...]:
+    """Return what a folder's model can be given, by the files beside it: ``text``, ``image`` or both, texts first."""
+    tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    there = [read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()]
+    keys = ("image_processor", "image_processor_type", "image_mean", "do_resize")
+    # feature extractors of pictures were called so before; those of sound have the same files
+    image = any(any(key in config for key in keys) for config in there)
+    return ("text",) * tokenizer + ("image",) * image
 
 
 def config_hash(folder: Path) -> str:

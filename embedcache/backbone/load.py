@@ -1,4 +1,4 @@
-"""A model's folder -> a frozen backbone of texts, its identity, and proof that it behaves.
+"""A model's folder -> a frozen backbone of texts or images, its identity, and proof that it behaves.
 
 Some architectures read padding although there is a mask (a Fourier transform or a convolution along the text, means
 over segments of it), some let the rows of a batch compete, and some draw random numbers in every pass. No config says
@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, threads
+from embedcache.backbone.device import POSITIONS, choose_device, images_a_batch, needs_spare_row, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
     config_hash,
+    contents_read,
     lower_cases,
     model_name,
     refuse_changed,
@@ -28,8 +29,10 @@ from embedcache.backbone.folder import (
     tokenizer_files,
     weight_files,
 )
-from embedcache.backbone.model import FrozenModel, Outputs, Recipe
-from embedcache.backbone.network import has_adapter, identity_of, load_network, quiet
+from embedcache.backbone.model import FrozenModel, Outputs, P, Recipe
+from embedcache.backbone.network import has_adapter, identity_of, load_network, load_tower, quiet
+from embedcache.backbone.pictures import Pictures, Pixels, refuse_misbehaving
+from embedcache.backbone.processor import load_processor
 from embedcache.backbone.text import TextPreparation, Texts, Tokens, length_limit, load_tokenizer, text_inputs
 from embedcache.batching import ShapePolicy
 from embedcache.errors import BackboneError, SpecError
@@ -160,8 +163,8 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return float(((one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-12)).max())
 
 
-TextBackbone = FrozenModel[Tokens]
-"""A frozen model whose rows are texts."""
+LoadedBackbone = FrozenModel[Any]
+"""A frozen model whose rows are texts or images: ``FrozenModel[Tokens]`` or ``FrozenModel[Pixels]``."""
 
 
 @checks_arguments()
@@ -180,16 +183,19 @@ def load_backbone(
     policy: Mapping[str, int] | None = None,
     positions: int | None = None,
     pass_threads: int | None = None,
+    content: str | None = None,
+    resize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> TextBackbone:
-    """Load a Hugging Face text encoder, frozen and in eval mode.
+) -> LoadedBackbone:
+    """Load a Hugging Face encoder of texts or of images, frozen and in eval mode.
 
     Args:
         model: a local folder, a hub name, or None for the packaged default.
         features: feature sets in the written form of ``FeatureSpec``; ``auto`` follows the folder's own
-            sentence-transformers files, and without them is ``mean`` (``last`` for a decoder).
-        max_length: longest row in tokens; None takes the folder's or the model's own limit.
+            sentence-transformers files, and without them is ``mean`` (``last`` for a decoder). For images it is the
+            class token, and without one the network's own pooler, or else ``mean``.
+        max_length: longest text in tokens; None takes the folder's or the model's own limit.
         truncation_side: ``right`` keeps the beginning of a longer text, ``left`` its end.
         prompt: put before every text; None takes the folder's default prompt, usually none.
         compute_dtype: ``float32``, ``bfloat16`` or ``float16``: what the weights are held and multiplied in.
@@ -198,9 +204,13 @@ def load_backbone(
         compiled: run through ``torch.compile``: faster after about 15 s; results differ in the last bits.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         policy: canonical shapes as ``ShapePolicy.to_json`` gives them, such as an existing cache's.
-        positions: positions in a batch, where ``policy`` is not given; None for the device's default.
+        positions: tokens or images in a batch, where ``policy`` is not given; None for the device's default.
         pass_threads: threads that one pass has on a CPU, where ``policy`` is not given; None for 1. Kernels add up
             otherwise with another number, so it decides bits; cores are filled by passes side by side.
+        content: ``text`` or ``image``; None is text where the folder has a tokenizer. Of a model that reads both, such
+            as CLIP, ``image`` takes the vision tower.
+        resize: how images become the size that the network reads: ``crop``, ``pad`` or ``squash``; None does as the
+            model's own processor.
         revision: the hub's branch, tag or commit.
         trust_remote_code: run Python that comes with the model.
 
@@ -211,13 +221,37 @@ def load_backbone(
     """
     asked = BackboneSettings(
         tuple(features), max_length, truncation_side, prompt, compute_dtype, storage_dtype, attention, compiled,
-        policy, positions, pass_threads,
+        policy, positions, pass_threads, content, resize,
     )  # fmt: skip
     asked.refuse_impossible()
-    return _load_texts(ModelSource(model_name(model), revision, device, trust_remote_code), asked)
+    source = ModelSource(model_name(model), revision, device, trust_remote_code)
+    folder = resolve_model(source.model, source.revision)
+    if _content(folder, str(source.model or DEFAULT_MODEL), asked) == "image":
+        return _load_images(folder, source, asked)
+    return _load_texts(folder, source, asked)
 
 
-def load_again(settings: BackboneSettings, source: ModelSource, made_with: ModelSource, whose: str) -> TextBackbone:
+def _content(folder: Path, name: str, asked: BackboneSettings) -> str:
+    """Return what is to be read: ``text`` or ``image``. Raises ``SpecError`` for settings of the other."""
+    there = contents_read(folder)
+    kind = asked.content or next(iter(there), "text")
+    if kind not in there and there:
+        needed = {"text": "tokenizer (tokenizer.json)", "image": "image processor (preprocessor_config.json)"}[kind]
+        raise BackboneError(
+            f"{name} reads {_PLURAL[there[0]]}, not {_PLURAL[kind]}, as its folder has no {needed}: "
+            f"name a model that reads {_PLURAL[kind]} with --model"
+        )
+    of_texts = {"max_length": asked.max_length, "prompt": asked.prompt}
+    of_others = {"resize": asked.resize} if kind == "text" else of_texts
+    if wrong := [setting for setting, value in of_others.items() if value is not None]:
+        raise SpecError(f"{wrong[0]} is given, and {name} reads {_PLURAL[kind]}: leave it out")
+    return kind
+
+
+_PLURAL = {"text": "texts", "image": "images"}
+
+
+def load_again(settings: BackboneSettings, source: ModelSource, made_with: ModelSource, whose: str) -> LoadedBackbone:
     """Load the backbone that once made features, with the settings that were recorded.
 
     ``source`` says where it is now; what it leaves open is as in ``made_with``. ``whose`` begins the sentence that a
@@ -232,9 +266,8 @@ def load_again(settings: BackboneSettings, source: ModelSource, made_with: Model
         raise BackboneError(f"{error}; {whose} {here.model}: say where it is now with --model") from None
 
 
-def _load_texts(source: ModelSource, asked: BackboneSettings) -> TextBackbone:
+def _load_texts(folder: Path, source: ModelSource, asked: BackboneSettings) -> FrozenModel[Tokens]:
     """Load a model of texts. Settings are decided in this order: asked for, the folder's own, the model's."""
-    folder = resolve_model(source.model, source.revision)
     name, device = str(source.model or DEFAULT_MODEL), choose_device(source.device)
     before = stamp(folder)
     weights, files, config = weight_files(folder), tokenizer_files(folder), config_hash(folder)
@@ -247,16 +280,12 @@ def _load_texts(source: ModelSource, asked: BackboneSettings) -> TextBackbone:
     preparation = TextPreparation(limit, str(asked.truncation_side), _prompt(name, asked, own), lower_cases(folder))
     texts = Texts(tokenizer, preparation, network, name)
     causal = own is None and "auto" in asked.features and reads_from_left_to_right(network, texts)
-    specs = _feature_specs(asked.features, own, causal)
+    specs = _feature_specs(asked.features, FeatureSpec(own.pooling, (-1,), own.normalize) if own else _fallback(causal))
     shapes = _shapes(asked, limit, device)
     identity = {
         "backbone": _network_identity(folder, network, config, weights, code=source.trust_remote_code),
         "preprocessing": preparation.to_json(files),
-        "compute_dtype": dtype,
-        "storage_dtype": asked.storage_dtype,
-        "attention": str(getattr(network.config, "_attn_implementation", None) or "eager"),
-        "execution": "compiled" if asked.compiled else "eager",
-        "shapes": shapes.to_json(),
+        **_settings_identity(asked, network, shapes),
     }
     refuse_changed(folder, before, name)  # else the hashes may be of other weights than those that run
     provenance = _provenance(name, source.revision or _commit(folder), device)
@@ -264,16 +293,70 @@ def _load_texts(source: ModelSource, asked: BackboneSettings) -> TextBackbone:
     refuse_misbehaviour(
         lambda ids, mask: model.outputs(text_inputs(ids, mask)), network, texts, longest=shapes.max_length
     )
+    settings = replace(asked, max_length=limit, prompt=preparation.prompt)
+    return _finished(model, asked, Recipe(_found_at(folder, device, source), settings))
+
+
+def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> FrozenModel[Pixels]:
+    """Load a model of images, with its own processor."""
+    import torch
+
+    name, device, trust = str(source.model or DEFAULT_MODEL), choose_device(source.device), source.trust_remote_code
+    before = stamp(folder)
+    weights, config = weight_files(folder), config_hash(folder)
+    processor = load_processor(folder, name, asked.resize, trust)
+    network, pooler, projection = load_tower(folder, name, str(asked.compute_dtype), asked.attention, trust)
+    network.to(device)
+    if projection is not None:
+        projection.to(device)
+    pictures = Pictures(processor, network, name)
+    outputs = pictures.study(network)
+    if pictures.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    pooled = pooler and getattr(outputs, "pooler_output", None) is not None
+    auto = "cls" if pictures.skip and projection is None else "pooler" if pooled else "mean"
+    specs = _feature_specs(asked.features, FeatureSpec(auto))
+    shapes = _shapes(replace(asked, positions=asked.positions or images_a_batch(network, device)), 1, device)
+    identity = {
+        "backbone": _network_identity(folder, network, config, weights, code=trust),
+        "preprocessing": pictures.to_json(),
+        **_settings_identity(asked, network, shapes),
+    }
+    refuse_changed(folder, before, name)
+    provenance = _provenance(name, source.revision or _commit(folder), device)
+    model = FrozenModel(
+        network, pictures, specs, shapes, identity, provenance=provenance, pooler=pooler, projection=projection
+    )
+    if outputs is not None:
+        pictures.count_patches(specs, outputs)
+    refuse_misbehaving(model, pictures)
+    return _finished(model, asked, Recipe(_found_at(folder, device, source), replace(asked, content="image")))
+
+
+def _finished(model: FrozenModel[P], asked: BackboneSettings, recipe: Recipe) -> FrozenModel[P]:
+    """Compile a model where that was asked for, and note how it is made again."""
     if asked.compiled:
         model.compile()
-    model.recipe = Recipe(
-        ModelSource(str(folder), device=device, trust_remote_code=source.trust_remote_code),
-        replace(
-            asked, features=tuple(spec.name for spec in specs), max_length=limit, prompt=preparation.prompt,
-            shapes=shapes.to_json(), positions=None, pass_threads=None,
-        ),
+    decided = replace(
+        recipe.settings, features=tuple(spec.name for spec in model.specs), shapes=model.policy.to_json(),
+        positions=None, pass_threads=None,
     )  # fmt: skip
+    model.recipe = Recipe(recipe.source, decided)
     return model
+
+
+def _found_at(folder: Path, device: str, source: ModelSource) -> ModelSource:
+    return ModelSource(str(folder), device=device, trust_remote_code=source.trust_remote_code)
+
+
+def _settings_identity(asked: BackboneSettings, network: torch.nn.Module, shapes: ShapePolicy) -> dict[str, object]:
+    return {
+        "compute_dtype": asked.compute_dtype,
+        "storage_dtype": asked.storage_dtype,
+        "attention": str(getattr(network.config, "_attn_implementation", None) or "eager"),
+        "execution": "compiled" if asked.compiled else "eager",
+        "shapes": shapes.to_json(),
+    }
 
 
 def _own_settings(folder: Path, asked: BackboneSettings) -> SentenceTransformerSettings | None:
@@ -327,11 +410,11 @@ def _network_identity(
     return identity
 
 
-def _feature_specs(
-    features: Sequence[str], own: SentenceTransformerSettings | None, decoder: bool
-) -> tuple[FeatureSpec, ...]:
-    fallback = FeatureSpec("last" if decoder else "mean")
-    auto = FeatureSpec(own.pooling, (-1,), own.normalize) if own else fallback
+def _fallback(decoder: bool) -> FeatureSpec:
+    return FeatureSpec("last" if decoder else "mean")
+
+
+def _feature_specs(features: Sequence[str], auto: FeatureSpec) -> tuple[FeatureSpec, ...]:
     specs = tuple(auto if text == "auto" else FeatureSpec.parse(text) for text in features)
     if not specs:
         raise SpecError("no feature set was asked for: expected at least one pooling, such as mean")

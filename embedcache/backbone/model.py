@@ -26,24 +26,36 @@ class Inputs:
     """What one pass is given: B rows laid out at a canonical shape.
 
     ``arguments`` are the network's own, by name. ``mask`` int64 [B, T] is 1 where a hidden state belongs to a row and
-    0 where it is padding; None where all belong, as an image's patches do.
+    0 where it is padding; None where all belong, as an image's patches do. The first ``skip`` hidden states are an
+    image's class and register tokens: ``cls`` reads the first of them, every other pooling what stands behind them.
     """
 
     arguments: Mapping[str, Tensor]
     mask: Tensor | None = None
+    skip: int = 0
 
     def to(self, device: torch.device) -> Inputs:
         """Return the same on a device."""
         moved = {name: tensor.to(device) for name, tensor in self.arguments.items()}
-        return Inputs(moved, None if self.mask is None else self.mask.to(device))
+        return Inputs(moved, None if self.mask is None else self.mask.to(device), self.skip)
 
 
 class Content(Protocol[P]):
-    """One kind of content: how rows become what a network is given. ``Texts`` is one, images will be another."""
+    """One kind of content: how rows become what a network is given. ``Texts`` is one, ``Pictures`` is another."""
 
     @property
     def given(self) -> str:
         """What the network is given, in words for messages: token ids and a mask."""
+        ...
+
+    @property
+    def poolings(self) -> Sequence[str]:
+        """The poolings that make sense of it, if the network has what they read."""
+        ...
+
+    @property
+    def prepared_bytes(self) -> int:
+        """How many bytes a prepared row takes, where that is more than its content does; else 0."""
         ...
 
     @property
@@ -89,7 +101,7 @@ class FrozenModel(Generic[P]):
 
     ``network`` is the plain module, also where passes are compiled; ``specs`` are the feature sets as asked for;
     ``identity`` is all of a cache's spec but the feature sets, which are added here. ``pooler`` says whether the
-    network's own pooler has trained weights.
+    network's own pooler has trained weights; ``projection`` is what makes CLIP's projected vector of the pooled one.
     """
 
     def __init__(
@@ -102,9 +114,11 @@ class FrozenModel(Generic[P]):
         *,
         provenance: Mapping[str, object],
         pooler: bool = False,
+        projection: torch.nn.Module | None = None,
     ) -> None:
-        self.network, self.content, self.policy = network, content, policy
+        self.network, self.content, self.policy, self.projection = network, content, policy, projection
         self.probe_rows: Sequence[bytes] = content.probe_rows
+        self.prepared_bytes = content.prepared_bytes
         self.specs, self.provenance = tuple(specs), dict(provenance)
         self.name = str(self.provenance.get("model", type(network).__name__))
         self.device = next(network.parameters()).device
@@ -127,7 +141,8 @@ class FrozenModel(Generic[P]):
         kind = type(self.network).__name__
         try:
             with torch.inference_mode():
-                outputs = self.outputs(self.content.dummies(2, min(4, self.policy.max_length)))
+                inputs = self.content.dummies(2, min(4, self.policy.max_length))
+                outputs = self.outputs(inputs)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackboneError(
@@ -136,15 +151,17 @@ class FrozenModel(Generic[P]):
         if getattr(outputs, "last_hidden_state", None) is None:
             raise BackboneError(f"{self.name}: {kind} gives no hidden states, so there is nothing to pool")
         pooler = pooler and getattr(outputs, "pooler_output", None) is not None
-        poolings = tuple(name for name in POOLINGS if name != "pooler" or pooler)
+        there = {"pooler": pooler, "projected": pooler and self.projection is not None}
+        poolings = tuple(name for name in POOLINGS if name in self.content.poolings and there.get(name, True))
         for spec in self.specs:
             if spec.pooling not in poolings:
                 raise PoolingUnavailableError(
                     f"{self.name} does not give the pooling {spec.name!r}: expected one of {', '.join(poolings)}"
                 )
-        return poolings, tuple(self._feature_set(spec, outputs) for spec in self.specs)
+        with torch.inference_mode():
+            return poolings, tuple(self._feature_set(spec, outputs, inputs) for spec in self.specs)
 
-    def _feature_set(self, spec: FeatureSpec, outputs: Outputs) -> FeatureSet:
+    def _feature_set(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> FeatureSet:
         depth = len(outputs.hidden_states or ()) if self._hidden else 0
         for layer in spec.layers or ():
             if layer != -1 and not -depth <= layer < depth:
@@ -152,10 +169,11 @@ class FrozenModel(Generic[P]):
                     f"{spec.name}: {self.name} has hidden states {-depth}..{depth - 1}, "
                     f"and layer {layer} is none of them"
                 )
-        if spec.pooling == "pooler":
-            widths = {_pooler(outputs).shape[-1]}
+        if spec.pooling in ("pooler", "projected"):
+            widths = {self._vectors(spec, outputs, inputs).shape[-1]}
         else:
-            widths = {_hidden(outputs, layer).shape[-1] for layer in _layers(spec, outputs)}
+            both = 2 if spec.pooling == "cls+mean" else 1
+            widths = {both * hidden_of(outputs, layer).shape[-1] for layer in _layers(spec, outputs)}
         if len(widths) > 1:
             raise PoolingUnavailableError(
                 f"{spec.name}: these layers of {self.name} have different widths "
@@ -202,7 +220,7 @@ class FrozenModel(Generic[P]):
         with torch.inference_mode(), threads(self.policy.pass_threads if self.device.type == "cpu" else None):
             inputs = self.lay_out(prepared, batch)
             outputs = self._outputs(self._run, inputs)
-            return {spec.name: self._pooled(spec, outputs, inputs.mask, len(batch.indices)) for spec in self.specs}
+            return {spec.name: self._pooled(spec, outputs, inputs, len(batch.indices)) for spec in self.specs}
 
     def side_by_side(self, batches: int) -> int:
         """Return how many of ``batches`` passes run at a time."""
@@ -221,22 +239,34 @@ class FrozenModel(Generic[P]):
         """
         outputs, spec = self.outputs(inputs), self.specs[0]
         if spec.pooling != "tokens":
-            return _vectors(spec, outputs, inputs.mask), None
-        hidden = _hidden(outputs, _layers(spec, outputs)[0])
+            return self._vectors(spec, outputs, inputs), None
+        hidden = hidden_of(outputs, _layers(spec, outputs)[0])[:, inputs.skip :]
         values = hidden.float()
         return (pooling.normalize(values) if spec.normalize else values), _mask(inputs.mask, hidden).bool()
 
-    def _pooled(
-        self, spec: FeatureSpec, outputs: Outputs, mask: Tensor | None, real: int
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def _pooled(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs, real: int) -> Tensor | tuple[Tensor, Tensor]:
         """Make a feature set of one pass, cut to its first ``real`` rows and in the storage type."""
         if spec.pooling != "tokens":
-            return self._stored(_vectors(spec, outputs, mask)[:real], spec)
-        hidden = _hidden(outputs, _layers(spec, outputs)[0])[:real]
-        kept = _mask(mask, hidden)[:real].bool()
+            return self._stored(self._vectors(spec, outputs, inputs)[:real], spec)
+        hidden = hidden_of(outputs, _layers(spec, outputs)[0])[:real, inputs.skip :]
+        kept = _mask(inputs.mask, hidden)[:real].bool()
         values = hidden[kept].float()
         values = pooling.normalize(values) if spec.normalize else values
         return self._stored(values, spec), kept.sum(dim=1)
+
+    def _vectors(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> Tensor:
+        """Pool a pass: float32 [B, D], or [B, L, D] of several layers."""
+        import torch
+
+        if spec.pooling in ("pooler", "projected"):
+            pooled = outputs.pooler_output.flatten(1)  # convolutional networks give [B, D, 1, 1]
+            vectors = (self.projection(pooled) if self.projection and spec.pooling == "projected" else pooled).float()
+        else:
+            layers = [
+                _pooled_layer(spec.pooling, hidden_of(outputs, layer), inputs) for layer in _layers(spec, outputs)
+            ]
+            vectors = torch.stack(layers, dim=1) if spec.multi_layer else layers[0]
+        return pooling.normalize(vectors) if spec.normalize else vectors
 
     def _stored(self, vectors: Tensor, spec: FeatureSpec) -> Tensor:
         if self._storage == "float16":
@@ -266,33 +296,31 @@ def _layers(spec: FeatureSpec, outputs: Outputs) -> tuple[int, ...]:
     return spec.layers if spec.layers is not None else tuple(range(len(outputs.hidden_states)))
 
 
-def _hidden(outputs: Outputs, layer: int) -> Tensor:
-    """Return a layer's hidden states [B, T, D]; -1 is what the network gives at its end, after its last norm."""
+def hidden_of(outputs: Outputs, layer: int) -> Tensor:
+    """Return a layer's hidden states [B, T, D], those of a feature map row by row.
+
+    -1 is what the network gives at its end, after its last norm.
+    """
     tensor = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor
 
 
-def _pooler(outputs: Outputs) -> Tensor:
-    return outputs.pooler_output.flatten(1)  # convolutional networks give [B, D, 1, 1]
+def _pooled_layer(name: str, hidden: Tensor, inputs: Inputs) -> Tensor:
+    """Pool one layer [B, T, D] -> float32 [B, D], or [B, 2 D] of the class token and the mean."""
+    import torch
+
+    if name == "cls" and inputs.skip:
+        return hidden[:, 0].float()
+    row = hidden[:, inputs.skip :]
+    if name == "cls+mean":
+        return torch.cat([hidden[:, 0].float(), pooling.mean(row, _mask(inputs.mask, row))], dim=-1)
+    return pooling.MASKED[name](row, _mask(inputs.mask, row))
 
 
 def _mask(mask: Tensor | None, hidden: Tensor) -> Tensor:
     import torch
 
     return torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
-
-
-def _vectors(spec: FeatureSpec, outputs: Outputs, mask: Tensor | None) -> Tensor:
-    """Pool a pass: float32 [B, D], or [B, L, D] of several layers."""
-    import torch
-
-    if spec.pooling == "pooler":
-        vectors = _pooler(outputs).float()
-    else:
-        states = [_hidden(outputs, layer) for layer in _layers(spec, outputs)]
-        pooled = [pooling.MASKED[spec.pooling](hidden, _mask(mask, hidden)) for hidden in states]
-        vectors = torch.stack(pooled, dim=1) if spec.multi_layer else pooled[0]
-    return pooling.normalize(vectors) if spec.normalize else vectors
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,45 @@ def load_network(
     An adapter in the folder is put on the model. Raises ``BackboneError`` when it cannot be loaded, or when its weight
     files do not fill it.
     """
+
+    def encoder(whole: Any) -> torch.nn.Module:
+        network: torch.nn.Module = whole.get_encoder() if _has_two_halves(whole) else whole
+        return network
+
+    network, random, _ = _load_part(folder, name, dtype, attention, trust, "as a text encoder", encoder)
+    return network, not random
+
+
+def load_tower(
+    folder: Path, name: str, dtype: str, attention: str | None, trust: bool
+) -> tuple[torch.nn.Module, bool, torch.nn.Module | None]:
+    """Load a model of images; of one that reads texts too (CLIP, SigLIP), the vision tower.
+
+    Returns the network, whether its pooler has weights, and the projection that CLIP compares with texts, None where
+    there is none. Raises ``BackboneError`` as ``load_network`` does.
+    """
+    wholes: list[Any] = []
+
+    def tower(whole: Any) -> torch.nn.Module:
+        wholes.append(whole)
+        part: torch.nn.Module = getattr(whole, "vision_model", whole)
+        return part if hasattr(part, "config") else whole
+
+    network, random, missing = _load_part(folder, name, dtype, attention, trust, "as an image encoder", tower)
+    projection = getattr(wholes[0], "visual_projection", None)
+    trained = wholes[0] is not network and "visual_projection.weight" not in missing
+    return network, not random, projection if trained else None
+
+
+def _load_part(
+    folder: Path, name: str, dtype: str, attention: str | None, trust: bool, what: str,
+    part_of: Callable[[Any], torch.nn.Module],
+) -> tuple[torch.nn.Module, list[str], set[str]]:  # fmt: skip
+    """Load a model, frozen and in eval mode, and take a part of it.
+
+    With it come those of its pooler's tensors that have no weights, and all of the model's that have none. Raises
+    ``BackboneError`` when the part needs others.
+    """
     import torch
     import transformers
 
@@ -173,9 +212,13 @@ def load_network(
         refuse_without_peft(name)
         options["adapter_kwargs"] = dict(NO_ADAPTER)
     options["dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"] = getattr(torch, dtype)
-    with quiet(), one_line(name, "as a text encoder"):
+    with quiet(), one_line(name, what):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        whole, report = transformers.AutoModel.from_pretrained(
+        # Saved with its projection, CLIP's vision tower would be loaded without it.
+        saved_as = next(iter(getattr(config, "architectures", None) or ()), "")
+        projected = saved_as.endswith("VisionModelWithProjection") and hasattr(transformers, saved_as)
+        kind = getattr(transformers, saved_as) if projected else transformers.AutoModel
+        whole, report = kind.from_pretrained(
             folder,
             config=config,
             trust_remote_code=trust,
@@ -184,7 +227,7 @@ def load_network(
             ignore_mismatched_sizes=True,
             **options,  # transformers would say no more than that there are some
         )
-        network: torch.nn.Module = whole.get_encoder() if _has_two_halves(whole) else whole
+        network = part_of(whole)
     if not hasattr(network, "config"):
         raise BackboneError(f"{name}: {type(whole).__name__} is of no use here: its encoder does not stand by itself")
     if wrong := report["mismatched_keys"]:
@@ -194,7 +237,7 @@ def load_network(
             f"({tensor} is {list(stored)}, expected {list(expected)}): the weights belong to another configuration"
         )
     missing = _random_tensors(whole, network, [str(key) for key in report["missing_keys"]])
-    if essential := [key for key in missing if not key.startswith("pooler.")]:
+    if essential := [key for key in missing if not _is_of_pooler(key, network)]:
         raise BackboneError(
             f"{name}: {len(essential)} of the model's tensors are not in its weight files ({essential[0]}, ...): "
             "they would be random; the weights belong to another architecture or are incomplete"
@@ -202,11 +245,19 @@ def load_network(
     if adapted:
         with quiet(), one_line(name, "with its adapter"):
             apply_adapter(whole, folder, name)
-    for parameter in network.parameters():
+    for parameter in whole.parameters():
         parameter.requires_grad_(False)
     if getattr(network.config, "use_cache", None):  # a decoder would keep the keys and values of every layer
         network.config.use_cache = False  # type: ignore[union-attr]
-    return network.eval(), not missing
+    whole.eval()
+    return network.eval(), missing, {str(key) for key in report["missing_keys"]}
+
+
+def _is_of_pooler(key: str, network: torch.nn.Module) -> bool:
+    # SigLIP pools by an attention of its own, which it calls its head.
+    return key.startswith("pooler.") or (
+        bool(getattr(network, "use_head", False)) and key.removeprefix("vision_model.").startswith("head.")
+    )
 
 
 def _has_two_halves(whole: Any) -> bool:

@@ -95,6 +95,8 @@ class Texts:
     """
 
     given = "token ids and a mask"
+    poolings = ("cls", "mean", "max", "pooler", "last", "tokens")
+    prepared_bytes = 0
     probe_rows = ROWS
 
     def __init__(

@@ -27,8 +27,9 @@ from embedcache.wording import counted, shown, table
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @click.option(
     "--pooling", "poolings", multiple=True, metavar="POOLING[@LAYERS]",
-    help="cls, mean, max, pooler, last or tokens, of the last layer or @-2, @-4..-1, @1+3, @all; the prefix l2: scales "
-    "to unit length; auto follows the model's own files. Repeat for several sets in one pass.  [default: auto]",
+    help="cls, mean, max, pooler, last or tokens (images: cls+mean, projected too), of the last layer or @-2, @-4..-1, "
+    "@1+3, @all; the prefix l2: scales to unit length; auto follows the model's own files. Repeat for several sets in "
+    "one pass.  [default: auto]",
 )  # fmt: skip
 @click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")
 @click.option(
@@ -36,6 +37,11 @@ from embedcache.wording import counted, shown, table
 )
 @click.option("--truncation-side", type=click.Choice(["right", "left"]), help="Which end of a longer text is cut.")
 @click.option("--prompt", metavar="TEXT", help="Text to put in front of every row.")
+@click.option(
+    "--resize", type=click.Choice(["crop", "pad", "squash"]),
+    help="How images get the size that the model reads: cut the edges off, put them on the mean colour, or stretch. "
+    "Default: as the model's own processor does.",
+)  # fmt: skip
 @click.option(
     "--dtype",
     "compute_dtype",
@@ -56,7 +62,11 @@ from embedcache.wording import counted, shown, table
     help="Use torch.compile: faster on long runs; results differ in the last bits, so the cache is its own.",
 )
 @click.option(
-    "--batch-size", "positions", type=int, metavar="TOKENS", help="Size of a batch in positions (rows x padded length)."
+    "--batch-size",
+    "positions",
+    type=int,
+    metavar="N",
+    help="Size of a batch: tokens (rows x padded length), or images.",
 )
 @device_option
 @click.option(
@@ -90,6 +100,8 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         raise click.UsageError("say where the cache goes: -o CACHE")
     if not inputs and not any(options[name] for name in ("train", "validation", "test")):
         raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
+    from dataclasses import replace
+
     from embedcache.errors import warn
     from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, run
     from embedcache.spec import BackboneSettings, ModelSource
@@ -103,7 +115,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     )
     selected = parse_part(part)
     examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
-    backbone = load_for(output_dir, source, asked)
+    backbone = load_for(output_dir, source, replace(asked, content=examples.kind))
     if selected is not None:
         examples = part_of(examples, *selected)
     if dry_run:
@@ -137,6 +149,8 @@ def info(cache: str, as_json: bool) -> None:
 
 def describe_text(facts: dict[str, Any]) -> str:
     """Lay out what ``FeatureCache.describe`` says."""
+    from embedcache.backbone.processor import preprocessing_text
+
     lines = [
         f"{counted(facts['rows'], 'row')} ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB "
         f"in {counted(facts['shards'], 'shard')}"
@@ -161,6 +175,8 @@ def describe_text(facts: dict[str, Any]) -> str:
     if backbone:
         how = f"computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"
         lines += ["", shown(f"backbone: {backbone.get('architecture')}, {how}")]
+    if seen := preprocessing_text(facts["spec"].get("preprocessing")):
+        lines.append(shown(f"images:   {seen}"))
     for ran in facts["provenance"]:
         facts_of_run = (f"{key} {value}" for key, value in ran.items() if value is not None and key != "probe")
         line = shown("ran on:   " + ", ".join(facts_of_run))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from embedcache.backbone import TextBackbone, contents_hash, load_backbone, model_name, probe_of, resolve_model
+from embedcache.backbone import LoadedBackbone, contents_hash, load_backbone, model_name, probe_of, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet, warn
 from embedcache.examples import CONTENTS, Examples, load_examples
@@ -112,12 +112,12 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         tags.requires_fit = True
         return tags
 
-    def _backbone(self, shapes: object = None) -> TextBackbone:
+    def _backbone(self, shapes: object = None) -> LoadedBackbone:
         source = ModelSource(model_name(self.model), device=self.device)
         asked = BackboneSettings((self.pooling,), max_length=self.max_length, compute_dtype=self.compute_dtype)
         return _loaded(source, asked, None if shapes is None else canonical_json(shapes))
 
-    def _fitted_backbone(self) -> TextBackbone:
+    def _fitted_backbone(self) -> LoadedBackbone:
         backbone = self._backbone()
         shapes = self.identity_.get("shapes")
         if backbone.identity.get("shapes") != shapes:  # fitted on another kind of device
@@ -131,14 +131,14 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
             )
         return backbone
 
-    def _folder(self, backbone: TextBackbone) -> Path:
+    def _folder(self, backbone: LoadedBackbone) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = Path(self.cache_dir) if self.cache_dir is not None else Path(home) / "embedcache" / "features"
         probe = _probe_of(backbone)
         return root / hash_json([backbone.identity, None if probe is None else probe.bits])[:16]
 
 
-def _loaded(source: ModelSource, asked: BackboneSettings, policy: str | None) -> TextBackbone:
+def _loaded(source: ModelSource, asked: BackboneSettings, policy: str | None) -> LoadedBackbone:
     """Load a backbone once for each content of its folder: pipelines clone their steps at every fit."""
     local = source.model is None or Path(source.model).expanduser().is_dir()
     folder = resolve_model(source.model) if local else _from_hub(str(source.model))
@@ -151,13 +151,13 @@ def _from_hub(name: str) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _of_contents(folder_hash: str, source: ModelSource, asked: BackboneSettings, policy: str | None) -> TextBackbone:
+def _of_contents(folder_hash: str, source: ModelSource, asked: BackboneSettings, policy: str | None) -> LoadedBackbone:
     shapes = json.loads(policy) if policy is not None else None  # as text, to be a key of this cache
     return load_backbone(**source.arguments(), **replace(asked, shapes=shapes).arguments())
 
 
 @lru_cache(maxsize=2)
-def _probe_of(backbone: TextBackbone) -> Probe | None:
+def _probe_of(backbone: LoadedBackbone) -> Probe | None:
     return probe_of(backbone)
 
 

@@ -27,7 +27,7 @@ from embedcache.extract.work import Computed, Engine, Here, work
 from embedcache.spec import BackboneSettings, ModelSource
 
 if TYPE_CHECKING:
-    from embedcache.backbone import TextBackbone
+    from embedcache.backbone import LoadedBackbone
 
 __all__ = [
     "Bar",
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-def load_for(output_dir: Path | str | None, source: ModelSource, asked: BackboneSettings) -> TextBackbone:
+def load_for(output_dir: Path | str | None, source: ModelSource, asked: BackboneSettings) -> LoadedBackbone:
     """Load the backbone for a cache. What is left None, an existing cache decides; what is given, it must agree with.
 
     The agreement itself is checked where the cache is opened for writing, with a difference that names the fields.
@@ -136,7 +136,7 @@ def extract(
     asked = BackboneSettings.taken_from(options, poolings)
     examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
     if backbone is None:
-        backbone = load_for(output_dir, source, asked)
+        backbone = load_for(output_dir, source, replace(asked, content=asked.content or examples.kind))
     selected = parse_part(part)
     if selected is not None:
         examples = part_of(examples, *selected)

@@ -17,6 +17,8 @@ from embedcache.shard import STORED, FeatureSet
 SHARD_ROWS = 16384
 SHARD_BYTES = 64 << 20
 CONTENT_BYTES = 64 << 20
+PREPARED_BYTES = 128 << 20
+"""Pictures are small as files and large as pixels: three windows of them are in memory."""
 RAGGED_BYTES = 256 << 20
 """Token-level windows may be larger than a pooled shard: small ones have too few rows of a length to fill batches."""
 
@@ -81,10 +83,15 @@ def shard_rows(feature_sets: Sequence[FeatureSet], asked: int | None = None) -> 
 def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> Iterator[Window]:
     """Read ``rows`` (increasing) window by window, of ``most`` rows each or fewer.
 
-    Where a window ends depends only on the rows from its start on, so a run resumed at a window's start cuts the
+    Fewer where their contents, their prepared rows (pictures: whole batches of them) or their token-level vectors are
+    large. Where a window ends depends only on the rows from its start on, so a run resumed at a window's start cuts the
     rest exactly as the interrupted one would have. Rows are prepared here only where a token-level set must be
     measured.
     """
+    if prepared_bytes := getattr(backbone, "prepared_bytes", 0):
+        batch = max(1, backbone.policy.rows(1) - backbone.policy.spare)
+        fitting = max(1, PREPARED_BYTES // prepared_bytes)
+        most = min(most, fitting // batch * batch or fitting)
     vector_bytes = sum(row_bytes_of(feature) for feature in backbone.feature_sets if feature.kind == "tokens")
     contents = examples.contents(rows)
     waiting: deque[bytes] = deque()

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from embedcache.errors import SpecError
 from embedcache.spec.extraction import (
+    CONTENTS,
     DTYPES,
     POOLINGS,
+    RESIZES,
     BackboneSettings,
     ExtractionSpec,
     FeatureSpec,
@@ -23,11 +25,13 @@ from embedcache.spec.extraction import (
 from embedcache.wording import did_you_mean, shortened
 
 __all__ = [
+    "CONTENTS",
     "DTYPES",
     "MAY_DIFFER",
     "MINIBATCH_SETTINGS",
     "MIN_STEPS",
     "POOLINGS",
+    "RESIZES",
     "SPLITS",
     "TASKS",
     "BackboneSettings",

@@ -14,11 +14,13 @@ from embedcache.fingerprint import differences as json_differences
 # Feature sets as they are asked for: a pooling at some layers.
 
 
-POOLINGS = ("cls", "mean", "max", "pooler", "last", "tokens")
+POOLINGS = ("cls", "mean", "cls+mean", "max", "pooler", "projected", "last", "tokens")
+CONTENTS = ("text", "image")
+RESIZES = ("crop", "pad", "squash")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _FEATURE = re.compile(
-    r"(?P<l2>l2:)?(?P<pooling>[a-z]+)(?:@(?P<layers>all|-?\d+(?:\.\.-?\d+)?(?:\+-?\d+(?:\.\.-?\d+)?)*))?"
+    r"(?P<l2>l2:)?(?P<pooling>[a-z]+(?:\+[a-z]+)?)(?:@(?P<layers>all|-?\d+(?:\.\.-?\d+)?(?:\+-?\d+(?:\.\.-?\d+)?)*))?"
 )
 
 
@@ -29,7 +31,10 @@ class FeatureSpec:
     ``layers`` indexes the hidden states as Hugging Face does: 0 is the embedding output, ``-1`` the last layer.
     ``None`` means every one of them. The written form, also the set's name, is
     ``[l2:]POOLING[@LAYERS]``: ``mean``, ``cls@-2``, ``l2:mean``, ``mean@-4..-1`` (inclusive), ``mean@1+3+5``,
-    ``cls@all``, ``tokens`` (one vector per token, for sequence heads).
+    ``cls@all``, ``tokens`` (one vector per token or patch, for sequence heads).
+
+    A picture's ``mean``, ``max`` and ``tokens`` are of its patches alone, without the class and register tokens;
+    ``cls+mean`` is the class token's vector with the mean behind it; ``projected`` is what CLIP compares with texts.
     """
 
     pooling: str
@@ -41,8 +46,8 @@ class FeatureSpec:
             raise SpecError(f"unknown pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}, or auto")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise SpecError(f"{self.pooling}: layers must be named once each, got {self.layers}")
-        if self.pooling == "pooler" and self.layers != (-1,):
-            raise SpecError("the pooler reads the last layer only: write pooler without @")
+        if self.pooling in ("pooler", "projected") and self.layers != (-1,):
+            raise SpecError(f"{self.pooling} reads the last layer only: write {self.pooling} without @")
         if self.pooling == "tokens" and (self.layers is None or len(self.layers) != 1):
             raise SpecError("a token-level set holds one layer: write tokens or tokens@-2")
 
@@ -140,8 +145,9 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class BackboneSettings:
-    """How a text backbone is to make features; see ``load_backbone``. None is what nobody has decided yet.
+    """How a backbone is to make features; see ``load_backbone``. None is what nobody has decided yet.
 
+    ``content`` is what it reads. ``max_length``, ``truncation_side`` and ``prompt`` are of texts, ``resize`` of images.
     ``shapes`` are all canonical shapes, as ``ShapePolicy.to_json`` gives them; ``positions`` and ``pass_threads`` are
     what one may ask of them.
     """
@@ -157,6 +163,8 @@ class BackboneSettings:
     shapes: Mapping[str, int] | None = None
     positions: int | None = None
     pass_threads: int | None = None
+    content: str | None = None
+    resize: str | None = None
 
     @classmethod
     def taken_from(cls, options: Options, features: Sequence[str] = ()) -> BackboneSettings:
@@ -171,6 +179,9 @@ class BackboneSettings:
                 raise SpecError(f"{name} is {dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.truncation_side not in (None, "right", "left"):
             raise SpecError(f"truncation_side is {self.truncation_side!r}: expected right or left")
+        for name, known in (("content", CONTENTS), ("resize", RESIZES)):
+            if (value := getattr(self, name)) is not None and value not in known:
+                raise SpecError(f"{name} is {value!r}: expected one of {', '.join(known)}")
         for name in ("positions", "pass_threads"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise SpecError(f"{name} is {number}: expected at least 1")
@@ -181,8 +192,11 @@ class BackboneSettings:
     def over(self, recorded: BackboneSettings) -> BackboneSettings:
         """Return these settings, and the recorded ones where these leave something open.
 
-        The same feature sets in another order are those of the record in its order.
+        The same feature sets in another order are those of the record in its order. Settings recorded of another kind
+        of content decide nothing.
         """
+        if None not in (self.content, recorded.content) and self.content != recorded.content:
+            return self
         names = [feature_name(text) for text in self.features if text != "auto"]
         same = len(self.features) == len(recorded.features) and set(names) == set(recorded.features)
         merged = {
@@ -241,11 +255,13 @@ class ExtractionSpec:
 
     @property
     def settings(self) -> BackboneSettings | None:
-        """The settings of the text backbone that made the features; None where it was another sort of backbone."""
-        text = self.body.get("preprocessing")
-        if not isinstance(text, Mapping) or not {*_OF_TEXT} <= {*text} or not {*_OF_MODEL} <= {*self.body}:
+        """The settings of the backbone that made the features; None where ``load_backbone`` did not make it."""
+        prepared, own = self.body.get("preprocessing"), _OF_CONTENT.get(self.content or "")
+        if not isinstance(prepared, Mapping) or own is None or not {*own} <= {*prepared}:
             return None
-        recorded: Arguments = {name: text[name] for name in _OF_TEXT}
+        if not {*_OF_MODEL} <= {*self.body}:
+            return None
+        recorded: Arguments = {"content": self.content, **{name: prepared[name] for name in own}}
         recorded |= {name: self.body[name] for name in _OF_MODEL}
         compiled = recorded.pop("execution") == "compiled"
         return BackboneSettings(features=tuple(self.features), compiled=compiled, **recorded)
@@ -271,7 +287,7 @@ class ExtractionSpec:
         return json_differences(described, here)
 
 
-_OF_TEXT = ("max_length", "truncation_side", "prompt")
+_OF_CONTENT = {"text": ("max_length", "truncation_side", "prompt"), "image": ("resize",)}
 _OF_MODEL = ("compute_dtype", "storage_dtype", "attention", "execution", "shapes")
 
 

@@ -1,0 +1,232 @@
+"""Pictures for a network: decoded, resized as its own processor does, and laid out at canonical shapes."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embedcache.backbone.compute import Numbers
+from embedcache.backbone.device import threads
+from embedcache.backbone.model import FrozenModel, Inputs, Outputs, hidden_of
+from embedcache.backbone.network import quiet
+from embedcache.backbone.processor import PictureProcessor, Values, noise
+from embedcache.batching import Batch
+from embedcache.errors import BackboneError
+from embedcache.fingerprint import sha256_bytes
+from embedcache.pictures import DECODING, decode
+from embedcache.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+JPEG = base64.b85decode(
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV00{;M2nPlU2nPrX3JD7h77q;!3=JC;6%ZC69U>wi9UmVgC^Rf2CNU=;A1ysCF*P?jIyxgOKSVz`Lo_)$H~"
+    "-rJLjej33JnYm8V?T|Hzgk>H#avoH#avoH#avoH#avoH#avoH#avoH#avoH#avoH#avoH#avoH#avoH#avoH#h&l01*fPB>*i00U`hb5di}c0sq7"
+    "R82|tS0RaI30000000000000051_TEK|HJ?^5C8!J0|f*I3jqKC00000009640t68S1`;7b6ER_t6e2V=ak3RMLPSwxWPzcgvC;p;02u)Q0{{a60"
+    "000000000000041qJ{C1OLPTD-i$z1ONmC1P1^B00000000310s{mE1`;6=6fr>)GBa{CLQ;XT!SMgu01N{G00I#M5dc2`$0XEHx(zkaR>-{!66U"
+    "6y63FG-Y65ZzYu1ToEFkdSkIYeXO&k*omPQ=YtGeB2#foXNE0kmUna+0<_X%e+I(14%3}x5@hfcR7;poJ7cF{E*k<<DVhQuZ_3xB$$IBdG0l>JTx"
+    "EV<E&4Dww8rzqG2f%aU!=stR&=&xIv7zSg&tzy`gnTP=%`p%T<3!co{k(SQ&JmlMsO#o}XQF=T@4iYt9V#5IA!$O$Zioo5=E@BmKjU_d+;0DH-b1"
+    "K5bL~<+MP2(Ngw1KZ<cgR*&oY}Y0E0d#V&m`T+E{k_99KFroDO_JGWYXi?Z@LNLw2NYQ&$v<7Y0M;3;;dnrZ~;Xhc3?46{M@VqC)o#@J@u<Zcvu^"
+    "zqcBmZJUKe7a6mDN=baNBlsgPu5QNJS@+b-pCPt~(yV_8E_y^=F+h;ol(jQ3gkf91ezLEF0^r~|g#!~j5%7wb4)FV}6;)EwTjPSTr1~^YT<^S0"
+)
+"""45 x 37 pixels, colour sampled 4:2:0, with an edge and grain: where decoders of JPEG differ."""
+PNG = base64.b85decode(
+    "iBL{Q4GJ0x0000DNk~Le00007000092nGNE0RC7uqW}N_5J^NqRCw9}1p)g00e?j4|6Mzo0Od8u0Z-^d|1Y2;PFXGsvn6Z-00b5W2Lb8<2ms#v3I"
+    "7TG3IPBB`v3d=^-cx*`2Yen4-Nmy1QY+P`4>(Z_!Uh7{__C!{L8Wn^t1p1BL(vT*7f-T$nOgPAN~{o0|e{<`}WxY5#->r1nudlO#<+{vKjyn0URk"
+    "00NxYf01oN}02{_o00PzWw6Y50%K$Ow>rEdA`2Y<H?EnPw836&?RZRrPB`Qwx{s*!k3jqKq&b|QR-5LSd5*`4fJMOXs$2M286bs`4G3B`bB(kmn("
+    "bH&6vRfPgwOhsj0_PVbPWT-s01FEVP7vna{|fgK0O|}9vfdu)0Y$%Rrc$jA<^TWy07*qoM6N<$f&"
+)
+"""7 x 9 pixels with alpha."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Prepared pictures: ``values`` uint8 [n, 3, H, W], or float32 of a processor whose work is no table.
+
+    Each costs one position of a batch, and has ``patches`` vectors in a token-level set.
+    """
+
+    values: Values
+    patches: int
+    truncated: int = 0
+
+    @property
+    def lengths(self) -> Numbers:
+        """[n] ones: a picture is one position, whatever it shows."""
+        return np.ones(len(self.values), np.int64)
+
+    @property
+    def vectors(self) -> Numbers:
+        """[n] vectors of each row in a token-level set."""
+        return np.full(len(self.values), self.patches, np.int64)
+
+    def take(self, rows: Numbers) -> Pixels:
+        """Return some of the rows, in the order asked for."""
+        return Pixels(self.values[rows], self.patches)
+
+    def digests(self) -> list[str]:
+        """Return a hash of each picture as it was decoded and resized."""
+        return [sha256_bytes(np.ascontiguousarray(row).tobytes()) for row in self.values]
+
+
+class Pictures:
+    """The content that is images; see ``model.Content``.
+
+    ``study`` looks at the network before anything is laid out for it: ``skip`` hidden states at the front are of the
+    class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
+    ``patches`` is how many vectors a token-level set has of each picture.
+    """
+
+    given = "pixels"
+    probe_rows = (JPEG, PNG)
+
+    def __init__(self, processor: PictureProcessor, network: torch.nn.Module, name: str) -> None:
+        self.processor, self.name = processor, name
+        parameter = next(network.parameters())
+        self._dtype, self.device = parameter.dtype, parameter.device
+        self.skip, self.patches, self.channels_last = 0, 1, False
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """Those of the class token only where there is one."""
+        return (("cls", "cls+mean") if self.skip else ()) + ("mean", "max", "pooler", "projected", "tokens")
+
+    @property
+    def prepared_bytes(self) -> int:
+        """The bytes of a picture's pixels."""
+        height, width = self.processor.resizing.size
+        return 3 * height * width * (4 if self.processor.table is None else 1)
+
+    def to_json(self) -> dict[str, object]:
+        """Return how rows are prepared, as a spec holds it."""
+        resizing = self.processor.resizing
+        return {
+            "kind": "image", "decoding": DECODING, "processor": self.processor.settings, "resize": resizing.how,
+            "size": list(resizing.size), "memory_format": "channels_last" if self.channels_last else "contiguous",
+        }  # fmt: skip
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that make pixels of pictures."""
+        from PIL import features
+
+        versions = {name: importlib.metadata.version(name) for name in ("pillow", "transformers")}
+        jpeg = "libjpeg_turbo" if features.check_feature("libjpeg_turbo") else "jpg"
+        return {**versions, jpeg: str(features.version(jpeg))}
+
+    def prepare(self, contents: Sequence[bytes]) -> Pixels:
+        """Decode and resize pictures, several at a time.
+
+        Raises ``FeatureError`` for one that cannot be decoded.
+        """
+        height, width = self.processor.resizing.size
+        values = np.empty(
+            (len(contents), 3, height, width), np.uint8 if self.processor.table is not None else np.float32
+        )
+
+        def put(row: int) -> None:
+            values[row] = self.processor(decode(contents[row]))
+
+        # Pillow lets other threads run while it decodes and resizes.
+        with ThreadPoolExecutor(_cores(), "embedcache-decode") as pool:
+            for _ in pool.map(put, range(len(contents))):
+                pass
+        return Pixels(values, self.patches)
+
+    def lay_out(self, prepared: Pixels, batch: Batch) -> Inputs:
+        """Lay pictures out at a canonical shape: pixels [batch.rows, 3, H, W]; dummies are zeros."""
+        values = np.zeros((batch.rows, *prepared.values.shape[1:]), np.float32)
+        values[: len(batch.indices)] = self.processor.normalized(prepared.values[batch.indices])
+        return self._inputs(values)
+
+    def dummies(self, rows: int, length: int) -> Inputs:
+        """Lay out zeros."""
+        return self._inputs(np.zeros((rows, 3, *self.processor.resizing.size), np.float32))
+
+    def _inputs(self, values: Values) -> Inputs:
+        import torch
+
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pixels = torch.from_numpy(values).to(self._dtype, memory_format=layout)
+        return Inputs({"pixel_values": pixels}, skip=self.skip)
+
+    def samples(self) -> list[Inputs]:
+        """Return two pictures, the same again, and the first beside another."""
+        height, width = self.processor.resizing.size
+        pictures = [self.processor(noise(width + more, height)) for more in range(3)]
+        pixels = self.processor.normalized(np.stack(pictures))
+        return [self._inputs(pixels[rows]) for rows in ([0, 1], [0, 1], [0, 2])]
+
+    def study(self, network: torch.nn.Module) -> Outputs | None:
+        """Run two pictures, and read off the hidden states what they are; see the class. None where it cannot run."""
+        import torch
+
+        inputs = self.samples()[0].to(self.device)
+        try:
+            with torch.inference_mode(), quiet(), threads(1 if self.device.type == "cpu" else None):
+                outputs: Outputs = network(**inputs.arguments, output_hidden_states=True)
+            last, states = outputs.last_hidden_state, outputs.hidden_states
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError):
+            return None  # what is wrong with it, the first pass of the model says
+        if last is None or not states:
+            return None
+        self.channels_last = last.ndim == 4
+        if states[0].ndim == 3 and states[0].shape == last.shape:
+            # What is the same in two pictures before any layer has looked at them is no patch of either.
+            alike = (states[0][0] == states[0][1]).all(dim=-1)
+            self.skip = int(alike.cumprod(0).sum())
+        return outputs
+
+    def count_patches(self, specs: Sequence[FeatureSpec], outputs: Outputs) -> None:
+        """Note how many vectors a token-level set has. Raises ``BackboneError`` where two sets differ in that."""
+        counts = {
+            spec.name: hidden_of(outputs, spec.layers[0]).shape[1] - self.skip
+            for spec in specs if spec.pooling == "tokens" and spec.layers
+        }  # fmt: skip
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise BackboneError(
+                f"{self.name}: these sets have different numbers of vectors of a picture ({told}): "
+                "extract a cache of each"
+            )
+        self.patches = next(iter(counts.values()), 1)
+
+
+def refuse_misbehaving(model: FrozenModel[Pixels], pictures: Pictures) -> None:
+    """Run a picture twice, and beside another: the passes must agree to the bit, or ``BackboneError``."""
+    import torch
+
+    kind, on_cpu = type(model.network).__name__, pictures.device.type == "cpu"
+    with torch.inference_mode(), quiet(), threads(1 if on_cpu else None):
+        once, again, beside = (
+            model.outputs(inputs.to(pictures.device)).last_hidden_state[0].float() for inputs in pictures.samples()
+        )
+    allowed = 0.0 if on_cpu else 5e-3  # elsewhere some kernels differ from run to run by as much
+    if (apart := _apart(once, again)) > allowed:
+        raise BackboneError(
+            f"{pictures.name}: {kind} gives other features of the same picture in each pass (by {apart:.1e} of their "
+            "size): it is random, so nothing of it can be cached; use another model"
+        )
+    if (apart := _apart(once, beside)) > allowed:
+        raise BackboneError(
+            f"{pictures.name}: {kind} gives other features of a picture when another stands beside it in a batch (by "
+            f"{apart:.1e} of their size; batch normalisation in training mode does so): use another model"
+        )
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Return how far two tensors are apart, relative to their length; what is not finite is extraction's to report."""
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return 0.0
+    return float((one - other).norm() / one.norm().clamp(min=1e-12))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
