@@ -17,6 +17,7 @@ from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
 from embedcache.shard import Array
 from embedcache.spec import ExtractionSpec, ModelSource, differences_text
+from embedcache.task import Named, task_named
 from embedcache.wording import shortened
 
 WINDOW = 2048
@@ -32,7 +33,7 @@ class Prediction:
     probability of ``label``, None where there is no such thing.
     """
 
-    label: str | tuple[str, ...] | tuple[float, ...]
+    label: Named
     confidence: float | None
     probabilities: Mapping[str, float]
 
@@ -118,13 +119,9 @@ class Predictor:
     def _prediction(self, values: Array) -> Prediction:
         names = self.head.class_names
         by_name = {name: float(value) for name, value in zip(names, values, strict=True)}
-        if self.head.task == "regression":
-            return Prediction(tuple(by_name.values()), None, by_name)
-        if self.head.task == "multilabel":
-            chosen = tuple(name for name, on in zip(names, self.head.decide(values[None])[0], strict=True) if on)
-            return Prediction(chosen, None, by_name)
-        best = int(np.argmax(values))
-        return Prediction(names[best], float(values[best]), by_name)
+        task = task_named(self.head.task)
+        label = task.named(task.decide(values, np.asarray(self.head.thresholds)), names)
+        return Prediction(label, by_name[label] if isinstance(label, str) else None, by_name)
 
 
 def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:

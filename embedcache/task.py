@@ -15,7 +15,7 @@ regression       float64 [N, R], values     NaN throughout       themselves  the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ from embedcache.wording import shortened
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+Named = str | tuple[str, ...] | tuple[float, ...]
+"""A target or a decision for people and JSON: a class, the labels that are on, or the values."""
 
 EPSILON = float(np.finfo(np.float64).eps)
 """Probabilities are kept this far from 0 and 1 before their logarithm is taken."""
@@ -93,6 +95,18 @@ class Task(ABC):
         Raises ``InputError`` for targets of another shape or type, or with values that cannot be, naming the row.
         """
 
+    @abstractmethod
+    def stored_fault(self, y: Array, outputs: int) -> str | None:
+        """Return what is impossible in targets as they are stored, with the values expected; None where all is well."""
+
+    @abstractmethod
+    def named(self, target: Array, names: Sequence[str]) -> Named:
+        """Return the target of one labelled row, or the decision about it, by the names of classes or labels."""
+
+    def counts(self, y: Array, outputs: int) -> npt.NDArray[np.int64] | None:
+        """Return how many rows have each of C classes or labels, int64 [C]; None for a regression."""
+        return None
+
     def probabilities(self, logits: Array) -> Floats:
         """Return what logits [N, C] amount to, float64 [N, C]: probabilities, or the values of a regression."""
         return np.asarray(logits, np.float64)
@@ -146,6 +160,17 @@ class _Classification(Task):
             )
         return y.astype(np.int64), np.asarray(y >= 0)
 
+    def stored_fault(self, y: Array, outputs: int) -> str | None:
+        if not len(y) or -1 <= int(y.min()) <= int(y.max()) < outputs:
+            return None
+        return f"{y.min()} to {y.max()}, expected at least -1 and below {outputs}"
+
+    def named(self, target: Array, names: Sequence[str]) -> str:
+        return names[int(target)]
+
+    def counts(self, y: Array, outputs: int) -> npt.NDArray[np.int64]:
+        return np.bincount(y[y >= 0], minlength=outputs)
+
     def probabilities(self, logits: Array) -> Floats:
         z = np.asarray(logits, np.float64)
         z = np.exp(z - z.max(axis=1, keepdims=True))
@@ -192,6 +217,15 @@ class _Multilabel(Task):
         _refuse_other_width(y, where, outputs)
         return y, np.asarray(kept)
 
+    def stored_fault(self, y: Array, outputs: int) -> str | None:
+        return None if np.isin(y, (0, 1, 255)).all() else "something other than 0, 1 and 255"
+
+    def named(self, target: Array, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name, on in zip(names, target.tolist(), strict=True) if on == 1)
+
+    def counts(self, y: Array, outputs: int) -> npt.NDArray[np.int64]:
+        return np.asarray((y == 1).sum(axis=0))
+
     def probabilities(self, logits: Array) -> Floats:
         return np.asarray(0.5 * (1 + np.tanh(0.5 * np.asarray(logits, np.float64))))
 
@@ -233,6 +267,12 @@ class _Regression(Task):
             raise InputError(f"{where}: row {row} has a target that is NaN: give it a number, or leave the row out")
         _refuse_other_width(y, where, outputs)
         return y, np.asarray(kept)
+
+    def stored_fault(self, y: Array, outputs: int) -> str | None:
+        return "infinity" if np.isinf(y).any() else None
+
+    def named(self, target: Array, names: Sequence[str]) -> tuple[float, ...]:
+        return tuple(map(float, target))
 
 
 def _refuse_other_width(y: Array, where: str, outputs: int | None) -> None:

@@ -30,6 +30,7 @@ from embedcache.predict import Prediction
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
 from embedcache.sweep import sweep
+from embedcache.task import task_named
 from embedcache.train import train_head, train_on_cache
 from embedcache.train.convex import solve
 
@@ -139,8 +140,7 @@ def test_linear_is_one_head_at_every_door(task: str, request: Any, run: Run, tmp
     opened = FeatureCache.open(folder := request.getfixturevalue("cache" if task == "classes" else task))
     assert run("train", folder, "-o", tmp_path / "run")[0] == 0
     x, y = opened.arrays("train")
-    task_of: Any = opened.task
-    best = solve(x, y, task=task_of, outputs=len(opened.class_names), l2=1.0, standardize=True)
+    best = solve(x, y, task=task_named(opened.task), outputs=len(opened.class_names), l2=1.0, standardize=True)
     estimator = HeadRegressor() if opened.task == "regression" else HeadClassifier()
     doors = {
         "train": TrainedHead.from_pretrained(tmp_path / "run"),

@@ -37,6 +37,7 @@ from embedcache.errors import (
 )
 from embedcache.examples import load_examples
 from embedcache.spec import BackboneSettings, HeadSpec, ModelSource
+from embedcache.task import CLASSIFICATION
 from embedcache.train.metrics import interval
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -146,7 +147,7 @@ def test_the_table_is_put_together_by_hand() -> None:
     assert (cached.best_epoch, full.best_epoch) == (2, 1.5)
     assert (cached.test, full.test) == (0.5, 0.75)
     assert (cached.difference, full.difference) == (None, 0.25)
-    assert cached.test_interval == interval("classification", y, half, "accuracy")
+    assert cached.test_interval == interval(CLASSIFICATION, y, half, "accuracy")
     low, high = full.difference_interval
     assert 0 <= low < 0.25 < high <= 0.5
     (even,) = found.break_even
@@ -187,16 +188,16 @@ def test_samples_are_nested_and_keep_copies_together(count: int, few: int, many:
 @given(st.sampled_from([0.01, 0.1, 0.35, 0.5]), st.integers(0, 2**32 - 1))
 def test_fractions_are_nested_and_keep_every_class(fraction: float, seed: int) -> None:
     keys, y = keys_of(211), np.random.default_rng(5).choice([0, 1, 4], 211, p=[0.9, 0.08, 0.02])
-    some = training_rows(keys, y, "classification", fraction, seed)
-    more = training_rows(keys, y, "classification", min(1.0, 2 * fraction), seed)
+    some = training_rows(keys, y, CLASSIFICATION, fraction, seed)
+    more = training_rows(keys, y, CLASSIFICATION, min(1.0, 2 * fraction), seed)
     assert set(some.tolist()) <= set(more.tolist())
     assert (np.diff(some) > 0).all()
     for label in (0, 1, 4):
         assert (y[some] == label).sum() == max(1, round(fraction * (y == label).sum()))
-    assert len(training_rows(keys, y, "classification", 1.0, seed)) == 211
+    assert len(training_rows(keys, y, CLASSIFICATION, 1.0, seed)) == 211
     # Decided by content: the same rows in another order.
     order = np.random.default_rng(seed).permutation(211)
-    again = training_rows(keys[order], y[order], "classification", fraction, seed)
+    again = training_rows(keys[order], y[order], CLASSIFICATION, fraction, seed)
     assert {tuple(key) for key in keys[some].tolist()} == {tuple(key) for key in keys[order][again].tolist()}
 
 

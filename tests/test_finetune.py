@@ -36,6 +36,7 @@ from embedcache.finetune import (
 from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
+from embedcache.task import CLASSIFICATION
 from embedcache.train import train_head
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -332,7 +333,7 @@ def test_rates_and_decay_by_group(folder: Path) -> None:
 
     model = model_of(folder, freeze_backbone=False)
     spec = TrainSpec(**{**SEEDED.__dict__, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.0, "clip": 0.0})
-    loss = LiveLoss(Loss("classification", 2), torch.from_numpy(LABELS))
+    loss = LiveLoss(Loss(CLASSIFICATION, 2), torch.from_numpy(LABELS))
     learner = LiveLearner(model, spec, 1e-4, loss, 1, None)
     assert [(group["lr"], group["weight_decay"]) for group in learner.optimizer.param_groups] == [
         (1e-4, 0.1), (1e-4, 0.0), (1e-2, 0.1), (1e-2, 0.0),

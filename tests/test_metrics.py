@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
 from embedcache.errors import SpecError, TrainingError
-from embedcache.spec import TASKS
-from embedcache.task import task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task
 from embedcache.train import metrics
 from embedcache.train.metrics import METRICS, interval, measure, metrics_of, score, scores
 from embedcache.train.metrics.formulas import Predictions, Ranked, areas
 
+TASKS = (CLASSIFICATION, MULTILABEL, REGRESSION)
 N, C, R, K = 97, 5, 3, 7
 
 
@@ -47,14 +47,14 @@ def regression(seed: int, rows: int = N, targets: int = R) -> tuple[Any, Any]:
     return y, np.round(y + generator.normal(0, 2, y.shape), 1)
 
 
-MAKE = {"classification": classification, "multilabel": multilabel, "regression": regression}
+MAKE = {CLASSIFICATION: classification, MULTILABEL: multilabel, REGRESSION: regression}
 
 
 def multiclass_brier(y: Any, p: Any) -> float:
     return oracle.brier_score_loss(y, p, labels=range(p.shape[1]))
 
 
-CLASSIFICATION = {
+ORACLES_CLASSIFICATION = {
     "accuracy": lambda y, p: oracle.accuracy_score(y, p.argmax(1)),
     "balanced_accuracy": lambda y, p: oracle.balanced_accuracy_score(y, p.argmax(1)),
     "f1_macro": lambda y, p: oracle.f1_score(y, p.argmax(1), average="macro", labels=np.unique(y), zero_division=0),
@@ -65,7 +65,7 @@ CLASSIFICATION = {
     "log_loss": lambda y, p: oracle.log_loss(y, p, labels=range(p.shape[1])),
     "brier": multiclass_brier,
 }
-MULTILABEL = {
+ORACLES_MULTILABEL = {
     "subset_accuracy": lambda y, p: oracle.accuracy_score(y, p >= 0.5),
     "hamming_loss": lambda y, p: oracle.hamming_loss(y, p >= 0.5),
     "f1_micro": lambda y, p: oracle.f1_score(y, p >= 0.5, average="micro"),
@@ -75,27 +75,27 @@ MULTILABEL = {
     "log_loss": lambda y, p: np.mean([oracle.log_loss(y[:, c], p[:, c], labels=[0, 1]) for c in range(C)]),
     "brier": lambda y, p: np.mean([oracle.brier_score_loss(y[:, c], p[:, c], labels=[0, 1]) for c in range(C)]),
 }
-REGRESSION = {
+ORACLES_REGRESSION = {
     "mae": oracle.mean_absolute_error,
     "rmse": oracle.root_mean_squared_error,
     "r2": oracle.r2_score,
     "pearson": lambda y, p: np.mean([scipy.stats.pearsonr(y[:, r], p[:, r])[0] for r in range(y.shape[1])]),
     "spearman": lambda y, p: np.mean([scipy.stats.spearmanr(y[:, r], p[:, r])[0] for r in range(y.shape[1])]),
 }
-ORACLES = {"classification": CLASSIFICATION, "multilabel": MULTILABEL, "regression": REGRESSION}
+ORACLES = {CLASSIFICATION: ORACLES_CLASSIFICATION, MULTILABEL: ORACLES_MULTILABEL, REGRESSION: ORACLES_REGRESSION}
 EVERY = [(task, name) for task in TASKS for name in metrics_of(task)]
 
 
 def test_every_metric_has_an_oracle_or_a_value_by_hand() -> None:
     assert {(task, name) for task in TASKS for name in ORACLES[task]} | {
-        ("classification", "ece"),
-        ("multilabel", "ece"),
+        (CLASSIFICATION, "ece"),
+        (MULTILABEL, "ece"),
     } == set(EVERY)
 
 
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in ORACLES[task]])
 @given(seed=st.integers(0, 2**16), rows=st.integers(41, 131))
-def test_equals_scikit_learn(task: str, name: str, seed: int, rows: int) -> None:
+def test_equals_scikit_learn(task: Task, name: str, seed: int, rows: int) -> None:
     y, outputs = MAKE[task](seed, rows)
     assert score(name, task, y, outputs) == pytest.approx(ORACLES[task][name](y, outputs), rel=1e-11, abs=1e-12)
 
@@ -113,7 +113,7 @@ def test_two_classes_equal_scikit_learn(seed: int, ties: bool) -> None:
             "mcc": oracle.matthews_corrcoef(y, p.argmax(1)),
         }
         for name, value in expected.items():
-            assert score(name, "classification", y, p) == pytest.approx(value, rel=1e-11, abs=1e-12), name
+            assert score(name, CLASSIFICATION, y, p) == pytest.approx(value, rel=1e-11, abs=1e-12), name
 
 
 @given(seed=st.integers(0, 2**16), rows=st.integers(1, 41), share=st.floats(0, 1), steps=st.integers(1, 13))
@@ -138,8 +138,8 @@ def test_calibration_error_by_hand() -> None:
     # Bins of 1/15: 0.9 and 0.92 share (13/15, 14/15], one of the two is right; 0.6 is alone at its bin's upper edge.
     p = np.array([[0.9, 0.1], [0.92, 0.08], [0.4, 0.6]])
     expected = (2 * abs(0.5 - 0.91) + abs(1 - 0.6)) / 3
-    assert score("ece", "classification", np.array([0, 1, 1]), p) == pytest.approx(expected)
-    found = metrics.reliability("classification", np.array([0, 1, 1]), p)
+    assert score("ece", CLASSIFICATION, np.array([0, 1, 1]), p) == pytest.approx(expected)
+    found = metrics.reliability(CLASSIFICATION, np.array([0, 1, 1]), p)
     assert found["ece"] == pytest.approx(expected)
     filled = {number: each for number, each in enumerate(found["bins"]) if each["rows"]}
     assert sorted(filled) == [8, 13]
@@ -150,13 +150,13 @@ def test_calibration_error_by_hand() -> None:
     # Multi-label: every label counts, so 0.1 and 0.08 are judged as well.
     y = np.array([[1, 0], [0, 1], [0, 1]], np.uint8)
     by_label = (2 * abs(0.5 - 0.91) + 1 * abs(0 - 0.4) + 2 * abs(0.5 - 0.09) + abs(1 - 0.6)) / 6
-    assert score("ece", "multilabel", y, p) == pytest.approx(by_label)
+    assert score("ece", MULTILABEL, y, p) == pytest.approx(by_label)
 
 
 def test_measure_by_hand() -> None:
     y = np.array([0, 0, 1, 2, -1])
     p = np.array([[0.6, 0.2, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6], [0.25] * 4])
-    measured = measure("classification", y, p, ["a", "b", "c", "d"])
+    measured = measure(CLASSIFICATION, y, p, ["a", "b", "c", "d"])
     assert measured["rows"] == 4
     assert measured["accuracy"] == 0.5
     assert measured["balanced_accuracy"] == pytest.approx((0.5 + 1 + 0) / 3)
@@ -174,17 +174,17 @@ def test_measure_by_hand() -> None:
 
 def test_intervals_of_what_is_looked_at() -> None:
     y, p = classification(11)
-    found = measure("classification", y, p, list("abcde")[:C], intervals=True)
+    found = measure(CLASSIFICATION, y, p, list("abcde")[:C], intervals=True)
     assert set(found["intervals"]) == {"accuracy", "f1_macro"}
     for name, (low, high) in found["intervals"].items():
         assert low < found[name] < high
-        assert (low, high) == interval("classification", y, p, name)
-    right = measure("classification", y, np.eye(C)[y], list("abcde")[:C], intervals=True)
+        assert (low, high) == interval(CLASSIFICATION, y, p, name)
+    right = measure(CLASSIFICATION, y, np.eye(C)[y], list("abcde")[:C], intervals=True)
     assert set(right["intervals"]) == {"accuracy"}, "no draw of rows that are all right can differ"
     low, high = right["intervals"]["accuracy"]
     assert 0.8 < low < high == 1
     constant = np.full((7, 1), 2.0)
-    flat = measure("regression", constant, constant + 0.5, ["target"], intervals=True)
+    flat = measure(REGRESSION, constant, constant + 0.5, ["target"], intervals=True)
     assert set(flat["intervals"]) == {"rmse"}, "R2 of a constant is not defined"
 
 
@@ -195,9 +195,9 @@ def test_a_missing_class_is_named_and_not_averaged_away() -> None:
     wide[:, [0, 1, 3, 4, 6]] = p
     y_wide = np.array([0, 1, 3, 4, 6])[y]
     names = list("abcdefg")
-    narrow, measured = measure("classification", y, p, names[:C]), measure("classification", y_wide, wide, names)
+    narrow, measured = measure(CLASSIFICATION, y, p, names[:C]), measure(CLASSIFICATION, y_wide, wide, names)
     assert measured["missing_classes"] == ["c", "f"]
-    for name in metrics_of("classification"):
+    for name in metrics_of(CLASSIFICATION):
         assert measured[name] == pytest.approx(narrow[name], rel=1e-12), name
 
 
@@ -206,7 +206,7 @@ def test_measure_multilabel_with_thresholds() -> None:
     y[7, 3] = 255  # one unknown label makes the row unknown
     y[:, 2] = np.where(y[:, 2] == 255, 255, 0)
     thresholds = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-    measured = measure("multilabel", y, p, list("abcde"), thresholds=thresholds)
+    measured = measure(MULTILABEL, y, p, list("abcde"), thresholds=thresholds)
     kept = np.arange(N) != 7
     on = p[kept] >= thresholds
     assert measured["rows"] == N - 1
@@ -230,14 +230,14 @@ def test_measure_regression_with_targets() -> None:
     y, said = regression(2)
     y[5, 1] = np.nan
     kept = np.arange(N) != 5
-    measured = measure("regression", y, said, ["u", "v", "w"])
+    measured = measure(REGRESSION, y, said, ["u", "v", "w"])
     assert measured["rows"] == N - 1
     assert [each["target"] for each in measured["per_target"]] == ["u", "v", "w"]
     for at, each in enumerate(measured["per_target"]):
         assert each["rmse"] == pytest.approx(oracle.root_mean_squared_error(y[kept, at], said[kept, at]))
         assert each["r2"] == pytest.approx(oracle.r2_score(y[kept, at], said[kept, at]))
     assert measured["r2"] == pytest.approx(np.mean([each["r2"] for each in measured["per_target"]]))
-    one = measure("regression", y[kept, 0], said[kept, 0], ["u"])
+    one = measure(REGRESSION, y[kept, 0], said[kept, 0], ["u"])
     assert one["mae"] == pytest.approx(oracle.mean_absolute_error(y[kept, 0], said[kept, 0]))
 
 
@@ -247,29 +247,29 @@ def degenerate() -> list[tuple[str, Any, Any, tuple[str, ...]]]:
     q = multilabel(1)[1]
     v = regression(1)[1]
     return [
-        ("classification", np.zeros(N, int), p, ("accuracy", "log_loss", "f1_macro", "balanced_accuracy", "brier")),
-        ("classification", np.full(N, -1), p, ()),
-        ("classification", np.zeros(0, int), p[:0], ()),
-        ("classification", np.zeros(1, int), p[:1], ("accuracy", "log_loss")),
-        ("classification", np.zeros(N, int), np.eye(C)[np.ones(N, int)], ("accuracy", "log_loss", "f1_macro")),
-        ("multilabel", np.zeros((N, C), np.uint8), q, ("subset_accuracy", "hamming_loss", "log_loss", "ece")),
-        ("multilabel", np.ones((N, C), np.uint8), q, ("subset_accuracy", "f1_macro", "average_precision")),
-        ("multilabel", np.full((N, C), 255, np.uint8), q, ()),
-        ("regression", np.full((N, R), 0.1), v, ("mae", "rmse")),
-        ("regression", v, np.full((N, R), 0.1), ("mae", "rmse", "r2")),
-        ("regression", v[:1], v[:1], ("mae", "rmse")),
-        ("regression", np.full((N, R), np.nan), v, ()),
+        (CLASSIFICATION, np.zeros(N, int), p, ("accuracy", "log_loss", "f1_macro", "balanced_accuracy", "brier")),
+        (CLASSIFICATION, np.full(N, -1), p, ()),
+        (CLASSIFICATION, np.zeros(0, int), p[:0], ()),
+        (CLASSIFICATION, np.zeros(1, int), p[:1], ("accuracy", "log_loss")),
+        (CLASSIFICATION, np.zeros(N, int), np.eye(C)[np.ones(N, int)], ("accuracy", "log_loss", "f1_macro")),
+        (MULTILABEL, np.zeros((N, C), np.uint8), q, ("subset_accuracy", "hamming_loss", "log_loss", "ece")),
+        (MULTILABEL, np.ones((N, C), np.uint8), q, ("subset_accuracy", "f1_macro", "average_precision")),
+        (MULTILABEL, np.full((N, C), 255, np.uint8), q, ()),
+        (REGRESSION, np.full((N, R), 0.1), v, ("mae", "rmse")),
+        (REGRESSION, v, np.full((N, R), 0.1), ("mae", "rmse", "r2")),
+        (REGRESSION, v[:1], v[:1], ("mae", "rmse")),
+        (REGRESSION, np.full((N, R), np.nan), v, ()),
     ]
 
 
 @pytest.mark.parametrize(("task", "y", "outputs", "defined"), degenerate())
-def test_what_is_not_defined_is_none(task: str, y: Any, outputs: Any, defined: tuple[str, ...]) -> None:
+def test_what_is_not_defined_is_none(task: Task, y: Any, outputs: Any, defined: tuple[str, ...]) -> None:
     """No warning leaks, nothing is NaN in the JSON, and what can be said is said."""
     measured = measure(task, y, outputs, list("abcde")[: outputs.shape[1]])
     json.dumps(measured, allow_nan=False)
     for name in defined:
         assert isinstance(measured[name], float), name
-    undefined = {"classification": "mcc", "multilabel": "roc_auc", "regression": "pearson"}[task]
+    undefined = {CLASSIFICATION: "mcc", MULTILABEL: "roc_auc", REGRESSION: "pearson"}[task]
     assert measured[undefined] is None
     assert math.isnan(score(undefined, task, y, outputs))
     low, high = interval(task, y, outputs, undefined, draws=3)
@@ -279,18 +279,18 @@ def test_what_is_not_defined_is_none(task: str, y: Any, outputs: Any, defined: t
 
 def test_a_constant_prediction_has_no_correlation_but_a_convention() -> None:
     y = classification(4)[0]
-    assert score("mcc", "classification", y, np.eye(C)[np.full(N, 2)]) == 0.0
-    assert score("roc_auc", "classification", y, np.full((N, C), 1 / C)) == 0.5
+    assert score("mcc", CLASSIFICATION, y, np.eye(C)[np.full(N, 2)]) == 0.0
+    assert score("roc_auc", CLASSIFICATION, y, np.full((N, C), 1 / C)) == 0.5
 
 
 @pytest.mark.parametrize(("task", "name"), EVERY)
 @given(seed=st.integers(0, 2**16), masked=st.booleans(), single=st.booleans())
-def test_stacked_equals_one_by_one(task: str, name: str, seed: int, masked: bool, single: bool) -> None:
+def test_stacked_equals_one_by_one(task: Task, name: str, seed: int, masked: bool, single: bool) -> None:
     """``scores`` gives the very bits of ``score``, with masks those of the rows picked out to the last digits."""
     generator = np.random.default_rng(seed)
     y = MAKE[task](seed, 53)[0]
     outputs = np.stack([MAKE[task](seed + k, 53)[1] for k in range(K)]).astype(np.float32 if single else np.float64)
-    if task == "classification":
+    if task == CLASSIFICATION:
         y = np.where(generator.random(53) < 0.1, -1, y)
     if not masked:
         assert scores(name, task, y, outputs).tolist() == [score(name, task, y, outputs[k]) for k in range(K)]
@@ -302,7 +302,7 @@ def test_stacked_equals_one_by_one(task: str, name: str, seed: int, masked: bool
 
 @pytest.mark.parametrize(("task", "name"), EVERY)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_head_that_diverged_never_looks_good(task: str, name: str, bad: float) -> None:
+def test_a_head_that_diverged_never_looks_good(task: Task, name: str, bad: float) -> None:
     y, outputs = MAKE[task](1)
     stack = np.stack([outputs] * K)
     stack[2, 13, 1] = bad
@@ -318,7 +318,7 @@ def test_a_head_that_diverged_never_looks_good(task: str, name: str, bad: float)
 
 
 @pytest.mark.parametrize(("task", "name"), EVERY)
-def test_a_bootstrap_draw_is_the_metric_of_the_rows_drawn(task: str, name: str) -> None:
+def test_a_bootstrap_draw_is_the_metric_of_the_rows_drawn(task: Task, name: str) -> None:
     y, outputs = MAKE[task](8)
     drawn = metrics.resampled_scores(task, y, outputs, name, draws=5, seed=3)
     generator = np.random.default_rng(3)
@@ -334,28 +334,28 @@ def test_the_interval_covers_what_it_says() -> None:
     for seed in range(200):
         y = np.zeros(199, int)
         p = np.where(generator.random(199)[:, None] < 0.7, [[0.8, 0.2]], [[0.2, 0.8]])
-        low, high = interval("classification", y, p, "accuracy", 0.9, draws=200, seed=seed)
+        low, high = interval(CLASSIFICATION, y, p, "accuracy", 0.9, draws=200, seed=seed)
         held += low <= 0.7 <= high
     assert 165 <= held <= 195
-    assert interval("classification", y, p, "accuracy", seed=1) == interval("classification", y, p, "accuracy", seed=1)
-    assert interval("classification", y, p, "accuracy", 0.5)[0] > interval("classification", y, p, "accuracy", 0.99)[0]
+    assert interval(CLASSIFICATION, y, p, "accuracy", seed=1) == interval(CLASSIFICATION, y, p, "accuracy", seed=1)
+    assert interval(CLASSIFICATION, y, p, "accuracy", 0.5)[0] > interval(CLASSIFICATION, y, p, "accuracy", 0.99)[0]
     with pytest.raises(SpecError, match="level is 95"):
-        interval("classification", y, p, "accuracy", 95)
+        interval(CLASSIFICATION, y, p, "accuracy", 95)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "log_loss", "f1_macro"])
 def test_an_interval_is_quick(name: str) -> None:
     y, p = classification(0, 10_007, C)
     start = time.process_time()
-    interval("classification", y, p, name, draws=1000)
+    interval(CLASSIFICATION, y, p, name, draws=1000)
     assert time.process_time() - start < 2  # a quarter of a second where nothing else runs
 
 
 def test_default_metrics_and_directions() -> None:
-    assert {task: task_named(task).default_metric for task in TASKS} == {
-        "classification": "log_loss",
-        "multilabel": "log_loss",
-        "regression": "rmse",
+    assert {task: task.default_metric for task in TASKS} == {
+        CLASSIFICATION: "log_loss",
+        MULTILABEL: "log_loss",
+        REGRESSION: "rmse",
     }
     better, less = METRICS["accuracy"].better, METRICS["log_loss"].better
     assert better(0.6, 0.5)
@@ -368,21 +368,21 @@ def test_default_metrics_and_directions() -> None:
         assert not either(math.nan, math.nan)
     for task, name in EVERY:  # predictions as good as they get beat bad ones, in the metric's own direction
         y, outputs = MAKE[task](6)
-        perfect = np.eye(C)[y] if task == "classification" else y.astype(float)
+        perfect = np.eye(C)[y] if task == CLASSIFICATION else y.astype(float)
         assert METRICS[name].better(score(name, task, y, perfect), score(name, task, y, outputs)), (task, name)
 
 
 @pytest.mark.parametrize(
     ("name", "task", "message"),
     [
-        ("acuracy", "classification", r"no metric 'acuracy' \(did you mean accuracy"),
-        ("accuracy", "multilabel", r"multilabel has no metric 'accuracy' \(did you mean subset_accuracy"),
-        ("f1", "classification", "did you mean f1_macro or f1_weighted"),
-        ("accuracy", "regression", "regression has no metric 'accuracy': expected one of mae, rmse, r2"),
-        ("zzz", "regression", "there is no metric 'zzz': expected one of"),
+        ("acuracy", CLASSIFICATION, r"no metric 'acuracy' \(did you mean accuracy"),
+        ("accuracy", MULTILABEL, r"multilabel has no metric 'accuracy' \(did you mean subset_accuracy"),
+        ("f1", CLASSIFICATION, "did you mean f1_macro or f1_weighted"),
+        ("accuracy", REGRESSION, "regression has no metric 'accuracy': expected one of mae, rmse, r2"),
+        ("zzz", REGRESSION, "there is no metric 'zzz': expected one of"),
     ],
 )
-def test_an_unknown_metric_names_the_nearest(name: str, task: str, message: str) -> None:
+def test_an_unknown_metric_names_the_nearest(name: str, task: Task, message: str) -> None:
     y, outputs = MAKE[task](1)
     for function in (lambda: score(name, task, y, outputs), lambda: interval(task, y, outputs, name)):
         with pytest.raises(SpecError, match=message):
@@ -392,15 +392,14 @@ def test_an_unknown_metric_names_the_nearest(name: str, task: str, message: str)
 @pytest.mark.parametrize(
     ("task", "y", "outputs", "message"),
     [
-        ("classification", np.zeros(3, int), np.ones((2, 2)), r"y \(3,\) does not fit outputs \(2, 2\)"),
-        ("multilabel", np.zeros((2, 3), int), np.ones((2, 2)), "does not fit"),
-        ("regression", np.zeros((2, 3)), np.ones((2, 2)), "does not fit"),
-        ("classification", np.array([0, 2]), np.ones((2, 2)) / 2, "outputs have 2 columns"),
-        ("classification", np.array([0, -2]), np.ones((2, 2)) / 2, "outputs have 2 columns"),
-        ("ranking", np.zeros(2), np.ones((2, 2)), "ranking"),
+        (CLASSIFICATION, np.zeros(3, int), np.ones((2, 2)), r"y \(3,\) does not fit outputs \(2, 2\)"),
+        (MULTILABEL, np.zeros((2, 3), int), np.ones((2, 2)), "does not fit"),
+        (REGRESSION, np.zeros((2, 3)), np.ones((2, 2)), "does not fit"),
+        (CLASSIFICATION, np.array([0, 2]), np.ones((2, 2)) / 2, "outputs have 2 columns"),
+        (CLASSIFICATION, np.array([0, -2]), np.ones((2, 2)) / 2, "outputs have 2 columns"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(task: str, y: Any, outputs: Any, message: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(task: Task, y: Any, outputs: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         Predictions(task, y, outputs)
 
@@ -408,7 +407,7 @@ def test_shapes_that_do_not_fit_are_refused(task: str, y: Any, outputs: Any, mes
 @pytest.mark.parametrize("outputs", [[[3.0, -1.0], [0.5, 0.5]], [[0.9, 0.9], [0.5, 0.5]]])
 def test_logits_are_no_probabilities(outputs: Any) -> None:
     with pytest.raises(TrainingError, match="outputs are not probabilities"):
-        measure("classification", np.array([0, 1]), np.array(outputs), ["a", "b"])
+        measure(CLASSIFICATION, np.array([0, 1]), np.array(outputs), ["a", "b"])
 
 
 def test_scikit_learn_is_not_imported() -> None:

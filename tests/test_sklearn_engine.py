@@ -41,7 +41,7 @@ from embedcache.heads.registry import checked_kind, option_names
 from embedcache.heads.sklearn_io import outputs
 from embedcache.heads.sklearn_kinds import KINDS, Setting
 from embedcache.spec import HeadSpec, TrainSpec
-from embedcache.task import task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task
 from embedcache.train import sklearn_engine
 from embedcache.train.data import labelled_rows_of
 from embedcache.train.sklearn_engine import NEVER
@@ -54,14 +54,14 @@ EVERY = [(kind, task) for kind, each in KINDS.items() for task in each.tasks]
 FITTED = [kind for kind in LINEAR if kind != "majority"]
 
 
-def data(task: str, seed: int = 0, rows: int = N, dim: int = D) -> tuple[Any, Any, int]:
+def data(task: Task, seed: int = 0, rows: int = N, dim: int = D) -> tuple[Any, Any, int]:
     """Features far from standard, and targets that depend on them."""
     generator = np.random.default_rng(seed)
     x = (generator.normal(size=(rows, dim)) * generator.uniform(0.1, 9, dim) + 5).astype(np.float32)
     score = (x - x.mean(0)) / x.std(0) @ generator.normal(size=(dim, C)) + generator.normal(size=(rows, C))
-    if task == "classification":
+    if task == CLASSIFICATION:
         return x, score.argmax(axis=1), C
-    if task == "multilabel":
+    if task == MULTILABEL:
         return x, (score > 0.3).astype(np.uint8), C
     return x, 100 * score[:, :R] + 7, R
 
@@ -81,7 +81,7 @@ class FittedSklearn:
         if self.linear is None:
             return outputs(self.estimator, x, self.task, self.classes)
         weight, bias = self.linear
-        return task_named(self.task).probabilities(np.asarray(x, np.float64) @ weight.T + bias)
+        return self.task.probabilities(np.asarray(x, np.float64) @ weight.T + bias)
 
 
 def fit_sklearn(
@@ -110,7 +110,7 @@ def head(kind: str, **options: Any) -> HeadSpec:
     return HeadSpec(kind, "sklearn", {**QUICK.get(kind, {}), **options})
 
 
-def fit(kind: str, task: str, *, seed: int = 0, options: Any = None, **keywords: Any) -> FittedSklearn:
+def fit(kind: str, task: Task, *, seed: int = 0, options: Any = None, **keywords: Any) -> FittedSklearn:
     x, y, classes = data(task)
     return fit_sklearn(head(kind, **(options or {})), x, y, task=task, classes=classes, seed=seed, **keywords)
 
@@ -122,28 +122,28 @@ def decisions(fitted: FittedSklearn, x: Any) -> Any:
     return x.astype(np.float64) @ weight.T + bias
 
 
-def pipeline(kind: str, task: str, x: Any, standardize: bool, l2: float = 1.0) -> Any:
+def pipeline(kind: str, task: Task, x: Any, standardize: bool, l2: float = 1.0) -> Any:
     """The same estimator in scikit-learn's own pipeline, not fitted."""
     found, options = checked_kind(head(kind), task)
     estimator = found.build(Setting(task, l2, 0, *x.shape), options)
-    estimator = OneVsRestClassifier(estimator) if task == "multilabel" else estimator
+    estimator = OneVsRestClassifier(estimator) if task == MULTILABEL else estimator
     return make_pipeline(StandardScaler(), estimator) if standardize else make_pipeline(estimator)
 
 
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize(("kind", "task"), [(kind, task) for kind, task in EVERY if kind in FITTED])
-def test_a_matrix_says_what_the_pipeline_says(kind: str, task: str, standardize: bool) -> None:
+def test_a_matrix_says_what_the_pipeline_says(kind: str, task: Task, standardize: bool) -> None:
     """Decision values to 1e-6 of the pipeline's own, standardisation and projection folded in."""
     x, y, classes = data(task)
     fitted = fit_sklearn(head(kind), x, y, task=task, classes=classes, standardize=standardize, l2=0.3)
     assert fitted.estimator is None
     theirs = pipeline(kind, task, x, standardize, 0.3).fit(x.astype(np.float64), y)
     x = x.astype(np.float64)
-    expected = theirs.predict(x) if task == "regression" else theirs.decision_function(x)
+    expected = theirs.predict(x) if task == REGRESSION else theirs.decision_function(x)
     np.testing.assert_allclose(decisions(fitted, x), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
-    if kind in ("linear", "logistic-regression", "lda", "random-projection") and task == "classification":
+    if kind in ("linear", "logistic-regression", "lda", "random-projection") and task == CLASSIFICATION:
         np.testing.assert_allclose(fitted.outputs(x), theirs.predict_proba(x), atol=1e-9)
-    if task == "multilabel" and hasattr(theirs, "predict_proba"):
+    if task == MULTILABEL and hasattr(theirs, "predict_proba"):
         np.testing.assert_allclose(fitted.outputs(x), theirs.predict_proba(x), atol=1e-9)
 
 
@@ -170,8 +170,8 @@ def test_folding_holds_for_any_features(
         x[:, 0] = 0.1
     y = np.concatenate([np.arange(classes), generator.integers(0, classes, rows - classes)])
     shuffled = generator.permutation(classes + extra)[:classes]  # which of all the classes are there
-    fitted = fit_sklearn(head(kind), x, shuffled[y], task="classification", classes=classes + extra)
-    theirs = pipeline(kind, "classification", x, True).fit(x.astype(np.float64), shuffled[y])
+    fitted = fit_sklearn(head(kind), x, shuffled[y], task=CLASSIFICATION, classes=classes + extra)
+    theirs = pipeline(kind, CLASSIFICATION, x, True).fit(x.astype(np.float64), shuffled[y])
     expected = theirs.decision_function(x.astype(np.float64))
     found = decisions(fitted, x)
     tolerance = {"rtol": 1e-6, "atol": 1e-6 * max(1.0, float(np.abs(expected).max()))}
@@ -190,52 +190,52 @@ def test_folding_holds_for_any_features(
 
 def test_a_class_of_one_row_is_a_note_in_our_words() -> None:
     x = np.random.default_rng(3).normal(size=(23, 4)).astype(np.float32)
-    fitted = fit_sklearn(head("lda"), x, np.minimum(np.arange(23), 2), task="classification", classes=3)
+    fitted = fit_sklearn(head("lda"), x, np.minimum(np.arange(23), 2), task=CLASSIFICATION, classes=3)
     assert any("a class has a single training row" in note for note in fitted.notes)
 
 
 def test_a_planted_fault_in_folding_would_be_seen() -> None:
-    x, y, classes = data("classification")
-    theirs = pipeline("linear", "classification", x, True).fit(x.astype(np.float64), y)
+    x, y, classes = data(CLASSIFICATION)
+    theirs = pipeline("linear", CLASSIFICATION, x, True).fit(x.astype(np.float64), y)
     unfolded = theirs[-1].coef_, theirs[-1].intercept_
-    wrong = FittedSklearn("classification", classes, unfolded, None, ())
+    wrong = FittedSklearn(CLASSIFICATION, classes, unfolded, None, ())
     assert np.abs(decisions(wrong, x) - theirs.decision_function(x.astype(np.float64))).max() > 1
 
 
 def test_l2_is_one_over_c_and_options_overrule_it() -> None:
-    x, y, _ = data("classification")
+    x, y, _ = data(CLASSIFICATION)
     x = x.astype(np.float64)
     own = make_pipeline(StandardScaler(), LogisticRegression(C=4.0, max_iter=1000)).fit(x, y)
     for keywords in ({"l2": 0.25}, {"l2": 9.0, "options": {"C": 4.0}}):
         np.testing.assert_allclose(
-            fit("linear", "classification", **keywords).outputs(x), own.predict_proba(x), atol=1e-9
+            fit("linear", CLASSIFICATION, **keywords).outputs(x), own.predict_proba(x), atol=1e-9
         )
-    strong, weak = (np.abs(fit("ridge", "regression", options={"alpha": a}).linear[0]).sum() for a in (1e4, 1.0))
+    strong, weak = (np.abs(fit("ridge", REGRESSION, options={"alpha": a}).linear[0]).sum() for a in (1e4, 1.0))
     assert strong < 0.1 * weak
-    free = fit("linear", "classification", l2=0.0)
-    assert np.abs(free.linear[0]).sum() > np.abs(fit("linear", "classification").linear[0]).sum()
+    free = fit("linear", CLASSIFICATION, l2=0.0)
+    assert np.abs(free.linear[0]).sum() > np.abs(fit("linear", CLASSIFICATION).linear[0]).sum()
     with pytest.raises(SpecError, match="linear-svm needs a penalty"):
-        fit("linear-svm", "classification", l2=0.0)
+        fit("linear-svm", CLASSIFICATION, l2=0.0)
 
 
 @pytest.mark.parametrize("weights", [None, "w"])
 def test_majority_equals_the_dummies(weights: str | None) -> None:
     generator = np.random.default_rng(0)
     rows = None if weights is None else generator.random(N).astype(np.float32).astype(float)
-    for task, dummy in (("classification", DummyClassifier(strategy="prior")), ("regression", DummyRegressor())):
+    for task, dummy in ((CLASSIFICATION, DummyClassifier(strategy="prior")), (REGRESSION, DummyRegressor())):
         x, y, classes = data(task)
-        y = np.where(y == 3, 2, y) if task == "classification" else y
+        y = np.where(y == 3, 2, y) if task == CLASSIFICATION else y
         fitted = fit_sklearn(head("majority"), x, y, task=task, classes=classes, sample_weight=rows)
         theirs = dummy.fit(x, y, sample_weight=rows)
         found = fitted.outputs(x)
-        if task == "classification":
+        if task == CLASSIFICATION:
             assert (found[:, 3] == 0).all()
             np.testing.assert_allclose(np.delete(found, 3, axis=1), theirs.predict_proba(x), rtol=1e-9)
         else:
             np.testing.assert_allclose(found, theirs.predict(x), rtol=1e-9)
-    x, y, classes = data("multilabel")
+    x, y, classes = data(MULTILABEL)
     y[:, 1], y[:, 2] = 0, 1
-    found = fit_sklearn(head("majority"), x, y, task="multilabel", classes=C, sample_weight=rows).outputs(x)
+    found = fit_sklearn(head("majority"), x, y, task=MULTILABEL, classes=C, sample_weight=rows).outputs(x)
     share = np.average(y, axis=0, weights=rows)
     np.testing.assert_allclose(found[0, [0, 3, 4]], share[[0, 3, 4]], rtol=1e-9)
     assert 0 < found[0, 1] < 0.05
@@ -243,42 +243,40 @@ def test_majority_equals_the_dummies(weights: str | None) -> None:
 
 
 def test_one_class_is_enough_for_the_majority_and_for_nothing_else() -> None:
-    x = data("classification")[0]
+    x = data(CLASSIFICATION)[0]
     y = np.full(N, 2)
-    assert fit_sklearn(head("majority"), x, y, task="classification", classes=C).outputs(x)[:, 2].min() == 1
+    assert fit_sklearn(head("majority"), x, y, task=CLASSIFICATION, classes=C).outputs(x)[:, 2].min() == 1
     for kind in KINDS.keys() - {"majority"}:
         with pytest.raises(TrainingError, match="of the same class"):
-            fit_sklearn(head(kind), x, y, task="classification", classes=C)
+            fit_sklearn(head(kind), x, y, task=CLASSIFICATION, classes=C)
 
 
 def test_a_random_projection_keeps_few_dimensions() -> None:
-    x, y, classes = data("classification", dim=23)
+    x, y, classes = data(CLASSIFICATION, dim=23)
     for dims in (8, 2):
         options = {} if dims == 8 else {"dims": dims}
-        weight = fit_sklearn(head("random-projection", **options), x, y, task="classification", classes=classes).linear[
-            0
-        ]
+        weight = fit_sklearn(head("random-projection", **options), x, y, task=CLASSIFICATION, classes=classes).linear[0]
         assert weight.shape == (classes, 23)
         assert np.linalg.matrix_rank(weight) == min(dims, classes - 1)
-    assert fit("random-projection", "classification", options={"dims": 100}).linear[0].shape == (C, D)
+    assert fit("random-projection", CLASSIFICATION, options={"dims": 100}).linear[0].shape == (C, D)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FITTED if "multilabel" in KINDS[kind].tasks])
+@pytest.mark.parametrize("kind", [kind for kind in FITTED if MULTILABEL in KINDS[kind].tasks])
 def test_labels_that_never_change_are_learnt_by_counting(kind: str) -> None:
-    x, y, _ = data("multilabel")
+    x, y, _ = data(MULTILABEL)
     y[:, 1], y[:, 4] = 0, 1
-    fitted = fit_sklearn(head(kind), x, y, task="multilabel", classes=C)
+    fitted = fit_sklearn(head(kind), x, y, task=MULTILABEL, classes=C)
     assert fitted.notes == ("2 of 5 labels are the same in every training row: nothing is learnt",)
     p = fitted.outputs(x)
     np.testing.assert_allclose(p[:, 1], 1 / (N + 2))
     np.testing.assert_allclose(p[:, 4], 1 - 1 / (N + 2))
-    alone = fit_sklearn(head(kind), x, y[:, :1], task="multilabel", classes=1).outputs(x)
+    alone = fit_sklearn(head(kind), x, y[:, :1], task=MULTILABEL, classes=1).outputs(x)
     np.testing.assert_allclose(alone[:, 0], p[:, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize(("kind", "task"), [(kind, task) for kind, task in EVERY if kind in OTHER])
-def test_estimators_say_what_they_say_alone(kind: str, task: str, standardize: bool) -> None:
+def test_estimators_say_what_they_say_alone(kind: str, task: Task, standardize: bool) -> None:
     x, y, classes = data(task)
     fitted = fit_sklearn(head(kind), x, y, task=task, classes=classes, standardize=standardize)
     assert fitted.linear is None
@@ -286,9 +284,9 @@ def test_estimators_say_what_they_say_alone(kind: str, task: str, standardize: b
     scaler = StandardScaler().fit(x)
     z = scaler.transform(x) if standardize and kind != "hist-gradient-boosting" else x
     estimator = found.build(Setting(task, 1.0, 0, N, D), options)
-    if kind == "hist-gradient-boosting" and task != "classification":
+    if kind == "hist-gradient-boosting" and task != CLASSIFICATION:
         columns = [clone(estimator).fit(z, y[:, c]) for c in range(classes)]
-        parts = [each.predict(z) if task == "regression" else each.predict_proba(z)[:, 1] for each in columns]
+        parts = [each.predict(z) if task == REGRESSION else each.predict_proba(z)[:, 1] for each in columns]
         expected = np.stack(parts, axis=1)
     else:
         import warnings
@@ -296,7 +294,7 @@ def test_estimators_say_what_they_say_alone(kind: str, task: str, standardize: b
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             estimator.fit(z, y)
-        expected = estimator.predict(z) if task == "regression" else estimator.predict_proba(z)
+        expected = estimator.predict(z) if task == REGRESSION else estimator.predict_proba(z)
         if isinstance(expected, list):
             expected = np.stack([each[:, 1] for each in expected], axis=1)
     np.testing.assert_allclose(fitted.outputs(x), expected, rtol=1e-6)
@@ -305,42 +303,42 @@ def test_estimators_say_what_they_say_alone(kind: str, task: str, standardize: b
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_estimators_with_classes_that_are_not_there(kind: str) -> None:
-    x, y, _ = data("classification")
+    x, y, _ = data(CLASSIFICATION)
     y = np.array([1, 1, 4, 6, 6])[y]
-    p = fit_sklearn(head(kind), x, y, task="classification", classes=8).outputs(x)
+    p = fit_sklearn(head(kind), x, y, task=CLASSIFICATION, classes=8).outputs(x)
     assert p.shape == (N, 8)
     assert (p[:, [0, 2, 3, 5, 7]] == 0).all()
     np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-5)
-    two = fit_sklearn(head(kind), x, np.where(y == 1, 1, 4), task="classification", classes=8).outputs(x)
+    two = fit_sklearn(head(kind), x, np.where(y == 1, 1, 4), task=CLASSIFICATION, classes=8).outputs(x)
     assert (two[:, [1, 4]].max(axis=0) > 0).all()
 
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_estimators_with_labels_that_never_change_or_stand_alone(kind: str) -> None:
-    x, y, _ = data("multilabel")
+    x, y, _ = data(MULTILABEL)
     y[:, 1], y[:, 4] = 0, 1
-    p = fit_sklearn(head(kind), x, y, task="multilabel", classes=C).outputs(x)
+    p = fit_sklearn(head(kind), x, y, task=MULTILABEL, classes=C).outputs(x)
     if kind == "mlp":  # one network for all labels: it learns what is constant like anything else
         assert p.shape == (N, C)
     else:
         assert (p[:, 1] == 0).all()
         assert (p[:, 4] == 1).all()
-    one = fit_sklearn(head(kind), x, y[:, :1], task="multilabel", classes=1).outputs(x)
+    one = fit_sklearn(head(kind), x, y[:, :1], task=MULTILABEL, classes=1).outputs(x)
     assert one.shape == (N, 1)
     assert one[y[:, 0] == 1].mean() > one[y[:, 0] == 0].mean()
-    single = fit_sklearn(head(kind), x, data("regression")[1][:, 0], task="regression", classes=1)
+    single = fit_sklearn(head(kind), x, data(REGRESSION)[1][:, 0], task=REGRESSION, classes=1)
     assert single.outputs(x).shape == (N, 1)
 
 
 def test_targets_of_any_size_are_reached_by_the_network() -> None:
-    x, y, _ = data("regression")
-    fitted = fit_sklearn(HeadSpec("mlp", "sklearn", {"max_iter": 300}), x, 1e6 + 1e5 * y, task="regression", classes=R)
+    x, y, _ = data(REGRESSION)
+    fitted = fit_sklearn(HeadSpec("mlp", "sklearn", {"max_iter": 300}), x, 1e6 + 1e5 * y, task=REGRESSION, classes=R)
     said = fitted.outputs(x)
     assert (1 - np.square(said - 1e6 - 1e5 * y).sum(0) / np.square(1e5 * (y - y.mean(0))).sum(0)).min() > 0.8
 
 
 @pytest.mark.parametrize(("kind", "task"), EVERY)
-def test_the_same_seed_gives_the_same_bits(kind: str, task: str) -> None:
+def test_the_same_seed_gives_the_same_bits(kind: str, task: Task) -> None:
     x = data(task)[0]
     first, again = fit(kind, task, seed=3), fit(kind, task, seed=3)
     np.testing.assert_array_equal(first.outputs(x), again.outputs(x))
@@ -351,7 +349,7 @@ def test_the_same_seed_gives_the_same_bits(kind: str, task: str) -> None:
 @pytest.mark.parametrize("kind", ["linear", "ridge", "hist-gradient-boosting"])
 def test_class_weights_are_scikit_learns(kind: str) -> None:
     """The weight of a row is that of its class, in every one-vs-rest too: LinearSVC leaves the rest unweighted."""
-    x, y, classes = data("classification")
+    x, y, classes = data(CLASSIFICATION)
     y = np.where(np.arange(N) < 60, 0, y)
     scale = kind != "hist-gradient-boosting"
     balanced = compute_class_weight("balanced", classes=np.unique(y), y=y)
@@ -359,8 +357,8 @@ def test_class_weights_are_scikit_learns(kind: str) -> None:
         ("balanced", dict(enumerate(balanced.astype(np.float32).astype(float)))),  # weights are float32
         (np.array([1, 2, 3, 0.5, 0.125]), dict(enumerate([1, 2, 3, 0.5, 0.125]))),
     ):
-        found = fit_sklearn(head(kind), x, y, task="classification", classes=classes, class_weight=mine)
-        own = pipeline(kind, "classification", x, scale)
+        found = fit_sklearn(head(kind), x, y, task=CLASSIFICATION, classes=classes, class_weight=mine)
+        own = pipeline(kind, CLASSIFICATION, x, scale)
         own[-1].set_params(class_weight=theirs)
         own.fit(x.astype(np.float64), y)
         if found.linear is None:
@@ -371,8 +369,8 @@ def test_class_weights_are_scikit_learns(kind: str) -> None:
 
 # Not the MLP: minibatches are drawn by rows, so that two rows are not one of twice the weight.
 @pytest.mark.parametrize("kind", ["linear", "ridge", "majority", "hist-gradient-boosting", "random-projection"])
-@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
-def test_a_row_of_weight_two_is_two_rows(kind: str, task: str) -> None:
+@pytest.mark.parametrize("task", [CLASSIFICATION, MULTILABEL, REGRESSION])
+def test_a_row_of_weight_two_is_two_rows(kind: str, task: Task) -> None:
     x, y, classes = data(task)
     rows = np.random.default_rng(5).integers(1, 3, N)
     arguments = {"task": task, "classes": classes, "standardize": False}
@@ -387,38 +385,38 @@ def test_a_row_of_weight_two_is_two_rows(kind: str, task: str) -> None:
 
 
 def test_weights_of_rows_and_of_classes_multiply() -> None:
-    x, y, _ = data("classification")
+    x, y, _ = data(CLASSIFICATION)
     rows, classes = np.random.default_rng(1).integers(1, 9, N), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     found = fit_sklearn(
-        head("majority"), x, y, task="classification", classes=C, sample_weight=rows, class_weight=classes
+        head("majority"), x, y, task=CLASSIFICATION, classes=C, sample_weight=rows, class_weight=classes
     )
     np.testing.assert_allclose(found.outputs(x)[0], np.bincount(y, rows * classes[y]) / (rows * classes[y]).sum())
-    even = fit_sklearn(head("majority"), x, y, task="classification", classes=C, class_weight="balanced")
+    even = fit_sklearn(head("majority"), x, y, task=CLASSIFICATION, classes=C, class_weight="balanced")
     np.testing.assert_allclose(even.outputs(x), 1 / C)
 
 
 @pytest.mark.parametrize("kind", ["linear", "majority", "hist-gradient-boosting"])
 def test_labels_that_are_on_can_weigh_more(kind: str) -> None:
-    x, y, _ = data("multilabel")
+    x, y, _ = data(MULTILABEL)
     plain, heavy = (
-        fit_sklearn(head(kind), x, y, task="multilabel", classes=C, class_weight=each).outputs(x)
+        fit_sklearn(head(kind), x, y, task=MULTILABEL, classes=C, class_weight=each).outputs(x)
         for each in (None, np.array([1.0, 5.0, 1.0, 1.0, 1.0]))
     )
     assert heavy[:, 1].mean() > plain[:, 1].mean() + 0.05
     np.testing.assert_allclose(np.delete(heavy, 1, axis=1), np.delete(plain, 1, axis=1), rtol=1e-6)
-    even = fit_sklearn(head("majority"), x, y, task="multilabel", classes=C, class_weight="balanced").outputs(x)
+    even = fit_sklearn(head("majority"), x, y, task=MULTILABEL, classes=C, class_weight="balanced").outputs(x)
     np.testing.assert_allclose(even, 0.5)
 
 
 def test_warnings_become_notes() -> None:
-    assert fit("linear", "classification").notes == ()
-    (note,) = fit("linear", "classification", options={"max_iter": 1}).notes
+    assert fit("linear", CLASSIFICATION).notes == ()
+    (note,) = fit("linear", CLASSIFICATION, options={"max_iter": 1}).notes
     assert note.startswith("the solver did not converge")
     assert note.endswith("raise max_iter, or standardize the features")
     assert "\n" not in note
-    assert "hasn't converged" in fit("mlp", "multilabel").notes[0]
-    x, y, _ = data("classification", rows=7)
-    (note,) = fit_sklearn(head("knn"), x, y, task="classification", classes=C).notes
+    assert "hasn't converged" in fit("mlp", MULTILABEL).notes[0]
+    x, y, _ = data(CLASSIFICATION, rows=7)
+    (note,) = fit_sklearn(head("knn"), x, y, task=CLASSIFICATION, classes=C).notes
     assert note == "knn asks for 10 neighbours and has 7 rows: it uses them all"
 
 
@@ -435,8 +433,8 @@ def test_every_estimator_comes_back_and_the_list_holds_nothing_else(tmp_path: Pa
             for two in (False, True):
                 x, y, classes = data(task)
                 if two:
-                    y, classes = (y % 2, 2) if task == "classification" else (y[:, :2].copy(), 2)
-                    if task == "multilabel":
+                    y, classes = (y % 2, 2) if task == CLASSIFICATION else (y[:, :2].copy(), 2)
+                    if task == MULTILABEL:
                         y[:, 1] = 1
                 fitted = fit_sklearn(head(kind), x, y, task=task, classes=classes)
                 path = tmp_path / "model.skops"
@@ -454,12 +452,12 @@ def test_every_estimator_comes_back_and_the_list_holds_nothing_else(tmp_path: Pa
 @pytest.fixture(scope="module")
 def boosted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("boosted") / "model.skops"
-    save_estimator(path, fit("hist-gradient-boosting", "classification").estimator)
+    save_estimator(path, fit("hist-gradient-boosting", CLASSIFICATION).estimator)
     return path
 
 
 def test_what_is_for_training_only_is_not_saved(tmp_path: Path) -> None:
-    fitted = fit("mlp", "classification", options={"hidden": [101]})
+    fitted = fit("mlp", CLASSIFICATION, options={"hidden": [101]})
     save_estimator(tmp_path / "model.skops", fitted.estimator)
     with zipfile.ZipFile(tmp_path / "model.skops") as file:
         arrays = sum(each.file_size for each in file.infolist() if each.filename.endswith(".npy"))
@@ -576,7 +574,7 @@ def test_a_file_that_was_cut_or_bent_is_refused(boosted: Path, tmp_path: Path) -
     """Every cut is an error of ours; a flipped bit is one too, or gives an estimator that predicts without harm."""
     whole = boosted.read_bytes()
     path = tmp_path / "model.skops"
-    x = data("classification")[0]
+    x = data(CLASSIFICATION)[0]
     for at in range(0, len(whole), len(whole) // 23):
         path.write_bytes(whole[:at])
         with pytest.raises(BundleError):
@@ -585,7 +583,7 @@ def test_a_file_that_was_cut_or_bent_is_refused(boosted: Path, tmp_path: Path) -
         bent[at] ^= 0x10
         path.write_bytes(bent)
         with contextlib.suppress(EmbedcacheError):
-            outputs(load_estimator(path), x, "classification", C)
+            outputs(load_estimator(path), x, CLASSIFICATION, C)
 
 
 def saved_as_it_is(path: Path, pipeline: Any) -> Path:
@@ -612,16 +610,16 @@ def test_a_tree_that_points_outside_is_refused(boosted: Path, tmp_path: Path, fi
 def test_boosting_cannot_hide_in_another_step(boosted: Path, tmp_path: Path) -> None:
     wild = load_estimator(boosted)[-1]
     path = tmp_path / "model.skops"
-    network = fit("mlp", "regression").estimator
+    network = fit("mlp", REGRESSION).estimator
     network[-1].regressor_ = wild
     with pytest.raises(BundleError, match="HistGradientBoostingClassifier stands where MLPRegressor"):
         load_estimator(saved_as_it_is(path, network))
-    scaled = fit("mlp", "classification").estimator
+    scaled = fit("mlp", CLASSIFICATION).estimator
     scaled.steps[0] = ("scale", wild)
     with pytest.raises(BundleError, match="stands where StandardScaler"):
         load_estimator(saved_as_it_is(path, scaled))
-    several = fit("hist-gradient-boosting", "multilabel").estimator
-    several[-1].estimators_[0] = fit("hist-gradient-boosting", "multilabel").estimator[-1]
+    several = fit("hist-gradient-boosting", MULTILABEL).estimator
+    several[-1].estimators_[0] = fit("hist-gradient-boosting", MULTILABEL).estimator[-1]
     with pytest.raises(BundleError, match="MultiOutputClassifier stands where"):
         load_estimator(saved_as_it_is(path, several))
     counted = load_estimator(boosted)
@@ -638,7 +636,7 @@ def test_neighbours_are_fitted_on_what_is_there(tmp_path: Path) -> None:
     """Search relies on as many labels as rows; a file may say otherwise."""
     path = tmp_path / "model.skops"
     for wrong in (np.zeros(3, int), np.full(N, 10**9)):
-        pipeline = fit("knn", "classification", options={"metric": "euclidean"}).estimator
+        pipeline = fit("knn", CLASSIFICATION, options={"metric": "euclidean"}).estimator
         pipeline[-1]._y = wrong
         with pytest.raises(BundleError, match="not a head as this version writes them"):
             load_estimator(saved_as_it_is(path, pipeline))
@@ -659,50 +657,50 @@ def test_without_skops_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_estimator_of_another_task_is_refused(boosted: Path) -> None:
-    estimator, x = load_estimator(boosted), data("classification")[0]
+    estimator, x = load_estimator(boosted), data(CLASSIFICATION)[0]
     with pytest.raises(BundleError, match="its classes are"):
-        outputs(estimator, x, "classification", C - 1)
+        outputs(estimator, x, CLASSIFICATION, C - 1)
     with pytest.raises(BundleError, match="does not fit multilabel"):
-        outputs(estimator, x, "multilabel", 1)
+        outputs(estimator, x, MULTILABEL, 1)
     with pytest.raises(BundleError, match="5 outputs, expected 3"):
-        outputs(estimator, x, "multilabel", 3)
+        outputs(estimator, x, MULTILABEL, 3)
     with pytest.raises(BundleError, match="1 outputs, expected 3"):
-        outputs(estimator, x, "regression", 3)
+        outputs(estimator, x, REGRESSION, 3)
     for bad in (x[:, :3], x[0], x[:, :, None]):
         with pytest.raises(FeatureError, match=r"expected \[N, 7\]"):
-            outputs(estimator, bad, "classification", C)
+            outputs(estimator, bad, CLASSIFICATION, C)
 
 
 @pytest.mark.parametrize(
     ("kind", "task", "options", "message"),
     [
-        ("linear", "classification", {"c": 1}, r"the head linear has no option 'c'"),
-        ("knn", "classification", {"neighbors": 3}, r"no option 'neighbors' \(did you mean n_neighbors\?\)"),
-        ("majority", "classification", {"x": 1}, "it has none"),
-        ("linear", "classification", {"C": -1}, "linear: C is -1, expected above 0"),
-        ("linear", "classification", {"C": True}, "C is True"),
-        ("linear", "classification", {"max_iter": 1.5}, "max_iter is 1.5, expected a whole number of at least 1"),
-        ("linear", "classification", {"tol": math.nan}, "tol is nan"),
-        ("ridge", "regression", {"solver": "best"}, "solver is 'best', expected auto or svd or cholesky or lsqr"),
-        ("knn", "regression", {"n_neighbors": 0}, "n_neighbors is 0"),
-        ("knn", "regression", {"metric": ["cosine"]}, "metric is"),
-        ("mlp", "regression", {"hidden": []}, "hidden is "),
-        ("mlp", "regression", {"hidden": 100}, "hidden is 100, expected a list of widths"),
-        ("lda", "classification", {"shrinkage": 2}, "shrinkage is 2"),
-        ("lda", "classification", {"solver": "svd", "shrinkage": 0.5}, "the solver svd cannot shrink"),
-        ("hist-gradient-boosting", "classification", {"max_leaf_nodes": 1}, "max_leaf_nodes is 1"),
+        ("linear", CLASSIFICATION, {"c": 1}, r"the head linear has no option 'c'"),
+        ("knn", CLASSIFICATION, {"neighbors": 3}, r"no option 'neighbors' \(did you mean n_neighbors\?\)"),
+        ("majority", CLASSIFICATION, {"x": 1}, "it has none"),
+        ("linear", CLASSIFICATION, {"C": -1}, "linear: C is -1, expected above 0"),
+        ("linear", CLASSIFICATION, {"C": True}, "C is True"),
+        ("linear", CLASSIFICATION, {"max_iter": 1.5}, "max_iter is 1.5, expected a whole number of at least 1"),
+        ("linear", CLASSIFICATION, {"tol": math.nan}, "tol is nan"),
+        ("ridge", REGRESSION, {"solver": "best"}, "solver is 'best', expected auto or svd or cholesky or lsqr"),
+        ("knn", REGRESSION, {"n_neighbors": 0}, "n_neighbors is 0"),
+        ("knn", REGRESSION, {"metric": ["cosine"]}, "metric is"),
+        ("mlp", REGRESSION, {"hidden": []}, "hidden is "),
+        ("mlp", REGRESSION, {"hidden": 100}, "hidden is 100, expected a list of widths"),
+        ("lda", CLASSIFICATION, {"shrinkage": 2}, "shrinkage is 2"),
+        ("lda", CLASSIFICATION, {"solver": "svd", "shrinkage": 0.5}, "the solver svd cannot shrink"),
+        ("hist-gradient-boosting", CLASSIFICATION, {"max_leaf_nodes": 1}, "max_leaf_nodes is 1"),
         (
             "lda",
-            "regression",
+            REGRESSION,
             {},
             "the head lda cannot do regression: expected one of linear, logistic-regression, ridge",
         ),
-        ("linear-svm", "regression", {}, "cannot do regression"),
-        ("residual", "classification", {}, "the head residual is torch's"),
-        ("lineer", "classification", {}, "there is no head 'lineer'"),
+        ("linear-svm", REGRESSION, {}, "cannot do regression"),
+        ("residual", CLASSIFICATION, {}, "the head residual is torch's"),
+        ("lineer", CLASSIFICATION, {}, "there is no head 'lineer'"),
     ],
 )
-def test_what_cannot_be_is_said(kind: str, task: str, options: Any, message: str) -> None:
+def test_what_cannot_be_is_said(kind: str, task: Task, options: Any, message: str) -> None:
     x, y, classes = data(task)
     with pytest.raises(SpecError, match=message):
         fit_sklearn(HeadSpec(kind, "sklearn", options), x, y, task=task, classes=classes)
@@ -711,37 +709,37 @@ def test_what_cannot_be_is_said(kind: str, task: str, options: Any, message: str
 @pytest.mark.parametrize("x", [np.ones((N, 3, D)), (np.ones((2 * N, D)), 2 * np.arange(N + 1))])
 def test_several_vectors_a_row_need_attention(x: Any) -> None:
     with pytest.raises(FeatureError, match=r"reads one vector a row,.* or the head attention or attention-pooling"):
-        fit_sklearn(head("linear"), x, data("classification")[1], task="classification", classes=C)
+        fit_sklearn(head("linear"), x, data(CLASSIFICATION)[1], task=CLASSIFICATION, classes=C)
     with pytest.raises(FeatureError, match=r"shape \[97\]: expected \[N, D\]"):
-        fit_sklearn(head("linear"), np.ones(N), data("classification")[1], task="classification", classes=C)
+        fit_sklearn(head("linear"), np.ones(N), data(CLASSIFICATION)[1], task=CLASSIFICATION, classes=C)
 
 
 def test_bad_data_is_refused() -> None:
-    x, y, classes = data("classification")
+    x, y, classes = data(CLASSIFICATION)
     bad = x.copy()
     bad[13, 2] = np.nan
     lost = y.copy()
     lost[3] = -2
-    many, several = data("regression")[1].copy(), data("multilabel")[1].copy()
+    many, several = data(REGRESSION)[1].copy(), data(MULTILABEL)[1].copy()
     many[5, 1] = np.inf
     several[2, 1] = 255
 
     def with_weights(kind: str, **weights: Any) -> Callable[[], Any]:
-        return lambda: fit_sklearn(head(kind), x, y, task="classification", classes=classes, **weights)
+        return lambda: fit_sklearn(head(kind), x, y, task=CLASSIFICATION, classes=classes, **weights)
 
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (FeatureError, "row 13", lambda: fit_sklearn(head("linear"), bad, y, task="classification", classes=C)),
+        (FeatureError, "row 13", lambda: fit_sklearn(head("linear"), bad, y, task=CLASSIFICATION, classes=C)),
         (InputError, "row 3 has the class -2", lambda: fit_sklearn(
-            head("linear"), x, lost, task="classification", classes=C)),
-        (InputError, "expected 0 to 3", lambda: fit_sklearn(head("linear"), x, y, task="classification", classes=4)),
+            head("linear"), x, lost, task=CLASSIFICATION, classes=C)),
+        (InputError, "expected 0 to 3", lambda: fit_sklearn(head("linear"), x, y, task=CLASSIFICATION, classes=4)),
         (InputError, "row 2 has labels other than 0 and 1", lambda: fit_sklearn(
-            head("linear"), x, several, task="multilabel", classes=C)),
+            head("linear"), x, several, task=MULTILABEL, classes=C)),
         (InputError, "row 5 has an infinite target", lambda: fit_sklearn(
-            head("ridge"), x, many, task="regression", classes=R)),
+            head("ridge"), x, many, task=REGRESSION, classes=R)),
         (InputError, "targets are 3 wide, and there are 4 names", lambda: fit_sklearn(
-            head("ridge"), x, data("regression")[1], task="regression", classes=4)),
+            head("ridge"), x, data(REGRESSION)[1], task=REGRESSION, classes=4)),
         (InputError, "5 rows of features and 97 of targets", lambda: fit_sklearn(
-            head("linear"), x[:5], y, task="classification", classes=C)),
+            head("linear"), x[:5], y, task=CLASSIFICATION, classes=C)),
         (SpecError, "lda cannot weigh", with_weights("lda", sample_weight=np.arange(N))),
         (SpecError, "knn cannot weigh", with_weights("knn", class_weight="balanced")),
         (InputError, "sample weights must be 97", with_weights("linear", sample_weight=np.ones(3))),
@@ -750,10 +748,10 @@ def test_bad_data_is_refused() -> None:
         (SpecError, "class_weight is 'even'", with_weights("linear", class_weight="even")),
         (SpecError, "names '5', which is", with_weights("linear", class_weight=np.ones(6))),
         (TrainingError, "leaves no row", with_weights("linear", class_weight=np.zeros(C))),
-        (SpecError, "this is a regression", lambda: fit("ridge", "regression", class_weight="balanced")),
-        (SpecError, "cannot weigh labels", lambda: fit("mlp", "multilabel", class_weight="balanced")),
+        (SpecError, "this is a regression", lambda: fit("ridge", REGRESSION, class_weight="balanced")),
+        (SpecError, "cannot weigh labels", lambda: fit("mlp", MULTILABEL, class_weight="balanced")),
         (TrainingError, "the only label", lambda: fit_sklearn(
-            head("knn"), x, np.ones((N, 1), np.uint8), task="multilabel", classes=1)),
+            head("knn"), x, np.ones((N, 1), np.uint8), task=MULTILABEL, classes=1)),
     ]  # fmt: skip
     for error, message, call in cases:
         with pytest.raises(error, match=message):
@@ -764,7 +762,7 @@ def test_bad_data_is_refused() -> None:
 
 def test_options_are_read_as_what_they_are() -> None:
     given = {"hidden": [7, 5.0], "max_iter": 3.0, "alpha": 2}
-    _, options = checked_kind(HeadSpec("mlp", "sklearn", given), "classification")
+    _, options = checked_kind(HeadSpec("mlp", "sklearn", given), CLASSIFICATION)
     assert options.widths("hidden") == (7, 5)
     assert (options.whole("max_iter"), type(options.whole("max_iter"))) == (3, int)
     assert (options.number("alpha"), type(options.number("alpha"))) == (2.0, float)
@@ -779,7 +777,7 @@ def test_option_names_are_what_the_kinds_have() -> None:
     with pytest.raises(SpecError, match="there is no head 'kn'"):
         option_names("kn", "sklearn")
     for kind in KINDS:
-        checked_kind(HeadSpec(kind, "sklearn"), "classification")  # its own defaults are allowed
+        checked_kind(HeadSpec(kind, "sklearn"), CLASSIFICATION)  # its own defaults are allowed
 
 
 def test_a_class_that_training_never_saw_stays_at_zero_at_any_temperature() -> None:
@@ -797,14 +795,15 @@ from pathlib import Path
 from embedcache.heads.sklearn_io import dump_estimator, load_estimator
 from embedcache.heads.sklearn_io import outputs
 from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.task import CLASSIFICATION
 from embedcache.train.data import labelled_rows_of
 x = np.random.default_rng(0).normal(size=(20, 3)).astype('f4')
 for kind in ('linear', 'knn'):
-    rows = labelled_rows_of(x, np.arange(20) % 2, 'classification', ['a', 'b'])
+    rows = labelled_rows_of(x, np.arange(20) % 2, CLASSIFICATION, ['a', 'b'])
     fitted = engine.fit_sklearn(rows, HeadSpec(kind, 'sklearn'), TrainSpec())
 print('torch' in sys.modules, 'skops' in sys.modules)
 data = dump_estimator(Path('model.skops'), fitted.estimator)
-outputs(load_estimator(Path('model.skops'), data), x, 'classification', 2)
+outputs(load_estimator(Path('model.skops'), data), x, CLASSIFICATION, 2)
 print('torch' in sys.modules)
 print('sklearn.externals.array_api_compat.torch' in sys.modules)  # kept out for a moment, not for good
 """

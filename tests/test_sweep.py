@@ -23,6 +23,7 @@ from embedcache.sweep.comparison import Resampler, Scored
 from embedcache.sweep.configuration import Protocol
 from embedcache.sweep.cost import refuse_too_many
 from embedcache.sweep.problem import Problem
+from embedcache.task import CLASSIFICATION
 from embedcache.train.metrics import score
 
 FAST = {"head": "linear", "learning_rate": [0.003, 0.03], "epochs": 6, "seeds": [0, 1]}
@@ -92,7 +93,7 @@ def test_the_score_of_a_fold_is_on_rows_no_head_of_it_saw(cache: FeatureCache, s
         (alone,) = training.train_batch(problem, training.Batch("stack", (job,)))
         assert alone.head is not None
         said = training.outputs_of(alone.head, features.take(np.flatnonzero(division.score)))
-        expected = score("accuracy", "classification", problem.y[division.score], said)
+        expected = score("accuracy", CLASSIFICATION, problem.y[division.score], said)
         # A stack adds up in another order than one head alone: a row on the edge may fall to the other side.
         assert best[fold].score == pytest.approx(expected, abs=2.5 / division.score.sum())
 
@@ -383,13 +384,13 @@ def test_resampling_is_the_metric_on_resampled_rows() -> None:
         heads.append([Scored(np.flatnonzero(half), said[half]), Scored(np.flatnonzero(~half), said[~half])])
     (times,) = statistics.resamples(np.arange(53), 300, seed=3)
     for metric in ("accuracy", "log_loss", "f1_macro"):
-        found = Resampler(metric, "classification", y, np.arange(53), seed=3)(heads)
+        found = Resampler(metric, CLASSIFICATION, y, np.arange(53), seed=3)(heads)
         for head, parts in enumerate(heads):
             for draw in (0, 7, 299):
                 slow = []
                 for each in parts:
                     at = np.repeat(np.arange(len(each.rows)), times[draw, each.rows].astype(int))
-                    slow.append(score(metric, "classification", y[each.rows][at], each.outputs[at]))
+                    slow.append(score(metric, CLASSIFICATION, y[each.rows][at], each.outputs[at]))
                 assert found[head, draw] == pytest.approx(np.mean(slow), rel=1e-5), metric
 
 
@@ -440,7 +441,7 @@ def test_a_path_of_penalties_is_each_of_them_alone(cache: FeatureCache, passes: 
         ).head  # fmt: skip
         said = training.outputs_of(alone, x[fold.score])
         assert each.metrics["log_loss"] == pytest.approx(
-            score("log_loss", "classification", problem.y[fold.score], said), abs=1e-4
+            score("log_loss", CLASSIFICATION, problem.y[fold.score], said), abs=1e-4
         )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from embedcache.errors import SweepError
 from embedcache.fingerprint import row_key
 from embedcache.sweep.problem import Fold, Strata, given_split, k_folds, shots, strata, subset
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION
 
 
 def keys_of(contents: list[int]) -> np.ndarray:
@@ -17,7 +18,7 @@ def keys_of(contents: list[int]) -> np.ndarray:
 
 
 def classes(contents: list[int], y: list[int], count: int = 3) -> Strata:
-    return strata(keys_of(contents), np.array(y, np.int64), "classification", [f"c{at}" for at in range(count)])
+    return strata(keys_of(contents), np.array(y, np.int64), CLASSIFICATION, [f"c{at}" for at in range(count)])
 
 
 def check(fold: Fold, of: Strata) -> None:
@@ -144,10 +145,10 @@ def test_multilabel_and_regression_are_stratified_too() -> None:
     y = np.zeros((60, 3), np.uint8)
     y[:, 0] = 1
     y[:12, 2] = 1
-    of = strata(keys_of(list(range(60))), y, "multilabel", ["a", "b", "c"])
+    of = strata(keys_of(list(range(60))), y, MULTILABEL, ["a", "b", "c"])
     assert [int((fold.score & (y[:, 2] == 1)).sum()) for fold in k_folds(of, 4)] == [3, 3, 3, 3]
     values = np.linspace(0, 1, 50)[:, None]
-    made = k_folds(strata(keys_of(list(range(50))), values, "regression", ["v"]), 5)
+    made = k_folds(strata(keys_of(list(range(50))), values, REGRESSION, ["v"]), 5)
     means = [float(values[fold.score].mean()) for fold in made]
     assert max(means) - min(means) < 0.12
 

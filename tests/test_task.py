@@ -111,3 +111,28 @@ def test_right_rows_and_their_losses() -> None:
         REGRESSION.row_loss(np.zeros((2, 3)), p)
     assert CLASSIFICATION.positive(y, 2).tolist() == [False, True]
     assert MULTILABEL.positive(labels, 2).tolist() == [False, True]
+
+
+def test_rows_are_counted_and_named() -> None:
+    names, labels = ["a", "b", "c"], np.array([[1, 0, 1], [0, 0, 0], [255, 255, 255], [0, 0, 1]], np.uint8)
+    counts = [
+        CLASSIFICATION.counts(np.array([2, 0, -1, 2]), 3), MULTILABEL.counts(labels, 3), REGRESSION.counts(labels, 3)
+    ]  # fmt: skip
+    assert [None if each is None else each.tolist() for each in counts] == [[1, 0, 2], [1, 0, 2], None]
+    assert CLASSIFICATION.named(np.int64(1), names) == "b"
+    assert [MULTILABEL.named(row, names) for row in labels[:2]] == [("a", "c"), ()]
+    assert REGRESSION.named(np.array([1.5, 2.0]), names) == (1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad", "fault"),
+    [
+        (CLASSIFICATION, [-1, 0, 4], [-1, 0, 5], "-1 to 5, expected at least -1 and below 5"),
+        (CLASSIFICATION, [], [-2], "-2 to -2, expected at least -1 and below 5"),
+        (MULTILABEL, [[0, 1, 255]], [[0, 2, 1]], "something other than 0, 1 and 255"),
+        (REGRESSION, [[np.nan, -3.0]], [[np.inf, 1.0]], "infinity"),
+    ],
+)
+def test_stored_targets_that_cannot_be(task: Task, good: list[Any], bad: list[Any], fault: str) -> None:
+    assert task.stored_fault(np.array(good, task.dtype), 5) is None
+    assert task.stored_fault(np.array(bad, task.dtype), 5) == fault

@@ -21,7 +21,7 @@ from embedcache.features import MappedRows, OnDisk, Ragged, features_of
 from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName, TrainSpec
-from embedcache.task import CLASSIFICATION, REGRESSION
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, task_named
 from embedcache.train import Masks, TrainingResult, train_head
 from embedcache.train import train_stack as stack_of_rows
 from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, lent, order
@@ -40,8 +40,9 @@ def train_stack(
     **options: Any,
 ) -> list[TrainingResult]:  # fmt: skip
     """Train heads together on features and targets, judged on others if there are any."""
-    rows = labelled_rows_of(x, y, task, class_names)
-    judged = None if x_eval is None else labelled_rows_of(x_eval, y_eval, task, class_names, where="validation")
+    kind = task_named(task)
+    rows = labelled_rows_of(x, y, kind, class_names)
+    judged = None if x_eval is None else labelled_rows_of(x_eval, y_eval, kind, class_names, where="validation")
     return stack_of_rows(rows, judged, heads, specs, **options)
 
 
@@ -63,7 +64,7 @@ def test_cross_entropy_and_its_gradient_are_torchs(smoothing: float, weighted: b
     weight = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.7]) if weighted else None
     expected = functional.cross_entropy(logits, y, weight=weight, label_smoothing=smoothing)
     (slope,) = torch.autograd.grad(expected, logits)
-    loss = Loss("classification", 5, [smoothing], None if weight is None else weight.numpy()[None])
+    loss = Loss(CLASSIFICATION, 5, [smoothing], None if weight is None else weight.numpy()[None])
     value, gradient = loss(logits.detach().t(), y)
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(gradient.t(), slope)
@@ -75,13 +76,13 @@ def test_the_other_losses_are_torchs() -> None:
     labels, values = (torch.rand(11, 5) > 0.5).float(), torch.randn(11, 5)
     positive = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.7])
     for loss, target, expected in (
-        (Loss("multilabel", 5), labels, functional.binary_cross_entropy_with_logits(logits, labels)),
+        (Loss(MULTILABEL, 5), labels, functional.binary_cross_entropy_with_logits(logits, labels)),
         (
-            Loss("multilabel", 5, class_weight=positive.numpy()[None]),
+            Loss(MULTILABEL, 5, class_weight=positive.numpy()[None]),
             labels,
             functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=positive),
         ),
-        (Loss("regression", 5), values, functional.mse_loss(logits, values)),
+        (Loss(REGRESSION, 5), values, functional.mse_loss(logits, values)),
     ):
         (slope,) = torch.autograd.grad(expected, logits)
         value, gradient = loss(logits.detach().t(), target)
@@ -90,7 +91,7 @@ def test_the_other_losses_are_torchs() -> None:
 
 
 def test_a_batch_of_which_no_row_counts_moves_nothing() -> None:
-    loss = Loss("classification", 3, [0.1], np.array([[0, 1, 1]], np.float32))
+    loss = Loss(CLASSIFICATION, 3, [0.1], np.array([[0, 1, 1]], np.float32))
     value, gradient = loss(torch.randn(3, 4), torch.zeros(4, dtype=torch.int64))
     assert value == 0
     assert not gradient.any()
@@ -103,12 +104,14 @@ def test_row_weights_equal_repeated_rows_and_zero_rows_are_absent(task: Any, wei
     logits, smoothing = torch.randn(2, 3, 5), [0.0, 0.2] if task != "regression" else [0.0, 0.0]
     y = torch.randint(0, 3, (5,)) if task == "classification" else torch.randint(0, 2, (5, 3)).float()
     weights = np.array([[1, 2, 3], [2, 1, 1]], np.float32) if weighted and task != "regression" else None
-    loss = Loss(task, 3, smoothing, weights)
+    loss = Loss(task_named(task), 3, smoothing, weights)
     rows = torch.tensor([[2.0, 1, 0, 1, 0], [0, 1, 3, 0, 1]])
     value, gradient = loss(logits, y, rows)
     for head in range(2):
         repeated = torch.repeat_interleave(torch.arange(5), rows[head].long())
-        alone = Loss(task, 3, smoothing[head : head + 1], None if weights is None else weights[head : head + 1])
+        alone = Loss(
+            task_named(task), 3, smoothing[head : head + 1], None if weights is None else weights[head : head + 1]
+        )
         expected, slope = alone(logits[head, :, repeated], y[repeated])
         torch.testing.assert_close(value[head], expected)
         summed = torch.zeros(3, 5).index_add_(1, repeated, slope)
@@ -138,7 +141,7 @@ def test_steps_are_those_of_torchs_optimizer(optimizer: Any, kind: str) -> None:
     spec = TrainSpec(optimizer=optimizer, learning_rate=0.02, weight_decay=0.3, clip=0.5, schedule="linear", warmup=0.2)
     options = {"hidden": [5], "dropout": 0.0, "activation": "tanh"} if kind == "mlp" else {}
     mine, theirs = (build_head(HeadSpec(kind, "torch", options), POOLED, 3, seed=5) for _ in range(2))
-    stack = HeadStack([mine], [spec], Loss("classification", 3), total_steps=20)
+    stack = HeadStack([mine], [spec], Loss(CLASSIFICATION, 3), total_steps=20)
     decayed = [each for each in theirs.parameters() if each.dim() > 1]
     groups = [
         {"params": decayed, "weight_decay": 0.3},
@@ -268,7 +271,7 @@ def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
     assert len(found[0].history) == found[0].fitted.best_epoch + 3
     from embedcache.train.metrics import score
 
-    measured = score("log_loss", "classification", y[150:], found[0].head.probabilities(x[150:]))
+    measured = score("log_loss", CLASSIFICATION, y[150:], found[0].head.probabilities(x[150:]))
     assert measured == pytest.approx(min(each["validation_log_loss"] for each in found[0].history), rel=1e-4)
 
 
@@ -462,7 +465,7 @@ def test_orders_depend_on_seed_and_epoch_alone() -> None:
 
 def test_features_on_disk_train_the_same_head_as_features_in_memory() -> None:
     x, y = made(500)
-    rows, read = (labelled_rows_of(source, y, "classification", NAMES) for source in (x, MappedRows(x)))
+    rows, read = (labelled_rows_of(source, y, CLASSIFICATION, NAMES) for source in (x, MappedRows(x)))
     spec = TrainSpec(epochs=2, batch_size=32)
     source = DiskBatches(on_disk(x), 32, 0)
     (mine,) = fit_minibatch(rows, None, [HeadSpec()], [spec], batches=source)
@@ -640,6 +643,8 @@ def test_bad_input_is_named() -> None:
         train_head(x, values, task="regression", class_names=["u"], progress=False)
     with pytest.raises(SpecError, match=r"metric 'acuracy' .did you mean accuracy"):
         train_head(x, y, x, y, spec=TrainSpec(metric="acuracy"), **options)
+    with pytest.raises(SpecError, match="task is 'ranking': expected classification"):
+        train_head(x, y, class_names=NAMES, task="ranking", progress=False)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="did you mean linear"):
         train_head(x, y, head=HeadSpec("linaer"), **options)
     with pytest.raises(SpecError, match="convex solver is for linear"):
@@ -689,8 +694,8 @@ def test_biases_start_where_a_head_without_features_has_the_least_loss(
     # A mean over weights of classes is another in each batch: with weights of rows, they are all that there is.
     rows = generator.random(47) if weighted else None
     weight = np.array([0.5, 2.0, 3.0]) if weighted and task != "regression" else None
-    biases = start_biases(y, task, 3, smoothing=smoothing, class_weight=weight, rows=rows)
-    loss = Loss(task, 3, [smoothing], None if weight is None else weight[None].astype(np.float32))
+    biases = start_biases(y, task_named(task), 3, smoothing=smoothing, class_weight=weight, rows=rows)
+    loss = Loss(task_named(task), 3, [smoothing], None if weight is None else weight[None].astype(np.float32))
     logits = torch.from_numpy(np.tile(biases[:, None], 47)).float()
     targets = torch.from_numpy(y if task == "classification" else y.astype(np.float32))
     _, slope = loss(logits, targets, None if rows is None else torch.from_numpy(rows).float())
@@ -698,12 +703,12 @@ def test_biases_start_where_a_head_without_features_has_the_least_loss(
 
 
 def test_what_never_occurs_has_a_finite_bias() -> None:
-    biases = start_biases(np.array([0, 0, 1]), "classification", 3)
+    biases = start_biases(np.array([0, 0, 1]), CLASSIFICATION, 3)
     assert biases == pytest.approx(np.log([2, 1, 0.5]) - np.log([2, 1, 0.5]).mean())
     labels = np.array([[0, 1], [0, 1], [0, 1]], np.uint8)
-    assert start_biases(labels, "multilabel", 2) == pytest.approx([np.log(0.5 / 3), np.log(3 / 0.5)])
-    assert start_biases(labels, "multilabel", 2, class_weight=[1, 0]) == pytest.approx([np.log(0.5 / 3), 0])
-    assert np.isfinite(start_biases(np.array([0, 1]), "classification", 2, class_weight=[1, 0])).all()
+    assert start_biases(labels, MULTILABEL, 2) == pytest.approx([np.log(0.5 / 3), np.log(3 / 0.5)])
+    assert start_biases(labels, MULTILABEL, 2, class_weight=[1, 0]) == pytest.approx([np.log(0.5 / 3), 0])
+    assert np.isfinite(start_biases(np.array([0, 1]), CLASSIFICATION, 2, class_weight=[1, 0])).all()
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
@@ -723,7 +728,7 @@ def test_heads_start_alike_alone_in_a_stack_on_folds_and_on_disk(task: TaskName,
     def start(rows: Any, heads: int, source: Any = None, masks: Masks | None = None) -> list[dict[str, Any]]:
         seen.clear()
         weight = np.float32(np.arange(90) % 4 + 1)[rows]
-        data = labelled_rows_of(x[rows] if source is None else source, y[rows], task, NAMES, weight=weight)
+        data = labelled_rows_of(x[rows] if source is None else source, y[rows], task_named(task), NAMES, weight=weight)
         spec = TrainSpec(label_smoothing=0.1, class_weight=None if task == "regression" else "balanced", epochs=1)
         options = PassOptions(max_steps=1, progress=False, watch=watch)
         fit_minibatch(data, None, [HeadSpec(kind)] * heads, [spec] * heads, masks=masks, options=options)

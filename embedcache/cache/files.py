@@ -246,18 +246,16 @@ def stored_keys(shards: Sequence[StoredShard]) -> Keys:
 def find_fault(dataset: DatasetEntry, columns: Mapping[str, Array], stored: int) -> str | None:
     """Return which values of a dataset's columns are impossible where ``stored`` rows are in the shards, or None."""
     limits = {"row": (0, stored), "split": (0, len(dataset.split_names))}
-    if dataset.task == "classification":
-        limits["target"] = (-1, len(dataset.class_names))
     if dataset.whole_rows is not None:
         limits["number"] = (0, dataset.whole_rows)
     for name, (low, high) in limits.items():
         column = columns[name]
         if len(column) and not (low <= int(column.min()) and int(column.max()) < high):
             return f"the column {name} holds {column.min()} to {column.max()}, expected at least {low} and below {high}"
-    if dataset.task == "multilabel" and not np.isin(columns["target"], (0, 1, 255)).all():
-        return "the column target holds something other than 0, 1 and 255"
-    if dataset.task == "regression" and np.isinf(columns["target"]).any():
-        return "the column target holds infinity"
+    if dataset.task is not None:
+        fault = task_named(dataset.task).stored_fault(columns["target"], len(dataset.class_names))
+        if fault is not None:
+            return f"the column target holds {fault}"
     if "number" in columns and (columns["number"][1:] <= columns["number"][:-1]).any():
         return "the column number does not rise"
     for name in ("id", "input"):

@@ -20,6 +20,7 @@ from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
 from embedcache.journal import explained
 from embedcache.shard import Array
 from embedcache.spec import SPLITS
+from embedcache.task import CLASSIFICATION
 
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
@@ -133,7 +134,7 @@ def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
             "these caches are parts of different datasets, or some are not parts: "
             "merge the parts of one dataset, or none"
         )
-    exact = bool(wholes) or task in ("multilabel", "regression")
+    exact = bool(wholes) or task not in (None, CLASSIFICATION.name)
     if exact and len({(part.class_names, part.split_names) for part in datasets}) > 1:
         named = " / ".join(", ".join((*part.class_names, *part.split_names)) for part in datasets)
         raise InputError(f"the parts have different classes or splits ({named}): relabel them alike first")
@@ -182,6 +183,6 @@ def _codes(codes: Array, own: Sequence[str], names: Sequence[str]) -> Array:
 def _renamed(part: Dataset, class_names: Sequence[str]) -> Array:
     """Return the targets of a part with its classes numbered as in ``class_names``."""
     targets: Array = np.zeros(0) if part.targets is None else part.targets
-    if part.task != "classification":
+    if part.task != CLASSIFICATION.name:
         return targets
     return np.where(targets < 0, -1, _codes(np.maximum(targets, 0), part.class_names, class_names))

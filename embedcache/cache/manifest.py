@@ -22,6 +22,7 @@ from embedcache.journal import commit, explain, explained
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
 from embedcache.spec import TASKS, TaskName
+from embedcache.task import CLASSIFICATION
 
 NAME = "manifest.json"
 FOLDERS = ("features", "examples")
@@ -300,12 +301,12 @@ def _dataset(fields: Fields) -> DatasetEntry:
         **{name: fields[name] for name in names},
     )
     require(is_count(entry.rows, 0) and entry.rows * 9 <= entry.file.bytes, "the rows of the dataset")
-    columns = len(entry.class_names) if entry.task in ("multilabel", "regression") else 0
+    require(entry.task is None or entry.task in TASKS, f"task {entry.task!r}")
+    columns = len(entry.class_names) if entry.task not in (None, CLASSIFICATION.name) else 0
     require(is_count(entry.targets, 0) and entry.targets == columns, "targets")
     require(entry.whole_rows is None or is_count(entry.whole_rows, entry.rows), "whole_rows")
     hashed = isinstance(entry.whole_hash, str) and re.fullmatch(r"[0-9a-f]{64}", entry.whole_hash)
     require(entry.whole_hash is None or (entry.whole_rows is not None and hashed), "whole_hash")
-    require(entry.task is None or entry.task in TASKS, f"task {entry.task!r}")
     return entry
 
 

@@ -21,6 +21,7 @@ from embedcache.features import Ragged
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet, StoredRows
 from embedcache.spec import feature_name, find_name, split_name
+from embedcache.task import task_named
 from embedcache.wording import counted
 
 if TYPE_CHECKING:
@@ -305,11 +306,9 @@ class FeatureCache:
         splits: dict[str, dict[str, object]] = {}
         for name, rows in self.split_sizes().items():
             splits[name] = {"rows": rows}
-            if self.task == "classification":
-                targets = self.targets(name)
-                splits[name]["classes"] = np.bincount(targets[targets >= 0], minlength=len(self.class_names)).tolist()
-            elif self.task == "multilabel":
-                splits[name]["classes"] = (self.targets(name) == 1).sum(axis=0).tolist()
+            if self.task is not None:
+                counts = task_named(self.task).counts(self.targets(name), len(self.class_names))
+                splits[name] |= {} if counts is None else {"classes": counts.tolist()}
         return {
             "path": str(self.path),
             "rows": self.n_rows,

@@ -27,6 +27,7 @@ from embedcache.compare.figures import (
 from embedcache.compare.measurements import Extraction, Training
 from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
+from embedcache.task import task_named
 from embedcache.train.metrics import resampled_scores, score
 from embedcache.wording import counted, shown, table
 
@@ -179,8 +180,9 @@ def assemble(
     whole = replace(extraction, seconds=extraction.seconds_per_content * extraction.unique)
 
     def scores(units: Sequence[Unit]) -> _Scores:
-        means = [score(facts.metric, facts.task, y, outputs[unit]) for unit in units]
-        drawn = [resampled_scores(facts.task, y, outputs[unit], facts.metric) for unit in units]
+        task = task_named(facts.task)
+        means = [score(facts.metric, task, y, outputs[unit]) for unit in units]
+        drawn = [resampled_scores(task, y, outputs[unit], facts.metric) for unit in units]
         return _Scores(statistics.fmean(means), np.mean(drawn, axis=0))
 
     rows = []

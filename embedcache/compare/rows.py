@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,8 @@ from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_bytes
 from embedcache.spec import SPLITS, TaskName
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
 
-Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 FEWEST = 2
@@ -56,7 +55,7 @@ def checked_rows(examples: Examples, max_rows: int | None = None, seed: int = 0)
                 f"there are too few rows: {rows_there} of {name} (of {len(kept):,} labelled rows), expected at least "
                 f"{FEWEST}; give more rows, or a larger --max-rows"
             )
-    if kept.task == "classification":
+    if kept.task == CLASSIFICATION.name:
         train = kept.targets[kept.split == codes[0]]
         present = np.unique(train)
         if len(present) < 2:
@@ -92,7 +91,7 @@ def sampled(keys: npt.NDArray[np.uint8], most: int, seed: int) -> Rows:
     return np.flatnonzero(rank < bound)
 
 
-def training_rows(keys: npt.NDArray[np.uint8], y: Array, task: TaskName, fraction: float, seed: int) -> Rows:
+def training_rows(keys: npt.NDArray[np.uint8], y: Array, task: Task, fraction: float, seed: int) -> Rows:
     """Return the places of a fraction of the training rows, increasing; a larger fraction holds a smaller one.
 
     Classes keep their shares, and each keeps a row at least: a fraction without a class would be another problem.
@@ -100,8 +99,8 @@ def training_rows(keys: npt.NDArray[np.uint8], y: Array, task: TaskName, fractio
     if fraction >= 1:
         return np.arange(len(y))
     rank = ranks(keys, seed)
-    groups = [np.flatnonzero(y == label) for label in np.unique(y)] if task == "classification" else [np.arange(len(y))]
-    least = 1 if task == "classification" else FEWEST
+    groups = [np.flatnonzero(y == label) for label in np.unique(y)] if task is CLASSIFICATION else [np.arange(len(y))]
+    least = 1 if task is CLASSIFICATION else FEWEST
     kept = []
     for group in groups:
         by_rank = group[np.argsort(rank[group], kind="stable")]
@@ -138,25 +137,25 @@ def dataset_hash(examples: Examples) -> str:
 
 def write_rows(examples: Examples, file: Path) -> None:
     """Write rows as JSONL, for a process of its own to read with ``read_rows``."""
+    assert examples.task is not None
     assert examples.targets is not None
-    names = examples.class_names
+    task, targets = task_named(examples.task), examples.targets
     with open(file, "w", encoding="utf-8") as out:
-        for at, content in enumerate(examples.contents()):
-            target = examples.targets[at]
-            row: dict[str, Any] = {"text": content.decode("utf-8")}
-            if examples.task == "classification":
-                row["label"] = names[int(target)]
-            elif examples.task == "multilabel":
-                row["label"] = [name for name, on in zip(names, target.tolist(), strict=True) if on == 1]
-            else:
-                row |= {f"target {number}": float(value) for number, value in enumerate(target)}
-            row["split"] = examples.split_names[int(examples.split[at])]
+        for number, content in enumerate(examples.contents()):
+            named = task.named(targets[number], examples.class_names)
+            row: dict[str, object] = {"text": content.decode("utf-8")}
+            row |= (
+                {f"target {place}": value for place, value in enumerate(named)}
+                if task is REGRESSION
+                else {"label": named}
+            )
+            row["split"] = examples.split_names[int(examples.split[number])]
             out.write(json.dumps(row) + "\n")
 
 
 def read_rows(file: Path, task: TaskName, class_names: Sequence[str]) -> Examples:
     """Read what ``write_rows`` wrote."""
-    regression = task == "regression"
+    regression = task == REGRESSION.name
     return load_examples(
         str(file), text_column="text", split_column="split", task=task,
         label_column=[f"target {number}" for number in range(len(class_names))] if regression else "label",

@@ -23,11 +23,11 @@ import numpy as np
 
 from embedcache.compare.figures import APPROACHES, Approach
 from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memory, Peak, Training, TrainingJob
-from embedcache.compare.rows import Array, Rows, read_rows, training_rows
+from embedcache.compare.rows import Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
 from embedcache.spec import BackboneSettings, ExtractionSpec, TrainSpec, differences_text
-from embedcache.task import CLASSIFICATION, REGRESSION, Task, task_named
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
 
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
@@ -123,7 +123,7 @@ class Split:
             rows[labelled[rows]] for rows in (cache.rows(name) for name in ("train", "validation", "test"))
         )
         keys = cache.keys("train")[labelled[cache.rows("train")]]
-        return cls(train[training_rows(keys, y[train], task.name, fraction, seed)], validation, test)
+        return cls(train[training_rows(keys, y[train], task, fraction, seed)], validation, test)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def training(job: TrainingJob) -> Training:
     np.save(data, trained.outputs.astype(np.float32))
     commit(job.outputs, data.getvalue(), InputError)
     values = [float(epoch[f"validation_{job.metric}"]) for epoch in trained.history]
-    greater = metric_named(job.metric, problem.task.name).greater_is_better
+    greater = metric_named(job.metric, problem.task).greater_is_better
     best = int(np.argmax(values) if greater else np.argmin(values))
     return Training(
         train_rows=len(split.train),

@@ -240,7 +240,7 @@ def storage_costs(subject: Subject, recomputed: Recomputed, cached: Record) -> O
     y = subject.cache.targets()[rows.evaluate]
     for metric in dict.fromkeys((plan.task.default_metric, *(["accuracy"] if plan.task is CLASSIFICATION else []))):
         stored_score, exact_score = (
-            score(metric, plan.task.name, y, _probabilities(record)) for record in (cached, unrounded)
+            score(metric, plan.task, y, _probabilities(record)) for record in (cached, unrounded)
         )
         costs[metric] = (
             f"{stored_score:.4f} stored as {plan.feature.dtype}, {exact_score:.4f} as float32 "

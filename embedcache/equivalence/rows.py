@@ -292,7 +292,7 @@ class TrainingPlan:
         per_epoch = -(-rows // size)
         steps = steps or (max(STEPS, per_epoch) if whole_epoch else STEPS)
         spec = TrainSpec(epochs=-(-steps // per_epoch), batch_size=size, patience=0, seed=seed)
-        task = task_named(cache.task or "classification")
+        task = task_named(cache.task or CLASSIFICATION)
         return cls(head, feature, task, tuple(cache.class_names), spec, steps, spec.epochs * per_epoch)
 
 

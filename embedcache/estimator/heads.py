@@ -17,8 +17,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, colu
 
 from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.heads import head_named
-from embedcache.spec import HeadSpec, TaskName, TrainSpec, declared
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
+from embedcache.spec import HeadSpec, TrainSpec, declared
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
 from embedcache.train import train_head
 from embedcache.wording import shortened
 
@@ -94,7 +94,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return {"dtype": _DTYPES, "allow_nd": self._several, "ensure_2d": not self._several}
 
     def _fit_head(
-        self, x: Array, y: Array, weights: Floats | None, task: TaskName, names: list[str], **settings: object
+        self, x: Array, y: Array, weights: Floats | None, task: Task, names: list[str], **settings: object
     ) -> None:
         """Train ``head_``; ``settings`` stand for those that are parameters too, and are written otherwise there."""
         head = head_named(self.head, self.engine, _plain(self.options or {}))  # type: ignore[arg-type]  # it checks
@@ -109,7 +109,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
             x_eval, y_eval, x, y = x[held_out], y[held_out], x[kept], y[kept]
             weights = None if weights is None else weights[kept]
         result = train_head(
-            x, y, x_eval, y_eval, head, spec, task=task, class_names=names, sample_weight=weights,
+            x, y, x_eval, y_eval, head, spec, task=task.name, class_names=names, sample_weight=weights,
             device=self.device, progress=bool(self.verbose), intervals=False,
         )  # fmt: skip
         self.head_ = result.head
@@ -119,9 +119,9 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         if result.interrupted:  # whoever runs many fits wants to stop them all
             raise KeyboardInterrupt
 
-    def _split(self, y: Array, task: TaskName, names: list[str], seed: int) -> tuple[Array, Array]:
+    def _split(self, y: Array, task: Task, names: list[str], seed: int) -> tuple[Array, Array]:
         """Return the rows that are trained on, and those that are held out for early stopping."""
-        stratify = y if task == "classification" else None
+        stratify = y if task is CLASSIFICATION else None
         if stratify is not None and (alone := np.flatnonzero(np.bincount(y) == 1)).size:
             raise TrainingError(
                 f"early_stopping holds out rows of each class, and {names[alone[0]]!r} has a single one: "
@@ -185,10 +185,10 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         self._label_dtype = labels.dtype
         if multilabel:
             self.classes_ = np.arange(labels.shape[1])
-            targets, task = labels.astype(MULTILABEL.dtype), MULTILABEL.name
+            targets, task = labels.astype(MULTILABEL.dtype), MULTILABEL
         else:
             self.classes_, targets = np.unique(labels, return_inverse=True)
-            targets, task = targets.astype(CLASSIFICATION.dtype), CLASSIFICATION.name
+            targets, task = targets.astype(CLASSIFICATION.dtype), CLASSIFICATION
         names = [str(label) for label in self.classes_.tolist()]
         class_weight = self.class_weight
         if isinstance(class_weight, Mapping):  # a fold may lack a class
@@ -200,7 +200,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
     def decision_function(self, X: npt.ArrayLike) -> Array:
         """Return logits [N, C], of two classes the difference [N]."""
         logits = self._logits(X)
-        binary = self.head_.task == "classification" and logits.shape[1] == 2
+        binary = self.head_.task == CLASSIFICATION.name and logits.shape[1] == 2
         return np.asarray(logits[:, 1] - logits[:, 0]) if binary else logits
 
     def predict_proba(self, X: npt.ArrayLike) -> Floats:
@@ -211,7 +211,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
     def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label of each row [N], or a 0/1 indicator [N, C]."""
         logits = self._logits(X)
-        if self.head_.task == "classification":
+        if self.head_.task == CLASSIFICATION.name:
             return np.asarray(self.classes_[logits.argmax(axis=1)])
         return self.head_.decide(self.head_.calibrated(logits)).astype(self._label_dtype)
 
@@ -242,7 +242,7 @@ class HeadRegressor(RegressorMixin, _HeadEstimator):  # type: ignore[misc]
         self._flat = values.ndim == 1
         targets = np.asarray(values, np.float64).reshape(len(values), -1)
         names = [f"target{number}" for number in range(targets.shape[1])]
-        self._fit_head(x, targets, weights, REGRESSION.name, names)
+        self._fit_head(x, targets, weights, REGRESSION, names)
         return self
 
     def predict(self, X: npt.ArrayLike) -> Floats:

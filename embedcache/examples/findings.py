@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedcache.dataset import Dataset
 from embedcache.examples.labels import some
+from embedcache.task import REGRESSION, task_named
 from embedcache.wording import counted
 
 Show = Callable[[Sequence[int]], list[str]]
@@ -98,20 +99,21 @@ def contradictions(groups: Groups, dataset: Dataset, show: Show) -> list[str]:
 
 
 def _label(dataset: Dataset, row: int) -> str:
+    assert dataset.task is not None
     assert dataset.targets is not None
-    target, names = dataset.targets[row], dataset.class_names
-    if dataset.task == "classification":
-        return names[int(target)]
-    if dataset.task == "multilabel":
-        return "+".join(name for name, member in zip(names, target, strict=True) if member) or "none"
-    return ", ".join(str(float(value)) for value in target)
+    task = task_named(dataset.task)
+    named = task.named(dataset.targets[row], dataset.class_names)
+    if isinstance(named, str):
+        return named
+    return (", " if task is REGRESSION else "+").join(map(str, named)) or "none"
 
 
 def gaps(dataset: Dataset) -> list[str]:
     """Say which splits are empty or unlabelled, and which classes a split lacks."""
     known, targets, names = dataset.labelled(), dataset.targets, dataset.class_names
     notes = []
-    if dataset.task in ("classification", "multilabel") and len(names) == 1:
+    task = None if dataset.task is None else task_named(dataset.task)
+    if task is not None and task.has_probabilities and len(names) == 1:
         notes.append(f"there is only one class: {names[0]!r}")
     for number, split in enumerate(dataset.split_names):
         inside = dataset.split == number
@@ -119,13 +121,9 @@ def gaps(dataset: Dataset) -> list[str]:
             notes.append(f"no row falls into {split}")
         elif targets is not None and not (inside & known).any():
             notes.append(f"no row of {split} has a label")
-        elif targets is not None and dataset.task != "regression":
-            labelled = targets[inside & known]
-            if dataset.task == "classification":
-                rows = np.bincount(labelled, minlength=len(names))
-            else:
-                rows = labelled.any(axis=0)
-            lacking = [names[place] for place in np.flatnonzero(rows == 0).tolist()]
+        elif task is not None and targets is not None:
+            rows = task.counts(targets[inside & known], len(names))
+            lacking = [] if rows is None else [names[place] for place in np.flatnonzero(rows == 0).tolist()]
             if lacking:
                 notes.append(f"{split} has no row of {counted(len(lacking), 'class')}: {some(lacking)}")
     if targets is not None and known.any() and not known.all():

@@ -329,7 +329,7 @@ class _Judge:
         return self._tuned.probabilities_of(self._prepared)
 
     def __call__(self) -> float:
-        return float(scores(self._metric, self._tuned.task, self.y, self.outputs()[None])[0])
+        return float(scores(self._metric, task_named(self._tuned.task), self.y, self.outputs()[None])[0])
 
 
 def _loss(tuned: TunedModel, y: Array, spec: TrainSpec, new_head: bool) -> LiveLoss:

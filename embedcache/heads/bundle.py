@@ -174,7 +174,7 @@ def refuse_wrong_estimator(head: HeadRecord, where: Path) -> None:
     try:
         zeros = np.zeros((1, head.feature.dim), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below, not warned of
-            values = outputs(head.estimator, zeros, head.task, len(head.class_names))
+            values = outputs(head.estimator, zeros, task_named(head.task), len(head.class_names))
     except EmbedcacheError as error:
         raise BundleError(f"{where} does not fit the config beside it: {error}") from None
     if not np.isfinite(values).all():
@@ -232,7 +232,7 @@ def _head_spec(written: Mapping[str, Any], task: Task) -> HeadSpec:
             "a head of your own must be registered before its bundle is loaded"
         )
     if spec.engine == "sklearn":
-        checked_kind(spec, task.name)
+        checked_kind(spec, task)
     elif spec.kind == "linear":
         refuse_unknown_options(spec, ())
     return spec

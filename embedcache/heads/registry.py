@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from embedcache.arguments import checks_arguments
 from embedcache.errors import SpecError
 from embedcache.heads.sklearn_kinds import KINDS, Kind, Options
-from embedcache.spec import HeadSpec, TaskName
+from embedcache.spec import HeadSpec
+from embedcache.task import Task
 from embedcache.wording import did_you_mean, shortened
 
 if TYPE_CHECKING:
@@ -150,14 +151,14 @@ def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:
             raise SpecError(f"the head {spec.kind} has no option {name!r}{did_you_mean(name, allowed)}: {has}")
 
 
-def checked_kind(head: HeadSpec, task: TaskName) -> tuple[Kind, Options]:
+def checked_kind(head: HeadSpec, task: Task) -> tuple[Kind, Options]:
     """Return the kind of a scikit-learn head, and all its options, given or by default.
 
     Raises ``SpecError`` for a kind there is not, a task it cannot do, an option it has not, or an impossible value.
     """
     kind = _sklearn_kind(head.kind)
     if task not in kind.tasks:
-        able = ", ".join(name for name, other in KINDS.items() if task in other.tasks)
+        able = ", ".join(name for name, kind in KINDS.items() if task in kind.tasks)
         raise SpecError(f"the head {head.kind} cannot do {task}: expected one of {able}")
     refuse_unknown_options(head, tuple(kind.options))
     options = Options()

@@ -23,8 +23,7 @@ import numpy as np
 
 from embedcache.errors import BundleError, FeatureError, MissingExtraError
 from embedcache.fingerprint import strict_json
-from embedcache.spec import TaskName
-from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task, task_named
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -233,14 +232,14 @@ _CERTAIN = 1e-15
 """Probabilities are kept this far from 0 and 1, so that their logits are finite."""
 
 
-def outputs(estimator: BaseEstimator, x: Array, task: Task | TaskName, classes: int) -> Floats:
+def outputs(estimator: BaseEstimator, x: Array, task: Task, classes: int) -> Floats:
     """Return what a fitted estimator gives for features ``x`` [N, D]: probabilities [N, C], or values [N, R].
 
     A class that training did not have gets a column of zeros; a label that was the same in every row of training gets
     that, 0 or 1. Raises ``FeatureError`` for features of another shape, ``BundleError`` for an estimator that does
     not fit the task.
     """
-    x, task = np.asarray(x), task_named(task)
+    x = np.asarray(x)
     expected = getattr(estimator, "n_features_in_", None)
     if x.ndim != 2 or x.shape[1] != expected:
         raise FeatureError(f"got features of shape {x.shape}, expected [N, {expected}]")

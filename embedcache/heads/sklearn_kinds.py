@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from embedcache.errors import SpecError
 from embedcache.fingerprint import is_number
-from embedcache.spec import TASKS, TaskName
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -67,7 +67,7 @@ class Options(dict[str, object]):
 class Setting:
     """What an estimator is built for: the task, strength of the penalty, seed, training rows and features."""
 
-    task: TaskName
+    task: Task
     l2: float
     seed: int
     rows: int
@@ -76,7 +76,7 @@ class Setting:
     @property
     def regression(self) -> bool:
         """Whether numbers are to be predicted."""
-        return self.task == "regression"
+        return self.task is REGRESSION
 
 
 Build = Callable[[Setting, Options], "BaseEstimator"]
@@ -95,7 +95,7 @@ class Kind:
         build: makes the estimator, not yet fitted.
     """
 
-    tasks: tuple[TaskName, ...]
+    tasks: tuple[Task, ...]
     linear: bool
     options: Mapping[str, Option]
     build: Build
@@ -245,17 +245,18 @@ def _majority(setting: Setting, options: Options) -> None:
     return None  # counted by the engine: there is nothing to fit
 
 
-_CLASSES: tuple[TaskName, ...] = ("classification", "multilabel")
+_CLASSES = (CLASSIFICATION, MULTILABEL)
+_TASKS = (*_CLASSES, REGRESSION)
 _SOLVED = {"C": _positive(None), "max_iter": _count(1000), "tol": _positive(1e-4)}
 
 KINDS: Mapping[str, Kind] = {
-    "linear": Kind(TASKS, True, _SOLVED, _logistic),
-    "logistic-regression": Kind(TASKS, True, _SOLVED, _logistic),
+    "linear": Kind(_TASKS, True, _SOLVED, _logistic),
+    "logistic-regression": Kind(_TASKS, True, _SOLVED, _logistic),
     "linear-svm": Kind(
         _CLASSES, True, {"C": _positive(None), "max_iter": _count(10_000), "tol": _positive(1e-4)}, _svm
     ),
     "ridge": Kind(
-        TASKS, True, {"alpha": _not_negative(None), "solver": _choice("auto", "svd", "cholesky", "lsqr")}, _ridge
+        _TASKS, True, {"alpha": _not_negative(None), "solver": _choice("auto", "svd", "cholesky", "lsqr")}, _ridge
     ),
     "lda": Kind(
         _CLASSES,
@@ -268,7 +269,7 @@ KINDS: Mapping[str, Kind] = {
         weights=False,
     ),
     "knn": Kind(
-        TASKS,
+        _TASKS,
         False,
         {
             "n_neighbors": _count(10),
@@ -279,7 +280,7 @@ KINDS: Mapping[str, Kind] = {
         weights=False,
     ),
     "mlp": Kind(
-        TASKS,
+        _TASKS,
         False,
         {
             "hidden": Option((100,), _are_widths, "a list of widths such as [100]"),
@@ -291,7 +292,7 @@ KINDS: Mapping[str, Kind] = {
         _mlp,
     ),
     "hist-gradient-boosting": Kind(
-        TASKS,
+        _TASKS,
         False,
         {
             "learning_rate": _positive(0.1),
@@ -304,8 +305,8 @@ KINDS: Mapping[str, Kind] = {
         _boosting,
         scaled=False,
     ),
-    "majority": Kind(TASKS, True, {}, _majority, scaled=False),
-    "random-projection": Kind(TASKS, True, {"dims": _count(8), **_SOLVED}, _projection),
+    "majority": Kind(_TASKS, True, {}, _majority, scaled=False),
+    "random-projection": Kind(_TASKS, True, {"dims": _count(8), **_SOLVED}, _projection),
 }
 """Every kind of head that scikit-learn fits; a new one is a line here and a function that builds its estimator.
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.spec import FeatureSpec, TaskName
+from embedcache.spec import FeatureSpec
 from embedcache.sweep import statistics
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.statistics import Floats, Interval
 from embedcache.sweep.store import Outputs, Result, SweepFolder
 from embedcache.sweep.summary import Difference, Failure, HeadFacts, LeaderboardRow
-from embedcache.task import task_named
+from embedcache.task import Array, Task
 from embedcache.train.metrics import metric_named, wilson
 from embedcache.train.metrics.formulas import Predictions
 
-Array = npt.NDArray[Any]
 DRAWS = 1000
 _FEWER_DRAWS = 300  # enough for a standard error to 4 %, which is all that the test takes from them
 BOUNDS = {
@@ -43,11 +41,10 @@ class Scored:
     outputs: Outputs
     thresholds: Array | None = None
 
-    def right(self, task: TaskName, y: Array) -> Floats:
+    def right(self, task: Task, y: Array) -> Floats:
         """Return which rows are right, float64 [n], given the targets of all rows."""
         half = 0.5 if self.thresholds is None else self.thresholds
-        kind = task_named(task)
-        return kind.right(y[self.rows], kind.decide(self.outputs, half))
+        return task.right(y[self.rows], task.decide(self.outputs, half))
 
 
 class Resampler:
@@ -57,7 +54,7 @@ class Resampler:
     draws), which is how the leaderboard's is made.
     """
 
-    def __init__(self, metric: str, task: TaskName, y: Array, groups: npt.NDArray[np.int64], *, seed: int = 0) -> None:
+    def __init__(self, metric: str, task: Task, y: Array, groups: npt.NDArray[np.int64], *, seed: int = 0) -> None:
         self._metric, self._task, self._y, self._groups, self._seed = metric, task, y, groups, seed
         self.draws = DRAWS if metric in _ROW_METRICS else _FEWER_DRAWS
 
@@ -110,7 +107,7 @@ class Resampler:
 
     def _values(self, part: Scored) -> Floats:
         if self._metric == "log_loss":
-            return task_named(self._task).row_loss(self._y[part.rows], part.outputs)
+            return self._task.row_loss(self._y[part.rows], part.outputs)
         return part.right(self._task, self._y)
 
 
@@ -305,7 +302,7 @@ def _interval(problem: Problem, head: Compared) -> tuple[Interval | None, str]:
 
 
 def row_interval(
-    metric: str, task: TaskName, y: Array, scored: Sequence[Scored], resampled: Floats, alpha: float
+    metric: str, task: Task, y: Array, scored: Sequence[Scored], resampled: Floats, alpha: float
 ) -> tuple[Interval | None, str]:
     """Return the interval of a score over rows: the percentile bootstrap; Wilson's where all or none were right."""
     if metric == "accuracy" and len(scored) == 1:

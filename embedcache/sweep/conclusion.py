@@ -22,6 +22,7 @@ from embedcache.sweep.problem import Problem, subset
 from embedcache.sweep.store import SweepFolder
 from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
 from embedcache.sweep.training import Job, Trained, batches, outputs_of, train_batch
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION
 from embedcache.train.metrics import score
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -62,7 +63,7 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     x = problem.features(chosen.first.feature, problem.test_rows)
     outputs = head.probabilities(x)
     on_test, method = _tested(problem, outputs, head.thresholds)
-    thresholds = head.thresholds if problem.task == "multilabel" else None
+    thresholds = head.thresholds if problem.task is MULTILABEL else None
     found = measured(problem, problem.test_y, outputs, thresholds)
     test = TestResult(
         **vars(found), **vars(on_test), id=chosen.id, label=chosen.first.label, split="test", interval_method=method,
@@ -98,10 +99,10 @@ def _out_of_fold(
 def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: TrainedHead) -> TrainedHead:
     from embedcache.train.run import fit_temperature, fit_thresholds
 
-    if problem.task == "regression" or head.spec.kind == "majority":
+    if problem.task is REGRESSION or head.spec.kind == "majority":
         return head
     rows, outputs = _out_of_fold(problem, folder, chosen)
-    if problem.task == "multilabel":
+    if problem.task is MULTILABEL:
         thresholds = [float(limit) for limit in fit_thresholds(outputs, problem.y[rows])]
         return replace(head, calibration={"thresholds": thresholds})
     logits = np.log(np.clip(outputs, 1e-30, 1.0))
@@ -110,7 +111,7 @@ def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: 
 
 def _tested(problem: Problem, outputs: npt.NDArray[Any], thresholds: Sequence[float]) -> tuple[TestScore, str]:
     """Return score and interval over the rows of the test split, equal contents drawn together, and the method."""
-    limits = np.asarray(thresholds) if problem.task == "multilabel" else None
+    limits = np.asarray(thresholds) if problem.task is MULTILABEL else None
     extra = {} if limits is None else {"thresholds": limits}
     value = score(problem.metric, problem.task, problem.test_y, outputs, **extra)
     keys = np.ascontiguousarray(np.asarray(problem.cache.keys())[problem.test_rows]).view("V16").reshape(-1)
@@ -161,7 +162,7 @@ def curve_jobs(problem: Problem, of: Sequence[Candidate]) -> list[Job]:
     """Return the jobs of learning curves: each fold with shares of its training rows; all of them is known already."""
     jobs = []
     whole = problem.mean_train_rows
-    least = max(10, 2 * len(problem.class_names) if problem.task == "classification" else 10)
+    least = max(10, 2 * len(problem.class_names) if problem.task is CLASSIFICATION else 10)
     for candidate in of:
         for share in SHARES:
             if share * whole < least:

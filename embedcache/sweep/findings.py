@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,9 @@ from embedcache.sweep.summary import (
     Mistakes,
     ProtocolFacts,
 )
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Named
 from embedcache.train.metrics import measure, reliability
 from embedcache.wording import counted
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 POINTS = 2000
 MISTAKES = 50
@@ -47,7 +44,7 @@ def data_facts(problem: Problem) -> DataFacts:
     cache = problem.cache
     provenance = cache.provenance()
     classes = None
-    if problem.task == "classification":
+    if problem.task is CLASSIFICATION:
         codes, targets = cache.split_codes(), cache.targets()
         classes = {
             name: {
@@ -89,7 +86,7 @@ def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[fl
     """Return everything that is measured of outputs on some rows."""
     metrics = measure(problem.task, y, outputs, problem.class_names, thresholds=thresholds)
     confusion, calibration = None, None
-    if problem.task == "classification":
+    if problem.task is CLASSIFICATION:
         matrix = np.asarray(metrics["confusion_matrix"], np.float64)
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         confusion = Confusion(
@@ -97,7 +94,7 @@ def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[fl
             tuple(map(tuple, metrics["confusion_matrix"])),
             tuple(map(tuple, shares.tolist())),
         )
-    regression = problem.task == "regression"
+    regression = problem.task is REGRESSION
     if not regression:
         curve = reliability(problem.task, y, outputs)
         calibration = Calibration(curve["ece"], tuple(Bin(**values) for values in curve["bins"]))
@@ -131,16 +128,16 @@ def mistakes(
         row = int(rows[place])
         true, predicted, probability = _decision(problem, y[place], outputs[place], limits)
         text, image = _content(None if contents is None else contents[row])
-        error = float(weight[place]) if problem.task == "regression" else None
+        error = float(weight[place]) if problem.task is REGRESSION else None
         shown.append(Mistake(row, names[row], true, predicted, probability, error, text, image))
     return Mistakes(split, len(wrong), tuple(shown))
 
 
 def _wrong(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> tuple[npt.NDArray[np.int64], Floats]:
     """Return the wrong rows, and of every row how confidently wrong it is: [N]."""
-    if problem.task == "classification":
+    if problem.task is CLASSIFICATION:
         return np.flatnonzero(outputs.argmax(axis=1) != y), outputs.max(axis=1, initial=0.0)
-    if problem.task == "multilabel":
+    if problem.task is MULTILABEL:
         off = (outputs >= thresholds) != (y == 1)
         return np.flatnonzero(off.any(axis=1)), np.where(off, np.abs(outputs - y), 0.0).max(axis=1, initial=0.0)
     spread = np.where(y.std(axis=0) > 0, y.std(axis=0), 1.0)
@@ -148,19 +145,16 @@ def _wrong(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> tup
     return np.arange(len(y)), error.max(axis=1, initial=0.0)
 
 
-def _decision(problem: Problem, y: Any, outputs: Array, thresholds: Array) -> tuple[object, object, float | None]:
+def _decision(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> tuple[Named, Named, float | None]:
     """Return what a row is, what was predicted, and with which probability; see ``Mistake``."""
-    names = problem.class_names
-    if problem.task == "classification":
-        label = int(outputs.argmax())
-        return names[int(y)], names[label], float(outputs[label])
-    if problem.task == "regression":
-        return [float(value) for value in y], [float(value) for value in outputs], None
-    predicted = outputs >= thresholds
-    off = predicted != (y == 1)
-    worst = int(np.where(off, np.abs(outputs - y), -1.0).argmax())
-    true = [name for name, label in zip(names, y, strict=True) if label == 1]
-    return true, [name for name, label in zip(names, predicted, strict=True) if label], float(outputs[worst])
+    names, task = problem.class_names, problem.task
+    decided = task.decide(outputs, thresholds)
+    true, predicted = task.named(y, names), task.named(decided, names)
+    if task is REGRESSION:
+        return true, predicted, None
+    off = decided != (y == 1)
+    column = int(decided) if task is CLASSIFICATION else int(np.where(off, np.abs(outputs - y), -1.0).argmax())
+    return true, predicted, float(outputs[column])
 
 
 def _content(data: bytes | None) -> tuple[str | None, str | None]:
@@ -228,7 +222,7 @@ def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
     notes += _edges(rows)
     if any(row.head.kind == "majority" and not row.distinguishable for row in rows) and len(rows) > 1:
         notes.append("these rows cannot tell the best head from one that always says the same: more rows are needed")
-    if problem.task == "classification" and (unseen := sorted({*problem.test_y.tolist()} - {*problem.y.tolist()})):
+    if problem.task is CLASSIFICATION and (unseen := sorted({*problem.test_y.tolist()} - {*problem.y.tolist()})):
         names = ", ".join(problem.class_names[label] for label in unseen[:5])
         notes.append(f"the test split has classes that no other row has, so no head can know them: {names}")
     looked = sum(row.looked_at_test for row in rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,8 @@ import numpy.typing as npt
 from embedcache.errors import SweepError, SweepSpecError
 from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import sha256_bytes
-from embedcache.spec import TaskName
 from embedcache.sweep.configuration import Protocol
-from embedcache.task import task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Task, task_named
 from embedcache.train.metrics import metric_named
 from embedcache.wording import counted
 
@@ -71,7 +70,7 @@ class Strata:
         return len(self.keys)
 
 
-def strata(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, names: Sequence[str]) -> Strata:
+def strata(keys: npt.NDArray[np.uint8], y: Array, task: Task, names: Sequence[str]) -> Strata:
     """Return groups and strata of rows by their keys u1 [N, 16] and targets.
 
     A stratum is a class; the rarest of a row's labels (the first step of iterative stratification, Sechidis et al.
@@ -81,9 +80,9 @@ def strata(keys: npt.NDArray[np.uint8], y: npt.NDArray[Any], task: TaskName, nam
     found, group = np.unique(whole, return_inverse=True)
     short = np.ascontiguousarray(found).view(np.uint8).reshape(-1, 16)[:, :8].copy().view("<u8").reshape(-1)
     group = group.reshape(-1).astype(np.int64)
-    if task == "classification":
+    if task is CLASSIFICATION:
         stratum, titles = y.astype(np.int64), tuple(names)
-    elif task == "multilabel":
+    elif task is MULTILABEL:
         counts = y.sum(0)
         rank = np.argsort(np.argsort(counts, kind="stable"), kind="stable")
         cost = np.where(y > 0, rank[None, :], len(names))
@@ -265,9 +264,6 @@ def subset(of: Strata, fold: Fold, share: float, *, seed: int = 0, stopping: flo
     return Fold(*_hold_out(of, rows, stopping if fold.stopping.any() else 0.0, seed), fold.score, fold.repeat)
 
 
-Array = npt.NDArray[Any]
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Labelled rows of a cache: N for choosing (``rows``, in train and validation) and those of the test split.
@@ -276,7 +272,7 @@ class Problem:
     """
 
     cache: FeatureCache
-    task: TaskName
+    task: Task
     class_names: tuple[str, ...]
     rows: Rows
     y: Array
@@ -292,18 +288,18 @@ class Problem:
         """Look at a cache. Raises ``SweepError`` without labels or rows to learn from, ``SpecError`` for a metric."""
         if cache.task is None:
             raise SweepError(f"{cache.path} has no labels: give it some with embedcache relabel {cache.path} INPUT")
-        task: TaskName = cache.task
-        name = metric or task_named(task).headline_metric
+        task = task_named(cache.task)
+        name = metric or task.headline_metric
         metric_named(name, task)
         targets, codes = cache.targets(), cache.split_codes()
-        labelled = task_named(task).labelled(targets)
+        labelled = task.labelled(targets)
         by_name = {split: codes == code for code, split in enumerate(cache.split_names)}
         none = np.zeros(len(codes), bool)
         train, validation = by_name.get("train", none), by_name.get("validation", none)
         rows = np.flatnonzero((train | validation) & labelled)
         if not len(rows):
             raise SweepError(f"{cache.path} has no labelled row in train or validation: there is nothing to learn from")
-        if task == "classification" and len(np.unique(targets[rows])) < 2:
+        if task is CLASSIFICATION and len(np.unique(targets[rows])) < 2:
             only = cache.class_names[int(targets[rows[0]])]
             raise SweepError(f"every row of train and validation has the class {only!r}: expected at least two classes")
         keys = np.asarray(cache.keys())
@@ -327,13 +323,13 @@ class Problem:
         """The divisions by which heads are compared. Raises ``SweepError`` where the rows do not allow them."""
         plan = self.protocol
         if plan.shots is not None:
-            if self.task != "classification":
+            if self.task is not CLASSIFICATION:
                 raise SweepError(f"--shots draws rows of each class, and this is {self.task}: use --learning-curve")
             return shots(self.strata, plan.shots, plan.draws, seed=plan.seed)
         options = {"seed": plan.seed, "stopping": plan.stopping_share}
         if plan.folds == 1:
             return given_split(self.strata, ~self.validation, self.validation, **options)  # type: ignore[arg-type]
-        return k_folds(self.strata, plan.folds, plan.repeats, exact=self.task == "classification", **options)  # type: ignore[arg-type]
+        return k_folds(self.strata, plan.folds, plan.repeats, exact=self.task is CLASSIFICATION, **options)  # type: ignore[arg-type]
 
     @cached_property
     def mean_train_rows(self) -> float:
@@ -379,7 +375,7 @@ class Problem:
         """Return what must be the same for results to belong together; no path and no time is in it."""
         return {
             "cache": {"spec": self.cache.spec_hash, "dataset": self.dataset_hash},
-            "task": self.task,
+            "task": self.task.name,
             "class_names": list(self.class_names),
             "metric": self.metric,
             "protocol": self.protocol.to_json(),

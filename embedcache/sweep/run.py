@@ -361,7 +361,7 @@ class Run:
         majority = [row.score for row in rows if row.head.kind == "majority"]
         better = max if problem.greater_is_better else min
         return Summary(
-            format=FORMAT, version=VERSION, complete=False, task=problem.task, class_names=tuple(problem.class_names),
+            format=FORMAT, version=VERSION, complete=False, task=problem.task.name, class_names=problem.class_names,
             metric=Metric(problem.metric, problem.greater_is_better),
             baseline=better(majority) if majority else None,
             data=data_facts(problem), protocol=protocol_facts(problem),

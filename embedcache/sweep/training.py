@@ -22,9 +22,10 @@ from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
 from embedcache.shard import FeatureSet
-from embedcache.spec import MAY_DIFFER, MIN_STEPS, TaskName
+from embedcache.spec import MAY_DIFFER, MIN_STEPS
 from embedcache.sweep.configuration import Configuration
-from embedcache.sweep.problem import Array, Fold, Problem, part
+from embedcache.sweep.problem import Fold, Problem, part
+from embedcache.task import Array, Task
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
 
@@ -244,7 +245,7 @@ def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, t
     for job in batch.jobs:
         solved = found[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
         head = TrainedHead(
-            job.configuration.head, problem.task, problem.class_names, feature,
+            job.configuration.head, problem.task.name, problem.class_names, feature,
             state={"output.weight": solved.weight, "output.bias": solved.bias},
             training=job.configuration.train.record(), **vars(Origin.of(problem.cache)),
         )  # fmt: skip
@@ -265,7 +266,7 @@ def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], 
 class _Fitting:
     """What heads that are trained one by one share; it goes to other processes too."""
 
-    task: TaskName
+    task: Task
     class_names: tuple[str, ...]
     feature: FeatureSet
     origin: Origin
@@ -282,7 +283,7 @@ class _Fitting:
         try:
             with quiet():
                 result = train_head(
-                    x, y, None, None, job.configuration.head, job.configuration.train, task=self.task,
+                    x, y, None, None, job.configuration.head, job.configuration.train, task=self.task.name,
                     class_names=self.class_names, feature=self.feature, progress=False, calibrate=False,
                     **vars(self.origin),
                 )  # fmt: skip

@@ -18,6 +18,7 @@ from embedcache.heads.registry import head_class, head_named
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec, differences_text
+from embedcache.task import CLASSIFICATION, task_named
 from embedcache.train.data import fits_in_memory, labelled_rows_of
 from embedcache.train.result import Origin, TrainingResult
 from embedcache.train.run import measured, train_head
@@ -75,7 +76,7 @@ def train_on_cache(
     result = train_head(
         rows_of(cache, train, chosen), targets[train],
         rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
-        head, spec, task=cache.task or "classification", class_names=cache.class_names, feature=chosen,
+        head, spec, task=cache.task or CLASSIFICATION.name, class_names=cache.class_names, feature=chosen,
         extraction=origin.extraction, model=origin.model, revision=origin.revision, probe=origin.probe,
         device=device, progress=progress, notes=notes,
     )  # fmt: skip
@@ -151,7 +152,7 @@ def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Features:
 
 def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
     """Raise ``TrainingError`` for a class that occurs in another split and never in training."""
-    if cache.task != "classification":
+    if cache.task != CLASSIFICATION.name:
         return
     targets = cache.targets()
     counts = np.bincount(targets[train][targets[train] >= 0], minlength=len(cache.class_names))
@@ -185,7 +186,7 @@ def evaluate_on_cache(
         raise InputError(f"the split {split} of {cache.path} is empty")
     x = rows_of(cache, rows, cache.feature(head.feature.name))
     targets = targets_for(head, cache)[rows]
-    labelled = labelled_rows_of(x, targets, head.task, head.class_names, feature=head.feature, where=split)
+    labelled = labelled_rows_of(x, targets, task_named(head.task), head.class_names, feature=head.feature, where=split)
     if not len(labelled):
         raise InputError(f"no row of the split {split} of {cache.path} has a label")
     return measured(head, labelled, intervals=intervals)
@@ -202,7 +203,7 @@ def targets_for(head: TrainedHead, cache: FeatureCache) -> Array:
     if cache.class_names == head.class_names:
         return targets
     unknown = sorted(set(cache.class_names) - set(head.class_names))
-    if cache.task != "classification" or unknown:
+    if cache.task != CLASSIFICATION.name or unknown:
         named = ", ".join(map(repr, unknown[:5])) or "another order"
         raise InputError(
             f"{cache.path} has labels that the head was not trained on ({named}): "

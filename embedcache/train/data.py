@@ -13,8 +13,8 @@ import numpy.typing as npt
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.features import Features, OnDisk, Rows, features_of
 from embedcache.shard import FeatureSet
-from embedcache.spec import TaskName, TrainSpec
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
+from embedcache.spec import TrainSpec
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
 from embedcache.wording import counted, shortened
 
 # Whether features fit in the memory that is free.
@@ -114,7 +114,7 @@ _SMALLEST = 1e-37
 
 
 def labelled_rows_of(
-    x: object, y: npt.ArrayLike, task: Task | TaskName, class_names: Sequence[str], *,
+    x: object, y: npt.ArrayLike, task: Task, class_names: Sequence[str], *,
     feature: FeatureSet | None = None, weight: npt.ArrayLike | None = None, where: str = "training",
 ) -> LabelledRows:  # fmt: skip
     """Check features and targets, and return the rows that have a label.
@@ -122,7 +122,7 @@ def labelled_rows_of(
     Raises ``FeatureError`` for features that do not fit or are not finite (naming the row), ``InputError`` for targets
     or weights that do not fit the task or the rows.
     """
-    features, task = features_of(x, feature, where=where), task_named(task)
+    features = features_of(x, feature, where=where)
     names = tuple(class_names)
     targets, kept = checked_targets(y, len(features), task, where=where, outputs=len(names))
     weights = None if weight is None else _checked_weights(weight, len(features), where)

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from embedcache.heads.modules import Head
-from embedcache.spec import TaskName
-from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task, task_named
+from embedcache.task import CLASSIFICATION, REGRESSION, Array, Floats, Task
 
 
 class Loss:
@@ -35,14 +34,14 @@ class Loss:
 
     def __init__(
         self,
-        task: Task | TaskName,
+        task: Task,
         outputs: int,
         smoothing: Sequence[float] = (0.0,),
         class_weight: npt.NDArray[np.float32] | None = None,
         *,
         device: str = "cpu",
     ) -> None:
-        self.task = task_named(task)
+        self.task = task
         self._of_logits = {
             "cross_entropy": self._cross_entropy,
             "binary_cross_entropy": self._binary_cross_entropy,
@@ -126,7 +125,7 @@ def _mean(loss: Tensor, gradient: Tensor, rows: Tensor | None) -> tuple[Tensor, 
 
 
 def start_biases(
-    y: Array, task: Task | TaskName, outputs: int, *, smoothing: float = 0.0,
+    y: Array, task: Task, outputs: int, *, smoothing: float = 0.0,
     class_weight: npt.ArrayLike | None = None, rows: Array | None = None,
 ) -> Floats:  # fmt: skip
     """Return the biases [C] that make the loss of ``train.losses`` least in a head that reads no feature.
@@ -135,7 +134,6 @@ def start_biases(
     [N, C] or, in the units of training, float [N, R]; ``class_weight`` [C] and ``rows`` [N] are weights, None for
     equal. What never occurs, or always, counts as half a row: no bias is infinite.
     """
-    task = task_named(task)
     mass = np.ones(len(y)) if rows is None else np.asarray(rows, np.float64)
     if task is REGRESSION:
         return np.asarray((mass[:, None] * y).sum(axis=0) / mass.sum())

@@ -18,7 +18,7 @@ from embedcache.heads.registry import head_named
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName, TrainSpec
-from embedcache.task import CLASSIFICATION, MULTILABEL
+from embedcache.task import CLASSIFICATION, MULTILABEL, task_named
 from embedcache.train.data import LabelledRows, checked_names, constants_note, labelled_rows_of, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.result import Fitted, Origin, TrainingResult
@@ -201,13 +201,13 @@ def train_head(
         FeatureError: features that hold NaN or infinity, naming the row, or that the head cannot read.
         SpecError: an unknown head, option or metric, or settings that contradict each other.
     """
-    spec, head = TrainSpec.of(spec), head_named(head)
+    spec, head, kind = TrainSpec.of(spec), head_named(head), task_named(task)
     names = checked_names(class_names)
     if device != "cpu":
         from embedcache.backbone import choose_device
 
         device = choose_device(device)
-    rows = labelled_rows_of(x, y, task, names, feature=feature, weight=sample_weight)
+    rows = labelled_rows_of(x, y, kind, names, feature=feature, weight=sample_weight)
     remarks = [*notes, *refuse_untrainable(rows.y, rows.task, names)]
     if len(rows) < (total := np.shape(y)[0]):
         remarks.append(f"{total - len(rows):,} of {total:,} training rows have no label and are left out")
@@ -215,7 +215,7 @@ def train_head(
         remarks.append(note)
     judged = None
     if x_eval is not None and y_eval is not None:
-        judged = labelled_rows_of(x_eval, y_eval, task, names, feature=rows.feature, where="validation")
+        judged = labelled_rows_of(x_eval, y_eval, kind, names, feature=rows.feature, where="validation")
         judged = judged if len(judged) else None
     in_memory = batches is None and rows.x.in_memory
     if not in_memory and spec.solver_for(head) != spec.solver_for(head, in_memory=False):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from benchmarks.table import row
 
+from embedcache.task import CLASSIFICATION
 from embedcache.train.convex import Solution, path_folds, solve
 
 ROWS, ROUNDS, GAP = 20_000, 3, 1e-6
@@ -72,7 +73,7 @@ def optimum() -> None:
     for classes, apart, bar in TASKS:
         x, y = data(ROWS, 768, classes, apart)
         given = {"float32": x, "float64": x.astype(np.float64)}
-        exact = solve(x, y, task="classification", outputs=classes, l2=1.0, tolerance=1e-12)
+        exact = solve(x, y, task=CLASSIFICATION, outputs=classes, l2=1.0, tolerance=1e-12)
         best = objective(exact.weight, exact.bias, x, y)
 
         def gap(weight: Any, bias: Any, x: Any = x, y: Any = y, best: float = best) -> float:
@@ -83,7 +84,7 @@ def optimum() -> None:
                 return LogisticRegression(tol=tol, max_iter=10_000).fit(given[kind], y)
 
         works: dict[str, Callable[[], Any]] = {
-            "ours": partial(solve, x, y, task="classification", outputs=classes, l2=1.0)
+            "ours": partial(solve, x, y, task=CLASSIFICATION, outputs=classes, l2=1.0)
         }
         said = {}
         for kind in given:
@@ -133,7 +134,7 @@ def search() -> None:
         folds[held] = fold
 
     def ours() -> tuple[float, float]:
-        found = path_folds(x, y, strengths, folds, task="classification", outputs=20)
+        found = path_folds(x, y, strengths, folds, task=CLASSIFICATION, outputs=20)
         scores = np.zeros(len(strengths))
         for fold, (_, held) in enumerate(splits):
             # One product for all penalties: [rows, penalties, classes].
@@ -142,7 +143,7 @@ def search() -> None:
             said = (x[held] @ weight.T + bias).reshape(len(held), len(strengths), -1).argmax(axis=2)
             scores += (said == y[held, None]).mean(axis=0) / len(splits)
         at = int(scores.argmax())
-        solve(x, y, task="classification", outputs=20, l2=strengths[at], start=found[at][0])
+        solve(x, y, task=CLASSIFICATION, outputs=20, l2=strengths[at], start=found[at][0])
         return float(scores[at]), float(strengths[at])
 
     def peer() -> tuple[float, float]:

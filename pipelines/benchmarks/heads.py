@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.table import interleaved, row, seconds
 
 import embedcache as ec
+from embedcache.task import CLASSIFICATION
 from embedcache.train import labelled_rows_of, train_stack
 
 EPOCHS, BATCH, WIDTH, CLASSES, ROWS = 5, 256, 384, 6, 20_000
@@ -38,7 +39,7 @@ def stack(heads: int, kind: str, options: dict[str, Any], x: Any, y: Any, names:
         for at in range(heads)
     ]  # fmt: skip
     head = ec.HeadSpec(kind, "torch", options)
-    rows = labelled_rows_of(x, y, "classification", names)
+    rows = labelled_rows_of(x, y, CLASSIFICATION, names)
     return train_stack(rows, None, [head] * heads, specs)
 
 

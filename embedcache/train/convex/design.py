@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
-from embedcache.spec import TaskName
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
 from embedcache.train.data import rounding
 
 # Blocks of rows on several threads, each a product of one BLAS thread: the same bits however many threads there are.
@@ -204,7 +203,7 @@ def design(
     x: npt.ArrayLike,
     y: npt.ArrayLike,
     *,
-    task: Task | TaskName,
+    task: Task,
     outputs: int,
     sample_weight: npt.ArrayLike | None = None,
     class_weight: npt.ArrayLike | str | None = None,
@@ -215,7 +214,7 @@ def design(
 
     Raises ``FeatureError``, ``InputError``, ``SpecError`` and ``TrainingError`` as ``solve`` does.
     """
-    task, rows = task_named(task), _rows(x)
+    rows = _rows(x)
     labels = _targets(y, len(rows), task, outputs)
     weight = _row_weights(sample_weight, len(rows))
     masses, on = _masses(labels, weight, task, outputs, class_weight, masks)

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
-from embedcache.spec import HeadSpec, TaskName, TrainSpec
-from embedcache.task import REGRESSION, Floats, Task, task_named
+from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.task import REGRESSION, Floats, Task
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.descent import Objective, Walk, descend
 from embedcache.train.convex.design import (
@@ -142,7 +142,7 @@ _FINEST = 1e-9
 
 
 class _Needed(TypedDict):
-    task: Task | TaskName
+    task: Task
     outputs: int
 
 
@@ -225,7 +225,7 @@ def _solve(
     rows = {name: value for name, value in options.items() if name not in ("tolerance", "max_iterations")}
     with workers() as threads:
         made = design(x, y, masks=masks, **rows)  # type: ignore[arg-type]  # what is left of the options
-        if task_named(options["task"]) is REGRESSION:
+        if options["task"] is REGRESSION:
             problems = squares(made, threads)
             return [[problem.solve(l2) for problem in problems] for l2 in l2s]
         return _descended(made, l2s, starts, tolerance, most, threads)

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
-from embedcache.spec import TaskName
-from embedcache.task import CLASSIFICATION, EPSILON, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
+from embedcache.task import CLASSIFICATION, EPSILON, MULTILABEL, REGRESSION, Array, Floats, Task
 from embedcache.wording import counted
 
 # Predictions beside the truth, and what is computed row by row.
@@ -34,12 +33,12 @@ class Predictions:
 
     def __init__(
         self,
-        task: Task | TaskName,
+        task: Task,
         y: npt.ArrayLike,
         outputs: npt.ArrayLike,
         thresholds: Sequence[float] | Array | None = None,
     ) -> None:
-        task, y, outputs = task_named(task), np.asarray(y), np.asarray(outputs)
+        y, outputs = np.asarray(y), np.asarray(outputs)
         if task is REGRESSION:
             outputs = outputs[:, None] if outputs.ndim == 1 else outputs
             y = y[:, None] if y.ndim == 1 else y

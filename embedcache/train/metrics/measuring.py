@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError, TrainingError
-from embedcache.spec import TaskName
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
 from embedcache.train.metrics import formulas
 from embedcache.train.metrics.formulas import (
     BINS,
@@ -83,15 +82,14 @@ METRICS: Mapping[str, Metric] = _table()
 """Every metric by name."""
 
 
-def metrics_of(task: Task | TaskName) -> tuple[str, ...]:
+def metrics_of(task: Task) -> tuple[str, ...]:
     """Return the names of the metrics that a task has."""
-    task = task_named(task)
     return tuple(name for name, metric in METRICS.items() if task in metric.of)
 
 
-def metric_named(name: str, task: Task | TaskName) -> Metric:
+def metric_named(name: str, task: Task) -> Metric:
     """Return a metric. Raises ``SpecError`` for a name that the task does not have, with the nearest ones."""
-    task, metric = task_named(task), METRICS.get(name)
+    metric = METRICS.get(name)
     if metric is not None and task in metric.of:
         return metric
     there = metrics_of(task)
@@ -103,7 +101,7 @@ def metric_named(name: str, task: Task | TaskName) -> Metric:
 
 def score(
     name: str,
-    task: Task | TaskName,
+    task: Task,
     y: Array,
     outputs: Array,
     *,
@@ -117,14 +115,12 @@ def score(
     return metric.prepare(predictions)(np.ones(len(predictions.y))) if predictions.finite else math.nan
 
 
-def scores(
-    name: str, task: Task | TaskName, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None
-) -> Floats:
+def scores(name: str, task: Task, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None) -> Floats:
     """Return one metric of K heads, float64 [K]: what ``score`` gives for each, bit by bit, only faster.
 
     ``outputs`` is [K, N, C]; ``masks`` bool [K, N] says which rows are each head's own.
     """
-    task, metric = task_named(task), metric_named(name, task)
+    metric = metric_named(name, task)
     y = y[:, None] if task is REGRESSION and y.ndim == 1 else y
     labelled = task.labelled(y)
     if not labelled.all():
@@ -148,7 +144,7 @@ def scores(
 
 
 def measure(
-    task: Task | TaskName,
+    task: Task,
     y: Array,
     outputs: Array,
     class_names: Sequence[str],
@@ -167,7 +163,7 @@ def measure(
     Multi-label: ``log_loss`` and ``brier`` are means over rows and labels. Regression: means over targets, each target
     in ``per_target``. Raises ``TrainingError`` for outputs that are not finite, or are no probabilities.
     """
-    task, predictions = task_named(task), Predictions(task, y, outputs, thresholds)
+    predictions = Predictions(task, y, outputs, thresholds)
     _refuse_bad_outputs(predictions)
     ones = np.ones(len(predictions.y))
     measured: dict[str, Any] = {"rows": len(ones)}
@@ -235,7 +231,7 @@ def _refuse_bad_outputs(predictions: Predictions) -> None:
         )
 
 
-def reliability(task: Task | TaskName, y: Array, outputs: Array) -> dict[str, Any]:
+def reliability(task: Task, y: Array, outputs: Array) -> dict[str, Any]:
     """Return the calibration curve: ``ece`` and ``bins``, each {low, high, confidence, accuracy, rows}.
 
     Classification looks at the probability of the predicted class and how often it is the right one, multi-label at
@@ -258,7 +254,7 @@ def reliability(task: Task | TaskName, y: Array, outputs: Array) -> dict[str, An
 
 
 def resampled_scores(
-    task: Task | TaskName,
+    task: Task,
     y: Array,
     outputs: Array,
     metric: str,
@@ -291,7 +287,7 @@ def wilson(right: float, rows: float, alpha: float = 0.05) -> tuple[float, float
 
 
 def interval(
-    task: Task | TaskName,
+    task: Task,
     y: Array,
     outputs: Array,
     metric: str,
