@@ -5,7 +5,8 @@
     EmbedcacheError
     ├── InputError (ValueError)              a file, column, row or option of the input is wrong
     │   ├── BadRowsError                     rows that cannot be used, with file, line and reason
-    │   └── InputNotFoundError (FileNotFoundError)
+    │   ├── InputNotFoundError (FileNotFoundError)
+    │   └── PictureError                     a picture that cannot be decoded: the reason, without its place
     ├── SpecError (ValueError)               a setting has an impossible value
     ├── BackboneError (ValueError)           the model cannot be loaded or cannot do what was asked
     │   └── PoolingUnavailableError          the model does not give that pooling; names those it gives
@@ -88,6 +89,10 @@ class BadRowsError(InputError):
 
 class InputNotFoundError(InputError, FileNotFoundError):
     """An input file does not exist."""
+
+
+class PictureError(InputError):
+    """A picture that cannot be decoded. The message is the reason alone: where it lies, only the caller knows."""
 
 
 class SpecError(EmbedcacheError, ValueError):

@@ -193,14 +193,34 @@ def test_a_table_is_read() -> None:
 
 def heavy_modules(statement: str) -> list[str]:
     """Which heavy libraries a fresh interpreter has loaded after ``statement``."""
-    heavy = ("h5py", "numpy", "pandas", "pyarrow", "safetensors", "scipy", "sklearn", "torch", "transformers", "yaml")
+    heavy = (
+        "PIL",
+        "h5py",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "torch",
+        "transformers",
+        "yaml",
+    )
     code = f"{statement}\nimport sys\nprint(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     return done.stdout.split()
 
 
 @pytest.mark.parametrize(
-    "module", ["embedcache", "embedcache.cli", "embedcache.spec", "embedcache.fingerprint", "embedcache.errors"]
+    "module",
+    [
+        "embedcache",
+        "embedcache.cli",
+        "embedcache.spec",
+        "embedcache.fingerprint",
+        "embedcache.errors",
+        "embedcache.pictures",
+    ],
 )
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     assert heavy_modules(f"import {module}") == []
