@@ -9,6 +9,7 @@ type       what it holds                                               where it 
 =========  ==========================================================  ======================================
 
 ``features_of`` makes one of them of whatever came in from outside, and is the only place that looks at what that is.
+`Stored` are dense or ragged rows in the type that a shard holds, between the backbone and the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError
-from embedcache.shard import FeatureSet
+from embedcache.shard import FeatureSet, decoded, rises
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -240,6 +241,54 @@ class OnDisk(Features):
         return Dense(values, self.feature, checked=True)
 
 
+InMemory = Dense | Ragged
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Rows of a feature set in the type that is stored: float32, float16, or uint16 for the bits of bfloat16.
+
+    ``values`` is [N, D] or [N, L, D]; of a token-level set [sum T, D] with ``offsets`` int64 [N + 1].
+
+    Raises ``FeatureError`` for arrays of another shape or type than the set has, and for offsets that do not rise.
+    """
+
+    feature: FeatureSet
+    values: Array
+    offsets: Rows | None = None
+
+    def __post_init__(self) -> None:
+        arrays, columns = self.arrays, self.feature.columns(len(self))
+        if len(arrays) != len(columns):
+            raise FeatureError(f"{self.feature.name}: got {len(arrays)} arrays, expected {len(columns)}")
+        for (name, column), array in zip(columns.items(), arrays, strict=True):
+            column.refuse_misfit(name, array)
+        if self.offsets is not None and not rises(self.offsets, len(self.values)):
+            raise FeatureError(f"{self.feature.name}: offsets must rise from 0 to {len(self.values)}")
+
+    def __len__(self) -> int:
+        return len(self.values) if self.offsets is None else max(0, len(self.offsets) - 1)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays in the order of ``FeatureSet.columns``."""
+        return (self.values,) if self.offsets is None else (self.values, self.offsets)
+
+    def decoded(self) -> InMemory:
+        """Return the rows in float32, exactly."""
+        values = decoded(self.values)
+        return Dense(values, self.feature) if self.offsets is None else Ragged(values, self.offsets, self.feature)
+
+    def first_non_finite(self) -> int | None:
+        """Return the first row that holds NaN or infinity, or None."""
+        bits = self.feature.dtype == "bfloat16"
+        wrong = (self.values & 0x7F80) == 0x7F80 if bits else ~np.isfinite(self.values)
+        if not wrong.any():
+            return None
+        first = int(np.flatnonzero(wrong.reshape(len(self.values), -1).any(axis=1))[0])
+        return first if self.offsets is None else int(np.searchsorted(self.offsets, first, side="right")) - 1
+
+
 class MappedRows:
     """Rows of an array that is not to be read whole, such as a memory map; see ``Reader``."""
 
@@ -299,8 +348,8 @@ def _ragged(x: object, feature: FeatureSet, of: str) -> Ragged:
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise FeatureError(f"{of} is a token-level set: expected values [sum T, D] and offsets [N + 1]")
     values, offsets = np.asarray(pair[0], np.float32), np.asarray(pair[1], np.int64)
-    fits = values.ndim == 2 and values.shape[1] == feature.dim and offsets.ndim == 1 and len(offsets) > 0
-    if not fits or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+    fits = values.ndim == 2 and values.shape[1] == feature.dim and offsets.ndim == 1
+    if not fits or not rises(offsets, len(values)):
         raise FeatureError(
             f"{of}: got values {values.shape} and offsets {offsets.shape}, expected [sum T, {feature.dim}] and "
             "ascending offsets from 0 to sum T"

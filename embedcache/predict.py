@@ -13,6 +13,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, compute_features, load_again, probe_of
 from embedcache.errors import BackboneMismatchError, InputError, warn
 from embedcache.examples import CONTENTS, Examples
+from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
 from embedcache.shard import Array
@@ -112,8 +113,8 @@ class Predictor:
                 yield examples.ids[row], prediction
                 row += 1
 
-    def features(self, contents: Sequence[bytes]) -> Array | tuple[Array, Array]:
-        """Return what the cache would hold for these rows: [N, D], [N, L, D], or (values, offsets) for tokens."""
+    def features(self, contents: Sequence[bytes]) -> InMemory:
+        """Return what the cache would hold for these rows; ``values`` [N, D] or [N, L, D], or of all their tokens."""
         return compute_features(self.backbone, contents, self.head.feature.name)
 
     def _prediction(self, values: Array) -> Prediction:

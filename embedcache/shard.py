@@ -24,13 +24,11 @@ from typing import IO, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import CacheError, CorruptCacheError, SpecError
+from embedcache.errors import CacheError, CorruptCacheError, FeatureError, SpecError
 from embedcache.journal import commit, explain, explained
 from embedcache.wording import counted
 
 Array = npt.NDArray[Any]
-StoredRows = Array | tuple[Array, npt.NDArray[np.int64]]
-"""Rows of a feature set as they are stored: [n, D] or [n, L, D], or vectors [sum T, D] and offsets [n + 1]."""
 Kind = Literal["pooled", "layers", "tokens"]
 
 ALIGNMENT = 4096
@@ -58,6 +56,11 @@ class Column:
         return len(shape) == len(self.shape) and all(
             expected in (None, length) for expected, length in zip(self.shape, shape, strict=True)
         )
+
+    def refuse_misfit(self, name: str, array: Array) -> None:
+        """Raise ``FeatureError`` unless an array to be stored is of this type and shape."""
+        if not self.has_shape(array.shape) or array.dtype != self.dtype:
+            raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {self.dtype} {self.shape}")
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,6 @@ class FeatureSet:
                 f"{self.name}.offsets": Column((rows + 1,), np.dtype("<i8")),
             }
         return {self.name: Column((rows, *self.row_shape), STORED[self.dtype], attributes)}
-
-    def first_non_finite(self, values: Array, offsets: Array | None = None) -> int | None:
-        """Return the first row whose stored ``values`` hold NaN or infinity, or None.
-
-        ``values`` is [n, ...] as stored; a token-level set has ``offsets`` int64 [n + 1] into its vectors.
-        """
-        wrong = (values & 0x7F80) == 0x7F80 if self.dtype == "bfloat16" else ~np.isfinite(values)
-        if not wrong.any():
-            return None
-        first = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
-        return first if offsets is None else int(np.searchsorted(offsets, first, side="right")) - 1
 
 
 @dataclass(frozen=True)
@@ -189,6 +181,14 @@ def decoded(values: Array) -> npt.NDArray[np.float32]:
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
+
+
+def rises(offsets: Array, length: int) -> bool:
+    """Whether offsets rise from 0 to ``length``."""
+    # Compared, not subtracted: a difference of hostile numbers wraps around.
+    if not len(offsets) or int(offsets[0]) != 0 or int(offsets[-1]) != length:
+        return False
+    return not bool((offsets[1:] < offsets[:-1]).any())
 
 
 def encoded(values: Array, dtype: str) -> Array:

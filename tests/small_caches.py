@@ -17,6 +17,7 @@ import pytest
 
 from embedcache.cache import CacheWriter
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
+from embedcache.features import Stored
 from embedcache.fingerprint import row_key
 from embedcache.shard import FeatureSet
 
@@ -56,16 +57,17 @@ def store(each: FeatureSet, decoded: np.ndarray) -> np.ndarray:
     return decoded.astype(each.dtype)
 
 
-def arrays(sets: Sequence[FeatureSet], rows: Sequence[int]) -> dict[str, Any]:
+def arrays(sets: Sequence[FeatureSet], rows: Sequence[int]) -> dict[str, Stored]:
     """What ``CacheWriter.append`` takes for some rows."""
-    out: dict[str, Any] = {}
+    out: dict[str, Stored] = {}
     for each in sets:
         decoded = [values(each, row) for row in rows]
         if each.kind == "tokens":
             offsets = np.concatenate([[0], np.cumsum([len(row) for row in decoded], dtype=np.int64)])
-            out[each.name] = (store(each, np.concatenate([np.zeros((0, each.dim), np.float32), *decoded])), offsets)
+            vectors = np.concatenate([np.zeros((0, each.dim), np.float32), *decoded])
+            out[each.name] = Stored(each, store(each, vectors), offsets)
         else:
-            out[each.name] = store(each, np.stack(decoded))
+            out[each.name] = Stored(each, store(each, np.stack(decoded)))
     return out
 
 

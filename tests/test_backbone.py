@@ -191,7 +191,7 @@ def test_frozen(tiny: Callable[[str], Path]) -> None:
     assert_same_bits(first, second)  # dropout would show
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.network.state_dict().items())
     tokens = backbone.prepare(TEXTS[:1])
-    (running,) = backbone.forward(tokens, plan(tokens.lengths, backbone.policy).batches[0]).values()
+    ((running,),) = backbone.forward(tokens, plan(tokens.lengths, backbone.policy).batches[0]).values()
     assert not running.requires_grad
     assert running.grad_fn is None
 
@@ -403,7 +403,7 @@ def test_minilm_bits(minilm_path: Path, dtype: str) -> None:
         assert_same_bits(run(backbone, contents, order), whole)
         assert backbone.side_by_side(4) == 2
         for name in whole:
-            assert compute_features(backbone, contents[::-1], name)[::-1].tobytes() == whole[name].tobytes()
+            assert compute_features(backbone, contents[::-1], name).values[::-1].tobytes() == whole[name].tobytes()
     subset = sorted(generator.choice(len(contents), 7, replace=False).tolist())
     part = run(backbone, [contents[index] for index in subset])
     assert_same_bits(part, {name: values[subset] for name, values in whole.items()})
@@ -425,14 +425,14 @@ def test_passes_side_by_side(tiny: Callable[[str], Path], kind: str, dtype: str)
         with threads(count):
             found = run_plan(backbone, tokens, plan(tokens.lengths, backbone.policy), lambda rows, _: done.append(rows))
         assert torch.get_num_threads() == before
-        assert np.array_equal(found["tokens"][1], tokens.offsets)
-        values = {"mean": found["mean"], "tokens": found["tokens"][0]}
-        values["cls@all"] = found["cls@all"].reshape(expected["cls@all"].shape)
+        assert np.array_equal(found["tokens"].offsets, tokens.offsets)
+        values = {name: found[name].values for name in names}
+        values["cls@all"] = values["cls@all"].reshape(expected["cls@all"].shape)
         assert_same_bits(values, expected)
     assert sum(done) == 4 * len(contents)
-    decoded, offsets = compute_features(backbone, contents, "tokens")
-    assert decoded.dtype == np.float32
-    assert np.array_equal(offsets, tokens.offsets)
+    decoded = compute_features(backbone, contents, "tokens")
+    assert decoded.values.dtype == np.float32
+    assert np.array_equal(decoded.offsets, tokens.offsets)
 
 
 def test_a_pass_that_fails_beside_others(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -855,7 +855,10 @@ def test_compiled_once_for_all_shapes(tiny: Callable[[str], Path]) -> None:
     with threads(2):  # each pass has one thread all the same, in threads of their own
         assert backbone.side_by_side(7) == (2 if Compiled.may_run_side_by_side() else 1)
         for name in ("mean", "cls@-2"):
-            assert compute_features(backbone, contents * 5, name)[: len(contents)].tobytes() == whole[name].tobytes()
+            assert (
+                compute_features(backbone, contents * 5, name).values[: len(contents)].tobytes()
+                == whole[name].tobytes()
+            )
         assert_same_bits(run(backbone, contents), whole)
         assert torch.get_num_threads() == 2
     assert not inductor.freezing

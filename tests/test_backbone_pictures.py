@@ -132,8 +132,7 @@ def test_every_family_pools_its_own_hidden_states(model: Callable[[str], Path], 
         with torch.inference_mode():
             expected["projected"] = whole.visual_projection(outputs.pooler_output)[: len(PICTURES)]
     for name, vectors in expected.items():
-        features = compute_features(backbone, PICTURES, name)
-        values = features[0] if isinstance(features, tuple) else features
+        values = compute_features(backbone, PICTURES, name).values
         exact = name in ("cls", "max", "tokens", "pooler", "projected")
         np.testing.assert_allclose(values, vectors, rtol=0, atol=0 if exact else 1e-5, err_msg=name)
     widths = {each.name: each.dim for each in backbone.feature_sets}
@@ -489,13 +488,13 @@ def test_bfloat16(model: Callable[[str], Path]) -> None:
     for kind in ("vit", "resnet"):
         exact = load_backbone(model(kind), device="cpu", features=["mean"])
         half = load_backbone(model(kind), device="cpu", features=["mean"], compute_dtype="bfloat16")
-        first, second = (compute_features(backbone, PICTURES, "mean") for backbone in (exact, half))
+        first, second = (compute_features(backbone, PICTURES, "mean").values for backbone in (exact, half))
         assert 0 < np.abs(first - second).max() < 0.05 * np.abs(first).max()
 
 
 def test_compiled_passes_give_nearly_the_same(model: Callable[[str], Path]) -> None:
     eager, compiled = (load_backbone(model("vit"), device="cpu", compiled=compiled) for compiled in (False, True))
-    first, second = (compute_features(backbone, PICTURES, "cls") for backbone in (eager, compiled))
+    first, second = (compute_features(backbone, PICTURES, "cls").values for backbone in (eager, compiled))
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from embedcache.errors import (
     SpecError,
     SpecMismatchError,
 )
+from embedcache.features import Stored
 from embedcache.fingerprint import hash_json
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec
@@ -157,35 +159,52 @@ def test_sets_that_collide_are_refused_before_anything_is_made(tmp_path: Path) -
     assert not (tmp_path / "c").exists()
 
 
-WRONG_ARRAYS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a set is missing": lambda a: a.pop("cls"),
-    "one too many": lambda a: a.update(more=a["mean"]),
-    "other type": lambda a: a.update(mean=a["mean"].astype(np.float64)),
-    "other byte order": lambda a: a.update(mean=a["mean"].astype(">f4")),
-    "other width": lambda a: a.update(mean=a["mean"][:, :-1]),
-    "other rows": lambda a: a.update(mean=a["mean"][:-1]),
-    "other axes": lambda a: a.update({"mean@1+2": a["mean@1+2"].transpose(0, 2, 1)}),
-    "not a number": lambda a: a["mean"].__setitem__((3, 2), np.nan),
-    "infinite": lambda a: a["cls"].__setitem__((3, 2), np.inf),
-    "infinite bfloat16": lambda a: a["l2:mean"].__setitem__((3, 2), 0x7F80),
-    "negative NaN in bfloat16": lambda a: a["tokens@-2"][0].__setitem__((3, 2), 0xFFC0),
-    "no offsets": lambda a: a.update(tokens=a["tokens"][0]),
-    "offsets that fall": lambda a: a["tokens"][1].__setitem__(2, 99),
-    "offsets that start late": lambda a: a["tokens"][1].__setitem__(0, 1),
-    "offsets that end early": lambda a: a["tokens"][1].__setitem__(-1, 0),
-    "offsets that wrap around": lambda a: a["tokens"][1].__setitem__(slice(1, 4), [2**63 - 1, -(2**63), -1]),
-    "offsets for a pooled set": lambda a: a.update(mean=(a["mean"], a["tokens"][1])),
+def put(array: np.ndarray, where: Any, value: Any) -> np.ndarray:
+    """A copy of an array with other values somewhere."""
+    array = array.copy()
+    array[where] = value
+    return array
+
+
+def other(name: str, **changes: Callable[[np.ndarray], Any]) -> Callable[[dict[str, Stored]], dict[str, Stored]]:
+    """A change of the ``values`` or ``offsets`` of one set."""
+    return lambda a: (
+        a | {name: replace(a[name], **{field: change(getattr(a[name], field)) for field, change in changes.items()})}
+    )
+
+
+WRONG_ARRAYS: dict[str, Callable[[dict[str, Stored]], dict[str, Stored]]] = {
+    "a set is missing": lambda a: {name: stored for name, stored in a.items() if name != "cls"},
+    "one too many": lambda a: a | dict(more=a["mean"]),
+    "of another type": lambda a: a | dict(mean=Stored(replace(a["mean"].feature, dtype="float16"), a["cls"].values)),
+    "under another name": lambda a: a | dict(mean=a["cls"], cls=a["mean"]),
+    "other type": other("mean", values=lambda v: v.astype(np.float64)),
+    "other byte order": other("mean", values=lambda v: v.astype(">f4")),
+    "other width": other("mean", values=lambda v: v[:, :-1]),
+    "other rows": other("mean", values=lambda v: v[:-1]),
+    "other axes": other("mean@1+2", values=lambda v: v.transpose(0, 2, 1)),
+    "not a number": other("mean", values=lambda v: put(v, (3, 2), np.nan)),
+    "infinite": other("cls", values=lambda v: put(v, (3, 2), np.inf)),
+    "infinite bfloat16": other("l2:mean", values=lambda v: put(v, (3, 2), 0x7F80)),
+    "negative NaN in bfloat16": other("tokens@-2", values=lambda v: put(v, (3, 2), 0xFFC0)),
+    "no offsets": other("tokens", offsets=lambda o: None),
+    "empty offsets": other("tokens", offsets=lambda o: o[:0]),
+    "offsets of another type": other("tokens", offsets=lambda o: o.astype(np.int32)),
+    "offsets that fall": other("tokens", offsets=lambda o: put(o, 2, 99)),
+    "offsets that start late": other("tokens", offsets=lambda o: put(o, 0, 1)),
+    "offsets that end early": other("tokens", offsets=lambda o: put(o, -1, 0)),
+    "offsets that wrap around": other("tokens", offsets=lambda o: put(o, slice(1, 4), [2**63 - 1, -(2**63), -1])),
+    "offsets for a pooled set": lambda a: a | dict(mean=replace(a["mean"], offsets=a["tokens"].offsets)),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_ARRAYS)
 def test_arrays_that_do_not_fit_write_nothing(tmp_path: Path, wrong: str) -> None:
     given = arrays(SETS, range(7))
-    WRONG_ARRAYS[wrong](given)
     with CacheWriter(tmp_path / "c", SPEC, SETS) as open_writer:
         before = files(tmp_path / "c")
         with pytest.raises(FeatureError) as caught:
-            open_writer.append(keys(range(7)), given, {})
+            open_writer.append(keys(range(7)), WRONG_ARRAYS[wrong](given), {})
         assert "\n" not in str(caught.value)
         assert files(tmp_path / "c") == before
         open_writer.append(keys(range(7)), arrays(SETS, range(7)), {})  # and the writer is as good as before
@@ -199,7 +218,7 @@ def test_keys_that_do_not_fit_write_nothing(tmp_path: Path, wrong: np.ndarray) -
 
 def test_the_row_that_is_not_finite_is_named(tmp_path: Path) -> None:
     given = arrays(SETS, range(7))
-    given["tokens"][0][given["tokens"][1][4]] = np.inf
+    given["tokens"].values[given["tokens"].offsets[4]] = np.inf
     with (
         CacheWriter(tmp_path / "c", SPEC, SETS) as open_writer,
         pytest.raises(FeatureError, match="tokens: row 4 holds"),

@@ -41,7 +41,7 @@ from embedcache.equivalence.tolerance import (
 from embedcache.errors import BackboneError, InputError, NotEqualError, SpecError
 from embedcache.examples import load_examples
 from embedcache.extract import extract
-from embedcache.features import Dense
+from embedcache.features import Dense, Stored
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import build_head
 from embedcache.shard import STORED, FeatureSet, rounded
@@ -104,12 +104,13 @@ def forged(
     for shard in range(len(cache.manifest["shards"])):
         found = cache.shard(shard, np.arange(cache.manifest["shards"][shard]["rows"]))[1]
         for name, value in found.items():
-            arrays[name] = np.concatenate([arrays[name], value]) if name in arrays else np.array(value)
+            arrays[name] = np.concatenate([arrays[name], value.values]) if name in arrays else value.values
     sets = list(like.feature_sets.values())
     arrays = change(arrays)
     assert set(arrays) == {each.name for each in sets}
+    features = {each.name: Stored(each, arrays[each.name]) for each in sets}
     with CacheWriter(path, spec or dict(like.spec), sets) as writer:
-        writer.append(np.array(like.stored_keys()), arrays, {**cache.provenance()[0], **provenance})
+        writer.append(np.array(like.stored_keys()), features, {**cache.provenance()[0], **provenance})
         writer.commit_dataset(replace(like.dataset, ids=None))
     return FeatureCache.open(path)
 

@@ -271,6 +271,47 @@ def test_a_backbone_that_looks_at_its_neighbours_is_found(tmp_path: Path) -> Non
     assert any(by_key(one)[key] != value for key, value in by_key(other).items())
 
 
+# A backbone of one's own, whose features become values once they are fetched
+
+FETCHED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "a set less": (
+        lambda out: {"mean": out["mean"]},
+        r"gave the feature sets \['mean'\], expected \['mean', 'tokens'\]",
+    ),
+    "a set more": (lambda out: {**out, "more": out["mean"]}, r"gave the feature sets \['mean', 'more', 'tokens'\]"),
+    "another width": (lambda out: {**out, "mean": out["mean"][:, 1:]}, r"mean: got float32 \(\d+, 4\), expected"),
+    "complex numbers": (lambda out: {**out, "mean": out["mean"] * 1j}, "mean: got complex64"),
+    "no counts": (lambda out: {**out, "tokens": out["tokens"][0]}, "tokens: the backbone gave one array, expected a"),
+    "a count less": (lambda out: {**out, "tokens": (out["tokens"][0], out["tokens"][1][1:])}, "offsets must rise"),
+    "a vector less": (lambda out: {**out, "tokens": (out["tokens"][0][1:], out["tokens"][1])}, "offsets must rise"),
+    "other counts": (
+        lambda out: {**out, "tokens": (out["tokens"][0][1:], out["tokens"][1] - (np.arange(len(out["mean"])) == 0))},
+        "gave [0-9]+ vectors for [0-9]+ tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", FETCHED)
+def test_a_pass_that_does_not_fit_the_feature_sets_is_refused(tmp_path: Path, wrong: str) -> None:
+    change, message = FETCHED[wrong]
+    backbone = CountingBackbone(tokens=True)
+    fetch = backbone.fetch
+    backbone.fetch = lambda running: change(fetch(running))  # type: ignore[method-assign]
+    with pytest.raises(FeatureError, match=message):
+        extract(rows(words(23)), output_dir=tmp_path / "c", backbone=backbone)
+
+
+def test_a_pass_may_give_lists_and_wider_numbers(tmp_path: Path) -> None:
+    plain, wider = CountingBackbone(tokens=True), CountingBackbone(tokens=True)
+    wider.fetch = lambda out: {  # type: ignore[method-assign]
+        "mean": out["mean"].astype(np.float64),
+        "tokens": [out["tokens"][0].tolist(), out["tokens"][1].astype(np.int32)],
+    }
+    extract(rows(words(23)), output_dir=tmp_path / "plain", backbone=plain)
+    extract(rows(words(23)), output_dir=tmp_path / "wider", backbone=wider)
+    assert files(tmp_path / "wider") == files(tmp_path / "plain")
+
+
 # Who does the work
 
 

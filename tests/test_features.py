@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_caches import SETS, store
 
 import embedcache.features as module
 from embedcache.errors import FeatureError
-from embedcache.features import Dense, MappedRows, OnDisk, Ragged, features_of
+from embedcache.features import Dense, MappedRows, OnDisk, Ragged, Stored, features_of
 from embedcache.shard import FeatureSet
 
 N, L, D = 11, 3, 5
@@ -123,3 +124,25 @@ def test_a_ragged_row_is_its_vectors() -> None:
     assert x.shape == (3, 8, D)
     assert mask.sum(axis=1).tolist() == [7, 2, 1]
     np.testing.assert_array_equal(x[0, :7], features[2])
+
+
+@given(
+    each=st.sampled_from(SETS),
+    lengths=st.lists(st.integers(0, 3), min_size=1, max_size=7),
+    at=st.integers(0, 100),
+    wrong=st.sampled_from([None, np.nan, np.inf, -np.inf]),
+)
+def test_the_first_row_that_is_not_finite(each: FeatureSet, lengths: list[int], at: int, wrong: float | None) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    count = int(offsets[-1]) if each.kind == "tokens" else len(lengths)
+    decoded = np.full((count, *each.row_shape), 3.0, np.float32)
+    planted = wrong is not None and decoded.size > 0
+    if planted:
+        decoded.reshape(-1)[at % decoded.size :: 5] = wrong
+    naive = None
+    for row in range(len(lengths)):
+        mine = decoded[offsets[row] : offsets[row + 1]] if each.kind == "tokens" else decoded[row]
+        if naive is None and not np.isfinite(mine).all():
+            naive = row
+    assert (naive is not None) == planted
+    assert Stored(each, store(each, decoded), offsets if each.kind == "tokens" else None).first_non_finite() == naive

@@ -34,7 +34,7 @@ TEXTS = [each.encode() for each in tiny_models.TEXTS]
 
 
 def features(folder: Path) -> np.ndarray:
-    return np.asarray(compute_features(load_backbone(str(folder), features=["mean"], device="cpu"), TEXTS, "mean"))
+    return compute_features(load_backbone(str(folder), features=["mean"], device="cpu"), TEXTS, "mean").values
 
 
 def refused(folder: Path, match: str, **options: Any) -> None:
@@ -397,7 +397,7 @@ def test_auto_is_what_encode_gives_or_refused(bert: Path, setting: str) -> None:
         return
     texts = [*tiny_models.TEXTS, "THE Film WAS good"]
     backbone = load_backbone(str(bert), device="cpu")
-    found = compute_features(backbone, [text.encode() for text in texts], backbone.feature_sets[0].name)
+    found = compute_features(backbone, [text.encode() for text in texts], backbone.feature_sets[0].name).values
     peer = sentence_transformers.SentenceTransformer(str(bert), device="cpu")
     np.testing.assert_allclose(found, peer.encode(texts, show_progress_bar=False), atol=2e-5)
 

@@ -119,10 +119,10 @@ def test_poolings_of_a_vision_transformer() -> None:
         "pooler": out.pooler_output, "l2:mean@-2": before / before.norm(dim=-1, keepdim=True),
         "cls@all": torch.stack([state[:, 0] for state in out.hidden_states], 1),
     }.items():  # fmt: skip
-        np.testing.assert_allclose(compute_features(backbone, CONTENTS, name), vectors, atol=1e-5, err_msg=name)
-    values, offsets = compute_features(backbone, CONTENTS, "tokens")
-    assert offsets.tolist() == list(range(0, 131, 10))
-    np.testing.assert_allclose(values.reshape(final.shape), final, atol=1e-5)
+        np.testing.assert_allclose(compute_features(backbone, CONTENTS, name).values, vectors, atol=1e-5, err_msg=name)
+    tokens = compute_features(backbone, CONTENTS, "tokens")
+    assert tokens.offsets.tolist() == list(range(0, 131, 10))
+    np.testing.assert_allclose(tokens.values.reshape(final.shape), final, atol=1e-5)
 
 
 def test_what_a_row_costs_and_how_many_vectors_it_has_are_two_numbers(tmp_path: Path) -> None:
@@ -132,10 +132,10 @@ def test_what_a_row_costs_and_how_many_vectors_it_has_are_two_numbers(tmp_path: 
     assert vectors_of(prepared).sum() == 130
     done: list[tuple[int, int]] = []
     batches = plan(prepared.lengths, backbone.policy)
-    arrays = run_plan(backbone, prepared, batches, lambda rows, positions: done.append((rows, positions)))
+    features = run_plan(backbone, prepared, batches, lambda rows, positions: done.append((rows, positions)))
     assert (len(batches), batches.real, batches.computed) == (3, 13, 15)
     assert sum(rows for rows, _ in done) == sum(positions for _, positions in done) == 13
-    assert arrays["tokens"][0].shape == (130, 22)
+    assert features["tokens"].values.shape == (130, 22)
     rows = [{"text": content.decode("latin-1"), "label": str(at % 2)} for at, content in enumerate(CONTENTS)]
     examples = load_examples(rows)
     said = forecast(examples, backbone, None)
@@ -161,7 +161,7 @@ def test_a_convolutional_network_has_layers_of_their_own_widths() -> None:
         "mean": out.last_hidden_state.mean((2, 3)), "mean@1": out.hidden_states[1].mean((2, 3)),
         "pooler": out.pooler_output.flatten(1), "max@0": out.hidden_states[0].amax((2, 3)),
     }.items():  # fmt: skip
-        np.testing.assert_allclose(compute_features(backbone, CONTENTS, name), vectors, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(compute_features(backbone, CONTENTS, name).values, vectors, atol=1e-5, err_msg=name)
     with pytest.raises(PoolingUnavailableError, match=r"different widths \(7, 11\): ask for a feature set of each"):
         model(network, "mean@all")
 

@@ -116,7 +116,7 @@ def test_a_row_keeps_its_bits(
     for count in (1, 2, 8):
         with threads(count):
             row = 17 * count % len(rows)
-            alone = compute_features(backbone, contents[row : row + 1], "mean")
+            alone = compute_features(backbone, contents[row : row + 1], "mean").values
             assert alone.tobytes() == expected["mean"][row : row + 1].tobytes()
             assert torch.get_num_threads() == count
 
@@ -126,12 +126,12 @@ def test_two_passes_at_once(folder_of: Callable[[str], Path], dtype: str) -> Non
     """Two threads of one process, each with another number of torch threads, and one that changes its own meanwhile."""
     backbone = planted(folder_of("minilm"), dtype)
     contents = contents_of(texts(3))  # so few passes that each could have all threads
-    expected = compute_features(backbone, contents, "cls")
+    expected = compute_features(backbone, contents, "cls").values
     found: dict[int, np.ndarray] = {}
 
     def work(count: int) -> None:
         torch.set_num_threads(count)
-        found[count] = compute_features(backbone, contents[::-1], "cls")[::-1]
+        found[count] = compute_features(backbone, contents[::-1], "cls").values[::-1]
 
     workers = [threading.Thread(target=work, args=(count,)) for count in (1, 4)]
     before = torch.get_num_threads()
@@ -177,9 +177,9 @@ def test_the_planted_fault_is_seen(folder_of: Callable[[str], Path], monkeypatch
 
     backbone = planted(folder_of("bert"), "float32")
     contents = contents_of(texts(3))
-    expected = compute_features(backbone, contents, "mean")
+    expected = compute_features(backbone, contents, "mean").values
     monkeypatch.setattr(model, "threads", lambda count: threads(2))
-    assert compute_features(backbone, contents, "mean").tobytes() != expected.tobytes()
+    assert compute_features(backbone, contents, "mean").values.tobytes() != expected.tobytes()
 
 
 def test_pass_threads_are_part_of_the_identity(folder_of: Callable[[str], Path]) -> None:
@@ -189,7 +189,7 @@ def test_pass_threads_are_part_of_the_identity(folder_of: Callable[[str], Path])
     contents = contents_of(texts(3))
     with threads(8):
         assert two.side_by_side(9) == 4
-        ratio = compute_features(two, contents, "mean") / compute_features(one, contents, "mean")
+        ratio = compute_features(two, contents, "mean").values / compute_features(one, contents, "mean").values
     np.testing.assert_allclose(ratio, 1.5 / 1.25, rtol=1e-4)
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from embedcache.backbone.compute import (
     Backbone,
-    FeatureArrays,
     Prepared,
+    StoredSets,
     compute_features,
     probe_of,
     run_plan,
@@ -39,12 +39,12 @@ __all__ = [
     "DEFAULT_MODEL",
     "POSITIONS",
     "Backbone",
-    "FeatureArrays",
     "FrozenModel",
     "Inputs",
     "LoadedBackbone",
     "Prepared",
     "SentenceTransformerSettings",
+    "StoredSets",
     "Tokens",
     "Workers",
     "choose_device",

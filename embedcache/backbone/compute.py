@@ -14,16 +14,19 @@ import numpy.typing as npt
 from embedcache.backbone.device import MOST_PASSES, threads
 from embedcache.batching import Batch, Plan, ShapePolicy, plan
 from embedcache.errors import FeatureError
+from embedcache.features import InMemory, Stored
 from embedcache.numerics import Outcome, Probe
-from embedcache.shard import STORED, Array, FeatureSet, decoded
+from embedcache.shard import STORED, Array, FeatureSet
 from embedcache.wording import counted
 
 # What extraction needs of a model, and of rows made ready for one. Anything that has these members can be cached.
 
 
 Numbers = npt.NDArray[np.int64]
-PassFeatures = dict[str, Array | tuple[Array, Array]]
+PassFeatures = Mapping[str, Array | tuple[Array, ...]]
 """What one pass gives of each feature set: [b, D] or [b, L, D], or for tokens (values [sum T, D], vectors [b])."""
+StoredSets = dict[str, Stored]
+"""Features of some rows by feature set."""
 
 
 class Prepared(Protocol):
@@ -93,10 +96,7 @@ class Backbone(Protocol):
         ...
 
 
-Passes = Generator[tuple[Batch, PassFeatures], None, None]
-FeatureArrays = dict[str, Array | tuple[Array, Array]]
-"""Features of n rows by feature set, as stored: [n, D] or [n, L, D], or for tokens (values [sum T, D], offsets
-int64 [n + 1])."""
+Passes = Generator[tuple[Batch, StoredSets], None, None]
 Done = Callable[[int, int], None]
 """What is told of each batch that is done: its rows, and their positions."""
 
@@ -106,40 +106,35 @@ class Collected:
 
     def __init__(self, feature_sets: Sequence[FeatureSet], prepared: Prepared, done: Done | None = None) -> None:
         self._lengths, self._vectors, self._done = np.asarray(prepared.lengths, np.int64), vectors_of(prepared), done
-        offsets = np.concatenate([[0], np.cumsum(self._vectors)])
-        self.arrays: FeatureArrays = {}
+        ends = offsets_of(self._vectors)
+        self.features: StoredSets = {}
         for feature in feature_sets:
-            if feature.kind == "tokens":
-                values = np.empty((int(offsets[-1]), feature.dim), STORED[feature.dtype])
-                self.arrays[feature.name] = (values, offsets)
-            else:
-                rows = len(self._lengths)
-                self.arrays[feature.name] = np.empty((rows, *feature.row_shape), STORED[feature.dtype])
+            rows, offsets = (int(ends[-1]), ends) if feature.kind == "tokens" else (len(self._lengths), None)
+            values = np.empty((rows, *feature.row_shape), STORED[feature.dtype])
+            self.features[feature.name] = Stored(feature, values, offsets)
 
-    def put(self, batch: Batch, features: Mapping[str, Array | tuple[Array, Array]]) -> None:
+    def put(self, batch: Batch, features: StoredSets) -> None:
         """Put what one pass gave in its rows' places.
 
         Raises ``FeatureError`` when it gave another number of vectors than its rows have.
         """
         counts = self._vectors[batch.indices]
-        for name, value in features.items():
-            target = self.arrays[name]
-            if not isinstance(value, tuple) or not isinstance(target, tuple):
-                target[batch.indices] = value  # type: ignore[index]  # a set of one kind gives no other
+        for name, stored in features.items():
+            into, offsets = self.features[name].values, self.features[name].offsets
+            if stored.offsets is None or offsets is None:
+                into[batch.indices] = stored.values
                 continue
-            values, given = value
-            if not np.array_equal(given, counts):
+            if not np.array_equal(np.diff(stored.offsets), counts):
                 raise FeatureError(
-                    f"{name}: the backbone gave {given.sum()} vectors for {counted(counts.sum(), 'token')}"
+                    f"{name}: the backbone gave {stored.offsets[-1]} vectors for {counted(counts.sum(), 'token')}"
                 )
-            into, offsets = target
-            for row, part in zip(batch.indices, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+            for row, part in zip(batch.indices, np.split(stored.values, stored.offsets[1:-1]), strict=True):
                 into[offsets[row] : offsets[row + 1]] = part
         if self._done is not None:
             self._done(len(batch.indices), int(self._lengths[batch.indices].sum()))
 
 
-def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done | None = None) -> FeatureArrays:
+def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done | None = None) -> StoredSets:
     """Run every batch and put the features in the rows' order, in the storage type.
 
     Raises ``FeatureError`` when the backbone gives another number of token vectors than there are tokens.
@@ -152,7 +147,29 @@ def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done |
     with contextlib.closing(running):
         for batch, features in running:
             collected.put(batch, features)
-    return collected.arrays
+    return collected.features
+
+
+def offsets_of(counts: npt.ArrayLike) -> Numbers:
+    """Return where each row's vectors begin and the last one's end, int64 [n + 1], given how many each row has."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _fetched(backbone: Backbone, running: object) -> StoredSets:
+    """Wait for a pass. Raises ``FeatureError`` unless the backbone gives the feature sets that it says it has."""
+    given, sets = backbone.fetch(running), {feature.name: feature for feature in backbone.feature_sets}
+    if set(given) != set(sets):
+        raise FeatureError(f"the backbone gave the feature sets {sorted(given)}, expected {sorted(sets)}")
+    features = {}
+    for name, feature in sets.items():
+        parts = given[name] if feature.kind == "tokens" else (given[name],)
+        if len(parts) > 2:
+            raise FeatureError(f"{name}: the backbone gave one array, expected a pair: values, and vectors of each row")
+        values, *counts = map(np.asarray, parts)
+        if np.can_cast(values.dtype, STORED[feature.dtype], "same_kind"):
+            values = values.astype(STORED[feature.dtype], copy=False)
+        features[name] = Stored(feature, values, *map(offsets_of, counts))
+    return features
 
 
 def _trailing(backbone: Backbone, prepared: Prepared, batches: Plan) -> Passes:
@@ -164,21 +181,21 @@ def _trailing(backbone: Backbone, prepared: Prepared, batches: Plan) -> Passes:
             trailing.append((batch, backbone.forward(prepared, batch)))
             if len(trailing) > 1:
                 batch, running = trailing.popleft()
-                yield batch, backbone.fetch(running)
+                yield batch, _fetched(backbone, running)
         for batch, running in trailing:
-            yield batch, backbone.fetch(running)
+            yield batch, _fetched(backbone, running)
 
 
 def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int) -> Passes:
     """Run several passes at a time, and give them back in the order of the plan."""
     import torch
 
-    def run_pass(batch: Batch) -> PassFeatures:
-        return backbone.fetch(backbone.forward(prepared, batch))
+    def run_pass(batch: Batch) -> StoredSets:
+        return _fetched(backbone, backbone.forward(prepared, batch))
 
     pass_threads = backbone.policy.pass_threads
     workers = ThreadPoolExecutor(passes, "embedcache-pass", torch.set_num_threads, (pass_threads,))
-    ahead: deque[tuple[Batch, Future[PassFeatures]]] = deque()
+    ahead: deque[tuple[Batch, Future[StoredSets]]] = deque()
     # A new thread starts with the number that was set last, whoever set it; at the end the number is ours again.
     with threads(pass_threads):
         try:
@@ -193,15 +210,13 @@ def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int
             workers.shutdown(wait=True, cancel_futures=True)
 
 
-def compute_features(backbone: Backbone, contents: Sequence[bytes], name: str) -> Array | tuple[Array, Array]:
-    """Run a backbone over rows at canonical shapes: the very bits that a cache would hold.
+def compute_features(backbone: Backbone, contents: Sequence[bytes], name: str) -> InMemory:
+    """Run a backbone over rows at canonical shapes: the very bits that a cache would hold, of the feature set ``name``.
 
-    Returns the feature set ``name`` in float32, [N, D] or [N, L, D], or for a token-level set a pair
-    (values [sum T, D], offsets int64 [N + 1]).
+    Returns them in float32, not looked through for NaN.
     """
     prepared = backbone.prepare(contents)
-    features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name]
-    return (decoded(features[0]), features[1]) if isinstance(features, tuple) else decoded(features)
+    return run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name].decoded()
 
 
 # The probe of a backbone: its built-in rows, of several canonical lengths, prepared and run on this machine.
@@ -213,12 +228,8 @@ def probe_of(backbone: Backbone) -> Probe | None:
     if not rows:
         return None
     prepared = backbone.prepare(rows)
-    arrays = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))
-    outcomes = {}
-    for feature in backbone.feature_sets:
-        values = arrays[feature.name]
-        stored = values[0] if isinstance(values, tuple) else values
-        outcomes[feature.name] = Outcome.of(decoded(stored), feature.dtype)
+    features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))
+    outcomes = {name: Outcome.of(stored.decoded().values, stored.feature.dtype) for name, stored in features.items()}
     digests: list[str] = getattr(prepared, "digests", list)()
     versions: Mapping[str, str] = getattr(backbone, "probe_versions", {})
     return Probe(tuple(digests), versions, outcomes)

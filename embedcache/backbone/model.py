@@ -213,7 +213,7 @@ class FrozenModel(Generic[P]):
         """Lay rows out at a canonical shape, on the device."""
         return self.content.lay_out(prepared, batch).to(self.device)
 
-    def forward(self, prepared: P, batch: Batch) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    def forward(self, prepared: P, batch: Batch) -> dict[str, tuple[Tensor, ...]]:
         """Run one canonical pass and pool it. Tensors stay on the device, cut to the real rows."""
         import torch
 
@@ -244,10 +244,13 @@ class FrozenModel(Generic[P]):
         values = hidden.float()
         return (pooling.normalize(values) if spec.normalize else values), _mask(inputs.mask, hidden).bool()
 
-    def _pooled(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs, real: int) -> Tensor | tuple[Tensor, Tensor]:
-        """Make a feature set of one pass, cut to its first ``real`` rows and in the storage type."""
+    def _pooled(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs, real: int) -> tuple[Tensor, ...]:
+        """Make a feature set of one pass, cut to its first ``real`` rows and in the storage type.
+
+        Returns its vectors, and of a token-level set also how many each row has.
+        """
         if spec.pooling != "tokens":
-            return self._stored(self._vectors(spec, outputs, inputs)[:real], spec)
+            return (self._stored(self._vectors(spec, outputs, inputs)[:real], spec),)
         hidden = hidden_of(outputs, _layers(spec, outputs)[0])[:real, inputs.skip :]
         kept = _mask(inputs.mask, hidden)[:real].bool()
         values = hidden[kept].float()
@@ -280,12 +283,10 @@ class FrozenModel(Generic[P]):
             return half
         return vectors.bfloat16() if self._storage == "bfloat16" else vectors
 
-    def fetch(self, running: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> PassFeatures:
+    def fetch(self, running: Mapping[str, tuple[Tensor, ...]]) -> PassFeatures:
         """Copy one pass to the CPU as numpy; bfloat16 comes as its bits, uint16."""
-        return {
-            name: (_numpy(value[0]), _numpy(value[1])) if isinstance(value, tuple) else _numpy(value)
-            for name, value in running.items()
-        }
+        arrays = {name: tuple(map(_numpy, tensors)) for name, tensors in running.items()}
+        return {name: parts if len(parts) > 1 else parts[0] for name, parts in arrays.items()}
 
     def _outputs(self, network: Callable[..., Outputs], inputs: Inputs) -> Outputs:
         options = {"output_hidden_states": True} if self._hidden else {}

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from embedcache.backbone.compute import Backbone, Collected, Done, FeatureArrays, Numbers, Prepared, probe_of, run_plan
+from embedcache.backbone.compute import Backbone, Collected, Done, Numbers, Prepared, StoredSets, probe_of, run_plan
 from embedcache.backbone.device import MOST_PASSES
 from embedcache.backbone.model import Recipe
 from embedcache.batching import Batch, Plan
@@ -52,21 +52,18 @@ class Workers:
             (recipe, dict(backbone.identity), probe_of(backbone), passes * backbone.policy.pass_threads),
         )  # fmt: skip
 
-    def run_plan(self, prepared: Takeable, batches: Plan, done: Done | None = None) -> FeatureArrays:
+    def run_plan(self, prepared: Takeable, batches: Plan, done: Done | None = None) -> StoredSets:
         """Do what ``compute.run_plan`` does, in the processes.
 
         Raises ``BackboneError`` when a process dies, or does not compute what this one does.
         """
         collected = Collected(self._backbone.feature_sets, prepared, done)
         size = _PASSES * self._passes
-        running: deque[tuple[Batch, Future[FeatureArrays]]] = deque()
+        running: deque[tuple[Batch, Future[StoredSets]]] = deque()
 
         def collect() -> None:
             whole, future = running.popleft()
-            collected.put(whole, {
-                name: (value[0], np.diff(value[1])) if isinstance(value, tuple) else value
-                for name, value in future.result().items()
-            })  # fmt: skip
+            collected.put(whole, future.result())
 
         try:
             for start in range(0, len(batches), size):
@@ -82,7 +79,7 @@ class Workers:
                 "a process that ran the backbone has died, perhaps for want of memory: "
                 f"try again with fewer threads, such as extract --threads {MOST_PASSES}"
             ) from None
-        return collected.arrays
+        return collected.features
 
     def close(self) -> None:
         """End the processes, whatever they are at: they hold nothing that is not computed again."""
@@ -156,7 +153,7 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _run(prepared: Prepared, batches: Plan) -> FeatureArrays:
+def _run(prepared: Prepared, batches: Plan) -> StoredSets:
     if _reason is not None or _backbone is None:
         raise BackboneError(str(_reason))
     return run_plan(_backbone, prepared, batches)

@@ -20,7 +20,7 @@ from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
 from embedcache.journal import commit, exists, explain, explained, is_locked, lock, make_folder, sync_directory
-from embedcache.shard import Array, Column, FeatureSet, Placed, ShardFile, place
+from embedcache.shard import Array, Column, FeatureSet, Placed, ShardFile, place, rises
 from embedcache.task import task_named
 from embedcache.wording import shown
 
@@ -263,12 +263,6 @@ def find_fault(dataset: DatasetEntry, columns: Mapping[str, Array], stored: int)
         if offsets is not None and not rises(offsets, len(columns[f"{name}.values"])):
             return f"{name}.offsets do not rise from 0 to {len(columns[f'{name}.values']):,}"
     return None
-
-
-def rises(offsets: Array, length: int) -> bool:
-    """Whether offsets rise from 0 to ``length``."""
-    # Compared, not subtracted: a difference of hostile numbers wraps around.
-    return int(offsets[0]) == 0 and int(offsets[-1]) == length and not bool((offsets[1:] < offsets[:-1]).any())
 
 
 # What is wrong with the files of a cache.

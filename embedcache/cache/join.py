@@ -89,8 +89,8 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
     with CacheWriter(output_dir, first.spec, first.feature_sets) as writer:
         writer.admit_kinds(together.kinds, accept=accept_numerics)
         for lacking in _missing(part_manifests, [cache.stored_keys() for cache in caches], writer):
-            keys, arrays = caches[lacking.part].shard(lacking.shard, lacking.rows)
-            writer.append(keys, arrays, part_manifests[lacking.part].shards[lacking.shard].provenance)
+            keys, features = caches[lacking.part].shard(lacking.shard, lacking.rows)
+            writer.append(keys, features, part_manifests[lacking.part].shards[lacking.shard].provenance)
         writer.commit_dataset(dataset, inputs)
     return FeatureCache.open(output_dir)
 

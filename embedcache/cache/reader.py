@@ -17,9 +17,9 @@ from embedcache.cache.files import PATIENCE, StoredShard, check_all, dataset_arr
 from embedcache.cache.gather import Keys, RowIndex, Rows, take, take_tokens
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
-from embedcache.features import Ragged
+from embedcache.features import Ragged, Stored
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import Array, FeatureSet, StoredRows
+from embedcache.shard import Array, FeatureSet
 from embedcache.spec import feature_name, find_name, split_name
 from embedcache.task import task_named
 from embedcache.wording import counted
@@ -283,7 +283,11 @@ class FeatureCache:
                 f"{chosen.name} is not a token-level set: use arrays(); "
                 f"token-level sets here: {', '.join(names) or 'none'}"
             )
-        return take_tokens(chosen, self._starts, lambda shard: self._shards[shard].tokens(chosen), self.places(split))
+        return self.take_ragged(self.places(split), chosen)
+
+    def take_ragged(self, places: Rows, feature: FeatureSet) -> Ragged:
+        """Return a token-level set of the rows at ``places`` in the shards [n]; see ``take``."""
+        return take_tokens(feature, self._starts, lambda shard: self._shards[shard].tokens(feature), places)
 
     def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Item]:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""
@@ -334,17 +338,14 @@ class FeatureCache:
         """Return the keys of every row in every shard, u1 [N, 16], in order, whether the dataset has it or not."""
         return stored_keys(self._shards)
 
-    def shard(self, number: int, rows: Rows) -> tuple[Keys, dict[str, StoredRows]]:
+    def shard(self, number: int, rows: Rows) -> tuple[Keys, dict[str, Stored]]:
         """Return some rows, int64 increasing, of one shard as they are stored: keys, and what ``append`` takes."""
         shard = self._shards[number]
-        arrays: dict[str, StoredRows] = {}
-        for feature in self.feature_sets.values():
-            if feature.kind != "tokens":
-                arrays[feature.name] = shard.piece(feature.name).map()[rows]
-                continue
-            values, offsets = shard.tokens(feature)
-            lengths = np.diff(offsets)
-            kept = np.zeros(len(lengths), bool)
-            kept[rows] = True
-            arrays[feature.name] = (values[np.repeat(kept, lengths)], np.concatenate([[0], np.cumsum(lengths[rows])]))
-        return np.asarray(shard.piece("row_key").map()[rows]), arrays
+        stored = {}
+        for name, feature in self.feature_sets.items():
+            if feature.kind == "tokens":
+                ragged = Ragged(*shard.tokens(feature), feature).take(rows)
+                stored[name] = Stored(feature, ragged.values, ragged.offsets)
+            else:
+                stored[name] = Stored(feature, shard.piece(name).map()[rows])
+        return np.asarray(shard.piece("row_key").map()[rows]), stored

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.cache import manifest as manifests
-from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, rises, stored_keys
+from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, stored_keys
 from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Numerics, Shard
 from embedcache.dataset import Dataset, Packed
@@ -23,10 +23,11 @@ from embedcache.errors import (
     FeatureError,
     InputError,
 )
+from embedcache.features import Stored
 from embedcache.fingerprint import canonical_json, sha256_bytes
 from embedcache.journal import explained, refuse_foreign, writing
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import FILE_NAME, Array, Column, FeatureSet, ShardFile, StoredRows, build, publish
+from embedcache.shard import FILE_NAME, Array, Column, FeatureSet, ShardFile, build, publish
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
@@ -108,39 +109,33 @@ class CacheWriter:
         """Do what ``admit`` does for rows of another cache, which may be of several kinds already."""
         self._manifest = self._manifest.with_kinds(str(self.path), kinds, accept)
 
-    def append(self, keys: Keys, arrays: Mapping[str, StoredRows], provenance: Mapping[str, object]) -> None:
+    def append(self, keys: Keys, features: Mapping[str, Stored], provenance: Mapping[str, object]) -> None:
         """Commit one shard of rows that are not in the cache yet.
 
-        ``keys`` is u1 [n, 16]; ``arrays`` has [n, D], [n, L, D] or (values [sum T, D], offsets int64 [n + 1]) for each
-        feature set, of the type that is stored (uint16 for bfloat16). ``provenance`` says what ran it.
+        ``keys`` is u1 [n, 16]; ``features`` has the n rows of each feature set. ``provenance`` says what ran it.
 
         Raises:
-            FeatureError: a wrong shape or type, NaN or infinity; nothing is written.
+            FeatureError: other sets or numbers of rows, NaN or infinity; nothing is written.
             CacheError: the disk is full or broken; what was committed before is kept.
         """
         self._refuse_closed()
         if not len(keys):
             return
-        if set(arrays) != {feature.name for feature in self._sets}:
-            raise FeatureError(f"got {sorted(arrays)}, expected {sorted(feature.name for feature in self._sets)}")
-        refuse_misfit("row_key", keys, Column((len(keys), 16), np.dtype("u1")))
+        if {name: stored.feature for name, stored in features.items()} != {each.name: each for each in self._sets}:
+            given = ", ".join(str(stored.feature) for stored in features.values())
+            raise FeatureError(f"got {given or 'no features'}, expected {', '.join(map(str, self._sets))}")
+        Column((len(keys), 16), np.dtype("u1")).refuse_misfit("row_key", keys)
         canonical_json(dict(provenance))  # what JSON cannot hold is refused here, not after the shard is on disk
         contents: dict[str, Array] = {"row_key": keys}
-        attributes = {}
+        attributes: dict[str, Mapping[str, str]] = {}
         for feature in self._sets:
-            rows = arrays[feature.name]
-            parts: tuple[Array, ...] = rows if isinstance(rows, tuple) else (rows,)
+            stored = features[feature.name]
+            if len(stored) != len(keys):
+                raise FeatureError(f"{feature.name}: got {len(stored)} rows, expected {len(keys)}")
             columns = feature.columns(len(keys))
-            if len(parts) != len(columns):
-                raise FeatureError(f"{feature.name}: got {len(parts)} arrays, expected {len(columns)}")
-            for (name, column), array in zip(columns.items(), parts, strict=True):
-                refuse_misfit(name, array, column)
-                contents[name], attributes[name] = array, column.attributes
-            values, offsets = parts[0], parts[1] if len(parts) == 2 else None
-            if offsets is not None and not rises(offsets, len(values)):
-                raise FeatureError(f"{feature.name}: offsets must rise from 0 to {len(values)}")
-            row = feature.first_non_finite(values, offsets)
-            if row is not None:
+            contents |= zip(columns, stored.arrays, strict=True)
+            attributes |= {name: column.attributes for name, column in columns.items()}
+            if (row := stored.first_non_finite()) is not None:
                 raise FeatureError(f"{feature.name}: row {row} holds NaN or infinity, which no head can use")
         file = self._publish("features", len(self._manifest.shards), build(contents, attributes))
         self._commit(self._manifest.with_shard(Shard(file, len(keys), dict(provenance))))
@@ -284,12 +279,6 @@ class CacheWriter:
                     f"{self.path} holds {folder} but no {manifests.NAME}: "
                     "restore that from a copy, or choose another directory"
                 )
-
-
-def refuse_misfit(name: str, array: Array, column: Column) -> None:
-    """Raise ``FeatureError`` unless an array has the shape and type that its feature set declares."""
-    if not column.has_shape(array.shape) or array.dtype != column.dtype:
-        raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {column.dtype} {column.shape}")
 
 
 def known_rows(

@@ -23,7 +23,7 @@ from embedcache.backbone import Backbone, model_name, probe_of
 from embedcache.cache import FeatureCache
 from embedcache.equivalence import identity
 from embedcache.equivalence.bits import Array, Rows, difference
-from embedcache.equivalence.features import InMemory, LiveBatches, Recomputed, recompute, stored
+from embedcache.equivalence.features import LiveBatches, Recomputed, recompute, stored
 from embedcache.equivalence.identity import load_live, load_standard, other_poolings
 from embedcache.equivalence.result import (
     Comparison,
@@ -42,7 +42,7 @@ from embedcache.equivalence.tolerance import feature_tolerances, labels_may_diff
 from embedcache.equivalence.training import Record, compare_records, differences_of, train
 from embedcache.errors import FeatureError, SpecError, TrainingError, quiet
 from embedcache.examples import Examples, load_examples
-from embedcache.features import Ragged
+from embedcache.features import InMemory, Ragged
 from embedcache.heads.registry import head_named
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, ModelSource

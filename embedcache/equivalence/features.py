@@ -16,11 +16,10 @@ from embedcache.batching import plan
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
-from embedcache.features import Dense, Ragged
-from embedcache.shard import FeatureSet, decoded, rounded
+from embedcache.features import Dense, InMemory, Ragged
+from embedcache.shard import FeatureSet, rounded
 from embedcache.train.batches import Batch, order
 
-InMemory = Dense | Ragged
 WINDOW = 2048
 KEPT = 64
 
@@ -133,28 +132,17 @@ class Recomputed:
 
 
 def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> InMemory:
-    """Return the stored features of some rows, int64 [n], in float32, shard by shard."""
+    """Return the stored features of some rows, int64 [n], in float32."""
     places = cache.places()[rows]
-    if feature.kind != "tokens":
-        return Dense(cache.take(places, feature.name), feature)
-    starts = np.concatenate([[0], np.cumsum([shard["rows"] for shard in cache.manifest["shards"]])])
-    unique, back = np.unique(places, return_inverse=True)
-    shards = np.searchsorted(starts, unique, side="right") - 1
-    values, lengths = [], []
-    for shard in np.unique(shards).tolist():
-        _, arrays = cache.shard(shard, unique[shards == shard] - starts[shard])
-        values.append(decoded(arrays[feature.name][0]))
-        lengths.append(np.diff(arrays[feature.name][1]))
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Ragged(np.concatenate(values), offsets, feature).take(back.astype(np.int64))
+    if feature.kind == "tokens":
+        return cache.take_ragged(places, feature)
+    return Dense(cache.take(places, feature.name), feature)
 
 
 def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet) -> InMemory:
     """Run a backbone over rows at canonical shapes, and round as ``feature`` is stored."""
-    values = compute_features(backbone, contents, feature.name)
-    if isinstance(values, tuple):
-        return Ragged(rounded(values[0], feature.dtype), values[1], feature)
-    return Dense(np.ascontiguousarray(rounded(values, feature.dtype)), feature)
+    exact = compute_features(backbone, contents, feature.name)
+    return replace(exact, values=np.ascontiguousarray(rounded(exact.values, feature.dtype)), feature=feature)
 
 
 def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
@@ -177,13 +165,9 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
             window = rows[start : start + WINDOW]
             raw = list(islice(reading, len(window)))
             prepared = backbone.prepare(raw)
-            arrays = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
+            features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
             for name, report in reports.items():
-                given = arrays[name]
-                live = (
-                    Ragged(decoded(given[0]), given[1], report.feature) if isinstance(given, tuple)
-                    else Dense(decoded(given), report.feature)
-                )  # fmt: skip
+                live = replace(features[name].decoded(), feature=report.feature)
                 report.add(live, stored(cache, window, report.feature), window, np.asarray(prepared.lengths))
                 if name == subject.plan.feature.name:
                     split = [live[place] for place in range(len(window))] if isinstance(live, Ragged) else live.values

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from embedcache.backbone import Backbone, compute_features, load_again, resolve_model
@@ -107,8 +106,7 @@ def snapshot(backbone: Backbone, contents: Sequence[bytes], feature: str) -> Sna
     network = _network(backbone)
     named = () if network is None else network.named_buffers()
     buffers = {name: buffer.detach().clone() for name, buffer in named}
-    values = compute_features(backbone, contents, feature)
-    return Snapshot(values[0] if isinstance(values, tuple) else values, len(contents), buffers)
+    return Snapshot(compute_features(backbone, contents, feature).values, len(contents), buffers)
 
 
 def steadiness_findings(backbone: Backbone, before: Snapshot, after: Snapshot) -> tuple[str, ...]:
@@ -184,7 +182,7 @@ def other_poolings(
         other = load_live(cache, source, names)
     except BackboneError:  # the model was passed in, and is nowhere else
         return {}
-    return {name: np.asarray(compute_features(other, contents, name)) for name in names}
+    return {name: compute_features(other, contents, name).values for name in names}
 
 
 def load_standard(cache: FeatureCache, source: ModelSource, backbone: Backbone) -> StandardModel | None:

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embedcache.equivalence.bits import Array
-from embedcache.equivalence.features import InMemory
 from embedcache.equivalence.rows import TrainingPlan
 from embedcache.equivalence.training import Record
 from embedcache.errors import SpecError
-from embedcache.features import Dense, Ragged
+from embedcache.features import Dense, InMemory, Ragged
 from embedcache.shard import FeatureSet, rounded
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task

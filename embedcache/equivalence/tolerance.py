@@ -55,10 +55,11 @@ import torch
 from torch import Tensor, nn
 
 from embedcache.equivalence.bits import Array, Rows
-from embedcache.equivalence.features import InMemory, Recomputed, stored
+from embedcache.equivalence.features import Recomputed, stored
 from embedcache.equivalence.rows import Subject
 from embedcache.equivalence.standard import StandardModel
 from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts, train
+from embedcache.features import InMemory
 from embedcache.task import CLASSIFICATION, Flags, Task
 
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

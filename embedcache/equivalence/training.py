@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from embedcache.equivalence.bits import Array, Difference, difference
-from embedcache.equivalence.features import InMemory
 from embedcache.equivalence.result import Comparison, judged
 from embedcache.equivalence.rows import TrainingPlan
-from embedcache.features import Ragged
+from embedcache.features import InMemory, Ragged
 from embedcache.heads import TrainedHead
 from embedcache.heads.modules import Dropout
 from embedcache.train.batches import Batch, Batches, RaggedBatches, TensorBatches

@@ -117,20 +117,18 @@ class Commits:
 
     def _commit(self, computed: Computed) -> None:
         refuse_non_finite(computed, self._backbone, self._examples)
-        self._writer.append(self._examples.keys[computed.rows], computed.arrays, self._provenance)
+        self._writer.append(self._examples.keys[computed.rows], computed.features, self._provenance)
 
 
 def refuse_non_finite(computed: Computed, backbone: Backbone, examples: Examples) -> None:
     """Raise ``FeatureError`` naming the first row whose features hold NaN or infinity."""
-    for feature in backbone.feature_sets:
-        arrays = computed.arrays[feature.name]
-        values, offsets = arrays if isinstance(arrays, tuple) else (arrays, None)
-        row = feature.first_non_finite(values, offsets)
+    for name, stored in computed.features.items():
+        row = stored.first_non_finite()
         if row is None:
             continue
         compute_dtype = backbone.identity.get("compute_dtype", "float32")
         advice = "compute in bfloat16 or float32" if compute_dtype == "float16" else "check the model's weights"
         raise FeatureError(
             f"the backbone gave NaN or infinity for row {examples.ids[int(computed.rows[row])]} "
-            f"in the set {feature.name}: {advice}"
+            f"in the set {name}: {advice}"
         )

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Protocol
 
-from embedcache.backbone import Backbone, FeatureArrays, Prepared, probe_of, run_plan, workers
+from embedcache.backbone import Backbone, Prepared, StoredSets, probe_of, run_plan, workers
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.errors import SpecError
@@ -21,7 +21,7 @@ from embedcache.numerics import Probe
 PROCESS_ROWS = 8192
 """New rows from which on more processes, each of which loads the model, are worth starting."""
 
-RunPlan = Callable[[Prepared, Plan, Callable[[int, int], None] | None], FeatureArrays]
+RunPlan = Callable[[Prepared, Plan, Callable[[int, int], None] | None], StoredSets]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Computed:
     """The features of a window's rows, as they are stored."""
 
     rows: Rows
-    arrays: FeatureArrays
+    features: StoredSets
     costs: Costs
 
 
@@ -61,9 +61,9 @@ def work(
     if watch is not None:
         watch.planned(len(window), batches.real)
     run = partial(run_plan, backbone) if run_batches is None else run_batches
-    arrays = run(prepared, batches, None if watch is None else watch.advance)
+    features = run(prepared, batches, None if watch is None else watch.advance)
     costs = Costs(len(window), prepared.truncated, len(batches), batches.real, batches.computed, shards=1)
-    return Computed(window.rows, arrays, costs)
+    return Computed(window.rows, features, costs)
 
 
 class Engine(Protocol):

@@ -17,6 +17,7 @@ from torch import Tensor
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import compute_features
 from embedcache.errors import FeatureError, InputError, SpecError
+from embedcache.features import InMemory
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
 from embedcache.heads import TrainedHead
@@ -24,7 +25,7 @@ from embedcache.heads.attention import SelfAttention
 from embedcache.heads.modules import MLP, Linear, ResidualMLP
 from embedcache.shard import FeatureSet, Kind
 from embedcache.spec import TrainSpec
-from embedcache.task import Array, Floats
+from embedcache.task import Floats
 from embedcache.train import TrainingResult, train_head
 
 # The heads by width and number of classes, for models put together by hand.
@@ -120,7 +121,7 @@ class _Labelled:
 
     contents: list[bytes]
     labels: Labels
-    features: Array | tuple[Array, Array] | None
+    features: InMemory | None
 
 
 class TextClassificationPipeline:
@@ -225,7 +226,7 @@ class TextClassificationPipeline:
         checked = self._labels(labels, len(texts))
         return _Labelled(contents, checked, self._features(contents) if self.model.freeze_backbone else None)
 
-    def _features(self, contents: Sequence[bytes]) -> Array | tuple[Array, Array]:
+    def _features(self, contents: Sequence[bytes]) -> InMemory:
         extractor = self.model.extractor
         return compute_features(extractor, contents, extractor.feature_sets[0].name)
 

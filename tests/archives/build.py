@@ -20,7 +20,6 @@ from small_caches import SETS, arrays
 from embedcache.cache import CacheWriter, FeatureCache
 from embedcache.examples import Examples, load_examples
 from embedcache.numerics import Outcome, Probe
-from embedcache.shard import decoded
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample.csv"
 SPEC = {
@@ -59,10 +58,7 @@ def inputs() -> dict[str, Examples]:
 def probe(sets: Any, kind: int) -> Probe:
     """What a machine of some kind gives for three rows."""
     given = arrays(sets, [kind, 1, 2])
-    outcomes = {}
-    for each in sets:
-        values = given[each.name][0] if each.kind == "tokens" else given[each.name]
-        outcomes[each.name] = Outcome.of(decoded(values), each.dtype)
+    outcomes = {each.name: Outcome.of(given[each.name].decoded().values, each.dtype) for each in sets}
     return Probe(tuple(hashlib.sha256(bytes([at])).hexdigest() for at in range(3)), {"tokenizers": "0.22.1"}, outcomes)
 
 
