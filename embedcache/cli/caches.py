@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from embedcache.cli.options import (
+    Input,
     accept_option,
     device_option,
     input_options,
     json_option,
     print_json,
-    read_examples,
     say,
     trust_option,
     untrusted_option,
@@ -21,7 +21,6 @@ from embedcache.wording import counted, shown, table
 
 
 @click.command(short_help="Run the backbone once over INPUT, into CACHE.")
-@click.argument("inputs", nargs=-1, type=click.Path())
 @click.option("--output-dir", "-o", type=click.Path(), metavar="CACHE", help="The cache to make or to extend.")
 @click.option("--model", metavar="NAME|FOLDER", help="Hugging Face model. Default: the packaged all-MiniLM-L6-v2.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
@@ -91,15 +90,13 @@ from embedcache.wording import counted, shown, table
 @trust_option
 @input_options
 @json_option
-def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Run the backbone once over INPUT (CSV, TSV, JSONL, each also .gz, or Parquet) and cache its features.
 
     Run it again and nothing is computed twice: an interrupted run goes on, an extended input costs its new rows.
     """
     if output_dir is None and not dry_run:
         raise click.UsageError("say where the cache goes: -o CACHE")
-    if not inputs and not any(options[name] for name in ("train", "validation", "test")):
-        raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
     from dataclasses import replace
 
     from embedcache.errors import warn
@@ -110,11 +107,8 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
     if options.pop("tokens"):
         poolings = [*(poolings or ["auto"]), "tokens"]
     source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
-    threads, rows_per_shard, part, keep, accept = (
-        options.pop(name) for name in ("threads", "shard_rows", "part", "keep_inputs", "accept_numerics")
-    )
-    selected = parse_part(part)
-    examples = read_examples(inputs, f"{output_dir or 'extract'}.quarantine.jsonl", **options)
+    threads, rows_per_shard, selected = options["threads"], options["shard_rows"], parse_part(options["part"])
+    examples = given.examples(f"{output_dir or 'extract'}.quarantine.jsonl")
     backbone = load_for(output_dir, source, replace(asked, content=examples.kind))
     if selected is not None:
         examples = part_of(examples, *selected)
@@ -126,7 +120,7 @@ def extract(inputs: tuple[str, ...], output_dir: str | None, dry_run: bool, as_j
         warn([hint])
     report = run(
         examples, backbone, output_dir, engine=Here(threads, processes=True), rows_per_shard=rows_per_shard,
-        keep_inputs=keep, accept_numerics=accept,
+        keep_inputs=options["keep_inputs"], accept_numerics=options["accept_numerics"],
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())
@@ -252,17 +246,13 @@ def _repair(cache: str) -> None:
 
 @click.command(short_help="Set new labels or splits, without a forward pass.")
 @click.argument("cache", type=click.Path())
-@click.argument("inputs", nargs=-1, type=click.Path())
 @input_options
 @untrusted_option
-def relabel(cache: str, inputs: tuple[str, ...], **options: Any) -> None:
+def relabel(cache: str, given: Input) -> None:
     """Replace the labels and splits of CACHE by those of INPUT, without a forward pass. Every row must be in CACHE."""
     from embedcache.cache import relabel as relabel_cache
 
-    if not inputs and not any(options[name] for name in ("train", "validation", "test")):
-        raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
-    examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options)
-    opened = relabel_cache(cache, examples)
+    opened = relabel_cache(cache, given.examples(f"{cache}.quarantine.jsonl"))
     say(f"{counted(opened.n_rows, 'row')} relabelled in {cache}; no forward pass")
 
 

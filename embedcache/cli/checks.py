@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedcache.cli.options import (
+    Input,
     device_option,
     head_options,
-    head_settings,
     input_options,
     json_option,
     print_json,
-    read_examples,
     say,
     setting_option,
     trust_option,
     untrusted_option,
 )
 
+if TYPE_CHECKING:
+    from embedcache.spec import HeadSpec
+
 
 @click.command()
 @click.argument("cache", type=click.Path())
-@click.argument("inputs", nargs=-1, type=click.Path())
 @click.option("--model", metavar="NAME|FOLDER", help="The backbone, if it is no longer where it was.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @head_options("kind", "options", default=None, torch="[default: mlp, or attention-pooling]")
@@ -51,24 +52,7 @@ from embedcache.cli.options import (
 @input_options
 @json_option
 @untrusted_option
-def check(
-    cache: str,
-    inputs: tuple[str, ...],
-    kind: str | None,
-    head_options: tuple[str, ...],
-    as_json: bool,
-    model: str | None,
-    revision: str | None,
-    feature: str | None,
-    reference: Literal["canonical", "standard", "both"],
-    steps: int | None,
-    rows: int,
-    everything: bool,
-    seed: int,
-    device: str,
-    trust_remote_code: bool,
-    **options: Any,
-) -> None:
+def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **options: Any) -> None:
     """Check that training on CACHE equals training end to end on INPUT, from which CACHE was made.
 
     Compares features, some steps of minibatch training (of a linear head its optimum too) and predictions. Exit status
@@ -76,19 +60,12 @@ def check(
     """
     from embedcache.cache import FeatureCache
     from embedcache.equivalence import check_equivalence
-    from embedcache.heads import head_named
 
-    split = options.pop("split")
-    options["split"], split = (split, None) if split is not None and "/" in split else (None, split)
-    opened = FeatureCache.open(cache)
-    named = inputs or any(options[name] for name in ("train", "validation", "test"))
-    examples = read_examples(inputs, f"{cache}.quarantine.jsonl", **options) if named else None
-    head = head_named(kind, None, head_settings(head_options)) if kind is not None else None
-    result = check_equivalence(
-        opened, examples, model=model, revision=revision, head=head, feature=feature, reference=reference,
-        steps=steps, rows=rows, split=split, everything=everything, seed=seed, device=device,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    opened, split = FeatureCache.open(cache), given.options["split"]
+    if split is not None and "/" not in split:
+        given.options["split"], options["split"] = None, split
+    examples = given.examples(f"{cache}.quarantine.jsonl") if given.named else None
+    result = check_equivalence(opened, examples, head=head, **options)
     if as_json:
         print_json(result.to_json())
     else:
@@ -105,7 +82,6 @@ for parameter in check.params:  # the option of the other commands, which names 
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, type=click.Path())
 @click.option(
     "--output-dir", "-o", type=click.Path(), metavar="DIR",
     help="Folder for the results; one that exists is continued. Default: INPUT's name with .compare, in this folder.",
@@ -136,42 +112,23 @@ for parameter in check.params:  # the option of the other commands, which names 
 @input_options
 @json_option
 def compare(
-    inputs: tuple[str, ...],
-    output_dir: str | None,
-    model: str | None,
-    pooling: str,
-    kind: str,
-    epochs: int,
-    fractions: str,
-    approaches: str,
-    max_rows: int | None,
-    metric: str | None,
-    seed: int,
-    seeds: int,
-    device: str,
-    trust_remote_code: bool,
-    as_json: bool,
+    given: Input, output_dir: str | None, fractions: str, approaches: str, seed: int, seeds: int, as_json: bool,
     **options: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Compare cached features with frozen, full and LP-FT training on INPUT: time, memory, metric, break-even.
 
     INPUT needs labels, and train, validation and test rows (--split 80/10/10). Run it again to continue after a stop.
     """
-    files = [*inputs, *(file for name in ("train", "validation", "test") for file in options[name])]
-    if not files:
-        raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
-    where = output_dir or f"{_stem(files[0])}.compare"
+    where = output_dir or f"{_stem(given.named)}.compare"
     shares = [_number(part) for part in fractions.split(",") if part.strip()]
     names = [part.strip() for part in approaches.split(",") if part.strip()]
     if seeds < 1:
         raise click.UsageError(f"--seeds is {seeds}: expected at least 1")
     from embedcache.compare import compare_training_approaches
 
-    examples = read_examples(inputs, f"{where}.quarantine.jsonl", **options)
     found = compare_training_approaches(
-        examples, where, model=model, head=kind, pooling=pooling, approaches=names, epochs=epochs, fractions=shares,
-        max_rows=max_rows, seeds=range(seed, seed + seeds), metric=metric, device=device,
-        trust_remote_code=trust_remote_code,
+        given.examples(f"{where}.quarantine.jsonl"), where, approaches=names, fractions=shares,
+        seeds=range(seed, seed + seeds), **options,
     )  # fmt: skip
     if as_json:
         return print_json(found.to_json())
@@ -179,10 +136,10 @@ def compare(
     say(f"\nsaved in {where}: comparison.md, comparison.json and, with matplotlib, comparison.svg")
 
 
-def _stem(file: str) -> str:
+def _stem(files: list[str]) -> str:
     from pathlib import Path
 
-    return Path(file).name.split(".")[0] or "input"
+    return (Path(files[0]).name.split(".")[0] if files else "") or "input"
 
 
 def _number(text: str) -> float:

@@ -11,14 +11,13 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from embedcache.cli.options import (
+    Input,
     device_option,
-    format_options,
     head_options,
-    head_settings,
     json_option,
     print_json,
     say,
-    several,
+    text_options,
     training_options,
     trust_option,
     untrusted_option,
@@ -28,6 +27,7 @@ from embedcache.wording import cell, counted, json_shown, page, shown, table
 if TYPE_CHECKING:
     from embedcache.heads import TrainedHead
     from embedcache.predict import Prediction
+    from embedcache.spec import HeadSpec
 
     Named = tuple[str, Prediction]
 
@@ -43,17 +43,9 @@ if TYPE_CHECKING:
 @json_option
 @untrusted_option
 def train(
-    cache: str,
-    output_dir: str,
-    kind: str,
-    engine: str | None,
-    head_options: tuple[str, ...],
-    feature: str | None,
-    allow_unseen: bool,
-    device: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+    cache: str, output_dir: str, head: HeadSpec, feature: str | None, allow_unseen: bool, device: str | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Train one head on CACHE and save it in RUN, with metrics and a model card.
 
     A linear head is trained to its exact optimum (--solver, --l2). Other heads keep the epoch with the best metric on
@@ -62,7 +54,6 @@ def train(
     """
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
-    from embedcache.heads import head_named
     from embedcache.heads.folder import RunFolder
     from embedcache.spec import TrainSpec
     from embedcache.train import train_on_cache
@@ -70,12 +61,11 @@ def train(
     given = {name: value for name, value in options.items() if value not in (None, "auto")}
     if given.get("class_weight", "balanced") != "balanced":
         given["class_weight"] = _class_weight(given["class_weight"])
-    spec = head_named(kind, engine, head_settings(head_options))
-    _refuse_unused(spec.engine, spec.kind, given, device)
+    _refuse_unused(head, given, device)
     opened = FeatureCache.open(cache)
     with RunFolder(output_dir) as folder:
         result = train_on_cache(
-            opened, spec, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=device or "cpu"
+            opened, head, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=device or "cpu"
         )
         result.save(folder)
     if as_json:
@@ -90,28 +80,28 @@ def train(
         )
 
 
-def _refuse_unused(engine: Any, kind: str, given: Mapping[str, Any], device: str | None) -> None:
+def _refuse_unused(head: HeadSpec, given: Mapping[str, Any], device: str | None) -> None:
     """Raise ``SpecError`` for a setting that would change nothing: silence would look like an experiment."""
     from embedcache.errors import SpecError
-    from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
+    from embedcache.spec import MINIBATCH_SETTINGS, TrainSpec
 
     named = next((name for name in MINIBATCH_SETTINGS if name in given), None)
-    solver = given.get("solver", "minibatch" if named else TrainSpec().solver_for(HeadSpec(kind, engine)))
-    if engine == "sklearn":
+    solver = given.get("solver", "minibatch" if named else TrainSpec().solver_for(head))
+    if head.engine == "sklearn":
         from embedcache.heads.sklearn_kinds import KINDS
 
-        penalised = kind in KINDS and KINDS[kind].linear
+        penalised = head.kind in KINDS and KINDS[head.kind].linear
         unused: Sequence[str] = (*MINIBATCH_SETTINGS, "solver", *(() if penalised else ("l2",)))
-        what, instead = f"the scikit-learn head {kind}", "its own settings are given by --head-option"
+        what, instead = f"the scikit-learn head {head.kind}", "its own settings are given by --head-option"
     elif solver == "convex":
         unused, what, instead = MINIBATCH_SETTINGS, "the convex solver", "its one setting is --l2"
     else:
         unused, what, instead = ("l2",), "training by minibatches", "use --weight-decay, or --solver convex"
-        if named and kind == "linear" and "solver" not in given:
+        if named and head.kind == "linear" and "solver" not in given:
             what = f"training by minibatches, which --{named.replace('_', '-')} asks for"
         if "momentum" in given and given.get("optimizer", "adamw") == "adamw":
             unused, what, instead = ("momentum",), "adamw", "use --optimizer sgd"
-    wrong = next((name for name in unused if name in given), "device" if device and engine == "sklearn" else None)
+    wrong = next((name for name in unused if name in given), "device" if device and head.engine == "sklearn" else None)
     if wrong is not None:
         raise SpecError(f"--{wrong.replace('_', '-')} means nothing to {what}: {instead}")
 
@@ -185,33 +175,16 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.argument("inputs", nargs=-1, type=click.Path(allow_dash=True))
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to predict. Repeat for more.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="File to write. Default: stdout.")
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of FILE, else CSV.")
-@click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
-@click.option("--id-column", metavar="NAME", help="Column that holds a row's id. Default: the row's number.")
-@several(*format_options)
-@click.option(
-    "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
-    help="At a row that cannot be used: stop, or write it to the quarantine file and go on.",
-)  # fmt: skip
-@click.option("--quarantine", type=click.Path(), metavar="FILE", help="File for skipped rows.")
+@text_options
 @click.option("--model", metavar="NAME|FOLDER", help="The head's backbone, if it is no longer where it was.")
 @trust_option
 @device_option
 @json_option
 def predict(
-    run: str,
-    inputs: tuple[str, ...],
-    texts: tuple[str, ...],
-    output: str | None,
-    form: str | None,
-    model: str | None,
-    trust_remote_code: bool,
-    device: str,
-    as_json: bool,
-    **options: Any,
+    run: str, given: Input, texts: tuple[str, ...], output: str | None, form: str | None, as_json: bool, **options: Any
 ) -> None:
     """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet), or - for standard input.
 
@@ -221,13 +194,13 @@ def predict(
     gets a ' in front; a cell that starts with ' and then one of those gets one more. JSONL is not changed. --json is
     one object with the predictions and the comparison of this machine's probe with the recorded one.
     """
-    if bool(inputs) == bool(texts):
+    if bool(given.files) == bool(texts):
         raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')
     from embedcache.predict import Predictor
 
     if as_json and (output is not None or form is not None):
         raise click.UsageError("--json goes to stdout, all at once: leave out --output and --format, or --json")
-    predictor = Predictor.load(run, model=model, device=device, trust_remote_code=trust_remote_code)
+    predictor = Predictor.load(run, **options)
     if texts and output is None and form is None and not as_json:
         for text, prediction in zip(texts, predictor(texts), strict=True):
             say(_line(text, prediction))
@@ -236,11 +209,7 @@ def predict(
         rows: Iterable[Named] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
         total = len(texts)
     else:
-        from embedcache.examples import load_examples
-
-        if options["on_bad_row"] == "skip" and options["quarantine"] is None:
-            options["quarantine"] = f"{output or run}.quarantine.jsonl"
-        examples = load_examples(list(inputs), labels="none", **options)
+        examples = given.examples(f"{output or run}.quarantine.jsonl", labels="none")
         rows, total = predictor.stream_examples(examples), len(examples)
     if as_json:
         said = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
-from embedcache.spec import HeadSpec, TrainSpec, declared
+from embedcache.spec import SPLITS, HeadSpec, TrainSpec, declared
 from embedcache.wording import json_shown, page
 
 if TYPE_CHECKING:
@@ -53,10 +54,29 @@ _SHORT = {"learning_rate": ("--lr",)}
 training_options = several(*map(setting_option, declared(TrainSpec)))
 
 
-def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = "") -> Decorator:
-    """Return the options of a ``HeadSpec``, or those of them in ``names``: ``kind``, ``engine``, ``options``.
+def gathered(
+    options: Sequence[Decorator], name: str, made: Callable[[dict[str, Any]], object]
+) -> Callable[[Function], Function]:
+    """Join options into a decorator that hands their values to the command as one, ``made`` of them by name."""
 
-    A command whose heads are torch's alone says in ``torch`` which of them.
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def command(**given: Any) -> object:
+            return function(**{name: made({option: given.pop(option) for option in names})}, **given)
+
+        before = len(getattr(command, "__click_params__", ()))
+        several(*options)(command)
+        names = [option.name for option in command.__click_params__[before:]]  # type: ignore[attr-defined]
+        return cast("Function", command)
+
+    return decorate
+
+
+def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = "") -> Callable[[Function], Function]:
+    """Add the options of a ``HeadSpec``, or those of them in ``names``: ``kind``, ``engine``, ``options``.
+
+    The command gets a ``HeadSpec`` as ``head``, None where none was asked for and there is no default. One whose heads
+    are torch's alone says in ``torch`` which of them.
     """
     about = declared(HeadSpec)
     # What is after the semicolon are scikit-learn's.
@@ -70,36 +90,87 @@ def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = 
             "--engine", type=click.Choice(about["engine"].choices), help=about["engine"].described(HeadSpec.engine)
         ),
         "options": click.option(
-            "--head-option", "head_options", multiple=True, metavar=about["options"].metavar,
+            "--head-option", "settings", multiple=True, metavar=about["options"].metavar,
             help=f"{about['options'].help} As JSON: hidden=[256]. Repeat for more.",
         ),
     }  # fmt: skip
-    return several(*(made[name] for name in names or made))
+
+    def head(given: dict[str, Any]) -> HeadSpec | None:
+        from embedcache.heads import head_named
+
+        if given["kind"] is None:
+            return None
+        return head_named(given["kind"], given.get("engine"), _head_settings(given.get("settings", ())))
+
+    return gathered([made[name] for name in names or made], "head", head)
 
 
-format_options = (
-    click.option(
-        "--input-format", "format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
-        help="Format of the input. Default: by the file's ending; standard input is one text a line.",
-    ),
-    click.option(
-        "--quoting", type=click.Choice(["minimal", "none"]), default="minimal", show_default=True,
-        help="How CSV and TSV quote; none: a quote is a character like any other.",
-    ),
+@dataclass(frozen=True)
+class Input:
+    """What a command reads: files, and how its options say they are read."""
+
+    files: Sequence[str]
+    options: dict[str, Any]
+
+    @property
+    def named(self) -> list[str]:
+        """All files, those of a split too."""
+        return [*self.files, *(file for split in SPLITS for file in self.options.get(split, ()))]
+
+    def examples(self, quarantine: str, labels: Literal["required", "none"] = "required") -> Examples:
+        """Read the rows; those that cannot be used go to ``quarantine`` unless the options name another file."""
+        from embedcache.examples import load_examples
+
+        if not self.named:
+            raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
+        options: dict[str, Any] = {
+            name: list(value) or None if name in SPLITS else value for name, value in self.options.items()
+        }
+        if options["on_bad_row"] == "skip" and options["quarantine"] is None:
+            options["quarantine"] = quarantine
+        if options.pop("no_labels", False):
+            labels = "none"
+        return load_examples(list(self.files) or None, labels=labels, **options)
+
+
+def _input_options(*options: Decorator) -> Callable[[Function], Function]:
+    inputs = click.argument("inputs", nargs=-1, type=click.Path(allow_dash=True))
+    return gathered([inputs, *options], "given", lambda values: Input(values.pop("inputs"), values))
+
+
+_text_column = click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
+_id_column = click.option(
+    "--id-column", metavar="NAME", help="Column that holds a row's id. Default: the row's number."
+)
+_format = click.option(
+    "--input-format", "format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
+    help="Format of the input. Default: by the file's ending; standard input is one text a line.",
 )  # fmt: skip
+_quoting = click.option(
+    "--quoting", type=click.Choice(["minimal", "none"]), default="minimal", show_default=True,
+    help="How CSV and TSV quote; none: a quote is a character like any other.",
+)  # fmt: skip
+_on_bad_row = click.option(
+    "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
+    help="At a row that cannot be used: stop, or write it to the quarantine file and go on.",
+)  # fmt: skip
+_quarantine = click.option("--quarantine", type=click.Path(), metavar="FILE", help="File for skipped rows.")
 
-input_options = several(
-    click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given."),
-    *format_options,
+text_options = _input_options(_text_column, _id_column, _format, _quoting, _on_bad_row, _quarantine)
+"""INPUT of rows without labels, and how it is read: as ``given``, an ``Input``."""
+
+input_options = _input_options(
+    _text_column, _format, _quoting,
     click.option(
         "--label-column", metavar="NAME[,NAME]",
         help="Column that holds the label; several, as a,b, for several regression targets.",
     ),
-    click.option("--id-column", metavar="NAME", help="Column that holds a row's id. Default: the row's number."),
+    _id_column,
     click.option("--split-column", metavar="NAME", help="Column that holds the split: train, validation or test."),
-    click.option("--train", type=click.Path(), multiple=True, metavar="FILE", help="A file of training rows."),
-    click.option("--validation", type=click.Path(), multiple=True, metavar="FILE", help="A file of validation rows."),
-    click.option("--test", type=click.Path(), multiple=True, metavar="FILE", help="A file of test rows."),
+    *(
+        click.option(f"--{split}", type=click.Path(), multiple=True, metavar="FILE", help=f"A file of {rows} rows.")
+        for split, rows in zip(SPLITS, ("training", "validation", "test"), strict=True)
+    ),
     click.option(
         "--split", metavar="80/10/10",
         help="Split by content: shares of train/validation[/test]. Rows keep their split when rows are added.",
@@ -113,12 +184,9 @@ input_options = several(
         "--label-separator", metavar="TEXT", help="Separator of labels within a cell of a multi-label column: ';'."
     ),
     click.option("--no-labels", is_flag=True, help="The input has no labels."),
-    click.option(
-        "--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
-        help="At a row that cannot be used: stop, or write it to the quarantine file and go on.",
-    ),
-    click.option("--quarantine", type=click.Path(), metavar="FILE", help="File for skipped rows."),
+    _on_bad_row, _quarantine,
 )  # fmt: skip
+"""INPUT, its columns and its splits: as ``given``, an ``Input``."""
 
 trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -131,7 +199,7 @@ device_option = click.option(
 )
 
 
-def head_settings(options: tuple[str, ...]) -> dict[str, object]:
+def _head_settings(options: tuple[str, ...]) -> dict[str, object]:
     """Read ``--head-option NAME=VALUE``, values as JSON where they are. Raises ``SpecError`` for anything else."""
     from embedcache.errors import SpecError
 
@@ -171,18 +239,6 @@ def untrusted_option(function: Function) -> Function:
 
     help_text = "CACHE is not trusted: a child process with limited memory and time examines it first."
     return click.option("--untrusted", is_flag=True, help=help_text)(guarded)  # type: ignore[return-value]
-
-
-def read_examples(inputs: Iterable[str], quarantine_default: str | None = None, **options: Any) -> Examples:
-    """Read the input as the shared options say."""
-    from embedcache.examples import load_examples
-
-    no_labels = options.pop("no_labels")
-    for name in ("train", "validation", "test"):
-        options[name] = list(options[name]) or None
-    if options["on_bad_row"] == "skip" and options["quarantine"] is None:
-        options["quarantine"] = quarantine_default
-    return load_examples(list(inputs) or None, labels="none" if no_labels else "required", **options)
 
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:

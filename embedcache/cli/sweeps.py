@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @untrusted_option
 def sweep(
     cache: str, output_dir: str, config: str | None, heads: tuple[str, ...], settings: tuple[str, ...],
-    features: tuple[str, ...], seeds: str | None, rows: int, as_json: bool, **options: Any,
+    seeds: str | None, rows: int, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train many heads on CACHE, compare them honestly, keep the best in SWEEP/best.
 
@@ -80,7 +80,7 @@ def sweep(
         raise click.UsageError("--set goes with --head: which head is it for?")
     grid: Any = Path(config) if config is not None else (_heads(heads, settings) if heads else None)
     result = run(
-        cache, grid, output_dir=output_dir, features=features, seeds=_numbers(seeds),
+        cache, grid, output_dir=output_dir, seeds=_numbers(seeds),
         command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
     )  # fmt: skip
     if as_json:
