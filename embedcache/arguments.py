@@ -37,16 +37,18 @@ def checks_arguments(*takers: Callable[..., object]) -> Callable[[Callable[P, R]
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        parameters = signature.parameters
         kinds: dict[str, object] = {}
         known: set[str] = set()
 
         @wraps(function)
         def call(*arguments: P.args, **named: P.kwargs) -> R:
             if not kinds:  # at the first call: importing a module must cost nothing
-                kinds.update({name: _kind(each.annotation, function) for name, each in signature.parameters.items()})
-                both = [each for taker in (function, *takers) for each in inspect.signature(taker).parameters.values()]
-                known.update(each.name for each in both if each.kind not in _MANY)
-            anything = not takers and any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+                kinds.update({name: _kind(own.annotation, function) for name, own in parameters.items()})
+                for taker in (function, *takers):
+                    taken = inspect.signature(taker).parameters.values()
+                    known.update(parameter.name for parameter in taken if parameter.kind not in _MANY)
+            anything = not takers and any(own.kind is own.VAR_KEYWORD for own in parameters.values())
             if wrong := next((name for name in named if not anything and name not in known), None):
                 hint = did_you_mean(wrong, known)
                 raise SpecError(f"{function.__qualname__} got an unexpected keyword argument {wrong!r}{hint}")
@@ -85,9 +87,9 @@ def _is(value: object, kind: object) -> bool:
     if kind is None or kind is types.NoneType:
         return value is None
     if origin in (Union, types.UnionType):
-        return any(_is(value, each) for each in inner)
+        return any(_is(value, alternative) for alternative in inner)
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
+        return any(type(value) is type(allowed) and value == allowed for allowed in inner)
     if kind is bool:
         return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
     if (origin or kind) in _PLAIN:
@@ -108,8 +110,8 @@ def _is(value: object, kind: object) -> bool:
 
 def _members(protocol: type) -> set[str]:
     """Return the names that whatever follows a protocol has."""
-    bases = [each for each in protocol.__mro__ if each.__module__ != "typing" and each is not object]
-    names = {name for each in bases for name in (*vars(each), *vars(each).get("__annotations__", {}))}
+    bases = [base for base in protocol.__mro__ if base.__module__ != "typing" and base is not object]
+    names = {name for base in bases for name in (*vars(base), *vars(base).get("__annotations__", {}))}
     return {name for name in names if not name.startswith("_")}
 
 
@@ -121,9 +123,9 @@ def _words(kind: object) -> str:
 def _alternatives(kind: object) -> list[str]:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return [word for each in inner for word in _alternatives(each)]
+        return [word for alternative in inner for word in _alternatives(alternative)]
     if origin is Literal:
-        return [str(each) for each in inner]
+        return [str(allowed) for allowed in inner]
     if kind is None or kind is types.NoneType:
         return ["None"]
     if kind is bool:

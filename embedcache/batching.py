@@ -97,7 +97,7 @@ class ShapePolicy:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ShapePolicy:
         """Read what ``to_json`` gave, or a cache of format 1.0."""
-        if unknown := sorted(set(fields) - {each.name for each in dataclass_fields(cls)}):
+        if unknown := sorted(set(fields) - {setting.name for setting in dataclass_fields(cls)}):
             raise SpecError(f"a shape policy has no field {unknown[0]!r}: a newer version may have made it")
         return cls(**{"threads": None, **fields})
 
@@ -149,5 +149,6 @@ def plan(lengths: npt.ArrayLike, policy: ShapePolicy) -> Plan:
         rows = policy.rows(length)
         capacity = rows - policy.spare
         members = np.flatnonzero(canonical == length)
-        batches += [Batch(length, rows, members[at : at + capacity]) for at in range(0, len(members), capacity)]
+        starts = range(0, len(members), capacity)
+        batches += [Batch(length, rows, members[start : start + capacity]) for start in starts]
     return Plan(tuple(batches), int(lengths.sum()))

@@ -34,7 +34,7 @@ def from_json(kind: type[T], value: object) -> T:
     """Return a dataclass made of JSON values, those in it too.
 
     Null stands for NaN where a field is a ``float``, as ``to_json`` writes it. A field with a default may be missing;
-    keys that are no field are left out, for a later version may add some. A field of type ``object`` holds any JSON.
+    keys that are not fields are left out, for a later version may add some. A field of type ``object`` holds any JSON.
 
     Raises ``ValueError`` naming the first place that is wrong, such as ``leaderboard[3].interval``.
     """

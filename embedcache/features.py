@@ -402,8 +402,8 @@ def _slices(values: Array) -> Iterator[Array]:
         yield values[start : start + size]
 
 
-def _same_shape(one: FeatureSet, other: FeatureSet) -> bool:
-    return (one.kind, one.dim, one.layers) == (other.kind, other.dim, other.layers)
+def _same_shape(a: FeatureSet, b: FeatureSet) -> bool:
+    return (a.kind, a.dim, a.layers) == (b.kind, b.dim, b.layers)
 
 
 def _expected(feature: FeatureSet) -> str:

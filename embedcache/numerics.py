@@ -143,10 +143,10 @@ class Difference:
             "relative": relative, "feature": self.where or None, "versions": [list(change) for change in self.versions],
         }  # fmt: skip
 
-    def notes(self, other: str) -> list[str]:
+    def notes(self, reference: str) -> list[str]:
         """Return what is to be told of it, against ``other``: nothing where it is the same, or not known."""
         told = self.status not in ("same", "unknown")
-        return [f"numerics, against {other}: {self.to_text()}"] if told else []
+        return [f"numerics, against {reference}: {self.to_text()}"] if told else []
 
     def to_text(self) -> str:
         """Say it in one line."""

@@ -68,7 +68,7 @@ class Predictor:
         """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
 
         Raises:
-            BundleError: the folder is no run, or a damaged one.
+            BundleError: the folder is not a run, or a damaged one.
             BackboneMismatchError: that backbone, or its settings, are not those the head was trained on.
         """
         head = TrainedHead.from_pretrained(run)

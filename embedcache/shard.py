@@ -35,7 +35,7 @@ ALIGNMENT = 4096
 _MAP_FIXED = 0x10
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
-# "." is no name in HDF5 but the group itself, so a name starts with a letter or a digit.
+# "." is not a name in HDF5 but the group itself, so a name starts with a letter or a digit.
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@:+._-]{0,99}")
 
 

@@ -117,9 +117,9 @@ def _in_json(character: str) -> str:
 def cell(text: str) -> str:
     """Return a cell of a CSV file that no spreadsheet runs as a formula.
 
-    What begins with ``= + - @``, a tab or a line break, and is no number, gets ``'`` in front, and so does what begins
-    like that after one or more ``'``: taking one ``'`` from every cell that matches ``'+[-=+@\\t\\r\\n]`` gives
-    back the original.
+    A cell that begins with ``= + - @``, a tab or a line break, and is not a number, gets ``'`` in front. So does one
+    that begins like that after one or more ``'``: taking one ``'`` from every cell that matches
+    ``'+[-=+@\\t\\r\\n]`` gives back the original.
     """
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 

@@ -91,7 +91,7 @@ def refuse_misbehaviour(
             once, again = (vectors(row[None, :tokens], mask[1:, :tokens]) for _ in range(2))
             padded = vectors(beside, mask)
             crowd = torch.cat([mask[:1], mask[1:].expand(BESIDE, -1)])
-            one, other = (
+            beside_long, beside_short = (
                 vectors(torch.cat([beside[:1], others.expand(BESIDE, wide)]), crowd)
                 for others in (row[None], row[:1, None])
             )
@@ -110,7 +110,7 @@ def refuse_misbehaviour(
             f"{name}: {kind} reads padding, or the other rows of a batch, although there is a mask (features move by "
             f"{apart:.1e} of their size): they would depend on how texts are batched; use another model"
         )
-    if on_cpu and _apart(one, other) > 0:  # elsewhere some kernels differ from run to run by as much
+    if on_cpu and _apart(beside_long, beside_short) > 0:  # elsewhere some kernels differ from run to run by as much
         raise BackboneError(
             f"{name}: {kind} adds up otherwise when other texts stand beside one in a batch (a mixture of experts that "
             "gathers tokens): its features would not have the same bits in every run; use another model"
@@ -153,14 +153,14 @@ def _chunk(config: object) -> int:
     return max((length for length in lengths if isinstance(length, int)), default=0)
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _apart(a: Tensor, b: Tensor) -> float:
     """Return how far two vectors [T, D] of a token are apart at most, relative to their length.
 
     What is not finite is left for extraction to report, with its row.
     """
-    if not (one.isfinite().all() and other.isfinite().all()):
+    if not (a.isfinite().all() and b.isfinite().all()):
         return 0.0
-    return float(((one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-12)).max())
+    return float(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-12)).max())
 
 
 LoadedBackbone = FrozenModel[Any]

@@ -262,7 +262,7 @@ def _is_of_pooler(key: str, network: torch.nn.Module) -> bool:
 
 def _has_two_halves(whole: Any) -> bool:
     # A folder with an encoder alone (T5EncoderModel) says is_encoder_decoder false, and is made whole all the same.
-    # Funnel's halves, which are no models of their own, are two parts of one encoder.
+    # Funnel's halves, which are not models of their own, are two parts of one encoder.
     halves = [getattr(whole, half, None) for half in ("encoder", "decoder")]
     return bool(getattr(whole.config, "is_encoder_decoder", False)) or all(
         hasattr(half, "get_input_embeddings") for half in halves

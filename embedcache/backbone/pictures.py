@@ -179,7 +179,7 @@ class Pictures:
             return None
         self.channels_last = last.ndim == 4
         if states[0].ndim == 3 and states[0].shape == last.shape:
-            # What is the same in two pictures before any layer has looked at them is no patch of either.
+            # What is the same in two pictures before any layer has looked at them is not a patch of either.
             alike = (states[0][0] == states[0][1]).all(dim=-1)
             self.skip = int(alike.cumprod(0).sum())
         return outputs
@@ -221,11 +221,11 @@ def refuse_misbehaving(model: FrozenModel[Pixels], pictures: Pictures) -> None:
         )
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _apart(a: Tensor, b: Tensor) -> float:
     """Return how far two tensors are apart, relative to their length; what is not finite is extraction's to report."""
-    if not (one.isfinite().all() and other.isfinite().all()):
+    if not (a.isfinite().all() and b.isfinite().all()):
         return 0.0
-    return float((one - other).norm() / one.norm().clamp(min=1e-12))
+    return float((a - b).norm() / a.norm().clamp(min=1e-12))
 
 
 def _cores() -> int:

@@ -162,7 +162,7 @@ class PictureProcessor:
 
     ``resize`` takes the place of the processor's own resizing and cropping: ``crop`` fills the network's size and cuts
     off what stands out, ``pad`` shows the whole picture on the mean colour, ``squash`` stretches it. ``table`` float32
-    [3, 256] is what the processor makes of each value of a pixel, None where that is no table.
+    [3, 256] is what the processor makes of each value of a pixel, None where that is not a table.
     """
 
     def __init__(self, processor: Any, resize: str | None, name: str) -> None:

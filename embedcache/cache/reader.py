@@ -276,7 +276,7 @@ class FeatureCache:
 
     def ragged(self, split: str | None = None, feature: str | None = None) -> Ragged:
         """Return a token-level set of a split; a memory map where its rows lie together in one shard."""
-        names = [name for name, each in self.feature_sets.items() if each.kind == "tokens"]
+        names = [name for name, feature in self.feature_sets.items() if feature.kind == "tokens"]
         chosen = self.feature(feature if feature is not None else (names[0] if names else "tokens"))
         if chosen.kind != "tokens":
             raise FeatureError(

@@ -113,8 +113,8 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     if selected is not None:
         examples = part_of(examples, *selected)
     if dry_run:
-        said = forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
-        return print_json(said.to_json()) if as_json else say(said.to_text())
+        estimate = forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
+        return print_json(estimate.to_json()) if as_json else say(estimate.to_text())
     assert output_dir is not None
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
         warn([hint])
@@ -153,16 +153,16 @@ def describe_text(facts: dict[str, Any]) -> str:
     splits = facts["splits"]
     if facts["task"] in ("classification", "multilabel"):
         rows = [
-            [name, *(f"{splits[split]['classes'][at]:,}" for split in splits)]
-            for at, name in enumerate(facts["class_names"])
+            [name, *(f"{splits[split]['classes'][label]:,}" for split in splits)]
+            for label, name in enumerate(facts["class_names"])
         ]
         rows.append(["all", *(f"{splits[split]['rows']:,}" for split in splits)])
         lines += ["", *table(["class", *splits], rows)]
     else:
         lines += ["", *table(["split", "rows"], [[split, f"{splits[split]['rows']:,}"] for split in splits])]
     sets = [
-        [each["name"], each["kind"], str(each["dim"]), str(each["layers"]), each["dtype"]]
-        for each in facts["feature_sets"]
+        [feature["name"], feature["kind"], str(feature["dim"]), str(feature["layers"]), feature["dtype"]]
+        for feature in facts["feature_sets"]
     ]
     lines += ["", *table(["feature set", "kind", "dim", "layers", "stored as"], sets)]
     backbone = facts["spec"].get("backbone", {})
@@ -176,7 +176,7 @@ def describe_text(facts: dict[str, Any]) -> str:
         line = shown("ran on:   " + ", ".join(facts_of_run))
         if line not in lines:
             lines.append(line)
-    lines += [shown(f"numerics: {each}") for each in numerics_text(facts["numerics"])]
+    lines += [shown(f"numerics: {text}") for text in numerics_text(facts["numerics"])]
     lines.append(f"spec:     {facts['spec_hash'][:16]}")
     return "\n".join(lines)
 
@@ -186,17 +186,17 @@ def numerics_text(kinds: list[dict[str, Any]]) -> list[str]:
     if not kinds:
         return ["no probe, so that nothing says whether another machine computes the same bits"]
     lines = []
-    for at, each in enumerate(kinds):
-        if each["probe"] is None:
-            accepted = ", accepted" * each["accepted"]
+    for number, machine in enumerate(kinds):
+        if machine["probe"] is None:
+            accepted = ", accepted" * machine["accepted"]
             lines.append(f"rows without a probe: nothing says what their machine computes{accepted}")
             continue
-        line = f"probe {each['probe'][:16]}, rows prepared by {_versions(each['prepared_by'])}"
-        if at and each["same_bits"]:
+        line = f"probe {machine['probe'][:16]}, rows prepared by {_versions(machine['prepared_by'])}"
+        if number and machine["same_bits"]:
             line += "; the same bits as the first"
-        elif at:
-            size = "nothing comparable" if each["largest"] is None else f"up to {each['largest']:.2g}"
-            line += f"; {size} from the first ({each['feature']}), accepted"
+        elif number:
+            size = "nothing comparable" if machine["largest"] is None else f"up to {machine['largest']:.2g}"
+            line += f"; {size} from the first ({machine['feature']}), accepted"
         lines.append(line)
     return lines
 

@@ -126,13 +126,13 @@ def compare(
         raise click.UsageError(f"--seeds is {seeds}: expected at least 1")
     from embedcache.compare import compare_training_approaches
 
-    found = compare_training_approaches(
+    comparison = compare_training_approaches(
         given.examples(f"{where}.quarantine.jsonl"), where, approaches=names, fractions=shares,
         seeds=range(seed, seed + seeds), **options,
     )  # fmt: skip
     if as_json:
-        return print_json(found.to_json())
-    say(found.to_text())
+        return print_json(comparison.to_json())
+    say(comparison.to_text())
     say(f"\nsaved in {where}: comparison.md, comparison.json and, with matplotlib, comparison.svg")
 
 
@@ -146,7 +146,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise click.UsageError(f"--fractions: {text!r} is no number: expected some such as 0.01,0.1,1") from None
+        raise click.UsageError(f"--fractions: {text!r} is not a number: expected some such as 0.01,0.1,1") from None
 
 
 COMMANDS = (check, compare)

@@ -167,7 +167,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
         say(f"{name}: {_number(low)} to {_number(high)} (95 % interval)")
     for part in ("per_class", "per_target"):
         if rows := measured.get(part):
-            cells = [[each if isinstance(each, str) else _number(each) for each in row.values()] for row in rows]
+            cells = [[value if isinstance(value, str) else _number(value) for value in row.values()] for row in rows]
             say("\n".join(["", *table(list(rows[0]), cells)]))
     if missing := measured.get("missing_classes"):
         say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
@@ -212,8 +212,8 @@ def predict(
         examples = given.examples(f"{output or run}.quarantine.jsonl", labels="none")
         rows, total = predictor.stream_examples(examples), len(examples)
     if as_json:
-        said = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]
-        return print_json({"numerics": predictor.numerics.to_json(), "predictions": said})
+        predictions = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]
+        return print_json({"numerics": predictor.numerics.to_json(), "predictions": predictions})
     form = form or ("jsonl" if output and output.endswith((".jsonl", ".json")) else "csv")
     with _destination(output) as file:
         write = _csv(file, predictor.head) if form == "csv" else _jsonl(file, predictor.head)
@@ -227,7 +227,7 @@ _SHOWN = 5
 def _line(text: str, prediction: Prediction) -> str:
     values = prediction.probabilities
     given = [prediction.label] if isinstance(prediction.label, str) else list(prediction.label)
-    label = ", ".join(shown(each) if isinstance(each, str) else f"{each:.4g}" for each in given) or "(none)"
+    label = ", ".join(shown(value) if isinstance(value, str) else f"{value:.4g}" for value in given) or "(none)"
     confidence = "" if prediction.confidence is None else f"  {prediction.confidence:.3f}"
     best = sorted(values, key=lambda name: -values[name])[:_SHOWN] if len(values) > _SHOWN else list(values)
     detail = "  ".join(f"{shown(name)} {values[name]:.3f}" for name in best)

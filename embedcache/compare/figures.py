@@ -216,18 +216,18 @@ class BreakEven:
     further: float
 
 
-def break_even(extraction: float, head: float, other: float) -> int | None:
+def break_even(extraction: float, head: float, without: float) -> int | None:
     """Return after how many heads extraction has paid for itself, None for never.
 
-    With the cache n heads cost ``extraction + n * head`` seconds, without it ``n * other``; the answer is the smallest
-    n for which the first is no more than the second.
+    With the cache n heads cost ``extraction + n * head`` seconds, without it ``n * without``: the answer is the
+    smallest n for which the first is at most the second.
 
-    >>> break_even(extraction=30.0, head=1.0, other=11.0)
+    >>> break_even(extraction=30.0, head=1.0, without=11.0)
     3
     """
-    if other <= head:
+    if without <= head:
         return None
-    return max(1, math.ceil(extraction / (other - head)))
+    return max(1, math.ceil(extraction / (without - head)))
 
 
 def seconds_text(value: float | None) -> str:

@@ -249,10 +249,10 @@ class Folder:
         """Return what an approach said of the test rows, None where the file is gone or damaged."""
         data = read(self.output_path(key), InputError)
         try:
-            found = np.load(io.BytesIO(data or b""), allow_pickle=False)
+            outputs = np.load(io.BytesIO(data or b""), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        return found if found.ndim == 2 and found.dtype == np.float32 else None
+        return outputs if outputs.ndim == 2 and outputs.dtype == np.float32 else None
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder, atomically."""

@@ -242,18 +242,18 @@ def _row(
 
 def _break_evens(rows: Sequence[Row]) -> list[BreakEven]:
     return [
-        _break_even(cached, other)
+        _break_even(cached, live)
         for cached in rows if cached.approach == "cached"
-        for other in rows if other.fraction == cached.fraction and other.approach in ("frozen", "full")
+        for live in rows if live.fraction == cached.fraction and live.approach in ("frozen", "full")
     ]  # fmt: skip
 
 
-def _break_even(cached: Row, other: Row) -> BreakEven:
-    extraction, head, seconds = cached.extraction_seconds or 0.0, cached.training_seconds, other.training_seconds
+def _break_even(cached: Row, live: Row) -> BreakEven:
+    extraction, head, seconds = cached.extraction_seconds or 0.0, cached.training_seconds, live.training_seconds
     return BreakEven(
         fraction=cached.fraction,
         train_rows=cached.train_rows,
-        against=other.approach,
+        against=live.approach,
         extraction_seconds=extraction,
         head_seconds=head,
         other_seconds=seconds,

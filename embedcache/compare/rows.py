@@ -27,7 +27,7 @@ def checked_rows(examples: Examples, max_rows: int | None = None, seed: int = 0)
     Raises:
         InputError: no labels, a split that is missing, too few rows, or rows that are not text.
         TrainingError: one class only.
-        SpecError: a ``max_rows`` that is no number of rows.
+        SpecError: a ``max_rows`` that is not a number of rows.
     """
     if max_rows is not None and max_rows < 1:
         raise SpecError(f"max_rows is {max_rows}: expected at least 1")
@@ -113,7 +113,7 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise SpecError(
-                f"the fraction {fraction!r} is no share of the training rows: expected more than 0, up to 1"
+                f"the fraction {fraction!r} is not a share of the training rows: expected more than 0, up to 1"
             )
     if not fractions:
         raise SpecError("no fraction was given: expected some such as 0.1,1")

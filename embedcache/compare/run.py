@@ -102,14 +102,14 @@ def compare_training_approaches(
     with ExitStack() as stack:
         where = stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir
         folder = stack.enter_context(Folder(where))
-        found = Work(plan, folder, progress=progress and sys.stderr.isatty()).run()
+        comparison = Work(plan, folder, progress=progress and sys.stderr.isatty()).run()
         if output_dir is None:
-            return replace(found, folder=None)
-        folder.write_json("comparison.json", found.to_json())
-        folder.write("comparison.md", found.to_markdown())
+            return replace(comparison, folder=None)
+        folder.write_json("comparison.json", comparison.to_json())
+        folder.write("comparison.md", comparison.to_markdown())
         with suppress(MissingExtraError):  # the table is there; a picture is an extra
-            found.plot(folder.path / "comparison.svg")
-        return found
+            comparison.plot(folder.path / "comparison.svg")
+        return comparison
 
 
 def _refuse_impossible(spec: HeadSpec, epochs: int, seeds: Sequence[int]) -> None:

@@ -301,9 +301,9 @@ def into_standard_units(module: Head, y: Array) -> None:
 
 def refuse_changed(cache: FeatureCache, identity: Mapping[str, object]) -> None:
     """Raise ``BackboneMismatchError`` where the backbone is no longer the one that the features are from."""
-    found = ExtractionSpec.from_json(cache.spec).differences(ExtractionSpec.from_json(identity))
-    if found:
+    differences = ExtractionSpec.from_json(cache.spec).differences(ExtractionSpec.from_json(identity))
+    if differences:
         raise BackboneMismatchError(
-            f"the backbone changed during the comparison ({differences_text(found[:1], 'it was', 'it is')}): "
+            f"the backbone changed during the comparison ({differences_text(differences[:1], 'it was', 'it is')}): "
             "choose another output directory"
         )

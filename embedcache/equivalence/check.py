@@ -118,8 +118,8 @@ def _compare_optimum(subject: Subject, x: InMemory) -> Outcome:
         except (TrainingError, FeatureError) as error:
             return Outcome(notes=(f"the optimum is not compared: {error}",))
         optima.append(trained.head.state)
-    found, where = differences_of(*optima)
-    return Outcome((judged("canonical", "optimum", found, where),))
+    gap, where = differences_of(*optima)
+    return Outcome((judged("canonical", "optimum", gap, where),))
 
 
 def compare_standard(
@@ -154,26 +154,26 @@ def _compare_standard_features(
         lengths, standard_lengths = (
             np.concatenate([x.lengths for x in side if isinstance(x, Ragged)]) for side in (cached, standard)
         )
-        if len(other := np.flatnonzero(lengths != standard_lengths)):
-            place = int(other[0])
+        if len(differing := np.flatnonzero(lengths != standard_lengths)):
+            place = int(differing[0])
             return Outcome(findings=(
                 f"standard reference, features {feature.name}: row {ids[int(owner[place])]} has "
                 f"{counted(standard_lengths[place], 'token')}, and {lengths[place]} in the cache",
             ))  # fmt: skip
         owner = np.repeat(owner, lengths)
     a, b = (np.concatenate([x.values for x in side]) for side in (cached, standard))
-    found = difference(a, b, feature.dtype)
-    where = "" if found.where is None else (
-        f"row {ids[int(owner[found.where[0]])]} [{', '.join(map(str, found.where[1:]))}]"
+    gap = difference(a, b, feature.dtype)
+    where = "" if gap.where is None else (
+        f"row {ids[int(owner[gap.where[0]])]} [{', '.join(map(str, gap.where[1:]))}]"
     )  # fmt: skip
     apart = np.abs(a.astype(np.float64) - b).max(axis=0)
     within = bool((apart <= tolerance).all())
-    row = judged_by_component("standard", f"features {feature.name}", found, where, tolerance, within)
+    row = judged_by_component("standard", f"features {feature.name}", gap, where, tolerance, within)
     if row.verdict != "different":
         return Outcome((row,))
     beyond = int((apart > tolerance).sum())
     return Outcome((row,), (
-        f"standard reference, features {feature.name}: off by up to {found.largest:.2g} at {where}, and by "
+        f"standard reference, features {feature.name}: off by up to {gap.largest:.2g} at {where}, and by "
         f"more than rounding explains in {beyond} of {apart.size} components: weights, tokens, pooling or layer",
     ))  # fmt: skip
 
@@ -194,18 +194,18 @@ def _compare_predictions(
 ) -> list[Comparison]:
     """Compare logits [N, C] and the labels that follow from them, which may differ where rounding decides."""
     task, tolerance = subject.plan.task, None if tolerances is None else tolerances["logits"]
-    found = difference(cached, live)
-    comparisons = [judged(reference, "logits", found, _row(subject, found.where), tolerance)]
+    gap = difference(cached, live)
+    comparisons = [judged(reference, "logits", gap, _row(subject, gap.where), tolerance)]
     if task is REGRESSION:
         return comparisons
     cached_labels, live_labels = (_labels(logits, task) for logits in (cached, live))
-    found = difference(cached_labels, live_labels)
-    place = _row(subject, found.where)
+    gap = difference(cached_labels, live_labels)
+    place = _row(subject, gap.where)
     if tolerance is None:
-        return [*comparisons, judged(reference, "labels", found, place)]
+        return [*comparisons, judged(reference, "labels", gap, place)]
     clear = ~labels_may_differ(cached, tolerance, task)
     allowed = None if ((cached_labels != live_labels) & clear).any() else math.inf
-    labels = judged(reference, "labels", found, place, allowed)
+    labels = judged(reference, "labels", gap, place, allowed)
     return [*comparisons, replace(labels, tolerance=None, rule="but for close calls")]
 
 
@@ -230,13 +230,13 @@ def storage_costs(subject: Subject, recomputed: Recomputed, cached: Record) -> O
     exact = replace(plan.feature, dtype="float32")
     x, evaluation = (recomputed.features(part, exact) for part in (rows.train, rows.evaluate))
     unrounded = train(plan, x, subject.cached_targets, evaluation, title="unrounded")
-    found = difference(cached.logits, unrounded.logits)
-    comparisons.append(cost("logits", found, _row(subject, found.where)))
+    gap = difference(cached.logits, unrounded.logits)
+    comparisons.append(cost("logits", gap, _row(subject, gap.where)))
     costs = {}
     if plan.task is not REGRESSION:
         same = (_labels(cached.logits, plan.task) == _labels(unrounded.logits, plan.task)).mean()
         costs["label agreement"] = f"{same:.2%}"
-    costs["largest difference of a logit"] = f"{found.largest:.2e}"
+    costs["largest difference of a logit"] = f"{gap.largest:.2e}"
     y = subject.cache.targets()[rows.evaluate]
     for metric in dict.fromkeys((plan.task.default_metric, *(["accuracy"] if plan.task is CLASSIFICATION else []))):
         stored_score, exact_score = (
@@ -359,7 +359,7 @@ def _compare(
     if reference != "canonical" or environment:  # in another environment tolerances are derived from it
         standard = load_standard(cache, source, backbone)
         if standard is None:
-            outcome += Outcome(notes=("no standard reference: the backbone is no model that transformers loads",))
+            outcome += Outcome(notes=("no standard reference: transformers cannot load the backbone",))
     few = subject.raw.contents(subject.rows.features[:STEADINESS_ROWS])
     before = identity.snapshot(backbone, few, feature.name)
     recomputed = recompute(subject, progress=progress)

@@ -58,11 +58,11 @@ class SetReport:
         """Whether no component differs by more than its tolerance, and every row has as many vectors as it should."""
         return not self.other_lengths and bool((self.apart <= tolerance).all())
 
-    def place_of(self, found: Difference, ids: Sequence[str]) -> str:
+    def place_of(self, gap: Difference, ids: Sequence[str]) -> str:
         """Say where the largest difference of ``total`` or ``rounding`` is."""
-        if found.where is None:
+        if gap.where is None:
             return ""
-        place, *inside = found.where
+        place, *inside = gap.where
         row = f"row {ids[int(self.rows[place])]}"
         return f"{row} [{', '.join(map(str, inside))}]" if inside else row
 
@@ -82,8 +82,8 @@ class SetReport:
             owner = np.repeat(comparable, live.lengths)
         exact, kept = (np.ascontiguousarray(side.values, np.float32) for side in (live, cached))
         here = rounded(exact, dtype)
-        found = difference(kept, here, dtype)
-        self.total = self.total.joined(self._by_row(found, owner), first)
+        gap = difference(kept, here, dtype)
+        self.total = self.total.joined(self._by_row(gap, owner), first)
         if dtype != "float32":
             self.rounding = self.rounding.joined(self._by_row(difference(kept, exact), owner), first)
         if len(exact):
@@ -92,7 +92,7 @@ class SetReport:
             apart = kept.astype(np.float64) - here
             self.square += float(np.square(kept, dtype=np.float64).sum())
             self.square_apart += float(np.square(apart).sum())
-        if not found.same:
+        if not gap.same:
             self.apart = np.maximum(self.apart, np.abs(apart).max(axis=0))
             differs = kept.view(np.int32) != here.view(np.int32)
             np.add.at(counts, owner, differs.reshape(len(kept), -1).sum(axis=1))
@@ -102,13 +102,13 @@ class SetReport:
         self.differing = np.concatenate([self.differing, counts])
         self.lengths = np.concatenate([self.lengths, lengths])
 
-    def _by_row(self, found: Difference, owner: Rows) -> Difference:
+    def _by_row(self, gap: Difference, owner: Rows) -> Difference:
         """Return where a difference is as (row, token, component), where the vectors of all rows stand in one array."""
-        if found.where is None or self.feature.kind != "tokens":
-            return found
-        vector, component = found.where
+        if gap.where is None or self.feature.kind != "tokens":
+            return gap
+        vector, component = gap.where
         row = int(owner[vector])
-        return replace(found, where=(row, vector - int(np.searchsorted(owner, row)), component))
+        return replace(gap, where=(row, vector - int(np.searchsorted(owner, row)), component))
 
 
 @dataclass(frozen=True)

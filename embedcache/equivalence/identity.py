@@ -68,13 +68,13 @@ Differences = tuple[tuple[str, object, object], ...]
 def environment_differences(cache: FeatureCache, backbone: Backbone) -> Differences:
     """Return in what this machine is not the one that made the cache."""
     here = backbone.provenance
-    found: list[tuple[str, object, object]] = []
+    changes: list[tuple[str, object, object]] = []
     for made in cache.provenance():
         for name in ENVIRONMENT:
             entry = (name, made.get(name), here.get(name))
-            if entry[1] != entry[2] and entry not in found:
-                found.append(entry)
-    return tuple(found)
+            if entry[1] != entry[2] and entry not in changes:
+                changes.append(entry)
+    return tuple(changes)
 
 
 def shape_findings(cache: FeatureCache, backbone: Backbone) -> tuple[str, ...]:
@@ -119,10 +119,10 @@ def steadiness_findings(backbone: Backbone, before: Snapshot, after: Snapshot) -
             f"the backbone changes while it runs: its buffers {', '.join(drifted[:3])} were updated (batch "
             f"normalisation is live{named}), so features depend on what ran before",
         )
-    found = difference(before.features, after.features)
-    if not found.same:
+    gap = difference(before.features, after.features)
+    if not gap.same:
         return (
-            f"the backbone gives other features each time: {found.values - found.identical:,} of {found.values:,} "
+            f"the backbone gives other features each time: {gap.values - gap.identical:,} of {gap.values:,} "
             f"values of the same {before.rows} rows differ from one run to the next, as with dropout left on{named}",
         )
     if live:
@@ -179,10 +179,10 @@ def other_poolings(
         return {}
     names = [*poolings, *(f"l2:{name}" for name in poolings)]
     try:
-        other = load_live(cache, source, names)
+        every_pooling = load_live(cache, source, names)
     except BackboneError:  # the model was passed in, and is nowhere else
         return {}
-    return {name: compute_features(other, contents, name).values for name in names}
+    return {name: compute_features(every_pooling, contents, name).values for name in names}
 
 
 def load_standard(cache: FeatureCache, source: ModelSource, backbone: Backbone) -> StandardModel | None:

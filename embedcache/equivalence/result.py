@@ -38,14 +38,14 @@ class Comparison:
 
     def to_json(self) -> dict[str, object]:
         """Return the comparison as JSON values."""
-        found = self.difference
+        gap = self.difference
         return {
             "reference": self.reference,
             "what": self.what,
-            "values": found.values,
-            "identical": found.identical,
-            "largest_absolute_difference": found.largest if math.isfinite(found.largest) else None,
-            "largest_ulp_distance": found.ulps,
+            "values": gap.values,
+            "identical": gap.identical,
+            "largest_absolute_difference": gap.largest if math.isfinite(gap.largest) else None,
+            "largest_ulp_distance": gap.ulps,
             "where": self.where or None,
             "tolerance": self.tolerance,
             "rule": self.rule or ("bit for bit" if self.tolerance is None else "tolerance"),
@@ -54,14 +54,14 @@ class Comparison:
 
     def cells(self) -> list[str]:
         """Return the row of the table as people read it; see ``HEADER``."""
-        found = self.difference
+        gap = self.difference
         return [
             self.reference,
             self.what,
-            f"{found.values:,}",
-            f"{found.identical:,}",
-            "0" if found.same else f"{found.largest:.2e}",
-            f"{found.ulps:,}",
+            f"{gap.values:,}",
+            f"{gap.identical:,}",
+            "0" if gap.same else f"{gap.largest:.2e}",
+            f"{gap.ulps:,}",
             self.rule or ("bit for bit" if self.tolerance is None else f"{self.tolerance:.1e}"),
             self.where,
             self.verdict,
@@ -73,30 +73,30 @@ _NUMBERS = range(2, 7)
 """The columns from ``values`` to ``tolerance``."""
 
 
-def judged(reference: str, what: str, found: Difference, where: str = "", tolerance: float | None = None) -> Comparison:
+def judged(reference: str, what: str, gap: Difference, where: str = "", tolerance: float | None = None) -> Comparison:
     """Return a comparison with its verdict: identical, or within the tolerance where there is one, or different."""
-    if found.same:
+    if gap.same:
         verdict: Verdict = "identical"
-    elif tolerance is not None and found.largest <= tolerance:
+    elif tolerance is not None and gap.largest <= tolerance:
         verdict = "within tolerance"
     else:
         verdict = "different"
-    return Comparison(reference, what, found, "" if found.same else where, tolerance, verdict)
+    return Comparison(reference, what, gap, "" if gap.same else where, tolerance, verdict)
 
 
 def judged_by_component(
-    reference: str, what: str, found: Difference, where: str, tolerance: Array, within: bool
+    reference: str, what: str, gap: Difference, where: str, tolerance: Array, within: bool
 ) -> Comparison:
     """Return a comparison whose tolerance [...] is each component's own; ``within`` says whether all keep to theirs."""
-    row = judged(reference, what, found, where)
+    row = judged(reference, what, gap, where)
     largest = float(tolerance.max())
     verdict: Verdict = "within tolerance" if row.verdict == "different" and within else row.verdict
     return replace(row, verdict=verdict, tolerance=largest, rule=f"up to {largest:.1e}")
 
 
-def cost(what: str, found: Difference, where: str) -> Comparison:
+def cost(what: str, gap: Difference, where: str) -> Comparison:
     """Return a comparison of the cache with what it would hold unrounded: reported, not judged."""
-    return Comparison("unrounded", what, found, where, None, "cost", "-")
+    return Comparison("unrounded", what, gap, where, None, "cost", "-")
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ def _pattern(report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str
             f"{values:,} {'value' if values == 1 else 'values'} by up to {report.total.ulps:,} ULP, "
             "and all other rows agree to the bit: what is stored was changed, not the model"
         )
-    if other := _another_pooling(report, contents, other_poolings):
-        return other
+    if explanation := _another_pooling(report, contents, other_poolings):
+        return explanation
     if report.relative < 1e-2:
         return (
             f"by {report.relative:.1e} of their size: the arithmetic or the weights differ a little "
@@ -249,11 +249,11 @@ def _pattern(report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str
 def _swapped(report: SetReport, ids: Sequence[str]) -> str | None:
     stored_at = {value.tobytes(): place for place, value in report.there.items()}
     moved = {place: stored_at.get(value.tobytes(), place) for place, value in report.here.items()}
-    moved = {place: other for place, other in moved.items() if place != other}
+    moved = {place: source for place, source in moved.items() if place != source}
     if not moved or len(moved) < len(report.here) // 2:
         return None
-    row, other = (ids[int(report.rows[place])] for place in next(iter(moved.items())))
-    return f"what belongs to row {row} is stored at row {other} ({len(moved)} such rows): rows were swapped"
+    row, source = (ids[int(report.rows[place])] for place in next(iter(moved.items())))
+    return f"what belongs to row {row} is stored at row {source} ({len(moved)} such rows): rows were swapped"
 
 
 def _cut(report: SetReport) -> str | None:

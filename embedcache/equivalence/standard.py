@@ -94,8 +94,8 @@ class _MLP(nn.Module):
     def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
         super().__init__()
         depth = sum(name.startswith("hidden.") and name.endswith(".weight") for name in state)
-        self.hidden = nn.ModuleList(_linear(state, f"hidden.{at}") for at in range(depth))
-        self.norms = nn.ModuleList(_norm(state, f"norms.{at}") for at in range(depth))
+        self.hidden = nn.ModuleList(_linear(state, f"hidden.{layer}") for layer in range(depth))
+        self.norms = nn.ModuleList(_norm(state, f"norms.{layer}") for layer in range(depth))
         self.output = _linear(state, "output")
         self.act = ACTIVATIONS[options.get("activation", "relu")]
         self.drop = _Drop(options, generator)
@@ -108,10 +108,10 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, options: Options, state: Named, at: int, generator: torch.Generator) -> None:
+    def __init__(self, options: Options, state: Named, number: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.norm = _norm(state, f"blocks.{at}.norm")
-        self.up, self.down = _linear(state, f"blocks.{at}.up"), _linear(state, f"blocks.{at}.down")
+        self.norm = _norm(state, f"blocks.{number}.norm")
+        self.up, self.down = _linear(state, f"blocks.{number}.up"), _linear(state, f"blocks.{number}.down")
         self.act = ACTIVATIONS[options.get("activation", "gelu")]
         self.drop = _Drop(options, generator)
 
@@ -125,7 +125,7 @@ class _Residual(nn.Module):
         super().__init__()
         depth = sum(name.startswith("blocks.") and name.endswith(".up.weight") for name in state)
         self.input = _linear(state, "input")
-        self.blocks = nn.Sequential(*(_Block(options, state, at, generator) for at in range(depth)))
+        self.blocks = nn.Sequential(*(_Block(options, state, number, generator) for number in range(depth)))
         self.norm, self.output = _norm(state, "norm"), _linear(state, "output")
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -243,9 +243,9 @@ class StandardModel:
 
     def with_network(self, network: nn.Module) -> StandardModel:
         """Return the same tokenizer with another network, such as one whose weights are moved a little."""
-        other = copy.copy(self)
-        other.model = network
-        return other
+        changed = copy.copy(self)
+        changed.model = network
+        return changed
 
     def inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Tokenise some texts, padded to the longest of them: ids and mask [B, T]."""
@@ -375,7 +375,7 @@ def _standardisation(x: Array) -> tuple[Tensor, Tensor]:
     """Return the mean and the scale of each component, float64 [D], of features [..., D]."""
     values = torch.from_numpy(x).double().flatten(0, -2)
     mean, deviation = values.mean(dim=0), values.std(dim=0, unbiased=False)
-    # What float32 rounds in a row of such components is no signal to scale up.
+    # What float32 rounds in a row of such components is not a signal to scale up.
     sizes = torch.stack([mean, deviation]).norm(dim=0).sort().values
     rounding = sizes[int(0.9 * (len(sizes) - 1))] * len(sizes) ** 0.5 * 2**-23
     constant = deviation <= torch.maximum(1e-6 * mean.abs(), rounding)

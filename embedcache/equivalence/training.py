@@ -178,11 +178,11 @@ def differences_of(a: Named, b: Named) -> tuple[Difference, str]:
     empty = np.zeros(0, np.float32)
     first = first_step(a, b)
     for name in dict.fromkeys([*a, *b]):
-        found = difference(a.get(name, empty), b.get(name, empty))
-        if found.where is not None and (whole.where is None or found.largest > whole.largest):
-            place = f"{name}[{', '.join(map(str, found.where))}]" if name in a and a[name].shape else name
+        gap = difference(a.get(name, empty), b.get(name, empty))
+        if gap.where is not None and (whole.where is None or gap.largest > whole.largest):
+            place = f"{name}[{', '.join(map(str, gap.where))}]" if name in a and a[name].shape else name
             where = place if first is None else f"step {first} first"
-        whole = whole.joined(found, 0)
+        whole = whole.joined(gap, 0)
     return whole, where
 
 
@@ -198,6 +198,6 @@ def compare_records(
     for what, values in parts(cached, relative=tolerances is not None).items():
         if what in taken or not any(value.size for value in (*values.values(), *live_parts[what].values())):
             continue
-        found, where = differences_of(values, live_parts[what])
-        comparisons.append(judged(reference, what, found, where, None if tolerances is None else tolerances.get(what)))
+        gap, where = differences_of(values, live_parts[what])
+        comparisons.append(judged(reference, what, gap, where, None if tolerances is None else tolerances.get(what)))
     return comparisons

@@ -46,7 +46,7 @@ def _documented(estimator: type[E]) -> type[E]:
 
 
 # scikit-learn reads the settings from the signature of __init__, and wants each kept as it is given, unchecked, in an
-# attribute of its name. That is what a dataclass is. Fields with a default value are arguments; all else is no field.
+# attribute of its name. That is what a dataclass is: what has an annotation and a default is an argument.
 @dataclass(eq=False, repr=False)
 class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """What both estimators share: the settings of ``TrainSpec`` as parameters, and the training."""
@@ -193,7 +193,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
         class_weight = self.class_weight
         if isinstance(class_weight, Mapping):  # a fold may lack a class
             named = dict(zip(self.classes_.tolist(), names, strict=True))
-            class_weight = {named[label]: float(each) for label, each in class_weight.items() if label in named}
+            class_weight = {named[label]: float(weight) for label, weight in class_weight.items() if label in named}
         self._fit_head(x, targets, weights, task, names, class_weight=class_weight)
         return self
 

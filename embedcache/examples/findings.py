@@ -66,13 +66,13 @@ def leaks(groups: Groups, dataset: Dataset, show: Show) -> list[str]:
     present[groups.ids(), dataset.split[groups.order]] = True
     first = groups.first_rows()
     notes = []
-    for one, other in itertools.combinations(range(len(names)), 2):
-        both = np.sort(first[present[:, one] & present[:, other]])
+    for a, b in itertools.combinations(range(len(names)), 2):
+        both = np.sort(first[present[:, a] & present[:, b]])
         if len(both):
             verb = "occurs" if len(both) == 1 else "occur"
             shown = ", ".join(show(both[:SHOWN].tolist()))
             contents = counted(len(both), "different content")
-            notes.append(f"{contents} {verb} in both {names[one]} and {names[other]}, for example {shown}")
+            notes.append(f"{contents} {verb} in both {names[a]} and {names[b]}, for example {shown}")
     return notes
 
 

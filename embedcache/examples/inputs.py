@@ -207,9 +207,9 @@ def open_inputs(inputs: object, by_split: Mapping[str, object], options: Reading
         raise InputError("there is no input: pass a file, a list of dicts, a DataFrame or a Dataset")
     from_files = [name for name, _ in given if name is not None]
     if from_files and (options.split is not None or options.split_column is not None):
-        other = "split" if options.split is not None else "split_column"
+        option = "split" if options.split is not None else "split_column"
         named = ", ".join(dict.fromkeys(from_files))
-        raise SpecError(f"splits were given both as inputs ({named}) and by {other}: choose one")
+        raise SpecError(f"splits were given both as inputs ({named}) and by {option}: choose one")
     for split, value in given:
         for source in _sources(split or "input", value, options):
             yield GivenSource(split, source)

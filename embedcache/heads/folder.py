@@ -48,7 +48,7 @@ _TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *_BESIDE)))}|{WE
 class RunFolder:
     """A run's folder opened for writing, as a context manager; a new one that nothing was saved in is removed again.
 
-    Worth opening before training, so that nobody learns only after it that there is no place for the head.
+    Worth opening before training, so that a folder that cannot be written is found before the work, not after it.
 
     Raises ``BundleError`` where it is a file, holds something else or cannot be made, and ``CacheLockedError`` where
     another process has it.
@@ -162,7 +162,7 @@ class RunFolder:
 def record(directory: Path, split: str, measured: Mapping[str, object]) -> None:
     """Add what was measured on a split to the metrics and the model card of a bundle.
 
-    Raises ``BundleError`` for a folder that is no bundle or cannot be written.
+    Raises ``BundleError`` for a folder that is not a bundle or cannot be written.
     """
     load(directory, HeadRecord)
     with RunFolder(directory) as folder:

@@ -91,14 +91,14 @@ def register_head(kind: str, head: type[Head]) -> None:
 
     A bundle of it can be loaded wherever the same registration has been made.
 
-    Raises ``SpecError`` for a name that is taken or is none, and for a class that is no torch module.
+    Raises ``SpecError`` for a name that is taken or malformed, and for a class that is not a torch module.
     """
     from torch.nn import Module
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", kind):
         raise SpecError(f"a head cannot be called {kind!r}: expected letters, digits, - and _, such as gated")
     if not (isinstance(head, type) and issubclass(head, Module)):
-        raise SpecError(f"{shortened(head)} is no head: expected a class made as CONTRIBUTING.md shows")
+        raise SpecError(f"{shortened(head)} is not a head: expected a class made as CONTRIBUTING.md shows")
     if kind in TORCH and TORCH[kind] is not head:
         raise SpecError(f"there is a head {kind!r} already: choose another name")
     TORCH[kind] = head

@@ -313,7 +313,7 @@ def mistakes_with_safe_pictures(mistakes: Mistakes | None) -> Mistakes | None:
 def facts(summary: Summary) -> list[tuple[str, str]]:
     """Return what was run on what, line by line."""
     data, ran, protocol = summary.data, summary.ran, summary.protocol
-    sets = ", ".join(f"{found.name} ({found.kind}, {found.dim} wide)" for found in data.feature_sets)
+    sets = ", ".join(f"{feature.name} ({feature.kind}, {feature.dim} wide)" for feature in data.feature_sets)
     lines = [
         ("data", f"{data.name}: " + ", ".join(f"{split} {rows:,}" for split, rows in data.rows.items())),
         ("backbone", show(data.model)),

@@ -64,9 +64,9 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     outputs = head.probabilities(x)
     on_test, method = _tested(problem, outputs, head.thresholds)
     thresholds = head.thresholds if problem.task is MULTILABEL else None
-    found = measured(problem, problem.test_y, outputs, thresholds)
+    results = measured(problem, problem.test_y, outputs, thresholds)
     test = TestResult(
-        **vars(found), **vars(on_test), id=chosen.id, label=chosen.first.label, split="test", interval_method=method,
+        **vars(results), **vars(on_test), id=chosen.id, label=chosen.first.label, split="test", interval_method=method,
         trained_on=folds[0].rows,
     )  # fmt: skip
     wrong = mistakes(problem, "test", problem.test_rows, problem.test_y, outputs, head.thresholds)
@@ -130,7 +130,7 @@ def _tested(problem: Problem, outputs: npt.NDArray[Any], thresholds: Sequence[fl
 
 def test_all(problem: Problem, others: Sequence[Candidate], known: Collection[str]) -> dict[str, TestScore]:
     """Return the scores on the test split, by id, of every candidate that is not ``known``: tested before."""
-    jobs = [Job(other.first, problem.final, 0) for other in others if other.id not in known]
+    jobs = [Job(candidate.first, problem.final, 0) for candidate in others if candidate.id not in known]
     by_id: dict[str, TestScore] = {}
     if not len(problem.test_rows):
         return by_id

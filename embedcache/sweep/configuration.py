@@ -100,9 +100,9 @@ class Asked:
     seed: int | None = None
     test_all: bool | None = None
 
-    def over(self, other: Asked) -> Asked:
-        """Return what is asked for here, and where that is nothing, what the other asks for."""
-        return Asked(**{**other._given(), **self._given()})
+    def over(self, file: Asked) -> Asked:
+        """Return what is asked for here and, where that is nothing, what the file asks for."""
+        return Asked(**{**file._given(), **self._given()})
 
     def protocol(self) -> Protocol:
         """Return the protocol. Raises ``SweepSpecError`` where two things contradict each other."""
@@ -191,8 +191,8 @@ def number(where: str, value: object) -> float:
     try:
         if isinstance(value, bool) or not isinstance(value, (str, SupportsFloat)):
             raise ValueError
-        if math.isfinite(found := float(value)):
-            return found
+        if math.isfinite(result := float(value)):
+            return result
         raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise SweepSpecError(f"{where} is {shortened(value)}: expected a number") from None

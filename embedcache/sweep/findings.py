@@ -59,7 +59,8 @@ def data_facts(problem: Problem) -> DataFacts:
         development_rows=len(problem),
         unique_rows=problem.strata.groups,
         feature_sets=tuple(
-            FeatureSetFacts(found.name, found.kind, found.dim, found.layers) for found in cache.feature_sets.values()
+            FeatureSetFacts(feature.name, feature.kind, feature.dim, feature.layers)
+            for feature in cache.feature_sets.values()
         ),
         classes=classes,
     )

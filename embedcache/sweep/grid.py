@@ -346,9 +346,9 @@ def _mapping_of(where: str, entry: object) -> Written:
     if not isinstance(entry, Mapping):
         raise SweepSpecError(f"{where} is {entry!r}: expected the name of a head, or settings with head: NAME")
     written = dict(entry)
-    for other in ("kind", "name"):  # what people write instead
-        if other in written and "head" not in written:
-            written["head"] = written.pop(other)
+    for synonym in ("kind", "name"):  # what people write instead
+        if synonym in written and "head" not in written:
+            written["head"] = written.pop(synonym)
     if not isinstance(written.get("head"), str):
         raise SweepSpecError(f"{where} names no head: expected head: NAME, such as head: linear")
     return written

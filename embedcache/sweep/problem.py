@@ -77,8 +77,8 @@ def strata(keys: npt.NDArray[np.uint8], y: Array, task: Task, names: Sequence[st
     2011); or a tenth of the first regression target. A group takes the smallest stratum among its rows.
     """
     whole = np.ascontiguousarray(keys).view("V16").reshape(-1)
-    found, group = np.unique(whole, return_inverse=True)
-    short = np.ascontiguousarray(found).view(np.uint8).reshape(-1, 16)[:, :8].copy().view("<u8").reshape(-1)
+    contents, group = np.unique(whole, return_inverse=True)
+    short = np.ascontiguousarray(contents).view(np.uint8).reshape(-1, 16)[:, :8].copy().view("<u8").reshape(-1)
     group = group.reshape(-1).astype(np.int64)
     if task is CLASSIFICATION:
         stratum, titles = y.astype(np.int64), tuple(names)
@@ -92,7 +92,7 @@ def strata(keys: npt.NDArray[np.uint8], y: Array, task: Task, names: Sequence[st
         edges = np.quantile(y[:, 0], np.linspace(0, 1, _BINS + 1)[1:-1])
         stratum = np.searchsorted(edges, y[:, 0], side="right").astype(np.int64)
         titles = tuple(f"tenth {tenth}" for tenth in range(1, _BINS + 1))
-    lowest = np.full(len(found), len(titles), np.int64)
+    lowest = np.full(len(contents), len(titles), np.int64)
     np.minimum.at(lowest, group, stratum)
     return Strata(group, lowest[group], short, titles)
 

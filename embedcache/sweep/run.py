@@ -336,8 +336,9 @@ class Run:
         """Train the named heads and a baseline on shares of the rows, where that was asked for."""
         if not self.ending.learning_curve:
             return []
-        baselines = [other for other in others if other.first.head.kind == "majority" and other not in named]
-        drawn = [*named, *[baseline for baseline in baselines if baseline.error() is None][:1]]
+        majority = [candidate for candidate in others if candidate.first.head.kind == "majority"]
+        baselines = [candidate for candidate in majority if candidate not in named and candidate.error() is None]
+        drawn = [*named, *baselines[:1]]
         self.train(conclusion.curve_jobs(self.problem, drawn))
         return conclusion.curves(self.problem, self.folder, drawn)
 

@@ -199,7 +199,7 @@ def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, ti
         judged = rows.take(np.flatnonzero(stop)) if stop.any() else None
         # A part of the rows has fewer steps in as many epochs: what is compared is rows, not steps.
         specs = [replace(spec, min_steps=max(MIN_STEPS, spec.least_steps)) for spec in specs]
-        found = train_stack(rows.take(np.flatnonzero(learn)), judged, heads, specs, origin=origin, options=options)
+        results = train_stack(rows.take(np.flatnonzero(learn)), judged, heads, specs, origin=origin, options=options)
     else:
         numbers = list(dict.fromkeys(job.number for job in jobs))
         by_number = {job.number: _learn_and_stop(job.fold, stopping) for job in jobs}
@@ -208,12 +208,12 @@ def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, ti
             np.stack([by_number[number][1] for number in numbers]),
             np.array([numbers.index(job.number) for job in jobs], np.int64),
         )
-        found = train_stack(rows, None, heads, specs, masks=masks, origin=origin, options=options)
-    if any(result.interrupted for result in found):
+        results = train_stack(rows, None, heads, specs, masks=masks, origin=origin, options=options)
+    if any(result.interrupted for result in results):
         raise Interruption
     seconds = time.perf_counter() - begun
-    ran = [max(1, len(result.history)) for result in found]
-    for job, result, epochs in zip(jobs, found, ran, strict=True):
+    ran = [max(1, len(result.history)) for result in results]
+    for job, result, epochs in zip(jobs, results, ran, strict=True):
         yield Trained(
             job, result.head, seconds * epochs / sum(ran), float(epochs), history=result.history,
             improving=result.fitted.improving,
@@ -236,14 +236,14 @@ def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, t
     if _alone(problem, batch.jobs[0]):
         rows = masks[0]
         x, y, masks = part(x, rows), y[rows], np.ones((1, int(rows.sum())), bool)
-    found = path_folds(
+    solutions = path_folds(
         x.values, y, penalties, masks, task=problem.task, outputs=len(problem.class_names),
         standardize=first.train.standardize,
     )  # fmt: skip
     seconds = (time.perf_counter() - begun) / len(batch.jobs)
     feature = problem.cache.feature(first.feature)
     for job in batch.jobs:
-        solved = found[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
+        solved = solutions[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
         head = TrainedHead(
             job.configuration.head, problem.task.name, problem.class_names, feature,
             state={"output.weight": solved.weight, "output.bias": solved.bias},

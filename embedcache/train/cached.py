@@ -161,7 +161,8 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
         there = np.bincount(of_split[of_split >= 0], minlength=len(cache.class_names))
         unseen = np.flatnonzero((counts == 0) & (there > 0))
         if len(unseen) and split != "train":
-            names = ", ".join(f"{cache.class_names[at]!r} ({counted(there[at], 'row')})" for at in unseen[:5].tolist())
+            rows = [(cache.class_names[label], int(there[label])) for label in unseen[:5].tolist()]
+            names = ", ".join(f"{name!r} ({counted(count, 'row')})" for name, count in rows)
             raise TrainingError(
                 f"{split} has classes that no training row has: {names}; no head can learn them: "
                 "give them training rows, leave them out, or pass --allow-unseen"
@@ -218,7 +219,7 @@ def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
     trained, name = ExtractionSpec.from_json(head.extraction), head.feature.name
     if name not in cache.feature_sets:
         raise FeatureError(f"{cache.path} has no feature set {name!r}: it has {', '.join(cache.feature_sets)}")
-    found = trained.differences_for(name, ExtractionSpec.from_json(cache.spec)) if trained.body else []
-    if found:
-        shown = differences_text(found, "trained on", "the cache has")
+    differences = trained.differences_for(name, ExtractionSpec.from_json(cache.spec)) if trained.body else []
+    if differences:
+        shown = differences_text(differences, "trained on", "the cache has")
         raise BackboneMismatchError(f"the head was trained on other features than {cache.path} holds ({shown})")

@@ -283,7 +283,7 @@ def class_weights(
     """Return the class weights of K heads, float32 [K, C], or None where no head has any.
 
     ``balanced`` weighs a class by N / (C * its rows) as scikit-learn does, a label of a multi-label task by how many
-    rows lack it for each that has it. Raises ``SpecError`` for names that are no classes or for a regression.
+    rows lack it for each that has it. Raises ``SpecError`` for names that are not classes or for a regression.
     """
     if all(spec.class_weight is None for spec in specs):
         return None

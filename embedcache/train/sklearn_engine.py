@@ -254,13 +254,13 @@ class _Fitting:
 def _one_of(estimator: Any, x: Array, y: Array, classes: int, rows: Floats | None) -> Matrix:
     """Fit one of the classes that are there; the others get ``NEVER``."""
     present = np.unique(y)
-    found, constant = _matrix(
+    solved, constant = _matrix(
         _fit(estimator, x, np.searchsorted(present, y), rows), 1 if len(present) == 2 else len(present)
     )
     if len(present) == 2:
-        found, constant = np.vstack([-found / 2, found / 2]), np.concatenate([-constant / 2, constant / 2])
+        solved, constant = np.vstack([-solved / 2, solved / 2]), np.concatenate([-constant / 2, constant / 2])
     weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, NEVER)
-    weight[present], bias[present] = found, constant
+    weight[present], bias[present] = solved, constant
     return weight, bias
 
 

@@ -87,11 +87,11 @@ class Curvature:
 
         def outputs(block: slice) -> tuple[list[Floats], Floats]:
             logits = np.split(self._x[block] @ stacked + biases, len(points), axis=1)
-            found = [self._outputs(each, block, at) for each, at in zip(logits, problems, strict=True)]
-            return [outer for outer, _ in found], np.sum([own for _, own in found], axis=0)
+            terms = [self._outputs(part, block, problem) for part, problem in zip(logits, problems, strict=True)]
+            return [outer for outer, _ in terms], np.sum([own for _, own in terms], axis=0)
 
         parts = list(self._workers.each(len(self._x), max(width, len(biases)), outputs))
-        outers = [np.sum(each, axis=0) for each in zip(*(outer for outer, _ in parts), strict=True)]
+        outers = [np.sum(blocks, axis=0) for blocks in zip(*(outer for outer, _ in parts), strict=True)]
         basis = self._renewed(np.concatenate([own for _, own in parts]))
         return [
             _inverse(basis, outer, l2, self._design.softmax, float(self._mass[problem].sum()))
@@ -119,7 +119,7 @@ class Curvature:
         import scipy.linalg
 
         x, total = self._x, unsure.sum()
-        # A thousandth of it by equal parts: where all rows but two are certain, two rows are no estimate.
+        # A thousandth of it by equal parts: where all rows but two are certain, two rows are not an estimate.
         even = np.full(len(x), 1 / len(x))
         share = 0.999 * unsure / total + 0.001 * even if total > 0 else even
         centre = share.astype(np.float32) @ x
@@ -169,13 +169,13 @@ def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float
         step = np.empty_like(gradient)
         divided = within / below
         if whole:
-            found = vectors @ divided
+            weights = vectors @ divided
         else:
-            found = inner / rest.astype(np.float32) + vectors @ (divided - within / rest.astype(np.float32))
+            weights = inner / rest.astype(np.float32) + vectors @ (divided - within / rest.astype(np.float32))
         bias = bias / own
         if turn is not None:
-            found, bias = found @ turn.T, bias @ turn.T
-        step[:-1] = found
+            weights, bias = weights @ turn.T, bias @ turn.T
+        step[:-1] = weights
         step[-1] = bias - basis.centre @ step[:-1]
         return step
 

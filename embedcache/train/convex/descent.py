@@ -50,14 +50,14 @@ class Objective:
         stacked = np.hstack(weights)
         bias = np.concatenate([point[-1] for point in points]) - design.shift @ stacked
         losses, back, sums = self._pass(stacked.astype(self._dtype), bias.astype(self._dtype), tuple(problems))
-        found = []
-        for at, (point, l2) in enumerate(zip(points, strengths, strict=True)):
-            own = slice(at * design.columns, (at + 1) * design.columns)
+        results = []
+        for place, (point, l2) in enumerate(zip(points, strengths, strict=True)):
+            own = slice(place * design.columns, (place + 1) * design.columns)
             gradient = np.empty(design.shape)
-            gradient[:-1] = (back[:, own] - np.outer(design.shift, sums[own])) / scales[at] + l2 * point[:-1]
+            gradient[:-1] = (back[:, own] - np.outer(design.shift, sums[own])) / scales[place] + l2 * point[:-1]
             gradient[-1] = sums[own]
-            found.append((float(losses[at]) + l2 / 2 * float(np.vdot(point[:-1], point[:-1])), gradient))
-        return found
+            results.append((float(losses[place]) + l2 / 2 * float(np.vdot(point[:-1], point[:-1])), gradient))
+        return results
 
     def _pass(self, weight: Array, bias: Array, problems: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
         """Return losses [K], and the residuals' product with the rows [D, K C] and with ones [K C]."""
@@ -278,8 +278,8 @@ def descend(
     """Walk until every problem has ended, or has taken ``most`` steps; ``renew`` the curvature at the start as well."""
 
     def look(of: Sequence[Walk]) -> None:
-        found = curvature.at([walk.point for walk in of], [walk.problem for walk in of], [walk.l2 for walk in of])
-        for walk, inverse in zip(of, found, strict=True):
+        inverses = curvature.at([walk.point for walk in of], [walk.problem for walk in of], [walk.l2 for walk in of])
+        for walk, inverse in zip(of, inverses, strict=True):
             walk.renew(inverse)
 
     def values(of: Sequence[Walk], points: list[Floats]) -> list[tuple[float, Floats]]:
@@ -300,6 +300,6 @@ def descend(
         if turn in _RENEW:
             curvature.widen(turn)
             look(active)
-        found = values(active, [walk.trial() for walk in active])
-        for walk, (loss, gradient) in zip(active, found, strict=True):
+        results = values(active, [walk.trial() for walk in active])
+        for walk, (loss, gradient) in zip(active, results, strict=True):
             walk.judge(loss, gradient)

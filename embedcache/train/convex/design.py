@@ -46,14 +46,14 @@ class Workers:
             waiting.append(self._pool.submit(work, block))
             if len(waiting) > self._ahead:  # results of a million rows at once would be a million rows in memory
                 yield waiting.popleft().result()
-        for each in waiting:
-            yield each.result()
+        for future in waiting:
+            yield future.result()
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
     """Return slices of rows, the same on every machine."""
     step = max(64, min(_ROWS, _NUMBERS // max(width, 1)))
-    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @contextmanager
@@ -166,9 +166,9 @@ class Design:
         off = mass.sum() - on
         return (on if self.on is None else on * self.on), off
 
-    def to_point(self, found: Solution, problem: int) -> Floats:
+    def to_point(self, solution: Solution, problem: int) -> Floats:
         """Return parameters [D + 1, columns] of a head for raw features."""
-        weight, bias = found.weight, found.bias
+        weight, bias = solution.weight, solution.bias
         if weight.shape != (max(self.absent.shape[1], self.columns), self.x.shape[1]):
             raise SpecError(
                 f"start has a weight {weight.shape}: expected {(self.absent.shape[1], self.x.shape[1])}, "
@@ -355,7 +355,7 @@ def _moments(x: Array, near: Floats, mass: Floats) -> tuple[Floats, Floats]:
     first /= total
     variance = second / total - first**2
     eps = np.finfo(np.float64).eps
-    # As in scikit-learn's StandardScaler: what is left by rounding is no variance. `near` comes from float32 sums.
+    # As in scikit-learn's StandardScaler: what rounding leaves is not variance. `near` comes from float32 sums.
     noise = total * eps * (second / total) + (total * eps * (near + first)) ** 2
     variance[variance <= noise] = 0.0
     deviation, mean = np.sqrt(variance), near + first.mean(axis=0)

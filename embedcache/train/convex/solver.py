@@ -99,14 +99,15 @@ def squares(design: Design, workers: Workers) -> list[Squares]:
             return np.asarray((values * mass[own, None]).T @ values)
 
         total = np.zeros((width + design.columns + 1,) * 2)
-        for each in workers.each(len(rows), width, part):
-            total += each
+        for product in workers.each(len(rows), width, part):
+            total += product
         return total
 
     every = np.arange(len(design.x))
-    sums = [moments(mass, every if held is None or not at else held[at - 1]) for at, mass in enumerate(masses)]
+    rows_of = [every] * len(masses) if held is None else [every, *held]
+    sums = [moments(mass, rows) for mass, rows in zip(masses, rows_of, strict=True)]
     if held is not None:
-        sums = [sums[0] - each for each in sums[1:]]
+        sums = [sums[0] - held_out for held_out in sums[1:]]
     return [_squares(design, problem, moments) for problem, moments in enumerate(sums)]
 
 

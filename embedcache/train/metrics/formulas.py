@@ -222,7 +222,7 @@ def counts_of(predictions: Predictions) -> Callable[[Floats], Counts]:
         return lambda weights: (weights @ true, weights @ predicted, weights @ hits)
 
     def counts(weights: Floats) -> Counts:
-        true, predicted = (_masses(each, weights, classes) for each in (predictions.y, predictions.predicted))
+        true, predicted = (_masses(labels, weights, classes) for labels in (predictions.y, predictions.predicted))
         return true, predicted, _masses(predictions.y, weights * predictions.right, classes)
 
     return counts
@@ -360,7 +360,7 @@ def pearson(y: Floats, outputs: Floats) -> Prepared:
 
 def spearman(y: Floats, outputs: Floats) -> Prepared:
     """The correlation of ranks, ties sharing their mean rank."""
-    groups = [np.unique(each, return_inverse=True)[1] for each in (y, outputs)]
+    groups = [np.unique(values, return_inverse=True)[1] for values in (y, outputs)]
 
     def correlation(weights: Floats) -> float:
         if not weights.any():

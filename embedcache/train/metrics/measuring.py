@@ -54,26 +54,26 @@ class Metric:
 
 
 def _table() -> dict[str, Metric]:
-    one, many, value = CLASSIFICATION, MULTILABEL, REGRESSION
+    classes, labels, values = CLASSIFICATION, MULTILABEL, REGRESSION
     rows: list[tuple[str, bool, Mapping[Task, Callable[[Predictions], Prepared]]]] = [
-        ("accuracy", True, {one: formulas.accuracy}),
-        ("subset_accuracy", True, {many: formulas.accuracy}),
-        ("hamming_loss", False, {many: formulas.hamming}),
-        ("balanced_accuracy", True, {one: formulas.of_counts(formulas.balanced_accuracy)}),
-        ("f1_micro", True, {many: formulas.of_counts(formulas.f1_micro)}),
-        ("f1_macro", True, dict.fromkeys((one, many), formulas.of_counts(formulas.f1_macro))),
-        ("f1_weighted", True, {one: formulas.of_counts(formulas.f1_weighted)}),
-        ("mcc", True, {one: formulas.of_counts(formulas.mcc)}),
-        ("roc_auc", True, dict.fromkeys((one, many), formulas.of_ranks("roc_auc"))),
-        ("average_precision", True, dict.fromkeys((one, many), formulas.of_ranks("average_precision"))),
-        ("log_loss", False, dict.fromkeys((one, many), formulas.log_loss)),
-        ("brier", False, dict.fromkeys((one, many), formulas.brier)),
-        ("ece", False, dict.fromkeys((one, many), formulas.ece)),
-        ("mae", False, {value: formulas.of_targets(formulas.mae)}),
-        ("rmse", False, {value: formulas.of_targets(formulas.rmse)}),
-        ("r2", True, {value: formulas.of_targets(formulas.r2)}),
-        ("pearson", True, {value: formulas.of_targets(formulas.pearson)}),
-        ("spearman", True, {value: formulas.of_targets(formulas.spearman)}),
+        ("accuracy", True, {classes: formulas.accuracy}),
+        ("subset_accuracy", True, {labels: formulas.accuracy}),
+        ("hamming_loss", False, {labels: formulas.hamming}),
+        ("balanced_accuracy", True, {classes: formulas.of_counts(formulas.balanced_accuracy)}),
+        ("f1_micro", True, {labels: formulas.of_counts(formulas.f1_micro)}),
+        ("f1_macro", True, dict.fromkeys((classes, labels), formulas.of_counts(formulas.f1_macro))),
+        ("f1_weighted", True, {classes: formulas.of_counts(formulas.f1_weighted)}),
+        ("mcc", True, {classes: formulas.of_counts(formulas.mcc)}),
+        ("roc_auc", True, dict.fromkeys((classes, labels), formulas.of_ranks("roc_auc"))),
+        ("average_precision", True, dict.fromkeys((classes, labels), formulas.of_ranks("average_precision"))),
+        ("log_loss", False, dict.fromkeys((classes, labels), formulas.log_loss)),
+        ("brier", False, dict.fromkeys((classes, labels), formulas.brier)),
+        ("ece", False, dict.fromkeys((classes, labels), formulas.ece)),
+        ("mae", False, {values: formulas.of_targets(formulas.mae)}),
+        ("rmse", False, {values: formulas.of_targets(formulas.rmse)}),
+        ("r2", True, {values: formulas.of_targets(formulas.r2)}),
+        ("pearson", True, {values: formulas.of_targets(formulas.pearson)}),
+        ("spearman", True, {values: formulas.of_targets(formulas.spearman)}),
     ]
     return {name: Metric(name, greater, prepare) for name, greater, prepare in rows}
 
@@ -161,7 +161,7 @@ def measure(
     for two classes as scikit-learn does; ``ece`` has 15 bins of equal width; ``average_precision`` is of the second
     class where there are two and the mean over one-vs-rest where there are more, as is ``roc_auc``.
     Multi-label: ``log_loss`` and ``brier`` are means over rows and labels. Regression: means over targets, each target
-    in ``per_target``. Raises ``TrainingError`` for outputs that are not finite, or are no probabilities.
+    in ``per_target``. Raises ``TrainingError`` for outputs that are not finite, or are not probabilities.
     """
     predictions = Predictions(task, y, outputs, thresholds)
     _refuse_bad_outputs(predictions)
@@ -196,14 +196,14 @@ def measure(
     measured["per_class"] = [
         {
             "class": name,
-            "rows": int(true[at]),
-            "precision": float(hits[at] / predicted[at]) if predicted[at] else None,
-            "recall": float(hits[at] / true[at]) if true[at] else None,
-            "f1": float(2 * hits[at] / (true[at] + predicted[at])) if true[at] else None,
+            "rows": int(true[label]),
+            "precision": float(hits[label] / predicted[label]) if predicted[label] else None,
+            "recall": float(hits[label] / true[label]) if true[label] else None,
+            "f1": float(2 * hits[label] / (true[label] + predicted[label])) if true[label] else None,
         }
-        for at, name in enumerate(class_names)
+        for label, name in enumerate(class_names)
     ]
-    measured["missing_classes"] = [name for at, name in enumerate(class_names) if not true[at]]
+    measured["missing_classes"] = [name for label, name in enumerate(class_names) if not true[label]]
     return measured
 
 
@@ -238,8 +238,8 @@ def reliability(task: Task, y: Array, outputs: Array) -> dict[str, Any]:
     that of every label and how often it holds; both are None in an empty bin. Raises ``SpecError`` for a regression.
     """
     metric, predictions = metric_named("ece", task), Predictions(task, y, outputs)
-    confidence, came_true, at = confidences(predictions)
-    rows, sums, hits = (np.bincount(at, weights, BINS) for weights in (None, confidence, came_true))
+    confidence, came_true, bin_of = confidences(predictions)
+    rows, sums, hits = (np.bincount(bin_of, weights, BINS) for weights in (None, confidence, came_true))
     bins = [
         {
             "low": number / BINS,
