@@ -22,6 +22,7 @@ from embedcache.wording import did_you_mean, shortened
 if TYPE_CHECKING:
     from embedcache.heads.modules import Head
     from embedcache.shard import FeatureSet
+    from embedcache.shard import Kind as FeatureKind
 
 Engine = Literal["torch", "sklearn"]
 ENGINES: Mapping[str, Engine] = {"torch": "torch", "sklearn": "sklearn"}
@@ -114,6 +115,13 @@ def head_class(kind: str) -> type[Head]:
         imported: type[Head] = getattr(importlib.import_module(module), name)
         return imported
     return head
+
+
+def kinds_read(head: HeadSpec) -> tuple[FeatureKind, ...]:
+    """Return the kinds of feature sets that a head reads; torch is loaded only for a head that may read several."""
+    if head.engine == "sklearn" or head.kind in ("linear", "mlp", "residual"):
+        return ("pooled",)
+    return head_class(head.kind).takes
 
 
 def build_head(spec: HeadSpec, feature: FeatureSet, outputs: int, *, seed: int = 0) -> Head:

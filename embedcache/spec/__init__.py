@@ -280,7 +280,7 @@ class TrainSpec:
         return made
 
     @classmethod
-    def of(cls, settings: TrainSpec | Mapping[str, Any] | None) -> TrainSpec:
+    def of(cls, settings: TrainSpec | Mapping[str, object] | None) -> TrainSpec:
         """Return settings that may also be written as a mapping, ``{"epochs": 2}``; None for the defaults.
 
         Raises ``SpecError`` for what is none, naming the nearest.
@@ -289,7 +289,7 @@ class TrainSpec:
             return settings
         if settings is not None and not isinstance(settings, Mapping):
             raise SpecError(f"spec is {shortened(settings)}: expected a TrainSpec, or settings such as {{'epochs': 2}}")
-        return cls(**dict(settings or {}))
+        return cls(**dict(settings or {}))  # type: ignore[arg-type]  # __post_init__ checks
 
     def __post_init__(self) -> None:
         for name, setting in declared(TrainSpec).items():

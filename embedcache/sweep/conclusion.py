@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.decoding import from_json
 from embedcache.errors import SweepError, TrainingError
+from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
 from embedcache.journal import exists, explained, make_folder
@@ -22,7 +22,7 @@ from embedcache.sweep.problem import Problem, subset
 from embedcache.sweep.store import SweepFolder
 from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
 from embedcache.sweep.training import Job, Trained, batches, outputs_of, train_batch
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train.metrics import score
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -51,7 +51,7 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     """
     shots = problem.protocol.shots
     folds = problem.folds if shots is not None else [problem.final]
-    every = [_one(problem, Job(chosen.first, fold, number)) for number, fold in enumerate(folds)]
+    every = [_trained(problem, Job(chosen.first, fold, number)) for number, fold in enumerate(folds)]
     trained = every[0]
     if trained.head is None:
         raise TrainingError(f"{chosen.first.label} could not be trained on all rows: {trained.error}")
@@ -74,21 +74,19 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     return Final(trained, head, test, wrong, few)
 
 
-def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: Any) -> FewShot:
+def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: Dense | Ragged) -> FewShot:
     scores = [score(problem.metric, problem.task, problem.test_y, outputs_of(head, x)) for head in heads]
     sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
     return FewShot(shots, len(scores), tuple(scores), float(np.mean(scores)), sd)
 
 
-def _one(problem: Problem, job: Job) -> Trained:
+def _trained(problem: Problem, job: Job) -> Trained:
     (batch,) = batches(problem, [job])
     (trained,) = train_batch(problem, batch)
     return trained
 
 
-def _out_of_fold(
-    problem: Problem, folder: SweepFolder, chosen: Candidate
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _out_of_fold(problem: Problem, folder: SweepFolder, chosen: Candidate) -> tuple[npt.NDArray[np.int64], Floats]:
     """Return rows and the first seed's outputs on them when they were not learnt from, in its first repeat."""
     outputs = folder.predictions(chosen.first.id)
     folds = [number for number, fold in enumerate(problem.folds) if fold.repeat == 0]
@@ -109,7 +107,7 @@ def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: 
     return replace(head, calibration={"temperature": float(fit_temperature(logits, problem.y[rows]))})
 
 
-def _tested(problem: Problem, outputs: npt.NDArray[Any], thresholds: Sequence[float]) -> tuple[TestScore, str]:
+def _tested(problem: Problem, outputs: Array, thresholds: Sequence[float]) -> tuple[TestScore, str]:
     """Return score and interval over the rows of the test split, equal contents drawn together, and the method."""
     limits = np.asarray(thresholds) if problem.task is MULTILABEL else None
     extra = {} if limits is None else {"thresholds": limits}

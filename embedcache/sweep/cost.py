@@ -6,12 +6,13 @@ import numpy as np
 
 from embedcache.errors import SweepError
 from embedcache.heads import build_head
-from embedcache.spec import TrainSpec
 from embedcache.sweep.configuration import Configuration
-from embedcache.sweep.grid import ASK_ABOVE, Grid
+from embedcache.sweep.grid import Grid
 from embedcache.sweep.problem import Problem
 from embedcache.wording import counted, duration
 
+ASK_ABOVE = 10_000
+"""More configurations than this are not run without a yes."""
 _FLOPS = 3e10
 """What a modest core does in a second, for an estimate of days, not of seconds."""
 
@@ -40,8 +41,5 @@ def seconds_of(problem: Problem, configuration: Configuration) -> float:
         return 4 * 60 * rows * feature.dim * outputs / _FLOPS
     size = sum(parameter.numel() for parameter in build_head(configuration.head, feature, outputs).parameters())
     vectors = {"pooled": 1, "layers": feature.layers, "tokens": 32}[feature.kind]
-    return 6 * rows * size * vectors * _epochs(configuration.train, rows) / _FLOPS
-
-
-def _epochs(spec: TrainSpec, rows: int) -> int:
-    return spec.epochs_of(-(-rows // spec.batch_size))
+    epochs = configuration.train.epochs_of(-(-rows // configuration.train.batch_size))
+    return 6 * rows * size * vectors * epochs / _FLOPS

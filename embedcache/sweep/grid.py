@@ -31,7 +31,7 @@ import numpy as np
 
 from embedcache.errors import InputNotFoundError, SweepError, SweepSpecError
 from embedcache.heads import head_named
-from embedcache.heads.registry import Engine, head_class, option_names
+from embedcache.heads.registry import Engine, kinds_read, option_names
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec, feature_name, find_name
 from embedcache.sweep.configuration import (
@@ -50,9 +50,6 @@ from embedcache.sweep.configuration import (
 )
 from embedcache.wording import did_you_mean, shortened
 
-NO_CONFIGURATIONS = "the grid has no configurations: name at least one head"
-ASK_ABOVE = 10_000
-"""More configurations than this are not run without a yes."""
 MOST = 2_000_000
 _LARGEST, _DEEPEST, _LONGEST, _MOST_VALUES = 1 << 20, 20, 1000, 100_000
 
@@ -76,9 +73,7 @@ class Block:
     @property
     def axes(self) -> tuple[Choices, ...]:
         """The choices, feature sets first and seeds last."""
-        return (
-            Choices(self.features), *self.options.values(), *self.settings.values(), Choices(self.seeds)
-        )  # fmt: skip
+        return Choices(self.features), *self.options.values(), *self.settings.values(), Choices(self.seeds)
 
     def __len__(self) -> int:
         return math.prod(len(axis.values) for axis in self.axes)
@@ -123,10 +118,8 @@ class Grid:
 
         A draw chooses a head's entry first, all alike, then each setting: from its range where it was given as one.
 
-        Raises ``SweepSpecError`` when there is none, or too many to hold.
+        Raises ``SweepSpecError`` when there are too many to hold.
         """
-        if not len(self):
-            raise SweepSpecError(NO_CONFIGURATIONS)
         if random is None:
             if len(self) > MOST:
                 raise SweepSpecError(f"{len(self):,} configurations are too many: draw some with --random 50")
@@ -255,7 +248,7 @@ def parse(
     asked = asked_in_file({name: written[name] for name in ASKED if written.get(name) is not None})
     grid = Grid(tuple(blocks), tuple(given), asked)
     if not len(grid):
-        raise SweepSpecError(NO_CONFIGURATIONS)
+        raise SweepSpecError("the grid has no configurations: name at least one head")
     return grid
 
 
@@ -320,7 +313,7 @@ class _Reader:
     def _readable(self, where: str, head: HeadSpec, written: Written) -> tuple[str, ...]:
         own = tuple(_feature(name, self.sets) for name in _listed(written.get("features")))
         names = own or self.features
-        takes = takes_of(head.kind, head.engine)
+        takes = kinds_read(head)
         readable = tuple(name for name in names if self.sets[name].kind in takes)
         if not readable:
             wanted = " or ".join(_VECTORS[kind] for kind in takes)
@@ -356,21 +349,13 @@ def _mapping_of(where: str, entry: object) -> Written:
 
 def _not_read(name: str, head: HeadSpec, solvers: Sequence[str]) -> str:
     """Say that a head does not read a setting, and with what the setting goes."""
-    if head.engine == "sklearn":
-        who = f"{head.kind} of scikit-learn"
-    else:
-        who = f"{head.kind} with solver {' or '.join(solvers)[:40]}"
+    where = "of scikit-learn" if head.engine == "sklearn" else f"with solver {' or '.join(solvers)[:40]}"
     hint = ""
     if name == "momentum":
         hint = " (momentum goes with optimizer: sgd)"
     elif name == "l2" and head.engine == "torch":
         hint = " (l2 goes with the head linear and no setting of minibatches)"
-    return f"{who} does not read {name}{hint}"
-
-
-def takes_of(kind: str, engine: Engine) -> tuple[str, ...]:
-    """Return the kinds of feature sets that a head reads."""
-    return ("pooled",) if engine == "sklearn" else tuple(head_class(kind).takes)
+    return f"{head.kind} {where} does not read {name}{hint}"
 
 
 def _setting(where: str, name: str, value: object) -> Choices:

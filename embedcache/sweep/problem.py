@@ -326,10 +326,11 @@ class Problem:
             if self.task is not CLASSIFICATION:
                 raise SweepError(f"--shots draws rows of each class, and this is {self.task}: use --learning-curve")
             return shots(self.strata, plan.shots, plan.draws, seed=plan.seed)
-        options = {"seed": plan.seed, "stopping": plan.stopping_share}
+        seed, stopping = plan.seed, plan.stopping_share
         if plan.folds == 1:
-            return given_split(self.strata, ~self.validation, self.validation, **options)  # type: ignore[arg-type]
-        return k_folds(self.strata, plan.folds, plan.repeats, exact=self.task is CLASSIFICATION, **options)  # type: ignore[arg-type]
+            return given_split(self.strata, ~self.validation, self.validation, seed=seed, stopping=stopping)
+        exact = self.task is CLASSIFICATION
+        return k_folds(self.strata, plan.folds, plan.repeats, seed=seed, stopping=stopping, exact=exact)
 
     @cached_property
     def mean_train_rows(self) -> float:
@@ -380,8 +381,3 @@ class Problem:
             "metric": self.metric,
             "protocol": self.protocol.to_json(),
         }
-
-
-def part(x: Dense | Ragged, mask: npt.NDArray[np.bool_]) -> Dense | Ragged:
-    """Return the features of the rows in a mask, bool [N]."""
-    return x.take(np.flatnonzero(mask))

@@ -24,7 +24,7 @@ from embedcache.heads.registry import checked_kind
 from embedcache.shard import FeatureSet
 from embedcache.spec import MAY_DIFFER, MIN_STEPS
 from embedcache.sweep.configuration import Configuration
-from embedcache.sweep.problem import Fold, Problem, part
+from embedcache.sweep.problem import Fold, Problem
 from embedcache.task import Array, Task
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
@@ -235,7 +235,7 @@ def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, t
     masks, y = np.stack([learn[number] for number in numbers]), problem.y
     if _alone(problem, batch.jobs[0]):
         rows = masks[0]
-        x, y, masks = part(x, rows), y[rows], np.ones((1, int(rows.sum())), bool)
+        x, y, masks = x.take(np.flatnonzero(rows)), y[rows], np.ones((1, int(rows.sum())), bool)
     solutions = path_folds(
         x.values, y, penalties, masks, task=problem.task, outputs=len(problem.class_names),
         standardize=first.train.standardize,
@@ -303,7 +303,7 @@ class _Fitting:
 def _one_by_one(problem: Problem, jobs: Sequence[Job], x: Dense | Ragged) -> Iterator[Trained]:
     for job in jobs:
         learn, _ = _learn_and_stop(job.fold, False)
-        yield _Fitting.on(problem, job.configuration.feature).fit(job, part(x, learn), problem.y[learn])
+        yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(np.flatnonzero(learn)), problem.y[learn])
 
 
 def _sklearn(problem: Problem, batch: Batch, x: Dense | Ragged) -> Iterator[Trained]:

@@ -14,7 +14,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError, warn
 from embedcache.features import Array, Dense, Features, OnDisk, Rows
 from embedcache.heads import TrainedHead
-from embedcache.heads.registry import head_class, head_named
+from embedcache.heads.registry import head_named, kinds_read
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec, differences_text
@@ -35,7 +35,7 @@ HELD_OUT = 10
 def train_on_cache(
     cache: FeatureCache | Path | str,
     head: HeadSpec | str = "linear",
-    spec: TrainSpec | Mapping[str, Any] | None = None,
+    spec: TrainSpec | Mapping[str, object] | None = None,
     *,
     feature: str | None = None,
     allow_unseen: bool = False,
@@ -97,19 +97,13 @@ def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> Featur
     """
     if name is not None:
         return cache.feature(name)
-    takes = (
-        ("pooled",) if head.engine == "sklearn" else head_class(head.kind).takes if _needs_class(head) else ("pooled",)
-    )
+    takes = kinds_read(head)
     for feature in cache.feature_sets.values():
         if feature.kind in takes:
             return feature
     has = ", ".join(f"{feature.name} ({feature.kind})" for feature in cache.feature_sets.values())
     what = "one vector a row" if "pooled" in takes else "tokens or several layers"
     raise FeatureError(f"the head {head.kind} reads {what}, and {cache.path} has only {has}: extract such a set too")
-
-
-def _needs_class(head: HeadSpec) -> bool:
-    return head.kind not in ("linear", "mlp", "residual")
 
 
 def held_out(cache: FeatureCache) -> npt.NDArray[np.bool_]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -157,7 +156,7 @@ def _checked_weights(weight: npt.ArrayLike, rows: int, where: str) -> npt.NDArra
     return weights
 
 
-def checked_names(names: Sequence[Any]) -> tuple[str, ...]:
+def checked_names(names: Sequence[object]) -> tuple[str, ...]:
     """Return class names as text, whole numbers as their digits. Raises ``SpecError`` for others, and for one twice."""
     if isinstance(names, str):
         raise SpecError(f"class_names is {names!r}: expected a list of names")

@@ -27,8 +27,6 @@ from embedcache.train.stack import HeadStack
 from embedcache.wording import counted
 
 Vectors = npt.NDArray[np.float32]
-Start = Mapping[str, Array]
-"""The arrays that a head starts with, by name."""
 
 STACK_NUMBERS = 1_600_000
 """Numbers that a stack may hold: past about 6 MB of weights its passes run at the memory's pace, not the cache's."""
@@ -247,13 +245,12 @@ def fit_minibatch(
     *,
     masks: Masks | None = None,
     batches: Batches | None = None,
-    start: Sequence[Start] | None = None,
     options: PassOptions = PassOptions(),
 ) -> list[Fitted]:
     """Train K heads of one shape in one pass or, where they outgrow the processor's cache, a few.
 
     ``judged`` are validation rows; with ``masks`` they must be ``rows`` itself. ``batches`` replaces the source of
-    features, of which ``rows`` then gives only targets and moments. ``start`` replaces initial weights.
+    features, of which ``rows`` then gives only targets and moments.
     """
     refuse_unstackable(heads, specs)
     size = sum(weight.numel() for weight in build_head(heads[0], rows.feature, rows.outputs).parameters())
@@ -263,8 +260,7 @@ def fit_minibatch(
         part = slice(begin, begin + most)
         results += _Pass(
             rows, judged, heads[part], specs[part],
-            None if masks is None else replace(masks, of=masks.of[part]),
-            batches, None if start is None else start[part], options,
+            None if masks is None else replace(masks, of=masks.of[part]), batches, options,
         ).run()  # fmt: skip
         if results[-1].interrupted and begin + most < len(heads):
             raise KeyboardInterrupt  # some heads have not begun
@@ -281,7 +277,6 @@ class _Pass:
     specs: Sequence[TrainSpec]
     masks: Masks | None
     batches: Batches | None
-    start: Sequence[Start] | None
     options: PassOptions
 
     def run(self) -> list[Fitted]:
@@ -294,7 +289,7 @@ class _Pass:
         ]
         target = target_moments(rows.y, rows.task)
         weights = self._class_weights()
-        self._set_start(modules, target, weights)
+        self._set_biases(modules, target, weights)
         mean, scale = moments(rows.x, rows.weight) if spec.standardize else (None, None)
         # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
         dense = isinstance(rows.x, Dense) and (self.judged is None or isinstance(self.judged.x, Dense))
@@ -356,12 +351,8 @@ class _Pass:
         ones = np.ones((1, len(names)), np.float32)
         return np.concatenate([ones if weights is None else weights for weights in by_head])
 
-    def _set_start(self, modules: Sequence[Head], target: tuple[Floats, Floats], weights: Vectors | None) -> None:
-        """Give each head the weights it starts with, or the biases of its own training rows, as if it were alone."""
-        if self.start is not None:
-            for module, values in zip(modules, self.start, strict=True):
-                module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
-            return
+    def _set_biases(self, modules: Sequence[Head], target: tuple[Floats, Floats], weights: Vectors | None) -> None:
+        """Give each head the output biases of its own training rows, as if it were alone."""
         rows = self.rows
         y = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
         for head, (module, spec) in enumerate(zip(modules, self.specs, strict=True)):

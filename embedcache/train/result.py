@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from embedcache.heads import TrainedHead
 from embedcache.numerics import Probe
 from embedcache.task import Array
 
 if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
     from torch import Tensor
 
     from embedcache.cache import FeatureCache
@@ -40,7 +41,7 @@ class Fitted:
     """
 
     state: Mapping[str, Array] = field(default_factory=dict)
-    estimator: Any = None
+    estimator: BaseEstimator | None = None
     history: Sequence[Epoch] = ()
     notes: tuple[str, ...] = ()
     epochs: int = 0
@@ -56,7 +57,7 @@ class Fitted:
 class Origin:
     """Where features come from: the spec of the cache, the backbone's name, and what its machine computed."""
 
-    extraction: Mapping[str, Any] = field(default_factory=dict)
+    extraction: Mapping[str, object] = field(default_factory=dict)
     model: str | None = None
     revision: str | None = None
     probe: Probe | None = None
@@ -81,7 +82,7 @@ class TrainingResult(Generic[H]):
 
     head: H
     fitted: Fitted = field(repr=False)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
     seconds: float = 0.0
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from embedcache.heads.registry import head_named
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName, TrainSpec
-from embedcache.task import CLASSIFICATION, MULTILABEL, task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Floats, task_named
 from embedcache.train.data import LabelledRows, checked_names, constants_note, labelled_rows_of, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.result import Fitted, Origin, TrainingResult
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 # What is fitted on validation after a head is trained: its temperature, or from which probability a label is on.
 
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 LOWEST, HIGHEST = 0.05, 20.0
 """The bounds of a temperature."""
@@ -158,13 +155,13 @@ def train_head(
     x_eval: object = None,
     y_eval: npt.ArrayLike | None = None,
     head: HeadSpec | str = "linear",
-    spec: TrainSpec | Mapping[str, Any] | None = None,
+    spec: TrainSpec | Mapping[str, object] | None = None,
     *,
     task: TaskName = "classification",
     class_names: Sequence[str] | Sequence[int],
     sample_weight: npt.ArrayLike | None = None,
     feature: FeatureSet | None = None,
-    extraction: Mapping[str, Any] | None = None,
+    extraction: Mapping[str, object] | None = None,
     model: str | None = None,
     revision: str | None = None,
     probe: Probe | None = None,

@@ -1,4 +1,4 @@
-"""Heads that scikit-learn fits: from features to one matrix, or to an estimator where it is none.
+"""Heads that scikit-learn fits: from features to one matrix or, where the head is not linear, an estimator.
 
 Whatever is linear becomes a weight [C, D] and a bias [C] with the standardisation, and any projection, folded in. What
 such a head gives are logits, and their softmax (their sigmoid for each label) is its probability. For logistic
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train.data import LabelledRows, class_weights, rounding
 from embedcache.train.result import Fitted
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 Matrix = tuple[Floats, Floats]
 
@@ -147,7 +150,7 @@ def _in_one_line() -> Iterator[None]:
         raise TrainingError(reason) from None
 
 
-def _fit(estimator: Any, x: Array, y: Array, rows: Floats | None) -> Any:
+def _fit(estimator: BaseEstimator, x: Array, y: Array, rows: Floats | None) -> BaseEstimator:
     """Fit an estimator, its last step with the weights of rows if there are any."""
     if rows is None:
         with _in_one_line():
@@ -170,7 +173,7 @@ class _Fitting:
 
     problem: _Problem
     weights: _Weights
-    build: Callable[[], Any]
+    build: Callable[[], BaseEstimator]
     scaled: bool
     notes: list[str] = field(default_factory=list)
 
@@ -206,12 +209,12 @@ class _Fitting:
         weight = weight / scale
         return weight, bias - weight @ mean
 
-    def estimator(self, x: Array) -> Any:
+    def estimator(self, x: Array) -> BaseEstimator:
         """Fit a head that is not linear and return its pipeline."""
         from sklearn.pipeline import Pipeline
 
         task, y, rows = self.problem.rows.task, self.problem.y, self.weights.rows
-        steps: list[tuple[str, Any]] = []
+        steps: list[tuple[str, BaseEstimator]] = []
         if self.scaled:
             scaler = _scaler(x, self.problem.rows.weight, x.dtype, copy=True)
             steps, x = [("scale", scaler)], scaler.transform(x)
@@ -229,7 +232,7 @@ class _Fitting:
         _forget_training(head)
         return Pipeline([*steps, ("head", head)])
 
-    def _one_by_one(self, x: Array) -> Any:
+    def _one_by_one(self, x: Array) -> BaseEstimator:
         """Fit one estimator to each column of targets; a label that never changes gets a constant."""
         from sklearn.dummy import DummyClassifier
         from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor
@@ -251,7 +254,7 @@ class _Fitting:
         return several
 
 
-def _one_of(estimator: Any, x: Array, y: Array, classes: int, rows: Floats | None) -> Matrix:
+def _one_of(estimator: BaseEstimator, x: Array, y: Array, classes: int, rows: Floats | None) -> Matrix:
     """Fit one of the classes that are there; the others get ``NEVER``."""
     present = np.unique(y)
     solved, constant = _matrix(
@@ -264,7 +267,7 @@ def _one_of(estimator: Any, x: Array, y: Array, classes: int, rows: Floats | Non
     return weight, bias
 
 
-def _matrix(estimator: Any, outputs: int) -> Matrix:
+def _matrix(estimator: BaseEstimator, outputs: int) -> Matrix:
     """Return the weights and biases of a fitted linear estimator, a projection before it folded in."""
     projection = None
     if hasattr(estimator, "steps"):
@@ -297,7 +300,7 @@ def _majority(problem: _Problem, dim: int, weights: _Weights) -> Matrix:
     return np.zeros((outputs, dim)), np.asarray(bias, np.float64)
 
 
-def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> Any:
+def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> BaseEstimator:
     """Return a fitted ``StandardScaler`` that leaves alone what varies by the rounding of ``stored`` only."""
     from sklearn.preprocessing import StandardScaler
 
@@ -313,7 +316,7 @@ _ONLY_FOR_TRAINING = (
 )  # fmt: skip
 
 
-def _forget_training(estimator: Any) -> None:
+def _forget_training(estimator: BaseEstimator) -> None:
     """Drop what only training needs: Adam's moments are twice the size of the weights, and would go into the file."""
     for part in (estimator, getattr(estimator, "regressor_", None)):
         for name in _ONLY_FOR_TRAINING:

@@ -115,21 +115,19 @@ def score(
     return metric.prepare(predictions)(np.ones(len(predictions.y))) if predictions.finite else math.nan
 
 
-def scores(name: str, task: Task, y: Array, outputs: Array, *, masks: npt.NDArray[np.bool_] | None = None) -> Floats:
+def scores(name: str, task: Task, y: Array, outputs: Array) -> Floats:
     """Return one metric of K heads, float64 [K]: what ``score`` gives for each, bit by bit, only faster.
 
-    ``outputs`` is [K, N, C]; ``masks`` bool [K, N] says which rows are each head's own.
+    ``outputs`` is [K, N, C]. NaN for a head of which an output is not finite.
     """
     metric = metric_named(name, task)
     y = y[:, None] if task is REGRESSION and y.ndim == 1 else y
     labelled = task.labelled(y)
     if not labelled.all():
         y, outputs = y[labelled], outputs[:, labelled]
-        masks = None if masks is None else masks[:, labelled]
-    weights = np.ones(outputs.shape[:2]) if masks is None else masks.astype(np.float64)
-    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(outputs).all(axis=2))
-    if not finite.all():  # rows that are not a head's own must not spoil it
-        outputs = np.where(finite[:, :, None], outputs, 0.0)
+    weights = np.ones(outputs.shape[:2])
+    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(outputs).all(axis=(1, 2)))
+    outputs = outputs if finite.all() else np.where(finite[:, None, None], outputs, 0.0)
     if name in ("accuracy", "subset_accuracy"):
         values = weighted_mean(task.right(y, task.decide(outputs)), weights)
     elif name == "log_loss":
@@ -140,7 +138,7 @@ def scores(name: str, task: Task, y: Array, outputs: Array, *, masks: npt.NDArra
     else:
         heads = zip(outputs, weights, strict=True)
         values = np.array([metric.prepare(Predictions(task, y, own))(weight) for own, weight in heads])
-    return np.where((~finite & (weights > 0)).any(axis=1), math.nan, values)
+    return np.where(finite, values, math.nan)
 
 
 def measure(
