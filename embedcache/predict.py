@@ -55,7 +55,7 @@ class Predictor:
     def __init__(self, head: TrainedHead, backbone: Backbone) -> None:
         self.head = head
         self.backbone = backbone
-        self._kind = ExtractionSpec.from_json(backbone.identity).content or "text"
+        self._kind = ExtractionSpec(backbone.identity).content or "text"
         refuse_other_backbone(head, backbone)
         self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
         warn(self.numerics.notes("what the head was trained on"))
@@ -127,7 +127,7 @@ class Predictor:
 
 def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
     """Load the backbone a head was trained on, with the settings it was trained with."""
-    spec = ExtractionSpec.from_json(head.extraction)
+    spec = head.extraction
     if not spec.has_backbone:
         raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not texts")
     if spec.settings is None:
@@ -138,8 +138,7 @@ def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
 
 def refuse_other_backbone(head: TrainedHead, backbone: Backbone) -> None:
     """Raise ``BackboneMismatchError`` with a readable difference unless these are the head's own features."""
-    trained, here = ExtractionSpec.from_json(head.extraction), ExtractionSpec.from_json(backbone.identity)
-    if differences := trained.differences_for(head.feature.name, here):
+    if differences := head.extraction.differences_for(head.feature.name, ExtractionSpec(backbone.identity)):
         raise BackboneMismatchError(
             f"the head was trained on the features of another backbone "
             f"({differences_text(differences, 'trained on', 'this is')}): "

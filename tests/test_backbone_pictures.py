@@ -442,7 +442,7 @@ def test_a_network_that_looks_at_the_rest_of_the_batch_is_refused(
 def test_settings_are_recorded_and_load_the_same_backbone(model: Callable[[str], Path], tmp_path: Path) -> None:
     made = load_backbone(model("clip"), device="cpu", features=["projected"], resize="pad", compute_dtype="bfloat16")
     assert made.identity["preprocessing"]["decoding"] == 1
-    recorded = ExtractionSpec.from_json(json.loads(json.dumps(made.identity))).settings
+    recorded = ExtractionSpec(json.loads(json.dumps(made.identity))).settings
     assert recorded is not None
     assert (recorded.content, recorded.resize) == ("image", "pad")
     again = load_backbone(model("clip"), device="cpu", **recorded.arguments())

@@ -18,11 +18,12 @@ from embedcache.cache import manifest
 from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
 from embedcache.errors import CorruptCacheError, SpecError, SpecMismatchError
 from embedcache.shard import STORED, FeatureSet, ShardFile
+from embedcache.spec import ExtractionSpec
 
 SHA = "0123456789abcdef" * 4
 SET = FeatureSet("mean", "pooled", 5, 1, "float32")
 WHOLE = Manifest(
-    {"b": 1, "a": "é"},
+    ExtractionSpec({"b": 1, "a": "é"}),
     (SET,),
     (Shard(ShardFile("000000-0123456789abcdef.h5", 1924, SHA), 7, {"device": "cpu"}),),
     DatasetEntry(

@@ -224,7 +224,7 @@ def test_a_pickled_pipeline_predicts_with_the_model_that_it_was_fitted_with(bert
 def test_shapes_of_another_device_are_those_of_the_fit(bert: Path, tmp_path: Path) -> None:
     """Fitted where batches are larger (a GPU), a pipeline still predicts here, with the batches it was fitted with."""
     made = extractor(bert, tmp_path).fit(["good"])
-    made.identity_ = {**made.identity_, "shapes": {**made.identity_["shapes"], "positions": 512, "spare": 1}}
+    made.identity_["shapes"] = {**made.identity_["shapes"], "positions": 512, "spare": 1}
     assert made.transform(["good"]).shape == (1, 22)
     made.set_params(max_length=7)
     with pytest.raises(BackboneMismatchError, match=r"preprocessing\.max_length: fitted with 64, this is 7"):

@@ -22,7 +22,7 @@ from embedcache.errors import BackboneError, BackboneMismatchError, BundleError,
 from embedcache.heads import TrainedHead
 from embedcache.predict import WINDOW, Predictor
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TrainSpec
+from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec
 from embedcache.train import train_on_cache
 
 TEXTS = [f"{text} {word}" for text in tiny_models.TEXTS for word in ("film", "plot", "good")]
@@ -220,7 +220,7 @@ def counting(tokens: bool = False) -> tuple[CountingBackbone, Predictor]:
     state = {"output.weight": np.eye(2, 5, dtype=np.float32), "output.bias": np.zeros(2, np.float32)}
     head = TrainedHead(
         HeadSpec("linear"), "classification", ("a", "b"), backbone.feature_sets[0], state,
-        extraction={**backbone.identity, "features": {}},
+        extraction=ExtractionSpec({**backbone.identity, "features": {}}),
     )  # fmt: skip
     return backbone, Predictor(head, backbone)
 
@@ -283,7 +283,7 @@ def test_what_is_no_text_is_refused(texts: Any, said: str) -> None:
 def test_content_that_is_not_known_is_predicted_by_its_bytes_alone() -> None:
     backbone, predictor = counting()
     backbone.identity["preprocessing"] = {"kind": "sounds"}
-    head = replace(predictor.head, extraction={**backbone.identity, "features": {}})
+    head = replace(predictor.head, extraction=ExtractionSpec({**backbone.identity, "features": {}}))
     assert Predictor(head, backbone).contents([b"one"]) == predictor.contents([b"one"])
     with pytest.raises(InputError, match="rows of the kind 'sounds' cannot be read here: give their contents"):
         Predictor(head, backbone)(["one"])

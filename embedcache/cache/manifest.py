@@ -21,7 +21,7 @@ from embedcache.fingerprint import differences, hash_json, is_count, require, st
 from embedcache.journal import commit, explain, explained
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
-from embedcache.spec import TASKS, TaskName
+from embedcache.spec import TASKS, ExtractionSpec, TaskName
 from embedcache.task import CLASSIFICATION
 
 NAME = "manifest.json"
@@ -85,7 +85,7 @@ class Manifest:
     format wrote it: readable, but not to be written over.
     """
 
-    spec: Mapping[str, object]
+    spec: ExtractionSpec
     feature_sets: tuple[FeatureSet, ...]
     shards: tuple[Shard, ...] = ()
     examples: DatasetEntry | None = None
@@ -109,7 +109,7 @@ class Manifest:
         body: dict[str, object] = {
             "format": FORMAT,
             "version": f"{MAJOR}.{MINOR if self.numerics else 0}",
-            "spec": dict(self.spec),
+            "spec": self.spec,
             "spec_hash": self.spec_hash,
             "feature_sets": [asdict(feature) for feature in self.feature_sets],
             "shards": [
@@ -139,7 +139,7 @@ class Manifest:
     def refuse_other_spec(self, where: str, spec: Mapping[str, object], feature_sets: Sequence[FeatureSet]) -> None:
         """Raise ``SpecMismatchError`` unless features made by ``spec`` belong in this cache."""
         here, given = ([asdict(feature) for feature in sets] for sets in (self.feature_sets, feature_sets))
-        differing = differences(self.spec, spec) or differences(here, given, "feature_sets")
+        differing = self.spec.differences(spec) or differences(here, given, "feature_sets")
         if differing:
             raise SpecMismatchError(where, differing)
 
@@ -251,7 +251,7 @@ def parse(data: bytes) -> Manifest:
     require(len({shard.file.name for shard in shards}) == len(shards), "a shard named twice")
     require(is_count(body["generation"], 0), "generation")
     manifest = Manifest(
-        spec=_mapping(body["spec"]),
+        spec=ExtractionSpec(_mapping(body["spec"])),
         feature_sets=sets,
         shards=shards,
         examples=None if body["examples"] is None else _dataset(_mapping(body["examples"])),

@@ -20,7 +20,7 @@ from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheEr
 from embedcache.features import Ragged, Stored
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet
-from embedcache.spec import feature_name, find_name, split_name
+from embedcache.spec import ExtractionSpec, feature_name, find_name, split_name
 from embedcache.task import task_named
 from embedcache.wording import counted
 
@@ -44,7 +44,7 @@ class FeatureCache:
         # What extract or relabel noted about the rows, which no file keeps.
         self.notes: tuple[str, ...] = ()
         self._manifest = manifest
-        self.spec: dict[str, Any] = dict(manifest.spec)
+        self.spec = ExtractionSpec(manifest.spec)
         self.spec_hash = manifest.spec_hash
         self.feature_sets = {feature.name: feature for feature in manifest.feature_sets}
         assert manifest.examples is not None

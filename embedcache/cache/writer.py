@@ -43,7 +43,7 @@ class CacheWriter:
 
     def __init__(self, path: Path | str, spec: Mapping[str, object], feature_sets: Sequence[FeatureSet]) -> None:
         self.path = Path(path)
-        self._spec, self._sets = dict(spec), tuple(feature_sets)
+        self._spec, self._sets = ExtractionSpec(spec), tuple(feature_sets)
         self._lock: contextlib.ExitStack | None = None
         self._manifest = Manifest(self._spec, self._sets)
         self._keys: list[Keys] = []
@@ -301,8 +301,5 @@ def read_spec(path: Path | str) -> tuple[ExtractionSpec, dict[str, Any]] | None:
         manifest = manifests.read(Path(path))
     except CacheNotFoundError:
         return None
-    spec = dict(manifest.spec)
-    if isinstance(features := spec.get("features"), dict):  # JSON on disk has sorted keys; the sets have their order
-        names = [feature.name for feature in manifest.feature_sets]
-        spec["features"] = {name: features[name] for name in names if name in features}
-    return ExtractionSpec(spec), dict(manifest.shards[-1].provenance) if manifest.shards else {}
+    spec = manifest.spec.only([feature.name for feature in manifest.feature_sets])  # JSON on disk has sorted keys
+    return spec, dict(manifest.shards[-1].provenance) if manifest.shards else {}

@@ -72,7 +72,7 @@ def train(
         print_json(result.metrics)
     else:
         say(metrics_text(result.metrics))
-        predicts = "preprocessing" in result.head.extraction
+        predicts = result.head.extraction.has_backbone
         say(f"saved in {output_dir}" + (f': try  embedcache predict {output_dir} --text "..."' * predicts))
     if result.interrupted:
         raise Interrupted(

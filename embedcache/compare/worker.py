@@ -26,7 +26,7 @@ from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memo
 from embedcache.compare.rows import Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
-from embedcache.spec import BackboneSettings, ExtractionSpec, TrainSpec, differences_text
+from embedcache.spec import BackboneSettings, TrainSpec, differences_text
 from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
 
 if TYPE_CHECKING:
@@ -301,8 +301,7 @@ def into_standard_units(module: Head, y: Array) -> None:
 
 def refuse_changed(cache: FeatureCache, identity: Mapping[str, object]) -> None:
     """Raise ``BackboneMismatchError`` where the backbone is no longer the one that the features are from."""
-    differences = ExtractionSpec.from_json(cache.spec).differences(ExtractionSpec.from_json(identity))
-    if differences:
+    if differences := cache.spec.differences(identity):
         raise BackboneMismatchError(
             f"the backbone changed during the comparison ({differences_text(differences[:1], 'it was', 'it is')}): "
             "choose another output directory"

@@ -43,14 +43,13 @@ def identity_findings(cache: FeatureCache, backbone: Backbone, given: bool) -> t
 
     ``given`` says that the caller passed it in. One that the check loads rounds nothing: that is done afterwards.
     """
-    here = dict(backbone.identity)
+    here = ExtractionSpec(backbone.identity)
     if not given and "storage_dtype" in cache.spec:
         here["storage_dtype"] = cache.spec["storage_dtype"]
-    recorded = ExtractionSpec.from_json(cache.spec)
-    if isinstance(here.get("features"), Mapping) and isinstance(cache.spec.get("features"), Mapping):
-        here = ExtractionSpec.from_json(here).only(recorded.features).to_json()
+    if here.features and cache.spec.features:
+        here = here.only(cache.spec.features)
     fields: dict[str, list[str]] = {}
-    for name, old, new in recorded.differences(ExtractionSpec.from_json(here)):
+    for name, old, new in cache.spec.differences(here):
         cause = next((text for prefix, text in FIELDS if name == prefix or name.startswith(prefix + ".")), "spec")
         fields.setdefault(cause, []).append(f"{name}: {_short(old)} in the cache, {_short(new)} here")
     return tuple(f"{cause} ({'; '.join(differing[:3])})" for cause, differing in fields.items())
@@ -155,7 +154,7 @@ def load_live(cache: FeatureCache, source: ModelSource, features: Sequence[str] 
 
     Raises ``BackboneError`` when it is not there any more.
     """
-    settings = ExtractionSpec.from_json(cache.spec).settings
+    settings = cache.spec.settings
     if settings is None:
         raise BackboneError(
             f"{cache.path} was made by a backbone of one's own, which no name leads to: pass it as backbone=..."
@@ -175,7 +174,7 @@ def other_poolings(
 ) -> Mapping[str, Array]:
     """Return what every pooling of a cache's model makes of some rows, to find the one that was used."""
     poolings = [name for name in getattr(backbone, "poolings", ()) if name != "tokens"]
-    if not ExtractionSpec.from_json(cache.spec).has_backbone or not poolings:
+    if not cache.spec.has_backbone or not poolings:
         return {}
     names = [*poolings, *(f"l2:{name}" for name in poolings)]
     try:
@@ -188,7 +187,7 @@ def other_poolings(
 def load_standard(cache: FeatureCache, source: ModelSource, backbone: Backbone) -> StandardModel | None:
     """Load the model as transformers does; None where the backbone is not a model that transformers loads."""
     name = source.model if source.model is not None else getattr(backbone, "name", None) or made_with(cache).model
-    if name is None or not ExtractionSpec.from_json(cache.spec).has_backbone:
+    if name is None or not cache.spec.has_backbone:
         return None
     device = str(getattr(backbone, "device", "cpu"))
     folder = resolve_model(name, source.revision)

@@ -73,7 +73,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         if feature.kind != "pooled":
             raise FeatureError(f"{feature.name} is not one vector a text: choose a pooling such as mean or cls")
         self.n_features_out_ = feature.dim
-        self.identity_ = dict(backbone.identity)
+        self.identity_ = ExtractionSpec(backbone.identity)
         self.probe_ = _probe_of(backbone)
         return self
 
@@ -122,8 +122,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         shapes = self.identity_.get("shapes")
         if backbone.identity.get("shapes") != shapes:  # fitted on another kind of device
             backbone = self._backbone(shapes)
-        fitted, here = (ExtractionSpec.from_json(identity) for identity in (self.identity_, backbone.identity))
-        if differences := fitted.differences(here):
+        if differences := self.identity_.differences(backbone.identity):
             shown = differences_text(differences, "fitted with", "this is")
             raise BackboneMismatchError(
                 f"FeatureExtractor was fitted with another model than {backbone.provenance.get('model')} is now "

@@ -49,7 +49,7 @@ def run(
     costs, numerics = Costs(), None
     provenance = dict(backbone.provenance)
     with (
-        CacheWriter(Path(output_dir), dict(backbone.identity), backbone.feature_sets) as writer,
+        CacheWriter(Path(output_dir), backbone.identity, backbone.feature_sets) as writer,
         contextlib.closing(Bar() if progress is None else progress) as display,
     ):
         known = writer.lookup(examples.keys)

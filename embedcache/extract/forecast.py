@@ -96,7 +96,7 @@ def forecast(
     threads: int | None = None,
 ) -> Forecast:
     """Tokenise the rows that would be computed (a sample of 20,000 of many), plan them and time a few batches."""
-    known = known_rows(output_dir, dict(backbone.identity), backbone.feature_sets, examples.keys)
+    known = known_rows(output_dir, backbone.identity, backbone.feature_sets, examples.keys)
     todo = new_rows(examples, known)
     unique = unique_count(examples)
     sample = (
@@ -165,7 +165,7 @@ def _histogram(lengths: Rows, scale: float) -> list[dict[str, int]]:
 
 def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str) -> str | None:
     """Return one line when so many rows are new that compiling would pay, judged by two batches; else None."""
-    known = known_rows(output_dir, dict(backbone.identity), backbone.feature_sets, examples.keys)
+    known = known_rows(output_dir, backbone.identity, backbone.feature_sets, examples.keys)
     rows = len(new_rows(examples, known))
     # A cache that exists has decided already; a few thousand rows never pay.
     if backbone.identity.get("execution") != "eager" or rows < 5000 or (known >= 0).any():

@@ -36,7 +36,7 @@ from embedcache.heads.sklearn_io import load_estimator, outputs
 from embedcache.journal import explain, explained
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec
+from embedcache.spec import ExtractionSpec, HeadSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Task, task_named
 
 FORMAT, MAJOR, MINOR = "embedcache-head", 1, 1
@@ -89,8 +89,8 @@ def config_of(
         "feature": asdict(head.feature),
         "model": head.model,
         "revision": head.revision,
-        "extraction": dict(head.extraction),
-        "extraction_hash": hash_json(dict(head.extraction)),
+        "extraction": head.extraction,
+        "extraction_hash": hash_json(head.extraction),
         **({} if head.probe is None else {"probe": head.probe.to_json()}),
         "calibration": dict(head.calibration),
         "training": dict(head.training),
@@ -196,7 +196,7 @@ def parse(config: object, made: type[R]) -> tuple[R, Weights]:
     task = task_named(config["task"])
     spec = _head_spec(mapping(config["head"]), task)
     names = _class_names(mapping(config["id2label"]), config["label2id"])
-    extraction = mapping(config["extraction"])
+    extraction = ExtractionSpec(mapping(config["extraction"]))
     if hash_json(extraction) != config["extraction_hash"]:
         raise BundleError("the backbone's spec was changed after it was written (its hash differs)")
     named = mapping(config["weights"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 from embedcache.fingerprint import is_number
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TaskName
+from embedcache.spec import ExtractionSpec, HeadSpec, TaskName
 from embedcache.task import Array, task_named
 from embedcache.version import __version__
 
@@ -35,7 +35,7 @@ class HeadRecord:
     feature: FeatureSet
     state: Mapping[str, Array] = field(default_factory=dict)
     estimator: BaseEstimator | None = None
-    extraction: Mapping[str, object] = field(default_factory=dict)
+    extraction: ExtractionSpec = field(default_factory=ExtractionSpec)
     model: str | None = None
     revision: str | None = None
     probe: Probe | None = None
@@ -127,7 +127,7 @@ def _training(head: HeadRecord) -> list[str]:
 
 
 def _use(head: HeadRecord) -> list[str]:
-    if "preprocessing" in head.extraction:
+    if head.extraction.has_backbone:
         return ["from embedcache import Predictor", "", 'Predictor.load("RUN")(["a text"])']
     return ["from embedcache import TrainedHead", "", 'TrainedHead.from_pretrained("RUN").predict(features)']
 

@@ -216,66 +216,55 @@ class BackboneSettings:
         return {name: value for name, value in named.items() if name != "shapes" and value not in (None, ())}
 
 
-@dataclass(frozen=True)
-class ExtractionSpec:
-    """All that decides the bits of a feature: the ``spec`` of a cache and the ``extraction`` of a head.
+class ExtractionSpec(dict[str, Any]):
+    """All that decides the bits of a feature: the spec of a cache, the extraction of a head, a backbone's identity.
 
-    ``body`` is the JSON object of FORMAT.md, section 5, kept as it is: what a backbone of one's own or a newer version
-    says of itself may be anything, and must give the same hash when it is written again.
+    It is the JSON object of FORMAT.md, section 5, and nothing in it is refused: what a backbone of one's own or a newer
+    version says of itself may be anything, and must give the same hash when it is written again. What is not known
+    makes ``settings`` None.
     """
-
-    body: Mapping[str, object]
-
-    @classmethod
-    def from_json(cls, body: Mapping[str, object]) -> ExtractionSpec:
-        """Read what ``to_json`` gave. Nothing is refused: what is not known makes ``settings`` None."""
-        return cls(dict(body))
-
-    def to_json(self) -> dict[str, object]:
-        """Return the object that stands in a manifest."""
-        return dict(self.body)
 
     @property
     def has_backbone(self) -> bool:
         """Whether a model that a name leads to made the features, from raw rows."""
-        return "preprocessing" in self.body
+        return "preprocessing" in self
 
     @property
     def content(self) -> str | None:
         """The kind of content that the backbone reads, such as ``text``; None where none is named."""
-        prepared = self.body.get("preprocessing")
+        prepared = self.get("preprocessing")
         kind = prepared.get("kind") if isinstance(prepared, Mapping) else None
         return kind if isinstance(kind, str) else None
 
     @property
     def features(self) -> Mapping[str, object]:
         """The feature sets by name, as far as they are described."""
-        described = self.body.get("features")
+        described = self.get("features")
         return described if isinstance(described, Mapping) else {}
 
     @property
     def settings(self) -> BackboneSettings | None:
         """The settings of the backbone that made the features; None where ``load_backbone`` did not make it."""
-        prepared, own = self.body.get("preprocessing"), _OF_CONTENT.get(self.content or "")
+        prepared, own = self.get("preprocessing"), _OF_CONTENT.get(self.content or "")
         if not isinstance(prepared, Mapping) or own is None or not {*own} <= {*prepared}:
             return None
-        if not {*_OF_MODEL} <= {*self.body}:
+        if not {*_OF_MODEL} <= {*self}:
             return None
         recorded: Arguments = {"content": self.content, **{name: prepared[name] for name in own}}
-        recorded |= {name: self.body[name] for name in _OF_MODEL}
+        recorded |= {name: self[name] for name in _OF_MODEL}
         compiled = recorded.pop("execution") == "compiled"
         return BackboneSettings(features=tuple(self.features), compiled=compiled, **recorded)
 
     def only(self, names: Collection[str]) -> ExtractionSpec:
-        """Return the spec without the feature sets of other names: they do not matter to who reads these."""
-        if "features" not in self.body:
+        """Return the spec with these feature sets alone, in this order: others do not matter to who reads these."""
+        if "features" not in self:
             return self
-        kept = {name: feature for name, feature in self.features.items() if name in names}
-        return ExtractionSpec({**self.body, "features": kept})
+        kept = {name: self.features[name] for name in names if name in self.features}
+        return ExtractionSpec({**self, "features": kept})
 
-    def differences(self, now: ExtractionSpec) -> list[FieldDifference]:
+    def differences(self, now: Mapping[str, object]) -> list[FieldDifference]:
         """Return every field in which ``now`` is not what this spec says, with both values."""
-        return json_differences(self.body, now.body)
+        return json_differences(self, now)
 
     def differences_for(self, feature: str, now: ExtractionSpec) -> list[FieldDifference]:
         """Return the differences that matter to who reads one feature set, as a head does.
@@ -283,7 +272,7 @@ class ExtractionSpec:
         A set that this spec does not describe cannot differ.
         """
         names = {feature} & {*self.features}
-        described, here = ({"features": {}, **spec.only(names).body} for spec in (self, now))
+        described, here = ({"features": {}, **spec.only(names)} for spec in (self, now))
         return json_differences(described, here)
 
 

@@ -17,7 +17,7 @@ from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_named, kinds_read
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
-from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec, differences_text
+from embedcache.spec import HeadSpec, TrainSpec, differences_text
 from embedcache.task import CLASSIFICATION, task_named
 from embedcache.train.data import fits_in_memory, labelled_rows_of
 from embedcache.train.result import Origin, TrainingResult
@@ -210,10 +210,9 @@ def targets_for(head: TrainedHead, cache: FeatureCache) -> Array:
 
 def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
     """Raise ``BackboneMismatchError`` unless a cache holds the features that a head was trained on."""
-    trained, name = ExtractionSpec.from_json(head.extraction), head.feature.name
+    name = head.feature.name
     if name not in cache.feature_sets:
         raise FeatureError(f"{cache.path} has no feature set {name!r}: it has {', '.join(cache.feature_sets)}")
-    differences = trained.differences_for(name, ExtractionSpec.from_json(cache.spec)) if trained.body else []
-    if differences:
+    if head.extraction and (differences := head.extraction.differences_for(name, cache.spec)):
         shown = differences_text(differences, "trained on", "the cache has")
         raise BackboneMismatchError(f"the head was trained on other features than {cache.path} holds ({shown})")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from embedcache.heads import TrainedHead
 from embedcache.numerics import Probe
+from embedcache.spec import ExtractionSpec
 from embedcache.task import Array
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Fitted:
 class Origin:
     """Where features come from: the spec of the cache, the backbone's name, and what its machine computed."""
 
-    extraction: Mapping[str, object] = field(default_factory=dict)
+    extraction: ExtractionSpec = field(default_factory=ExtractionSpec)
     model: str | None = None
     revision: str | None = None
     probe: Probe | None = None

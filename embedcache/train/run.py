@@ -17,7 +17,7 @@ from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_named
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TaskName, TrainSpec
+from embedcache.spec import ExtractionSpec, HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Floats, task_named
 from embedcache.train.data import LabelledRows, checked_names, constants_note, labelled_rows_of, refuse_untrainable
 from embedcache.train.metrics import measure
@@ -236,7 +236,7 @@ def train_head(
         (fitted,) = fit_minibatch(rows, judged, [head], [spec], batches=batches, options=options)
         remarks += _epoch_notes(fitted, spec)
     remarks += fitted.notes
-    trained = _head_of(fitted, head, spec, rows, Origin(extraction or {}, model, revision, probe))
+    trained = _head_of(fitted, head, spec, rows, Origin(ExtractionSpec(extraction or {}), model, revision, probe))
     if trained.parameters > 20 * len(rows) * max(1, rows.feature.dim // 100):
         remarks.append(
             f"the head has {trained.parameters:,} parameters for {counted(len(rows), 'training row')}: "
@@ -274,7 +274,7 @@ def _head_of(fitted: Fitted, head: HeadSpec, spec: TrainSpec, rows: LabelledRows
     """Return a head that an engine fitted, with all that is recorded in it."""
     return TrainedHead(
         head, rows.task.name, rows.class_names, rows.feature, state=fitted.state, estimator=fitted.estimator,
-        extraction=dict(origin.extraction), model=origin.model, revision=origin.revision,
+        extraction=origin.extraction, model=origin.model, revision=origin.revision,
         probe=None if origin.probe is None else origin.probe.only(rows.feature.name), training=spec.record(),
     )  # fmt: skip
 
