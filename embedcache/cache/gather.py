@@ -1,4 +1,4 @@
-"""Row key -> place in the cache; and rows of a feature set out of many shards, mapped or copied."""
+"""Rows by key, and features of rows from many shards: memory-mapped where that is possible, else copied."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ Halves = npt.NDArray[np.uint64]
 
 
 class RowIndex:
-    """The places of row keys: 24 bytes a row."""
+    """Finds rows by their keys, in 24 bytes of memory for each row."""
 
     def __init__(self, keys: Keys) -> None:
         """Index ``keys`` u1 [N, 16]; the place of a key is its first position."""
         high, low = halves(keys)
+        # lexsort is stable: of equal keys the first position comes first.
         self._order = np.lexsort((low, high))
         self._high, self._low = high[self._order], low[self._order]
 
@@ -48,8 +49,8 @@ class RowIndex:
         same = self._high[near] == high
         hit = same & (self._low[near] == low)
         places[hit] = self._order[near[hit]]
-        # Keys that share their first eight bytes: chance brings none, somebody else's cache may bring any number. A
-        # binary search for all of them at once, so that such a cache costs no more than another.
+        # Keys with the same first eight bytes do not occur by chance, but a hostile cache may hold any number of them.
+        # One binary search for all of them at once keeps such a cache as fast as any other.
         rest = np.flatnonzero(same & ~hit)
         if len(rest):
             start, stop = first[rest], np.searchsorted(self._high, high[rest], side="right")
@@ -65,7 +66,10 @@ class RowIndex:
 
 
 def halves(keys: Keys) -> tuple[Halves, Halves]:
-    """Return the two halves of each key as numbers that sort as the bytes do, which is big-endian."""
+    """Return the two halves of each key as numbers, which numpy can sort: it has no integers of 128 bits.
+
+    Big-endian, so that the numbers sort as the bytes do.
+    """
     words = np.ascontiguousarray(keys, np.uint8).reshape(-1, 16).view(">u8")
     return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
 
@@ -105,9 +109,9 @@ class Piece:
 def take(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], places: Rows) -> Array:
     """Return the rows at ``places`` int64 [n] as float32 [n, D] or [n, L, D].
 
-    ``starts`` int64 [shards + 1] says where each shard's rows begin, and ``piece`` gives a shard's rows. Read-only and
-    without a copy where the rows follow one another and float32 is what is stored, within one shard on any system and
-    across shards on 64-bit Linux when every shard but the last is whole pages long.
+    ``starts`` int64 [shards + 1] says where each shard's rows begin, ``piece`` returns a shard's rows. Consecutive rows
+    stored as float32 are returned as a read-only map without a copy: within one shard on any system, across shards on
+    64-bit Linux where every shard but the last is whole pages long.
     """
     if len(places) and (int(places.min()) < 0 or int(places.max()) >= int(starts[-1])):
         raise InputError(f"places must lie in [0, {int(starts[-1])}), and -1 is a row that is not in the cache")
@@ -122,8 +126,8 @@ def take(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], place
 def take_tokens(feature: FeatureSet, starts: Rows, tokens: Callable[[int], tuple[Array, Rows]], places: Rows) -> Ragged:
     """Return a token-level set of the rows at ``places`` int64 [n].
 
-    ``tokens`` gives a shard's vectors as stored and the offsets of its rows; see ``take`` for the rest. A memory map
-    where the rows follow one another in one shard and float32 is what is stored.
+    ``tokens`` returns a shard's vectors as stored and the offsets of its rows; see ``take`` for the rest. Consecutive
+    rows of one shard stored as float32 are returned as a memory map.
     """
     shards = np.searchsorted(starts, places, side="right") - 1
     # Rows that follow one another in a shard are one run, copied as a whole.
@@ -181,8 +185,10 @@ def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], 
 
 
 def _scattered(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], places: Rows) -> Array:
-    """Return the rows at any ``places``, a shard at a time: each shard is mapped once, and its rows are copied in one
-    call, which reads its pages in order."""
+    """Return the rows at any ``places``.
+
+    Each shard is mapped once, and its rows are copied by one call, which reads its pages in order.
+    """
     out = np.empty((len(places), *feature.row_shape), np.float32)
     shards = np.searchsorted(starts, places, side="right") - 1
     ordered = bool((np.diff(shards) >= 0).all())
@@ -218,7 +224,7 @@ def decode(stored: Array, dtype: str, out: Array | None = None) -> Array:
         return stored
     if out is None:
         out = np.empty(stored.shape, np.float32)
-    if dtype == "bfloat16":
+    if dtype == "bfloat16":  # the upper half of a float32
         np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         out[...] = stored
@@ -255,6 +261,7 @@ def side_by_side(pieces: Sequence[Piece]) -> Array | None:
         except OSError:
             return None
         try:
+            # Reading a map past the end of its file kills the process with SIGBUS: refuse it before it is mapped.
             if os.fstat(descriptor).st_size < piece.offset + piece.nbytes:
                 raise CorruptCacheError(f"{piece.path} ends early: restore it from a copy")
             if not pages.lay(start, piece.nbytes, descriptor, piece.offset):
@@ -272,10 +279,10 @@ def _tells_residence(path: Path) -> bool:
 
 
 def _map_ahead(array: Array) -> None:
-    """Map the pages of an array that are in memory already, ahead of who reads it; read nothing from disk.
+    """Map the pages of an array that are in memory already before they are read; read nothing from disk.
 
-    Pieces side by side do not lie on 2 MB, so the system maps their pages by sixteens where it maps those of one large
-    file by five hundreds, and a first pass waits for each.
+    Pieces laid side by side are not aligned to 2 MB, so the system maps 16 pages at a time instead of 512, and the
+    first pass over the array waits each time.
     """
     library = ctypes.CDLL(None, use_errno=True)
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -288,6 +295,7 @@ def _map_ahead(array: Array) -> None:
         length = min(_AHEAD, size - start)
         if library.mincore(address + start, length, resident):
             return
+        # A page that is not in memory would be read from disk, for rows that perhaps nobody asks for.
         if b"\0" in resident.raw[: -(-length // mmap.PAGESIZE)]:
             return
         if library.madvise(address + start, length, _POPULATE_READ):

@@ -29,10 +29,10 @@ _BIT = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 
 class ClassSets:
-    """Any number of classes a row, from lists or from cells with a separator.
+    """Collects any number of classes for each row, from lists or from cells with a separator.
 
-    Around a separator spaces are dropped; an empty cell is the empty set, as an empty list is. Lists of 0 and 1 that
-    are all of one length are vectors with an entry for each class, as MultiLabelBinarizer makes them.
+    Spaces around a separator are dropped. An empty cell or list is a row with no class. Lists of 0 and 1 that all have
+    one length are read as vectors with an entry for each class, as scikit-learn's MultiLabelBinarizer writes them.
     """
 
     def __init__(self, column: str, task: TaskName | None, separator: str | None, required: bool) -> None:
@@ -91,7 +91,7 @@ class ClassSets:
 
     def _append(self, sets: Sequence[list[str] | None]) -> None:
         codes = b"".join(codes_of(self._codes, members) for members in sets if members)
-        # A vector has an entry for each class, most of them 0: the codes of a block take the bytes they need.
+        # Vectors have an entry for every class, most of them 0: one byte for each entry instead of four saves memory.
         narrow = np.uint8 if len(self._codes) <= 256 else np.int32
         self._members.append(np.frombuffer(codes, np.int32).astype(narrow))
         self._counts += np.array([-1 if members is None else len(members) for members in sets], np.int32).tobytes()
@@ -126,16 +126,19 @@ class ClassSets:
         return Targets("multilabel", names, values, tuple(notes))
 
     def _bit(self, name: str, known: KnownClasses) -> int | None:
-        """Return what a name is as an entry of a vector; a ClassLabel's first two names are what 0 and 1 became."""
+        """Return 0 or 1 for a name that may be the entry of a vector, else None.
+
+        Where the source declares a ClassLabel, 0 and 1 were read as its first two names.
+        """
         return known.declared[:2].index(name) if name in known.declared[:2] else _BIT.get(name)
 
     def _columns_of_vectors(
         self, counts: NDArray[np.int32], members: Array, written: Sequence[str], known: KnownClasses
     ) -> tuple[str, ...] | None:
-        """Return the names of the classes where the lists are vectors of 0 and 1; None where they are lists of names.
+        """Return the class names where the lists are vectors of 0 and 1; None where they are lists of names.
 
-        A list of names does not name one twice: a list that does is a vector, or an error. Raises ``InputError`` for
-        that.
+        A list of names has each name once, so lists with repeated entries must be vectors. Raises ``InputError`` where
+        they repeat entries and cannot be vectors, such as when their lengths differ.
         """
         if not self._ordered or not written or any(self._bit(name, known) is None for name in written):
             return None

@@ -1,7 +1,7 @@
 """Label cells -> targets: classes, sets of classes, or numbers.
 
-Every collector is fed block by block: ``parse`` judges the cells of a block, what it returns adds those of the rows
-that turned out usable, ``finish`` gives the targets of all rows.
+A collector takes label cells block by block. ``parse`` checks the cells of a block and returns ``Parsed``: the faulty
+cells, and a function that keeps the values of the usable rows. ``finish`` returns the targets of all rows kept.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Targets:
 class KnownClasses:
     """The classes that are known before any row is read.
 
-    ``names`` fix the order and, unless ``extend``, are all there may be; ``declared`` (what the sources themselves
-    declare, such as a ClassLabel) only fixes the order.
+    ``names`` were given by the caller: they come first, in their order, and other classes are refused unless
+    ``extend``. ``declared`` are from the source itself, such as a ClassLabel: they only come first.
     """
 
     names: tuple[str, ...] | None = None
@@ -58,7 +58,7 @@ class Labels(Protocol):
     """A collector of labels."""
 
     def parse(self, columns: Sequence[Sequence[object]]) -> Parsed:
-        """Judge the cells of one block, a list for each label column."""
+        """Check the cells of one block: a list of cells for each label column."""
         ...
 
     def finish(self, known: KnownClasses) -> Targets:
@@ -75,7 +75,10 @@ class Codebook(dict[str, int]):
 
 
 class Classes:
-    """One class a row; becomes numbers when no task was given and the labels are fractions."""
+    """Collects one class for each row.
+
+    Where no task was given and the labels turn out to be fractions, they are handed over to ``Numbers``.
+    """
 
     def __init__(self, column: str, task: TaskName | None, required: bool) -> None:
         self._column = column
@@ -178,9 +181,9 @@ class Classes:
 
 
 class Numbers:
-    """One or several numbers a row: regression targets, or 0/1 columns of a multi-label task.
+    """Collects one or several numbers for each row: regression targets, or the 0/1 columns of a multi-label task.
 
-    Several columns without a task are multi-label when they hold nothing but 0 and 1.
+    Where no task was given, several columns that hold only 0 and 1 are taken as multi-label.
     """
 
     def __init__(self, columns: Sequence[str], task: TaskName | None, required: bool) -> None:
@@ -264,7 +267,7 @@ class Numbers:
 
 
 def _plain_numbers(values: Sequence[object]) -> list[float] | None:
-    """Return cells as numbers where all of them are plain ones, None where some need a closer look."""
+    """Return cells as numbers, the fast way; None where some cell is not a plain number and must be checked alone."""
     types = set(map(type, values))
     plain = cast("Sequence[float | str]", values)
     if types <= {int, float} or (types == {str} and all(NUMBER.fullmatch(str(value)) for value in plain)):
@@ -274,7 +277,7 @@ def _plain_numbers(values: Sequence[object]) -> list[float] | None:
 
 
 def codes_of(codebook: Codebook, names: Sequence[str | None]) -> bytes:
-    """Return the code of each name, int32, -1 for None; a new name gets the next code."""
+    """Return the code of each name as int32 bytes, -1 for None; a new name gets the next code."""
     known = [name for name in names if name is not None]
     if len(known) == len(names):
         return np.fromiter(map(codebook.__getitem__, known), np.int32, len(known)).tobytes()
@@ -340,10 +343,10 @@ def arrange(
 
 
 def one_name_each(names: Iterable[str], known: KnownClasses) -> list[str]:
-    """Return class names as they are whatever carries them.
+    """Return class names that do not depend on the file format.
 
-    A table of text has ``1.0`` and ``True`` where JSON and Parquet have a number and a truth value, whose names are
-    ``1`` and ``true``. Other texts stay as they are, and so do names that are known as they are written.
+    CSV writes ``1.0`` and ``True`` where JSON and Parquet hold a number and a truth value, which are called ``1`` and
+    ``true``. Other texts stay as they are, and so do names that are among the known classes.
     """
     seen = list(names)
     taken = {*(known.names or ()), *known.declared}

@@ -1,4 +1,4 @@
-"""The live model, frozen or not, and the tutorial's names. The only place that unfreezes a backbone.
+"""Models with the backbone inside, frozen or not. The only room that trains a backbone.
 
 ============  ======================================================================
 ``model``     ``FeatureBasedModel``: backbone and head in one ``nn.Module``

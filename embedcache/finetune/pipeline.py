@@ -1,6 +1,6 @@
-"""The tutorial's names: heads by width, and texts and labels in, predictions out.
+"""A short way in: heads by width and number of classes, and a pipeline from texts and labels to predictions.
 
-They are the heads of the registry, so what is trained here can be trained on a cache, and the other way round.
+The heads are those of the registry: what is built here can also be trained on a cache.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class ResidualClassifier(ResidualMLP):
 
 
 class AttentionClassifier(SelfAttention):
-    """Self-attention over a sequence, and the mean of what is real: [B, T, D] and mask [B, T] -> logits [B, C].
+    """Self-attention over tokens, then their mean: [B, T, D] and mask [B, T] -> logits [B, C].
 
-    The mask is 1 or True where a token is real, as a tokenizer gives it; None says that all are. ``num_heads`` must
-    divide the width of the attention, at most 256; None takes the most of 8, 4, 2 and 1 that do.
+    The mask is 1 or True for real tokens and 0 or False for padding, as tokenizers return it; None for no padding.
+    ``num_heads`` must divide the width of the attention, which is at most 256; None takes the largest of 8, 4, 2 and 1
+    that does.
     """
 
     @checks_arguments()
@@ -117,7 +118,7 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class _Labelled:
-    """Contents and their labels; with features where the backbone is frozen."""
+    """Contents and their labels, with their features where the backbone is frozen."""
 
     contents: list[bytes]
     labels: Labels
@@ -125,16 +126,16 @@ class _Labelled:
 
 
 class TextClassificationPipeline:
-    """Texts and labels in, a trained head and predictions out.
+    """Trains a head on texts with labels, and predicts the classes of other texts.
 
-    With a frozen backbone, ``prepare_data`` runs it once and ``train`` never again. With ``freeze_backbone=False``,
-    ``train`` tunes all of it.
+    A frozen backbone is run once, by ``prepare_data``. With ``freeze_backbone=False``, ``train`` trains the backbone
+    too.
 
     Args:
         model_name: hub name or local folder; None for the packaged all-MiniLM-L6-v2.
         num_classes: C; labels are 0 to C - 1.
         head: kind of head; ``head_options`` are its settings.
-        options: what else ``FeatureBasedModel.from_pretrained`` takes: ``pooling``, ``device``, ``max_length``.
+        options: further arguments of ``FeatureBasedModel.from_pretrained``: ``pooling``, ``device``, ``max_length``.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Heads that attend over several vectors a row: its tokens (padded, with a mask), or the layers of the backbone."""
+"""Heads that attend over the vectors of a row: its tokens, padded and with a mask, or the backbone's layers."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class Queries(nn.Module):
         self.weight = nn.Parameter(torch.zeros(queries, width))
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw queries of about unit length for each attention head's share."""
+        """Draw queries of about unit length."""
         with torch.no_grad():
             self.weight.normal_(0.0, 1 / math.sqrt(self.weight.shape[-1]), generator=generator)
 
 
 def number_of_heads(kind: str, heads: int | None, width: int) -> int:
-    """Return how many attention heads share a width: as asked, else the most of 8, 4, 2, 1 that divide it.
+    """Return the number of attention heads: ``heads``, or the largest of 8, 4, 2 and 1 that divides ``width``.
 
-    Raises ``SpecError`` when they do not divide it.
+    Raises ``SpecError`` for ``heads`` that do not divide it.
     """
     if heads is None:
         return next(count for count in (8, 4, 2, 1) if width % count == 0)
@@ -81,11 +81,11 @@ class _Attending(Head):
 
 
 class SelfAttention(_Attending):
-    """One block of self-attention, then the mean over what is real (Vaswani et al. 2017, without positions).
+    """One block of self-attention without positions (Vaswani et al. 2017), then the mean over the real vectors.
 
     Args:
-        width: of the attention; None for the features' own, at most 256.
-        heads: attention heads, which must divide the width; None for the most of 8, 4, 2 and 1 that do.
+        width: the width of the attention; None for that of the features, at most 256.
+        heads: attention heads, which must divide the width; None for the largest of 8, 4, 2 and 1 that does.
         dropout: share of the attended values dropped in training.
     """
 
@@ -100,7 +100,7 @@ class SelfAttention(_Attending):
         super().__init__(feature, outputs, "attention", width, heads)
         self.input = Affine(feature.dim, self.width, first=True)
         self.norm = Norm(self.width)
-        # No bias: one of the keys would move nothing, and an optimizer would drive it by rounding errors.
+        # No bias: that of the keys adds the same to all scores, which softmax ignores, so only rounding would move it.
         self.qkv = Affine(self.width, 3 * self.width, bias=False)
         self.mix = Affine(self.width, self.width)
         self.dropout = Dropout(rate("attention", dropout))
@@ -122,11 +122,11 @@ class SelfAttention(_Attending):
 
 
 class AttentionPooling(_Attending):
-    """Learned queries that each take a weighted mean of what is real (Lee et al. 2019, pooling by attention).
+    """Learned queries, each of which takes a weighted mean of the real vectors (pooling by attention, Lee et al. 2019).
 
     Args:
         width, heads, dropout: as in ``SelfAttention``.
-        queries: how many learned queries; their answers are joined.
+        queries: how many learned queries; their means are concatenated.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
 """Heads on torch, and the layers that they are made of: feature vectors -> logits.
 
-A stacked head has the same modules with parameters that carry a leading K axis. Its first layer reads features that
-all K heads share, [B, ..., D], as one matrix product; what comes after carries the axis in front, [K, B, ..., H].
+A head is built for one feature set, ``Head(feature, outputs, **options)``, from the layers below; its last layer is an
+``Affine`` called ``output``.
 
-A head is built for one feature set, ``Head(feature, outputs, **options)``, from the layers of ``layers``; its last
-layer is an ``Affine`` called ``output``. Because every layer works stacked too, so does every head.
+K heads of one shape can be stacked: the same modules, whose parameters have K as their first axis. The first layer
+reads the features [B, ..., D] that all heads share in one matrix product; from there on tensors are [K, B, ..., H].
+Every layer works stacked as well as alone, and so does every head.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from embedcache.shard import FeatureSet, Kind
 class Affine(nn.Module):
     """``x @ W.T + b``: [..., I] -> [..., O], stacked [K, ..., I] -> [K, ..., O].
 
-    ``first`` says that the layer reads the features themselves, which stacked heads share and which may have to be
-    standardised: ``mean`` and ``scale`` [D] (or [K, D]) are folded into the weights, so that it costs nothing a row.
+    ``first`` marks a layer that reads the features themselves. Stacked heads share those, and they may have to be
+    standardised: ``mean`` and ``scale``, [D] or [K, D], are folded into the weights, which costs nothing for each row.
     ``bias=False`` leaves ``b`` out.
     """
 
@@ -93,10 +94,10 @@ class Norm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose draws are each head's own, so that a head in a stack sees what it would see alone.
+    """Dropout with random numbers of each head's own, so that a head drops the same values in a stack as alone.
 
-    ``rates`` has one rate a head. The draws come from ``generators``, set by whoever trains; without them from
-    torch's global generator.
+    ``rates`` has one rate for each head. ``generators`` are set by the trainer; without them torch's global generator
+    is used.
     """
 
     def __init__(self, rate: float) -> None:
@@ -121,10 +122,10 @@ class Dropout(nn.Module):
 
 
 def draw_kept(out: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Fill ``out`` with what dropout multiplies by: 0 for a share of ``rate``, and for the rest what keeps the mean.
+    """Fill ``out`` with dropout's factors: 0 for a share ``rate`` of the values, 1 / (1 - rate) for the others.
 
-    Each 64 random bits decide four numbers, with ``rate`` rounded to a 65,536th: ``bernoulli_`` draws for every number,
-    and took the largest share of a stacked MLP's step beside its matrix products.
+    64 random bits decide four values, with ``rate`` rounded to a multiple of 1 / 65,536. ``bernoulli_`` draws anew for
+    every value, which took more of a stacked MLP's step than anything but its matrix products.
     """
     if out.device.type not in ("cpu", "cuda"):
         return out.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
@@ -144,7 +145,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Head(nn.Module):
-    """What every head has. ``takes`` are the kinds of feature sets it reads; ``output`` is its last layer."""
+    """The base class of heads. ``takes`` are the kinds of feature sets that it reads; ``output`` is its last layer."""
 
     takes: ClassVar[tuple[Kind, ...]] = ("pooled",)
     output: Affine
@@ -160,7 +161,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def initialize(self, seed: int) -> None:
-        """Draw all weights from ``seed``, and the dropout from another stream of it."""
+        """Draw all weights from ``seed``; dropout gets a generator of its own, with another seed made from it."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if module is not self and callable(start := getattr(module, "initialize", None)):

@@ -1,8 +1,8 @@
 """K heads of one shape in training together: each batch of features is read once, one step moves them all.
 
-What is the same for a head in a stack and alone: its initial weights, the batches, its dropout draws, its learning
-rates, and the formulas. What is not: the order in which a matrix product adds up, so losses agree to 1e-5, not to the
-bit. Weights mostly agree better, but a ReLU that stands at its kink for a row may go either way, which moves that one
+A head in a stack and the same head alone have the same initial weights, batches, dropout, learning rates and formulas.
+Only the order differs in which a matrix product adds up, so losses agree to 1e-5, not to the bit. Weights mostly agree
+better; but where the input of a ReLU is almost 0, it may be cut off in one and not in the other, which moves that
 unit's weights by a step.
 """
 
@@ -76,6 +76,7 @@ class HeadStack:
         self._taken = 0
         self._ahead: tuple[int, Floats] = (0, np.zeros((0, 1)))
         self.stacked = len(heads) > 1
+        # Dropout has its own stream: with the seed of the initial weights its draws would depend on them.
         generators = [
             torch.Generator(_device(head)).manual_seed(s.seed + 2**32) for head, s in zip(heads, specs, strict=True)
         ]
@@ -146,7 +147,7 @@ class HeadStack:
             loss, slope = self.loss(z.view(*bias.shape, -1), y, rows)
             by_weight = torch.mm(slope.view(-1, len(x)), x).view_as(weight)
             by_bias = slope.sum(dim=-1)
-            if mean is not None and scale is not None:
+            if mean is not None and scale is not None:  # the chain rule through the folded standardisation
                 by_weight = (by_weight - by_bias.unsqueeze(-1) * mean.unsqueeze(-2)) * scale.unsqueeze(-2)
             return loss, [by_weight, by_bias]
 
@@ -160,6 +161,7 @@ class HeadStack:
             for gradient in gradients:
                 gradient.mul_(_spread(factor, gradient))
         else:
+            # A dot product needs no array of squares, and most steps then scale nothing.
             flat = [gradient.contiguous().view(-1) for gradient in gradients]
             norm = math.sqrt(sum(float(torch.dot(values, values)) for values in flat))
             if norm > self.specs[0].clip > 0:
@@ -187,6 +189,7 @@ class HeadStack:
             self._update_fused(gradients, factor, taken)
             return
         rate = self._rate * factor
+        # The moments start at 0; these correct them for the steps so far (Kingma & Ba 2015, section 3).
         grown, root = 1 - BETA1**taken, math.sqrt(1 - BETA2**taken)
         for number, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             first, second = self._moments[number]
@@ -212,6 +215,7 @@ class HeadStack:
         step = torch.tensor(float(taken), device=self.parameters[0].device)
         by_head = [gradient.contiguous().unbind(0) if self.stacked else (gradient,) for gradient in gradients]
         for group in self._fused or ():
+            # Heads of a group share their schedule, so any of them tells its factor.
             rate = group.rate * (factor if isinstance(factor, float) else float(factor[group.places[0]]))
             slopes = [by_head[number][place] for number in group.numbers for place in group.places]
             torch._fused_adamw_(
@@ -296,6 +300,7 @@ class HeadStack:
         self.module = choose_heads(self.module, chosen)
         self._moments = [(first[chosen], second[chosen]) for first, second in self._moments]
         self._scratch = [scratch[chosen] for scratch in self._scratch]
+        # The chosen heads are copies: the table of rates and the fused calls' views are of arrays no longer trained.
         self._ahead = (0, np.zeros((0, 1)))
         self._collect()
         self._fused = self._fused_groups()
@@ -313,7 +318,7 @@ def _device(head: Head) -> torch.device:
 
 
 def _spread(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """Give a number for each head the axes to multiply a parameter with."""
+    """Return numbers [K], one for each head, with axes added so that they multiply a parameter [K, ...]."""
     return value if isinstance(value, (int, float)) else _across(value, like)
 
 

@@ -72,7 +72,7 @@ class Curvature:
         self._y = design.y[rows]
         self._all = wanted in (n, most)
         mass = np.ones((1, len(rows))) if design.weight is None else design.weight[:, rows]
-        self._mass = mass * (n / wanted)
+        self._mass = mass * (n / wanted)  # the sampled rows stand for all of them
 
     @property
     def spread(self) -> float:
@@ -140,8 +140,11 @@ class Curvature:
         values = np.maximum(values, 0)
         if not few:
             return _Basis(centre.astype(np.float64), vectors, values, 0.0)
+        # Fewer rows than features: their inner products have the same eigenvalues, and far fewer numbers.
         kept = values > values.max() * 1e-6
         values, vectors = values[kept], rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+        # Rows that were not sampled curve the other directions too, about as much as the flattest direction seen. Where
+        # every row was sampled nothing but the penalty curves them.
         rest = 0.0 if every or not len(values) else float(values.min())
         return _Basis(centre.astype(np.float64), vectors, values, rest)
 
@@ -153,6 +156,7 @@ def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float
         # Adding the same to every class changes nothing but the penalty: give that direction an ordinary curvature.
         own, turned = np.linalg.eigh(block + np.trace(block) / len(block) ** 2)
         turn = turned.astype(np.float32)
+    # Where all rows are certain nothing is curved, and a step divided by it would be endless.
     own = np.maximum(own, max(1e-6 * own.max(), 1e-16 * mass))
     below = (np.outer(basis.values, own) + l2).astype(np.float32)
     rest = basis.rest * own + l2

@@ -98,7 +98,7 @@ class Objective:
             own -= own.max(axis=1, keepdims=True)
         of_label = flat[label]
         np.exp(own, out=own)
-        total = own @ np.ones(classes, own.dtype)
+        total = own @ np.ones(classes, own.dtype)  # a matrix product adds short rows faster than sum(axis=1)
         losses = (np.log(total) - of_label).reshape(len(y), problems)
         share = np.reciprocal(total) if mass is None else mass.reshape(-1) / total
         own *= share[:, None]
@@ -109,7 +109,7 @@ class Objective:
         classes = self.design.columns
         z = logits.reshape(len(y), -1, classes)
         on = y.astype(logits.dtype)[:, None, :]
-        small = np.exp(-np.abs(z))
+        small = np.exp(-np.abs(z))  # of the absolute value, so that nothing overflows
         losses = np.log1p(small) + np.maximum(z, 0) - on * z
         p = np.where(z >= 0, 1, small) / (1 + small)
         np.subtract(p, on, out=z)
@@ -134,6 +134,7 @@ _DECREASE, _SLOPE, _FLAT = 1e-4, 0.9, 1e-6
 _TRIALS = 30
 _NONE = (math.inf, math.inf)
 _RENEW = frozenset({12, 24, 48, 96, 192, 384, 768})
+"""Turns at which the curvature is taken anew: ever more rarely, for it changes less and costs an eigendecomposition."""
 
 
 class Walk:
@@ -212,6 +213,7 @@ class Walk:
             self._step = self._low[0] + 0.1 * (self._step - self._low[0])
         else:
             first = self._first
+            # Wolfe's second condition, his first, and the approximate first one of Hager and Zhang.
             far = slope >= _SLOPE * first
             lower = loss <= self.loss + _DECREASE * self._step * first
             level = slope <= (2 * _DECREASE - 1) * first and loss <= self.loss + _FLAT * abs(self.loss)
@@ -235,6 +237,7 @@ class Walk:
         self.iterations += 1
         self._seen = loss if self._seen is None else self._seen
         inner = float(np.vdot(step, change))
+        # A pair whose curvature is lost in rounding would spoil every direction that is computed from it.
         if inner > 1e-12 * float(np.vdot(step, step)) ** 0.5 * float(np.vdot(change, change)) ** 0.5:
             self._pairs = [*self._pairs[-(_MEMORY - 1) :], (step, change, inner)]
         self._aim()
@@ -264,7 +267,7 @@ class Walk:
         if math.isinf(high):
             gained = slope_low - self._first
             guess = low * self._first / -gained if gained > 0 else 4 * low
-            return min(max(guess, 2 * low), 10 * low)
+            return min(max(guess, 2 * low), 10 * low)  # never far beyond what was seen
         if math.isinf(slope_high):
             return low + 0.5 * (high - low)
         guess = low + (high - low) * slope_low / (slope_low - slope_high) if slope_high > slope_low else 0.0

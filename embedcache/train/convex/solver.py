@@ -65,6 +65,7 @@ class Squares:
         """Return the optimum; the solution of least norm where ``l2`` is 0 and there are several."""
         width = len(self.vectors)
         below = self.values + l2
+        # Directions that neither rows nor penalty curve stay at 0: that is the solution of least norm.
         small = below <= max(len(self.design.x), width) * np.finfo(np.float64).eps * max(self.values.max(initial=0), l2)
         turned = np.where(small, 0.0, 1 / np.where(small, 1.0, below))[:, None] * self.cross
         gradient = self.values[:, None] * turned - self.cross + l2 * turned
