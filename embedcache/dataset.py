@@ -235,7 +235,7 @@ class Examples(Dataset):
             split=self.split[rows],
             ids=self.ids.select(rows),
             packed_contents=self.packed_contents.select(rows),
-            n_unique=len(np.unique(keys.view(f"V{KEY_BYTES}"))),
+            n_unique=len(np.unique(key_values(keys))),
             whole=replace(whole, numbers=whole.numbers[rows]),
         )
 
@@ -252,6 +252,11 @@ class Examples(Dataset):
         if len(wanted) and (wanted[0] < 0 or wanted[-1] >= len(self)):
             raise ValueError(f"rows must lie in [0, {len(self)}), got {wanted[0]} to {wanted[-1]}")
         return iter(self.packed_contents.select(wanted))
+
+
+def key_values(keys: NDArray[np.uint8]) -> NDArray[np.void]:
+    """Return row keys, u1 [N, 16], as one value each, [N]: what finds and counts equal contents."""
+    return np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").reshape(-1)
 
 
 def exactly(name: str, values: Array, dtype: np.dtype[Any]) -> Array:

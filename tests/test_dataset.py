@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.dataset import Dataset, Examples, IdColumn, Packed, Whole
+from embedcache.dataset import Dataset, Examples, IdColumn, Packed, Whole, key_values
 from embedcache.errors import InputError
 
 STRINGS = st.lists(st.binary(max_size=7), max_size=13)
@@ -140,3 +140,11 @@ def test_a_selection_knows_the_whole_it_is_of() -> None:
     assert some.whole is not None
     assert (some.whole.numbers.tolist(), some.whole.rows, some.whole.hash) == ([1, 4], 5, examples.hash())
     assert repr(examples) == "Examples(5 rows: train 3, test 2; task classification, 3 classes)"
+
+
+@given(st.lists(st.binary(min_size=16, max_size=16) | st.sampled_from([bytes(16), b"\1" + bytes(15)]), max_size=13))
+def test_key_values_are_equal_where_all_sixteen_bytes_are(keys: list[bytes]) -> None:
+    array = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+    for given_keys in (array, np.asfortranarray(array), np.repeat(array, 2, axis=1)[:, ::2]):
+        assert [value.tobytes() for value in key_values(given_keys)] == keys
+        assert len(np.unique(key_values(given_keys))) == len(set(keys))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from embedcache.backbone import Backbone
 from embedcache.cache import FeatureCache
+from embedcache.dataset import key_values
 from embedcache.equivalence.bits import Array, Rows
 from embedcache.errors import InputError
 from embedcache.examples import Examples
@@ -78,7 +79,7 @@ def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
         return RawRows(cache, cache.targets(), (), (), None, np.arange(len(cache)))
     if cache.dataset.whole is not None and cache.dataset.whole.rows == len(examples) > len(cache):
         examples = examples.select(cache.numbers())  # the cache is of a part of the input
-    cached, given = (np.ascontiguousarray(keys).view("V16").ravel() for keys in (cache.keys(), examples.keys))
+    cached, given = key_values(cache.keys()), key_values(examples.keys)
     _refuse_other_rows(cache, examples, cached, given)
     numbers = _by_content(cached, given)
     findings: list[str] = []

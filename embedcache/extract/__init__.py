@@ -17,6 +17,7 @@ import numpy as np
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, load_backbone
 from embedcache.cache import FeatureCache, read_spec
+from embedcache.dataset import key_values
 from embedcache.errors import SpecError, warn
 from embedcache.examples import Examples, load_examples
 from embedcache.extract.commit import run
@@ -80,7 +81,7 @@ def part_of(examples: Examples, part: int, parts: int) -> Examples:
     """
     order = new_rows(examples, np.full(len(examples.keys), -1, np.int64))
     chosen = order[len(order) * (part - 1) // parts : len(order) * part // parts]
-    keys = np.ascontiguousarray(examples.keys).view("V16").ravel()
+    keys = key_values(examples.keys)
     return examples.select(np.flatnonzero(np.isin(keys, keys[chosen])))
 
 

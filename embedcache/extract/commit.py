@@ -18,7 +18,7 @@ from embedcache.cache import CacheWriter
 from embedcache.dataset import Examples
 from embedcache.errors import FeatureError, Interrupted, warn
 from embedcache.extract.progress import Bar, ExtractionReport, Progress, Watch
-from embedcache.extract.windows import new_rows, shard_rows, unique_count, windows
+from embedcache.extract.windows import new_rows, shard_rows, windows
 from embedcache.extract.work import Computed, Costs, Engine, Here
 
 
@@ -78,7 +78,7 @@ def run(
     warn(notes)
     return ExtractionReport(
         rows=len(examples.keys),
-        unique=unique_count(examples),
+        unique=examples.n_unique,
         reused=int((known >= 0).sum()),
         seconds=time.perf_counter() - start,
         numerics=numerics,

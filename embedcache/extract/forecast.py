@@ -13,7 +13,7 @@ from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
-from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows, unique_count
+from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows
 from embedcache.wording import counted, duration
 
 SAMPLE = 20_000
@@ -98,7 +98,6 @@ def forecast(
     """Tokenise the rows that would be computed (a sample of 20,000 of many), plan them and time a few batches."""
     known = known_rows(output_dir, backbone.identity, backbone.feature_sets, examples.keys)
     todo = new_rows(examples, known)
-    unique = unique_count(examples)
     sample = (
         todo[np.unique(np.linspace(0, len(todo) - 1, min(SAMPLE, len(todo))).astype(np.int64))] if len(todo) else todo
     )
@@ -129,8 +128,8 @@ def forecast(
     }
     return Forecast(
         rows=len(examples.keys),
-        unique=unique,
-        already_there=unique - len(todo),
+        unique=examples.n_unique,
+        already_there=examples.n_unique - len(todo),
         to_extract=len(todo),
         sampled=len(sample),
         truncated=round(truncated * scale),

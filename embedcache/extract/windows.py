@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.backbone import Backbone, Prepared, vectors_of
-from embedcache.dataset import Dataset, Examples
+from embedcache.dataset import Dataset, Examples, key_values
 from embedcache.errors import SpecError
 from embedcache.shard import STORED, FeatureSet
 
@@ -51,15 +51,9 @@ def new_rows(dataset: Dataset, known: Rows) -> Rows:
     ``known`` [N] holds each row's place in the cache, -1 for none.
     """
     missing = np.flatnonzero(known < 0)
-    keys = np.ascontiguousarray(dataset.keys[missing]).view("V16").ravel()
-    _, first = np.unique(keys, return_index=True)
+    _, first = np.unique(key_values(dataset.keys[missing]), return_index=True)
     first.sort()
     return missing[first]
-
-
-def unique_count(dataset: Dataset) -> int:
-    """Return how many different contents there are."""
-    return len(np.unique(np.ascontiguousarray(dataset.keys).view("V16").ravel()))
 
 
 def row_bytes_of(feature: FeatureSet) -> int:

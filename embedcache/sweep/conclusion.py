@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.dataset import key_values
 from embedcache.decoding import from_json
 from embedcache.errors import SweepError, TrainingError
 from embedcache.features import Dense, Ragged
@@ -112,8 +113,7 @@ def _tested(problem: Problem, outputs: Array, thresholds: Sequence[float]) -> tu
     limits = np.asarray(thresholds) if problem.task is MULTILABEL else None
     extra = {} if limits is None else {"thresholds": limits}
     value = score(problem.metric, problem.task, problem.test_y, outputs, **extra)
-    keys = np.ascontiguousarray(np.asarray(problem.cache.keys())[problem.test_rows]).view("V16").reshape(-1)
-    _, groups = np.unique(keys, return_inverse=True)
+    _, groups = np.unique(key_values(problem.cache.keys()[problem.test_rows]), return_inverse=True)
     rows = np.arange(len(problem.test_y))
     scored = [Scored(rows, np.asarray(outputs, np.float32), limits)]
     resampler = Resampler(

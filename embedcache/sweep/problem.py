@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.dataset import key_values
 from embedcache.errors import SweepError, SweepSpecError
 from embedcache.features import Dense, Ragged
 from embedcache.fingerprint import sha256_bytes
@@ -76,8 +77,7 @@ def strata(keys: npt.NDArray[np.uint8], y: Array, task: Task, names: Sequence[st
     A stratum is a class; the rarest of a row's labels (the first step of iterative stratification, Sechidis et al.
     2011); or a tenth of the first regression target. A group takes the smallest stratum among its rows.
     """
-    whole = np.ascontiguousarray(keys).view("V16").reshape(-1)
-    contents, group = np.unique(whole, return_inverse=True)
+    contents, group = np.unique(key_values(keys), return_inverse=True)
     short = np.ascontiguousarray(contents).view(np.uint8).reshape(-1, 16)[:, :8].copy().view("<u8").reshape(-1)
     group = group.reshape(-1).astype(np.int64)
     if task is CLASSIFICATION:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from small_caches import SETS, arrays
 
 from embedcache.cache import CacheWriter, FeatureCache
+from embedcache.dataset import key_values
 from embedcache.examples import Examples, load_examples
 from embedcache.numerics import Outcome, Probe
 
@@ -67,7 +68,7 @@ def write(path: Path, examples: Examples, sets: Any, per_shard: int, keep_inputs
 
     The archive ``probed`` has the rows of two kinds of machine.
     """
-    _, first = np.unique(examples.keys.view("V16").ravel(), return_index=True)
+    _, first = np.unique(key_values(examples.keys), return_index=True)
     first.sort()
     with CacheWriter(path, SPEC, sets) as writer:
         for start in range(0, len(first), per_shard):
