@@ -90,7 +90,7 @@ class ShapePolicy:
         """Threads that one pass has on a CPU. Rows added to a cache of format 1.0 get 1, as all rows have since."""
         return 1 if self.threads is None else self.threads
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, int]:
         """Return the policy as it stands in a cache's spec; one of format 1.0 says nothing of threads."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 

@@ -42,7 +42,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from embedcache.wording import counted, shown
 
@@ -56,13 +55,13 @@ class EmbedcacheError(Exception):
         # Names of files, columns and classes come from strangers: none of them may begin a line of its own.
         return shown(super().__str__())
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are unpickled by calling their class with the message, which is not what ours are made of; a
         # worker's error would arrive in its parent as a TypeError, or not at all.
         return _again, (type(self), self.args, self.__dict__)
 
 
-def _again(kind: type[EmbedcacheError], arguments: tuple[Any, ...], state: dict[str, Any]) -> EmbedcacheError:
+def _again(kind: type[EmbedcacheError], arguments: tuple[object, ...], state: dict[str, object]) -> EmbedcacheError:
     error = kind.__new__(kind, *arguments)
     error.args = arguments
     error.__dict__.update(state)

@@ -39,7 +39,7 @@ class _Absent:
 ABSENT = _Absent()
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """Return ``value`` as JSON with sorted keys, no spaces, plain ASCII and no NaN: equal values, equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -54,8 +54,8 @@ def strict_json(text: str | bytes, *, most: int = MOST_VALUES) -> Any:
     """
     refuse_bombs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text, most)
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
+    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        seen: dict[str, object] = {}
         for key, value in pairs:
             if key in seen:
                 raise ValueError(f"the key {key!r} occurs twice")
@@ -131,7 +131,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_count(value: Any, least: int = 0) -> bool:
+def is_count(value: object, least: int = 0) -> TypeGuard[int]:
     """Whether a JSON value is a whole number from ``least`` to where floats no longer hold each of them."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
 
@@ -150,14 +150,14 @@ def sha256_file(path: Path | str, file: IO[bytes] | None = None) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+def _digest(file: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
         digest.update(block)
     return digest.hexdigest()
 
 
-def hash_json(value: Any) -> str:
+def hash_json(value: object) -> str:
     """Return the sha256 of the canonical JSON of ``value``."""
     return sha256_bytes(canonical_json(value).encode("ascii"))
 
@@ -167,7 +167,7 @@ def row_key(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: object, new: object, prefix: str = "") -> list[tuple[str, object, object]]:
     """Return ``(dotted.path, old value, new value)`` for every leaf in which two JSON values differ.
 
     The value of a field that only one of the two has is ``ABSENT`` in the other.
@@ -175,7 +175,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
     return list(_differences(old, new, prefix))
 
 
-def _differences(old: Any, new: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: object, new: object, prefix: str) -> Iterator[tuple[str, object, object]]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(set(old) | set(new)):
             path = f"{prefix}.{key}" if prefix else str(key)

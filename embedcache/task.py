@@ -71,7 +71,7 @@ class Task(ABC):
     def __str__(self) -> str:
         return self.name
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return task_named, (self.name,)
 
     @property

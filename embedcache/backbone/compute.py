@@ -60,7 +60,7 @@ class Backbone(Protocol):
     """
 
     @property
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, object]:
         """Everything that decides the bits of a feature, as JSON, content hashes only."""
         ...
 

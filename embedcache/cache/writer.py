@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -295,11 +294,11 @@ def known_rows(
     return RowIndex(stored_keys(StoredShard.all_of(Path(path), manifest))).lookup(keys)
 
 
-def read_spec(path: Path | str) -> tuple[ExtractionSpec, dict[str, Any]] | None:
+def read_spec(path: Path | str) -> tuple[ExtractionSpec, Mapping[str, object]] | None:
     """Return the spec of a cache and what ran its last shard, complete or not; None where there is no cache."""
     try:
         manifest = manifests.read(Path(path))
     except CacheNotFoundError:
         return None
     spec = manifest.spec.only([feature.name for feature in manifest.feature_sets])  # JSON on disk has sorted keys
-    return spec, dict(manifest.shards[-1].provenance) if manifest.shards else {}
+    return spec, manifest.shards[-1].provenance if manifest.shards else {}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from embedcache.errors import SpecError
 from embedcache.spec.extraction import (
@@ -50,6 +50,7 @@ __all__ = [
     "split_name",
 ]
 
+T = TypeVar("T")
 TaskName = Literal["classification", "multilabel", "regression"]
 TASKS: tuple[TaskName, ...] = ("classification", "multilabel", "regression")
 
@@ -93,7 +94,7 @@ class Declared:
     """
 
     help: str
-    allowed: Callable[[Any], bool]
+    allowed: Callable[[object], bool]
     expected: str
     type: type = str
     choices: tuple[str, ...] = ()
@@ -101,10 +102,10 @@ class Declared:
     unset: str = ""
     solver: str = ""
 
-    def described(self, default: Any) -> str:
+    def described(self, default: object) -> str:
         """Return the help with a default and the range, in one line."""
         shown = self.unset if default is None else f"{default:g}" if self.type in (int, float) else str(default)
-        shown = {True: "yes", False: "no"}.get(default, shown) if self.type is bool else shown
+        shown = ("yes" if default else "no") if isinstance(default, bool) else shown
         known = [f"default: {shown}"] if shown else []
         known += [self.expected] if self.type in (int, float) else []
         return f"{self.help}  [{'; '.join(known)}]" if known else self.help
@@ -115,42 +116,47 @@ def declared(spec: type[HeadSpec] | type[TrainSpec]) -> dict[str, Declared]:
     return {setting.name: setting.metadata["declared"] for setting in fields(spec)}
 
 
-def _setting(default: Any, help: str, allowed: Callable[[Any], bool], expected: str, **more: Any) -> Any:
-    return field(default=default, metadata={"declared": Declared(help, allowed, expected, **more)})
+def _setting(
+    default: T, help: str, allowed: Callable[[object], bool], expected: str, read: type = str,
+    choices: tuple[str, ...] = (), **words: str,
+) -> T:  # fmt: skip
+    return field(default=default, metadata={"declared": Declared(help, allowed, expected, read, choices, **words)})
 
 
-def _choice(default: str, help: str, *choices: str, **more: Any) -> Any:
-    def allowed(value: Any) -> bool:
+def _choice(default: T, help: str, *choices: str, **more: str) -> T:
+    def allowed(value: object) -> bool:
         return isinstance(value, str) and value in choices
 
     words = f"{', '.join(choices[:-1])} or {choices[-1]}"
-    return _setting(default, help, allowed, words, choices=choices, **more)
+    return _setting(default, help, allowed, words, str, choices, **more)
 
 
-def _whole(default: int | None, help: str, least: int = 0, most: int | None = None, **more: Any) -> Any:
-    def allowed(value: Any) -> bool:
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        return (default is None and value is None) or (whole and least <= value and (most is None or value <= most))
+def _whole(default: T, help: str, least: int = 0, most: int | None = None, **more: str) -> T:
+    def allowed(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            return default is None and value is None
+        return least <= int(value) and (most is None or int(value) <= most)
 
     expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most:,}"
-    return _setting(default, help, allowed, expected, type=int, **{"metavar": "N", **more})
+    return _setting(default, help, allowed, expected, int, (), **{"metavar": "N", **more})
 
 
-def _number(default: float, help: str, expected: str, **more: Any) -> Any:
-    ranges: dict[str, Callable[[Any], bool]] = {
+def _number(default: float, help: str, expected: str, **more: str) -> float:
+    ranges: dict[str, Callable[[float], bool]] = {
         "a number above 0": lambda value: value > 0,
         "a number of at least 0": lambda value: value >= 0,
         "a number from 0 to below 1": lambda value: 0 <= value < 1,
     }
 
-    def allowed(value: Any) -> bool:
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        return number and math.isfinite(value) and ranges[expected](value)
+    def allowed(value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        return math.isfinite(value) and ranges[expected](float(value))
 
-    return _setting(default, help, allowed, expected, type=float, **{"metavar": "X", **more})
+    return _setting(default, help, allowed, expected, float, (), **{"metavar": "X", **more})
 
 
-def _is_class_weight(value: Any) -> bool:
+def _is_class_weight(value: object) -> bool:
     return value is None or (isinstance(value, str) and value == "balanced") or isinstance(value, Mapping)
 
 
@@ -186,8 +192,6 @@ class HeadSpec:
                 raise SpecError(f"the head's {name} is {shortened(getattr(self, name))}: expected {setting.expected}")
 
 
-_MINIBATCH: dict[str, Any] = {"solver": "minibatch"}
-
 MIN_STEPS = 300
 """The least number of steps where nobody says how many epochs."""
 
@@ -212,45 +216,45 @@ class TrainSpec:
         "linear, unless a setting of minibatches is given or the features do not fit in memory.",
         "auto", "minibatch", "convex",
     )  # fmt: skip
-    epochs: int = _whole(30, "Passes over the training rows.", 1, **_MINIBATCH)
+    epochs: int = _whole(30, "Passes over the training rows.", 1, solver="minibatch")
     min_steps: int | None = _whole(
         None, "Train for at least this many steps: few rows get more epochs, and early stopping waits. 0 disables.",
-        unset="300, and 0 where epochs are given", **_MINIBATCH,
+        unset="300, and 0 where epochs are given", solver="minibatch",
     )  # fmt: skip
-    batch_size: int = _whole(64, "Rows in a training step.", 1, **_MINIBATCH)
+    batch_size: int = _whole(64, "Rows in a training step.", 1, solver="minibatch")
     optimizer: Literal["adamw", "sgd"] = _choice(
-        "adamw", "Optimizer of the training steps.", "adamw", "sgd", **_MINIBATCH
+        "adamw", "Optimizer of the training steps.", "adamw", "sgd", solver="minibatch"
     )
-    learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0", **_MINIBATCH)
+    learning_rate: float = _number(3e-3, "Peak learning rate.", "a number above 0", solver="minibatch")
     weight_decay: float = _number(
-        0.01, "Weight decay, of matrices and not of biases.", "a number of at least 0", **_MINIBATCH
+        0.01, "Weight decay, of matrices and not of biases.", "a number of at least 0", solver="minibatch"
     )
-    momentum: float = _number(0.9, "Momentum of sgd.", "a number from 0 to below 1", **_MINIBATCH)
+    momentum: float = _number(0.9, "Momentum of sgd.", "a number from 0 to below 1", solver="minibatch")
     schedule: Literal["constant", "linear", "cosine"] = _choice(
         "cosine", "How the learning rate changes after the warm-up: cosine and linear fall to 0.",
-        "constant", "linear", "cosine", **_MINIBATCH,
+        "constant", "linear", "cosine", solver="minibatch",
     )  # fmt: skip
     warmup: float = _number(
         0.05, "Share of all steps in which the learning rate rises to its peak.", "a number from 0 to below 1",
-        metavar="SHARE", **_MINIBATCH,
+        metavar="SHARE", solver="minibatch",
     )  # fmt: skip
     clip: float = _number(
-        1.0, "Clip gradients to this norm; 0 disables.", "a number of at least 0", metavar="NORM", **_MINIBATCH
+        1.0, "Clip gradients to this norm; 0 disables.", "a number of at least 0", metavar="NORM", solver="minibatch"
     )
     patience: int = _whole(
         5, "Stop early after so many epochs without a better metric on validation; 0 disables.", metavar="EPOCHS",
-        **_MINIBATCH,
+        solver="minibatch",
     )  # fmt: skip
     metric: str | None = _setting(
         None, "Metric on validation by which the best epoch is kept.",
         lambda value: value is None or isinstance(value, str), "the name of a metric", metavar="NAME",
-        unset="log_loss, or rmse of a regression", **_MINIBATCH,
+        unset="log_loss, or rmse of a regression", solver="minibatch",
     )  # fmt: skip
     label_smoothing: float = _number(
         0.0,
         "Label smoothing: share of each label that is spread over all classes.",
         "a number from 0 to below 1",
-        **_MINIBATCH,
+        solver="minibatch",
     )
     class_weight: Literal["balanced"] | Mapping[str, float] | None = _setting(
         None, 'Weights of classes: balanced, or a number for each class: {"class": weight}.', _is_class_weight,
@@ -258,7 +262,7 @@ class TrainSpec:
     )  # fmt: skip
     standardize: bool = _setting(
         True, "Scale features to mean 0 and variance 1 first; folded into the trained head.",
-        lambda value: isinstance(value, bool), "true or false", type=bool,
+        lambda value: isinstance(value, bool), "true or false", bool,
     )  # fmt: skip
     l2: float = _number(
         1.0, "L2 penalty of the convex solver and of scikit-learn's linear heads: 1 / C.", "a number of at least 0",
@@ -266,10 +270,10 @@ class TrainSpec:
     )  # fmt: skip
     seed: int = _whole(0, "Seed of initial weights, dropout and the order of rows.", most=2**32 - 1)
     shuffle_seed: int | None = _whole(
-        None, "Seed of the order of rows alone.", most=2**32 - 1, unset="that of seed", **_MINIBATCH
+        None, "Seed of the order of rows alone.", most=2**32 - 1, unset="that of seed", solver="minibatch"
     )
 
-    def __new__(cls, *arguments: Any, **given: Any) -> TrainSpec:
+    def __new__(cls, *arguments: object, **given: object) -> TrainSpec:
         """Remember which settings are given: whoever names one of minibatches wants them, also at its default."""
         for name in given:
             if name not in declared(TrainSpec):
@@ -328,7 +332,7 @@ class TrainSpec:
         """Return how many epochs of so many steps are trained: ``epochs``, or as many as make ``least_steps``."""
         return max(self.epochs, -(-self.least_steps // max(1, steps)))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return what a trained head keeps of its settings, as JSON values: those that its solver reads."""
         values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         if isinstance(self.class_weight, Mapping):
