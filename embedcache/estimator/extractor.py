@@ -30,7 +30,7 @@ LOCK_PATIENCE = 600.0
 
 
 class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """Raw texts in, features out, each text computed once however often a pipeline is fitted.
+    """Turns raw texts into features; each text is computed once, however often a pipeline is fitted.
 
     Args:
         model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
@@ -38,11 +38,11 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         cache_dir: where features are kept; None for ``embedcache`` in the user's cache directory.
         max_length, compute_dtype, device: as in ``load_backbone``.
 
-    The cache is a folder for each content of a backbone, each setting, and each kind of machine, by what its probe
-    gives; several processes may use it at once: one extracts while the others wait. Fitting keeps the backbone's
-    identity, content hashes, in ``identity_``; a model whose files were changed since, in this process or before a
-    pickle was read, is refused until it is fitted again. ``probe_`` is what the machine computed then: where another
-    one gives other bits, an ``EmbedcacheWarning`` says how far off they are.
+    There is one cache folder for each content of a backbone, each setting, and each kind of machine, told by its probe.
+    Several processes may use it at once: one extracts while the others wait. Fitting stores the backbone's identity,
+    which is made of content hashes, in ``identity_``. A model whose files have changed since then is refused until it
+    is fitted again, also after unpickling. ``probe_`` is what the machine computed then: on a machine that computes
+    other bits, an ``EmbedcacheWarning`` says how far off they are.
 
     Example::
 

@@ -169,7 +169,7 @@ Contents = Sequence[str] | Sequence[bytes]
 FINE_TUNING = TrainSpec(
     epochs=3, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="linear", warmup=0.1, clip=1.0, patience=0
 )
-"""How a whole model is tuned when nobody says: batches of 16, 3 epochs, warm-up and linear decay (Devlin et al. 2019),
+"""How a whole model is tuned by default: batches of 16, 3 epochs, warm-up and linear decay (Devlin et al. 2019),
 a tenth of the steps for warming up, Adam with its bias correction (Mosbach et al. 2021). ``learning_rate`` is the
 head's."""
 BACKBONE_RATE = 5e-5

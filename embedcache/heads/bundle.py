@@ -66,7 +66,7 @@ def to_json(value: object, indent: int | None = 1) -> str:
 
 
 def _finite(value: object) -> object:
-    """Return a value in which NaN and infinity are null, as JSON has no word for them."""
+    """Return a value with null for NaN and infinity, which JSON cannot write."""
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,8 +110,8 @@ def sealed(config: Mapping[str, object]) -> dict[str, object]:
 def load(directory: Path, made: type[R]) -> R:
     """Read a bundle as ``HeadRecord``, or as what is made of one.
 
-    Beside a writer it is the old head or the new one, whole. Raises ``BundleError`` for a folder that is not a bundle,
-    and for anything in it that is not right.
+    While another process writes, the whole old head or the whole new one is read. Raises ``BundleError`` for a folder
+    that is not a bundle, and for anything wrong in it.
     """
     while True:
         seen = _state(directory)

@@ -1,8 +1,9 @@
-"""A run's folder, written by one process at a time: at every instant it holds one whole head, the old or the new.
+"""A run's folder, written by one process at a time: at every moment it holds one whole head, the old or the new.
 
-The arrays go under a name that no config uses, metrics, history and card beside their places; then ``config.json``,
-which names them all by hash, is replaced: that is the moment. After it they are put in their places, and what belongs
-to no config any more is removed. The next writer finishes what a killed one committed.
+First the arrays are written under a name that no config uses, and metrics, history and card beside their final names.
+Then ``config.json``, which names them all by hash, is replaced: that commits the new head. Afterwards the files are
+moved to their names, and those of the old head are removed. If the writer is killed after the commit, the next one
+finishes this.
 """
 
 from __future__ import annotations

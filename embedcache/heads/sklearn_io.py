@@ -1,10 +1,10 @@
-"""Fitted scikit-learn estimators: as files, read without pickle, and what they give for features.
+"""Fitted scikit-learn estimators: written to files, read back without pickle, and applied to features.
 
-skops asks which types a file may have; beyond those it trusts by itself all of scikit-learn, NumPy's and SciPy's
-functions and more. Here the list is closed: ``TRUSTED`` names every node that the heads of this package are stored
-as, and a file with any other is refused before a single object is made. Types say nothing about values, so what
-compiled code would follow blindly is checked afterwards: the trees of boosting (child and feature numbers), and the
-rows of nearest neighbours, which are fitted anew.
+skops lets its caller name trusted types, but always trusts all of scikit-learn, functions of NumPy and SciPy, and more.
+Here the list is closed: ``TRUSTED`` names every node that the heads of this package consist of, and a file with any
+other is refused before a single object is made. Types say nothing about values, so values that compiled code would
+follow blindly are checked afterwards: child and feature numbers in the trees of boosting; nearest neighbours are fitted
+again.
 """
 
 from __future__ import annotations

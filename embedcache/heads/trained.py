@@ -1,7 +1,7 @@
-"""A trained head that runs: features -> logits, probabilities, decisions. Needs torch only for what torch trained.
+"""Trained heads: features -> logits, probabilities, decisions. torch is needed only for heads that are torch modules.
 
 Linear heads, whichever engine trained them, are two arrays and run on numpy alone. Every pass over features has a
-fixed shape, as the backbone's have, so that the logits of a row depend on that row alone, to the bit.
+fixed shape, as the backbone's have, so that the logits of a row depend, to the bit, on that row alone.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class TrainedHead(HeadRecord):
         class_names: the C classes, or the names of the regression targets.
         feature: the feature set it reads.
         state: its arrays by name; empty for a scikit-learn estimator that is not linear.
-        estimator: that estimator.
+        estimator: the scikit-learn estimator of a head that is not linear.
         extraction: the spec of the cache it was trained on, {} for features of unknown origin.
         model, revision: the name by which the backbone was asked for.
-        probe: what the machine computed that made those features, None where that is not known.
+        probe: what the machine that made the features computes; None where that is not known.
         calibration: ``{"temperature": T}`` or ``{"thresholds": [C numbers]}``, {} for none.
         training: how it was trained, for the record.
     """
@@ -213,7 +213,7 @@ class TrainedHead(HeadRecord):
     @classmethod
     @checks_arguments()
     def from_pretrained(cls, directory: Path | str) -> TrainedHead:
-        """Read a head bundle, trusting nothing in it. Raises ``BundleError``."""
+        """Read a head bundle; everything in it is checked. Raises ``BundleError``."""
         return load(Path(directory), cls)
 
 
@@ -241,9 +241,9 @@ def passes(rows: Dense | Ragged) -> Iterator[tuple[npt.NDArray[np.int64], Tensor
 
 
 def padded_length(length: int) -> int:
-    """Return to how many tokens a row is padded: a multiple of 8, further on of an eighth of a power of two.
+    """Return the length to which a row of tokens is padded: a multiple of 8, of larger steps for longer rows.
 
-    The steps keep padding under an eighth for rows of 64 tokens or more, with few shapes.
+    The steps keep padding below an eighth for rows of 64 tokens or more, with few different lengths.
     """
     step = max(8, 1 << max(0, length.bit_length() - 4))
     return max(1, -(-length // step)) * step

@@ -92,8 +92,8 @@ def source_hash(text: str) -> str:
 def to_html(summary: Summary) -> str:
     """Return a summary as one self-contained HTML page.
 
-    All values go through jinja2's escaping; only charts, whose texts are escaped where they are drawn, and the page's
-    own style and script go in as they are, and the policy in its head allows nothing but these two.
+    jinja2 escapes all values. Only the charts, whose texts are escaped when they are drawn, and the page's own style
+    and script are inserted unescaped; the policy in the page's head allows no other style or script.
 
     Raises ``MissingExtraError`` without jinja2.
     """

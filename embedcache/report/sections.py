@@ -1,4 +1,4 @@
-"""A summary -> what the page shows: numbers written out, and charts as finished markup."""
+"""The values that the page shows, made from a summary: formatted numbers, and charts as finished markup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from embedcache.report import charts
 from embedcache.report.charts import Point
@@ -22,6 +22,7 @@ from embedcache.sweep.summary import (
     TestResult,
     defined,
 )
+from embedcache.task import REGRESSION
 from embedcache.wording import counted
 
 MOST_COLUMNS = 12
@@ -31,12 +32,13 @@ MOST_CLASSES = 80
 _PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 
 
-def page_values(summary: Summary) -> dict[str, Any]:
+def page_values(summary: Summary) -> dict[str, object]:
     """Return everything that the template needs."""
     rows, metric = summary.leaderboard, summary.metric.name
     chosen = summary.chosen.id if summary.chosen else None
     return {
         "summary": summary,
+        "regression": summary.task == REGRESSION.name,
         "metric": metric,
         "alpha": summary.protocol.alpha,
         "percent": f"{100 * (1 - summary.protocol.alpha):g} %",
@@ -253,7 +255,7 @@ class TestPictures:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Two classes that are taken for one another: rows, and their share of the true class."""
+    """A class that is predicted for another: in how many rows, and in what share of the true class."""
 
     true: str
     predicted: str
@@ -288,7 +290,7 @@ def pictures_of(test: TestResult) -> TestPictures:
 
 
 def most_confused(confusion: Confusion | None, most: int = 12) -> list[ConfusedPair]:
-    """Return the pairs of classes that are taken for one another most often, where there are many classes."""
+    """Return the most frequent confusions, where there are too many classes for a matrix."""
     if confusion is None or len(confusion.labels) <= 12:
         return []
     wrong = [

@@ -64,8 +64,7 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     x = problem.features(chosen.first.feature, problem.test_rows)
     outputs = head.probabilities(x)
     on_test, method = _tested(problem, outputs, head.thresholds)
-    thresholds = head.thresholds if problem.task is MULTILABEL else None
-    results = measured(problem, problem.test_y, outputs, thresholds)
+    results = measured(problem, problem.test_y, outputs, head.thresholds)
     test = TestResult(
         **vars(results), **vars(on_test), id=chosen.id, label=chosen.first.label, split="test", interval_method=method,
         trained_on=folds[0].rows,
@@ -110,12 +109,10 @@ def _calibrated(problem: Problem, folder: SweepFolder, chosen: Candidate, head: 
 
 def _tested(problem: Problem, outputs: Array, thresholds: Sequence[float]) -> tuple[TestScore, str]:
     """Return score and interval over the rows of the test split, equal contents drawn together, and the method."""
-    limits = np.asarray(thresholds) if problem.task is MULTILABEL else None
-    extra = {} if limits is None else {"thresholds": limits}
-    value = score(problem.metric, problem.task, problem.test_y, outputs, **extra)
+    value = score(problem.metric, problem.task, problem.test_y, outputs, thresholds=thresholds)
     _, groups = np.unique(key_values(problem.cache.keys()[problem.test_rows]), return_inverse=True)
     rows = np.arange(len(problem.test_y))
-    scored = [Scored(rows, np.asarray(outputs, np.float32), limits)]
+    scored = [Scored(rows, np.asarray(outputs, np.float32), np.asarray(thresholds))]
     resampler = Resampler(
         problem.metric, problem.task, problem.test_y, groups.reshape(-1).astype(np.int64), seed=problem.protocol.seed
     )

@@ -226,7 +226,8 @@ def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[
 class Configuration:
     """A feature set by name, a head, and how to train it; ``train.seed`` is its seed.
 
-    What the head does not read is put back to its default, so that two ways of writing one thing are one thing.
+    Settings that the head does not read are reset to their defaults, so that two ways to write the same configuration
+    are equal.
     """
 
     feature: str
@@ -264,8 +265,8 @@ class Configuration:
         """The settings of training that it reads, without the seed."""
         whole = asdict(self.train)
         read = fields_read(self.head, self.train.solver, self.train.optimizer)
-        # Stated epochs have no least number of steps, and no need to say so: what stated them before it was there is
-        # the same configuration as ever.
+        # Written epochs imply min_steps 0, which is not recorded: configurations from before that setting existed keep
+        # their hash.
         idle = {"min_steps"} if self.train.min_steps == 0 else set()
         return {name: whole[name] for name in read if name not in idle}
 

@@ -1,4 +1,4 @@
-"""What a summary says of the data and of scores, measured; and what to know before believing it."""
+"""The facts of a summary: the data, measured scores, mistakes; and notes on how far to trust them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def protocol_facts(problem: Problem) -> ProtocolFacts:
     )
 
 
-def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[float] | None) -> Measured:
+def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[float]) -> Measured:
     """Return everything that is measured of outputs on some rows."""
     metrics = measure(problem.task, y, outputs, problem.class_names, thresholds=thresholds)
     confusion, calibration = None, None

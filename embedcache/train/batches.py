@@ -1,6 +1,6 @@
-"""Where training batches come from: features in memory, on disk, ragged, or made on the spot by a live backbone.
+"""Where training batches come from: features in memory, on disk, ragged, or computed on the fly by a live backbone.
 
-The order of the rows is a pure value of (rows, seed, epoch), so cached and live training see the same batches.
+The order of the rows depends on (rows, seed, epoch) alone, so cached and live training see the same batches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Batch:
 
 
 class RowsOfBatch(Protocol):
-    """What the loop knows of a batch, whatever else is in it."""
+    """What the loop needs of any batch: its rows."""
 
     @property
     def rows(self) -> Tensor:
@@ -85,7 +85,7 @@ def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> It
 
 
 class _Lent:
-    """An array that says it may be written. torch warns of one that may not, and no thread can silence it alone."""
+    """An array that claims to be writable: torch warns of others, and a warning cannot be silenced for one thread."""
 
     def __init__(self, x: Array) -> None:
         self.x = x  # kept as long as the tensor is
@@ -93,7 +93,7 @@ class _Lent:
 
 
 def lent(x: Array) -> Tensor:
-    """Return an array as a tensor, without a copy; one that is mapped too, for features are never written."""
+    """Return an array as a tensor without a copy. It may be a read-only map: features are never written to."""
     return torch.from_numpy(x if x.flags.writeable else np.asarray(_Lent(x)))
 
 

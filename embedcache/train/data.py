@@ -224,18 +224,18 @@ def target_moments(y: Array, task: Task) -> tuple[Floats, Floats]:
 def rounding(mean: Floats, deviation: Floats, dtype: npt.DTypeLike = np.float32) -> float:
     """Return how far a feature may vary by rounding alone, in rows of ``dtype`` with these moments [D].
 
-    That is the unit in the last place of the length of a row whose components are all as large as the ninth decile of
-    those there are: one column with time stamps does not make constants of the others.
+    That is the rounding unit times the length of a row whose components are all as large as the ninth decile of the
+    features. A decile, not the maximum: one column of time stamps must not make the other features count as constant.
 
     A dead unit of a backbone varies by 1e-8 where others vary by 0.05. Scaled to unit variance it would be noise with
-    a weight of millions: another machine's rounding, or a step of fine-tuning, would turn predictions over.
+    a weight of millions, and the rounding of another machine, or a step of fine-tuning, would overturn predictions.
     """
     size = np.sort(np.hypot(mean, deviation))
     return max(float(np.finfo(dtype).eps * size[int(0.9 * (len(size) - 1))] * np.sqrt(len(size))), _SMALLEST)
 
 
 def constants_note(x: Features) -> str | None:
-    """Return a line about features that do vary, and yet are taken for constants; None where there are none."""
+    """Return a note on features that vary and are still taken for constant; None where there are none."""
     mean, deviation = _mean_and_deviation(x, None)
     number = int((_constant(mean, deviation) & (deviation > 0)).sum())
     if not number:

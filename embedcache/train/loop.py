@@ -23,7 +23,7 @@ from embedcache.train.batches import BatchSource, RowsOfBatch
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Epoch
 
-# Whether training had come to an end in its last epoch.
+# Whether the head was still improving when training ended.
 
 
 STILL_IMPROVING = "the head was still improving when training ended: more epochs or a higher learning rate may help"
@@ -32,12 +32,12 @@ LAST_FIFTH, STILL = 0.8, 0.05
 
 
 def still_improving(history: Sequence[Mapping[str, float]], best: int, spec: TrainSpec, epochs: int) -> bool:
-    """Return whether training had not come to an end in its last epoch.
+    """Return whether the head was still improving when training ended.
 
-    That is so where the last fifth of the way still took more than a twentieth of what the training loss fell by, and
-    the best epoch on validation (-1: none) lies in it too. The way is the learning rate, summed over steps: a cosine
-    leaves its last fifth to the second half of the epochs. A loss that falls towards its end as ``exp(-k t)`` still
-    improves for ``k`` below 2.7.
+    That is the case where the last fifth of the way brought more than a twentieth of the fall of the training loss, and
+    the best epoch on validation (-1: none) lies in that fifth. The way is the sum of learning rates over the steps: of
+    a cosine schedule its last fifth is the second half of the epochs. A loss that approaches its limit as
+    ``exp(-k t)`` is still improving for ``k`` below 2.7.
     """
     from embedcache.train.stack import schedule_factors  # which needs torch
 

@@ -1,12 +1,12 @@
 """Losses with their gradients at the logits, for one head or for K; and the biases that a head starts from.
 
 Logits are [C, B], or [K, C, B], with the rows of the batch last: reductions over a handful of classes then run along
-whole vectors, and a linear head's products need no transposed copy. Each loss is a weighted mean
-over the rows; the gradient is that of the mean. Written out rather than left to autograd, because for a linear head
-nothing else is left to differentiate.
+whole vectors, and a linear head's products need no transposed copy. Each loss is a weighted mean over the rows, and the
+gradient that of the mean. It is written out, not left to autograd: nothing else of a linear head would need a graph.
 
-AdamW moves a bias by about one learning rate a step. A label that one row in twenty has lies 2.9 from a bias of 0,
-which default training of a few hundred rows never got to: it ended before it began (Karpathy 2019, "init well").
+AdamW moves a bias by about one learning rate a step. The best bias of a label that one row in twenty has is -2.9; from
+0, default training on a few hundred rows ended before it got there. So biases start where they are best without any
+feature ("init well", Karpathy 2019).
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ def start_biases(
     y: Array, task: Task, outputs: int, *, smoothing: float = 0.0,
     class_weight: npt.ArrayLike | None = None, rows: Array | None = None,
 ) -> Floats:  # fmt: skip
-    """Return the biases [C] that make the loss of ``train.losses`` least in a head that reads no feature.
+    """Return the biases [C] that are best for a head that reads no feature.
 
     These are log shares of classes (their mean 0), log-odds of labels, means of targets. ``y`` is int64 [N], uint8
     [N, C] or, in the units of training, float [N, R]; ``class_weight`` [C] and ``rows`` [N] are weights, None for
-    equal. What never occurs, or always, counts as half a row: no bias is infinite.
+    equal. A class or label that never or always occurs counts as half a row, so that no bias is infinite.
     """
     mass = np.ones(len(y)) if rows is None else np.asarray(rows, np.float64)
     if task is REGRESSION:

@@ -29,7 +29,7 @@ from embedcache.wording import counted
 Vectors = npt.NDArray[np.float32]
 
 STACK_NUMBERS = 1_600_000
-"""Numbers that a stack may hold: past about 6 MB of weights its passes run at the memory's pace, not the cache's."""
+"""The most parameters of a stack: beyond about 6 MB, its weights no longer fit in the processor's cache."""
 
 SMALL_STEP = 3e7
 """Floating-point operations of a step up to which one thread is enough: about a fifth of a millisecond."""
@@ -96,7 +96,7 @@ class Standardisation:
         return self.mean + self.own_mean[mask] / self.scale, self.scale * self.own_scale[mask]
 
     def tell(self, stack: HeadStack, device: str) -> None:
-        """Give the heads what is left for their first layers to do."""
+        """Set what the first layers of the heads still have to standardise."""
         if self.masks is not None and self.own_mean is not None and self.own_scale is not None:
             of = self.masks.of if stack.stacked else self.masks.of[0]
             mean, scale = self.own_mean[of], self.own_scale[of]
@@ -288,8 +288,9 @@ class _Pass:
             for head, own in zip(self.heads, self.specs, strict=True)
         ]
         target = target_moments(rows.y, rows.task)
+        y = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
         weights = self._class_weights()
-        self._set_biases(modules, target, weights)
+        self._set_biases(modules, y, weights)
         mean, scale = moments(rows.x, rows.weight) if spec.standardize else (None, None)
         # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
         dense = isinstance(rows.x, Dense) and (self.judged is None or isinstance(self.judged.x, Dense))
@@ -317,7 +318,8 @@ class _Pass:
             judged_x = x if self.judged is rows else _prepared(self.judged, applied, device)
             judge = Judge(self.judged, judged_x, stopping.metric, self.masks, target, device)
         weight = None if rows.weight is None else torch.from_numpy(rows.weight).to(device)
-        learner = HeadLearner(stack, _targets(rows, target, device), weight, self.masks, judge)
+        targets = torch.from_numpy(y if rows.task is CLASSIFICATION else np.asarray(y, np.float32)).to(device)
+        learner = HeadLearner(stack, targets, weight, self.masks, judge)
         with _threads_for(stack, rows, spec) if self.batches is None else nullcontext():
             result = fit(
                 learner, source, stopping, title=options.title, progress=options.progress,
@@ -351,10 +353,9 @@ class _Pass:
         ones = np.ones((1, len(names)), np.float32)
         return np.concatenate([ones if weights is None else weights for weights in by_head])
 
-    def _set_biases(self, modules: Sequence[Head], target: tuple[Floats, Floats], weights: Vectors | None) -> None:
+    def _set_biases(self, modules: Sequence[Head], y: Array, weights: Vectors | None) -> None:
         """Give each head the output biases of its own training rows, as if it were alone."""
         rows = self.rows
-        y = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
         for head, (module, spec) in enumerate(zip(modules, self.specs, strict=True)):
             own = slice(None) if self.masks is None else self.masks.train[self.masks.of[head]]
             biases = start_biases(
@@ -413,13 +414,6 @@ def _masked_moments(x: Tensor, masks: Masks) -> tuple[Vectors, Vectors]:
     deviation = (squares / rows - mean.square()).clamp_min(0).sqrt()
     scale = torch.where(deviation > 1e-4, 1 / deviation.clamp_min(1e-4), torch.ones_like(deviation))
     return mean.float().cpu().numpy(), scale.float().cpu().numpy()
-
-
-def _targets(rows: LabelledRows, target: tuple[Floats, Floats], device: str) -> Tensor:
-    if rows.task is CLASSIFICATION:
-        return torch.from_numpy(rows.y).to(device)
-    values = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
-    return torch.from_numpy(np.asarray(values, np.float32)).to(device)
 
 
 def _in_real_units(

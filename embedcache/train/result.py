@@ -32,12 +32,12 @@ class Fitted:
         estimator: that estimator.
         history: what is known of each epoch; of the convex solver one entry, with its iterations.
         notes: one-line facts to print.
-        epochs: how many there were to be; 0 for engines without epochs.
+        epochs: how many were planned; 0 for engines without epochs.
         best_epoch: the best on validation, counted from 0; -1 where nothing was measured.
         steps: steps that were taken.
         seconds: what the pass took, for all heads that shared it.
         interrupted: whether Ctrl-C ended it early, with the best weights so far.
-        improving: whether it had not come to an end in its last epoch.
+        improving: whether it was still improving when training ended.
         losses: [] or [K] of each step, where they were to be kept.
     """
 

@@ -44,12 +44,11 @@ def fit_temperature(logits: Array, y: Array) -> float:
     """Return the temperature T under which ``softmax(logits / T)`` has the least log loss (Guo et al. 2017).
 
     ``logits`` is float [N, C], ``y`` int64 [N], -1 for rows without label, which do not count. The loss is convex in
-    1 / T, and Newton's steps are kept between bounds that close in, so that it ends within [0.05, 20] whatever comes.
-    Where every row is right the loss falls for ever as T goes to 0; targets are then smoothed by 1 / (N + 2), as
-    Platt (1999) does, for it would be a mistake to learn from a few dozen right rows that none can be wrong. The loss
-    on these rows is never above that at T = 1, which is what comes back from too few of them. Rows of a class that
-    training never saw do not count, for no temperature helps them; its logit is the same in every row, and far (20 or
-    more) below the highest.
+    1 / T; Newton's steps are kept within shrinking bounds, so the result lies in [0.05, 20]. Where every row is
+    classified rightly the loss falls for ever as T goes to 0; targets are then smoothed by 1 / (N + 2) as Platt (1999)
+    does, since a few dozen right rows do not prove that no row can be wrong. The loss on these rows is never higher
+    than at T = 1, which is returned for too few rows. Rows of a class that training never saw do not count, because no
+    temperature helps them: its logit is the same in every row, and 20 or more below the highest.
 
     Raises ``TrainingError`` for logits that are not finite, ``SpecError`` for shapes that do not fit.
     """
@@ -64,7 +63,7 @@ def fit_temperature(logits: Array, y: Array) -> float:
     if len(y) < FEWEST_ROWS or z.shape[1] < 2:
         return 1.0
     same = (z == z[:1]).all(axis=0)
-    same &= not same.all()  # a head that says the same of every row says it of classes it saw
+    same &= not same.all()  # where every column is constant, none says that its class was never seen
     z = z - z.max(axis=1, keepdims=True)
     reachable = ~(same & (z <= -_OUT_OF_REACH).all(axis=0))
     z, y = z[reachable[y]], y[reachable[y]]
@@ -145,7 +144,7 @@ def _threshold(p: Floats, y: npt.NDArray[np.bool_]) -> float:
 
 
 _MEASURED = 50_000
-"""Most training rows that metrics are taken on: what they add past that is digits nobody reads."""
+"""Metrics are measured on at most this many rows of a split: more would change digits that nobody reads."""
 
 
 @checks_arguments()
@@ -254,7 +253,7 @@ def train_head(
 
 
 def _epoch_notes(fitted: Fitted, spec: TrainSpec) -> list[str]:
-    """Return what is worth saying of how training by minibatches ended."""
+    """Return notes on how training by minibatches ended."""
     from embedcache.train.loop import STILL_IMPROVING
 
     notes, done = [], len(fitted.history)
@@ -292,8 +291,7 @@ def calibrated(trained: TrainedHead, rows: LabelledRows) -> TrainedHead:
 
 def measured(trained: TrainedHead, rows: LabelledRows, *, intervals: bool) -> dict[str, Any]:
     """Return the metrics of a head on labelled rows; see ``measure``."""
-    thresholds = trained.thresholds if rows.task is MULTILABEL else None
-    outputs = trained.probabilities(rows.x)
+    outputs, thresholds = trained.probabilities(rows.x), trained.thresholds
     return measure(rows.task, rows.y, outputs, trained.class_names, intervals=intervals, thresholds=thresholds)
 
 

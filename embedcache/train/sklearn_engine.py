@@ -1,11 +1,10 @@
 """Heads that scikit-learn fits: from features to one matrix or, where the head is not linear, an estimator.
 
-Whatever is linear becomes a weight [C, D] and a bias [C] with the standardisation, and any projection, folded in. What
-such a head gives are logits, and their softmax (their sigmoid for each label) is its probability. For logistic
-regression and LDA that is the estimator's own ``predict_proba``. Of two classes scikit-learn has one decision value z;
-it becomes the logits (-z/2, z/2), whose softmax is sigmoid(z). A support vector machine and ridge classification know
-no probabilities: theirs are a softmax of decision values, right in their order, and worth something only at the
-temperature that is fitted on validation.
+A linear head becomes a weight [C, D] and a bias [C], with standardisation and projection folded in. Its outputs are
+logits; probabilities are their softmax, or their sigmoid for each label. For logistic regression and LDA these are the
+estimator's own ``predict_proba``. For two classes scikit-learn has one decision value z; it becomes the logits
+(-z/2, z/2), whose softmax is sigmoid(z). Support vector machines and ridge classification have no probabilities: the
+softmax of their decision values has the right order, but means little before a temperature is fitted on validation.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class _Problem:
 
 @dataclass(frozen=True, eq=False)
 class _Weights:
-    """The weight of each row [N], classes considered, and of several labels that of each that is on [C]; None for 1."""
+    """Weights of rows [N], with those of their classes; and of labels that are on [C]. None for 1."""
 
     rows: Floats | None
     labels: Floats | None
@@ -114,7 +113,7 @@ def _heard(notes: list[str]) -> Iterator[None]:
 
 
 def _weights(problem: _Problem, kind: Kind, spec: TrainSpec) -> _Weights:
-    """Return what rows and labels weigh. Raises ``SpecError`` where the head cannot weigh them."""
+    """Return the weights of rows and labels. Raises ``SpecError`` where the head cannot weigh them."""
     given, task, y = problem.rows, problem.rows.task, problem.y
     rows = None if given.weight is None else np.asarray(given.weight, np.float64)
     by_class = class_weights([spec], given.y, task, given.class_names)
@@ -255,7 +254,7 @@ class _Fitting:
 
 
 def _one_of(estimator: BaseEstimator, x: Array, y: Array, classes: int, rows: Floats | None) -> Matrix:
-    """Fit one of the classes that are there; the others get ``NEVER``."""
+    """Fit a linear classifier to the classes that occur; the others get the bias ``NEVER``."""
     present = np.unique(y)
     solved, constant = _matrix(
         _fit(estimator, x, np.searchsorted(present, y), rows), 1 if len(present) == 2 else len(present)
@@ -285,7 +284,7 @@ def _log_odds(on: float, rows: float) -> float:
 
 
 def _majority(problem: _Problem, dim: int, weights: _Weights) -> Matrix:
-    """Return a head that reads no feature: shares of classes, odds of labels, means of targets."""
+    """Return a head that reads no feature: log shares of classes, log odds of labels, means of targets."""
     y, task, outputs = problem.y, problem.rows.task, problem.outputs
     mass = np.ones(len(y)) if weights.rows is None else weights.rows
     if task is REGRESSION:
@@ -301,7 +300,7 @@ def _majority(problem: _Problem, dim: int, weights: _Weights) -> Matrix:
 
 
 def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> BaseEstimator:
-    """Return a fitted ``StandardScaler`` that leaves alone what varies by the rounding of ``stored`` only."""
+    """Return a fitted ``StandardScaler`` that does not scale features which vary only by the rounding of ``stored``."""
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler(copy=copy).fit(x, sample_weight=weight)

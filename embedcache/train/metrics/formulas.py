@@ -1,4 +1,4 @@
-"""Predictions beside the truth, and the metrics: each a function from the weights of rows to a number."""
+"""Predictions with their targets, and the metrics: each is a function from weights of rows to a number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Predictions:
         task: what the targets mean.
         y: int64 [N], uint8 [N, C] or float64 [N, R].
         outputs: probabilities [N, C], or values [N, R].
-        thresholds: [C], from which probability on a label of a multi-label row is on.
+        thresholds: [C], the probability at which a label of a multi-label row counts as on.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ def _over_rows(values: Floats) -> Prepared:
 
 
 def mean_defined(values: Sequence[float] | Floats) -> float:
-    """Return the mean of what is defined, NaN where nothing is."""
+    """Return the mean of the values that are not NaN, NaN where all are."""
     kept = [float(value) for value in values if not math.isnan(value)]
     return sum(kept) / len(kept) if kept else math.nan
 

@@ -150,10 +150,10 @@ def measure(
     thresholds: Sequence[float] | Array | None = None,
     intervals: bool = False,
 ) -> dict[str, Any]:
-    """Return everything there is to say about predictions, ready for JSON: numbers, None where one is not defined.
+    """Return all metrics of predictions as JSON values, None where a metric is not defined.
 
-    ``intervals`` adds 95 % bootstrap intervals over rows of the metrics that are looked at most, by name; Wilson's of
-    the accuracy alone where all or no rows are right.
+    ``intervals`` adds 95 % bootstrap intervals over rows for the most important metrics, by name. Where all or no rows
+    are right there is only Wilson's interval of the accuracy.
 
     Classification: ``outputs`` are probabilities [N, C]. ``brier`` is the sum over classes of squared errors, halved
     for two classes as scikit-learn does; ``ece`` has 15 bins of equal width; ``average_precision`` is of the second
@@ -232,8 +232,9 @@ def _refuse_bad_outputs(predictions: Predictions) -> None:
 def reliability(task: Task, y: Array, outputs: Array) -> dict[str, Any]:
     """Return the calibration curve: ``ece`` and ``bins``, each {low, high, confidence, accuracy, rows}.
 
-    Classification looks at the probability of the predicted class and how often it is the right one, multi-label at
-    that of every label and how often it holds; both are None in an empty bin. Raises ``SpecError`` for a regression.
+    For a classification confidence is the probability of the predicted class, and accuracy how often that class is
+    right; for multi-label it is the probability of every label, and how often the label is on. Both are None in an
+    empty bin. Raises ``SpecError`` for a regression.
     """
     metric, predictions = metric_named("ece", task), Predictions(task, y, outputs)
     confidence, came_true, bin_of = confidences(predictions)
