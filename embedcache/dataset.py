@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.errors import InputError
-from embedcache.fingerprint import KEY_BYTES
+from embedcache.fingerprint import KEY_BYTES, row_key
 from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import task_named
@@ -23,6 +24,24 @@ from embedcache.wording import counted
 Rows = NDArray[np.int64]
 
 _BLOCK_ROWS = 4096
+
+
+class Contents(Protocol):
+    """The contents of N rows, wherever they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> bytes: ...
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def select(self, rows: Rows) -> Contents:
+        """Return the contents at ``rows``, int64, without copying them."""
+        ...
+
+    def columns(self) -> tuple[NDArray[np.uint8], Rows]:
+        """Return a buffer of just these contents, u1, and the offsets into it, int64 [N + 1]."""
+        ...
 
 
 class Packed(Sequence[bytes]):
@@ -82,6 +101,53 @@ class Packed(Sequence[bytes]):
         # The places of all bytes at once: each string's start in the old buffer, and on from there.
         places = np.repeat(self._offsets[self._rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return self._data[places], offsets
+
+
+class InFiles:
+    """Contents that may lie in files of their own, which are opened when the content is wanted.
+
+    ``held`` has for each of N rows the path of its file where ``in_file``, bool [N], else the content itself. ``keys``,
+    u1 [N, 16], are the row keys: a file whose bytes are no longer those is refused with ``InputError``.
+    """
+
+    def __init__(self, held: Packed, in_file: NDArray[np.bool_], keys: NDArray[np.uint8]) -> None:
+        self._held, self._in_file, self._keys = held, in_file, keys
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, place: int) -> bytes:
+        row = range(len(self))[place]
+        return self._content(row, self._held[row])
+
+    def __iter__(self) -> Iterator[bytes]:
+        for row, held in enumerate(self._held):
+            yield self._content(row, held)
+
+    def select(self, rows: Rows) -> InFiles:
+        """Return the contents at ``rows``, int64, without reading them."""
+        return InFiles(self._held.select(rows), self._in_file[rows], self._keys[rows])
+
+    def columns(self) -> tuple[NDArray[np.uint8], Rows]:
+        """Read all contents into one buffer, u1, and return it with the offsets into it, int64 [N + 1]."""
+        return Packed.of(self).columns()
+
+    def path(self, row: int) -> str | None:
+        """Return the file that the content of a row is, None where it lies in none of its own."""
+        return os.fsdecode(self._held[row]) if self._in_file[row] else None
+
+    def _content(self, row: int, held: bytes) -> bytes:
+        if not self._in_file[row]:
+            return held
+        path = os.fsdecode(held)
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read any more: {error.strerror or error}") from None
+        if row_key(content) != self._keys[row].tobytes():
+            raise InputError(f"{path}: its bytes changed since the input was read: read the input again")
+        return content
 
 
 class IdColumn(Sequence[str]):
@@ -211,7 +277,7 @@ class Examples(Dataset):
 
     ids: IdColumn
     kind: str
-    packed_contents: Packed
+    packed_contents: Contents
     n_unique: int
     notes: tuple[str, ...] = ()
 

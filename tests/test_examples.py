@@ -301,7 +301,7 @@ def test_standard_input_in_every_format(
     assert examples.class_names == ("x", "y")
 
 
-class Lengths:
+class Lengths(content.Content):
     """A kind of content that is no text: whole numbers, four bytes each."""
 
     noun = "length"
@@ -1083,7 +1083,7 @@ def test_of_many_files_not_all_are_open_at_once(
 
 @pytest.mark.parametrize("most", [0, 1, 11, 40, 1_000])
 def test_contents_beyond_a_size_are_held_in_a_file(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "MOST_HELD", most)
+    monkeypatch.setattr(content, "MOST_HELD", most)
     monkeypatch.setattr("embedcache.examples.inputs.BLOCK_ROWS", 3)
     texts = [f"row {row} é" for row in range(17)]
     examples = load_examples(records(*((text, 1) for text in texts)))
@@ -1099,7 +1099,7 @@ def test_a_full_temporary_folder_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     def full(**_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(load, "MOST_HELD", 0)
+    monkeypatch.setattr(content, "MOST_HELD", 0)
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     refuse("cannot hold the contents of the input in .*TMPDIR.*: the disk is full", records(("a", 1)))
 
@@ -1139,7 +1139,7 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     few, many = peak(20_000), peak(60_000)
     assert (many - few) / 40_000 < 160, "bytes a row, transients and the text of 37 bytes included"
-    monkeypatch.setattr(load, "MOST_HELD", 1 << 16)
+    monkeypatch.setattr(content, "MOST_HELD", 1 << 16)
     few, many = peak(20_000), peak(60_000)
     assert (many - few) / 40_000 < 120, "the same without the texts, which are in a file"
 

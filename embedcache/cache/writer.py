@@ -14,7 +14,7 @@ from embedcache.cache import manifest as manifests
 from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, stored_keys
 from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Numerics, Shard
-from embedcache.dataset import Dataset, Packed
+from embedcache.dataset import Contents, Dataset
 from embedcache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -170,7 +170,7 @@ class CacheWriter:
             notes.append(f"{self.path} loses its labels: this input has none")
         return notes
 
-    def commit_dataset(self, dataset: Dataset, inputs: Packed | None = None) -> None:
+    def commit_dataset(self, dataset: Dataset, inputs: Contents | None = None) -> None:
         """Commit a dataset whose rows are all in the cache, in place of the one before.
 
         ``inputs`` are the contents of its rows, to be stored too. A dataset equal to the current one changes no byte.

@@ -138,12 +138,18 @@ def _input_options(*options: Decorator) -> Callable[[Function], Function]:
     return gathered([inputs, *options], "given", lambda values: Input(values.pop("inputs"), values))
 
 
-_text_column = click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given.")
+_content_columns = (
+    click.option("--text-column", metavar="NAME", help="Column that holds the text. Guessed when not given."),
+    click.option(
+        "--image-column", metavar="NAME", help="Column that holds pictures: paths, or bytes. Guessed when not given."
+    ),
+    click.option("--allow-outside", is_flag=True, help="Read pictures that a file names outside of its own folder."),
+)
 _id_column = click.option(
     "--id-column", metavar="NAME", help="Column that holds a row's id. Default: the row's number."
 )
 _format = click.option(
-    "--input-format", "format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet"]),
+    "--input-format", "format", type=click.Choice(["csv", "tsv", "jsonl", "lines", "parquet", "tar"]),
     help="Format of the input. Default: by the file's ending; standard input is one text a line.",
 )  # fmt: skip
 _quoting = click.option(
@@ -156,11 +162,11 @@ _on_bad_row = click.option(
 )  # fmt: skip
 _quarantine = click.option("--quarantine", type=click.Path(), metavar="FILE", help="File for skipped rows.")
 
-text_options = _input_options(_text_column, _id_column, _format, _quoting, _on_bad_row, _quarantine)
+text_options = _input_options(*_content_columns, _id_column, _format, _quoting, _on_bad_row, _quarantine)
 """INPUT of rows without labels, and how it is read: as ``given``, an ``Input``."""
 
 input_options = _input_options(
-    _text_column, _format, _quoting,
+    *_content_columns, _format, _quoting,
     click.option(
         "--label-column", metavar="NAME[,NAME]",
         help="Column that holds the label; several, as a,b, for several regression targets.",

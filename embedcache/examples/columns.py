@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ class ReadingOptions:
     Raises ``SpecError`` for a value that makes no sense.
     """
 
-    kind: str = "text"
+    kind: str | None = None
     content_column: str | None = None
     label_column: str | Sequence[str] | None = None
     id_column: str | None = None
@@ -43,9 +43,10 @@ class ReadingOptions:
     quarantine: Path | None = None
     format: Format | None = None
     quoting: Literal["minimal", "none"] = "minimal"
+    allow_outside: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_other("kind", self.kind, tuple(CONTENTS))
+        _refuse_other("kind", self.kind, (None, *CONTENTS))
         _refuse_other("task", self.task, (None, *TASKS))
         _refuse_other("labels", self.labels, ("required", "optional", "none"))
         if self.format not in (None, *FORMATS):
@@ -58,11 +59,6 @@ class ReadingOptions:
             parse_split(self.split)
         if not 0 <= self.split_seed < 2**64:
             raise SpecError(f"split_seed is {self.split_seed}: expected a whole number in [0, 2**64)")
-
-    @property
-    def content(self) -> Content:
-        """What knows what a content is."""
-        return CONTENTS[self.kind]
 
 
 def quarantine_file(on_bad_row: str, quarantine: Path | str | None) -> Path | None:
@@ -78,6 +74,21 @@ def quarantine_file(on_bad_row: str, quarantine: Path | str | None) -> Path | No
     return Path(quarantine)
 
 
+def kind_and_column(kind: str | None, columns: Mapping[str, str | None]) -> tuple[str | None, str | None]:
+    """Return the kind of content and its column, None for what is to be guessed; ``columns`` are those that were named.
+
+    Raises ``SpecError`` where they contradict each other.
+    """
+    named = {name: column for name, column in columns.items() if column is not None}
+    if len(named) > 1:
+        raise SpecError(f"{' and '.join(f'{name}_column' for name in named)} were given: a row has one content")
+    for name in named:
+        if kind not in (None, name):
+            raise SpecError(f"{name}_column was given, and kind is {kind!r}")
+        return name, named[name]
+    return kind, None
+
+
 def _refuse_other(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         expected = ", ".join(choice for choice in choices if choice is not None)
@@ -86,17 +97,21 @@ def _refuse_other(name: str, value: str | None, choices: Sequence[str | None]) -
 
 # fmt: off
 _LABELS = frozenset([
-    "label", "labels", "class", "category", "target", "sentiment", "intent", "emotion", "topic", "tag", "tags",
+    "label", "labels", "cls", "class", "category", "target", "sentiment", "intent", "emotion", "topic", "tag", "tags",
     "rating", "stars", "score", "polarity", "y",
 ])
 # fmt: on
-_NOT_CONTENT = frozenset(["id", "idx", "index", "uid", "guid", "split", ""])
+_NOT_CONTENT = frozenset(["id", "idx", "index", "uid", "guid", "__key__", "split", ""])
 
 
 @dataclass
 class Roles:
-    """The columns chosen, and notes on the choice. ``labels`` is empty when there are no labels."""
+    """The columns chosen, and notes on the choice. ``labels`` is empty when there are no labels.
 
+    ``kind`` is the kind of content, that of ``content`` its column.
+    """
+
+    kind: str
     content: str
     labels: tuple[str, ...] = ()
     id: str | None = None
@@ -109,8 +124,8 @@ def choose_columns(sources: Sequence[Source], options: ReadingOptions, *, guess_
 
     Raises ``InputError`` that lists the columns there are when one is missing or the choice is not clear.
     """
-    first, content = sources[0], options.content
-    roles = Roles("", id=options.id_column, split=options.split_column)
+    first = sources[0]
+    roles = Roles("", "", id=options.id_column, split=options.split_column)
     named = [name for name in (options.content_column, options.id_column, options.split_column) if name is not None]
     for name in named:
         _require(first, name)
@@ -118,10 +133,12 @@ def choose_columns(sources: Sequence[Source], options: ReadingOptions, *, guess_
         roles.labels = _label_columns(first, options.label_column)
     taken = {*named, *roles.labels}
     if options.labels != "none" and options.label_column is None:
-        guess = _guess(first, _LABELS, "label", taken)
+        guess = _guess(first, [column for column in _free(first, taken) if _plain(column) in _LABELS], "label")
         if guess is not None:
             roles.labels = (guess,)
             taken.add(guess)
+    roles.kind = options.kind or first.content_kind or _guess_kind(first, taken)
+    content = CONTENTS[roles.kind]
     roles.content = options.content_column or _guess_content(first, content, taken)
     taken.add(roles.content)
     if options.labels == "required" and not roles.labels:
@@ -134,12 +151,13 @@ def choose_columns(sources: Sequence[Source], options: ReadingOptions, *, guess_
         roles.split = _guess_split(first, taken | set(roles.labels))
         if roles.split is not None:
             roles.notes.append(f"split column: {roles.split!r} (guessed)")
-    _check(sources, roles, options)
+    _check(sources, roles, content, options.labels == "optional")
+    roles.notes += [note for source in sources for note in source.notes]
     return roles
 
 
-def _check(sources: Sequence[Source], roles: Roles, options: ReadingOptions) -> None:
-    noun = options.content.noun
+def _check(sources: Sequence[Source], roles: Roles, content: Content, labels_optional: bool) -> None:
+    noun = content.noun
     names = [name for name in (roles.content, *roles.labels, roles.id, roles.split) if name is not None]
     for name in names:
         if names.count(name) > 1:
@@ -148,12 +166,12 @@ def _check(sources: Sequence[Source], roles: Roles, options: ReadingOptions) -> 
             )
     for source in sources:
         for name in names:
-            if name not in source.columns and name in roles.labels and options.labels == "optional":
+            if name not in source.columns and name in roles.labels and labels_optional:
                 roles.notes.append(f"{source.name} has no column {name!r}: its rows have no label")
             else:
                 _require(source, name)
         declared = source.declared_type(roles.content)
-        if declared is not None and declared.kind != options.content.column_kind:
+        if declared is not None and not content.accepts(declared.kind):
             raise InputError(f"{source.name}: the column {roles.content!r} is of type {declared.name}, expected {noun}")
 
 
@@ -183,9 +201,17 @@ def _label_columns(source: Source, given: str | Sequence[str]) -> tuple[str, ...
     return names
 
 
-def _guess(source: Source, candidates: frozenset[str], default: str, taken: set[str]) -> str | None:
-    likely = [column for column in source.columns if column.strip().lower() in candidates and column not in taken]
-    named = [column for column in likely if column.strip().lower() == default]
+def _plain(column: str) -> str:
+    return column.strip().lower()
+
+
+def _free(source: Source, taken: set[str]) -> list[str]:
+    return [column for column in source.columns if column not in taken]
+
+
+def _guess(source: Source, likely: Sequence[str], default: str) -> str | None:
+    """Return the one of the ``likely`` columns, or the one that is called ``default``; None where there is none."""
+    named = [column for column in likely if _plain(column) == default]
     if len(likely) > 1 and len(named) != 1:
         raise InputError(
             f"{source.name}: {' and '.join(map(repr, likely))} could each be the {default} column: "
@@ -194,19 +220,22 @@ def _guess(source: Source, candidates: frozenset[str], default: str, taken: set[
     return next(iter(named or likely), None)
 
 
+def _guess_kind(source: Source, taken: set[str]) -> str:
+    """Return the first kind of content that a column is taken for, else the first kind of all, which is text."""
+    columns = [(column, source.kind(column), source.sample[column]) for column in _free(source, taken)]
+    claimed = (kind for kind, content in CONTENTS.items() if any(content.claims(*column) for column in columns))
+    return next(claimed, next(iter(CONTENTS)))
+
+
 def _guess_content(source: Source, content: Content, taken: set[str]) -> str:
-    guess = _guess(source, content.column_names, content.noun, taken)
+    free = [(column, source.kind(column), source.sample[column]) for column in _free(source, taken)]
+    guess = _guess(source, [column[0] for column in free if content.claims(*column)], content.noun)
     if guess is not None:
         return guess
-    likely = [
-        column
-        for column in source.columns
-        if column not in taken
-        and column.strip().lower() not in _NOT_CONTENT
-        and source.kind(column) == content.column_kind
-    ]
-    if len(likely) == 1:
-        return likely[0]
+    likely = [name for name, kind, cells in free if _plain(name) not in _NOT_CONTENT and content.holds(kind, cells)]
+    named = [name for name, _, _ in free if _plain(name) in content.column_names]
+    if len(likely or named) == 1:
+        return (likely or named)[0]
     raise InputError(
         f"{source.name}: cannot tell which column is the {content.noun}: name it with --{content.noun}-column; "
         f"the columns are {_listed(source)}"
@@ -214,7 +243,7 @@ def _guess_content(source: Source, content: Content, taken: set[str]) -> str:
 
 
 def _only_other(source: Source, taken: set[str]) -> str:
-    others = [column for column in source.columns if column not in taken and column.strip().lower() not in _NOT_CONTENT]
+    others = [column for column in _free(source, taken) if _plain(column) not in _NOT_CONTENT]
     if len(others) == 1:
         return others[0]
     raise InputError(
@@ -224,8 +253,8 @@ def _only_other(source: Source, taken: set[str]) -> str:
 
 
 def _guess_split(source: Source, taken: set[str]) -> str | None:
-    for column in source.columns:
-        if column.strip().lower() == "split" and column not in taken:
+    for column in _free(source, taken):
+        if _plain(column) == "split":
             values = [value for value in source.sample[column] if isinstance(value, str)]
             if values and all(map(is_standard, values)):
                 return column

@@ -1,16 +1,38 @@
-"""From a cell of the input to the canonical bytes of a row. Only ``TextContent`` knows that a row is a text."""
+"""From a cell of the input to the canonical bytes of a row. Only these classes know what a row is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Protocol, cast
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from embedcache.examples.source import Faults, Kind, is_missing, unicode_fault
+import numpy as np
+
+from embedcache import pictures
+from embedcache.dataset import Contents, InFiles
+from embedcache.errors import PictureError
+from embedcache.examples.packing import MOST_HELD, Packing
+from embedcache.examples.source import Faults, Kind, Parsed, Source, is_missing, parsed, unicode_fault
+from embedcache.fingerprint import KEY_BYTES, row_key
+
+PICTURE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".jp2", ".j2k", ".avif",
+)  # fmt: skip
+"""How the names of files end that may be pictures."""
+_MOST_BYTES = 512 << 20
+"""A picture of 64 megapixels with 16 bits a channel has 384 MB when nothing is compressed."""
 
 
-class Content(Protocol):
-    """A kind of content. Another kind (image files, say) is another class here and one line in ``CONTENTS``."""
+class Content(ABC):
+    """A kind of content. Another kind is another class here and one line in ``CONTENTS``."""
 
     noun: str
     """What messages call it; its column is named by ``NOUN_column`` and ``--NOUN-column``."""
@@ -19,16 +41,60 @@ class Content(Protocol):
     column_kind: Kind
     """What a column of this content holds."""
 
+    def accepts(self, declared: Kind) -> bool:
+        """Whether a column that a source declares to be of a kind may hold this content."""
+        return declared == self.column_kind
+
+    def claims(self, name: str, kind: Kind, cells: Sequence[object]) -> bool:
+        """Whether a column is taken for this content: going by its name, what it holds, and its first cells."""
+        return name.strip().lower() in self.column_names
+
+    def holds(self, kind: Kind, cells: Sequence[object]) -> bool:
+        """Whether a column may be this content whatever its name is, where there is only one that may."""
+        return kind == self.column_kind
+
+    @abstractmethod
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
         """Return the canonical bytes of every value (``b""`` for a faulty one) and the faults."""
-        ...
 
+    @abstractmethod
     def show(self, content: bytes) -> str:
         """Return a short printable form for messages."""
-        ...
+
+    def collector(self, column: str, allow_outside: bool) -> ContentCollector:
+        """Return what collects the contents of an input. ``allow_outside`` is for contents that name files."""
+        return ContentCollector(self, column)
 
 
-class TextContent:
+class ContentCollector:
+    """Collects the contents of the usable rows of an input, and their keys."""
+
+    def __init__(self, content: Content, column: str) -> None:
+        self.keys = bytearray()
+        """The row keys, ``KEY_BYTES`` each, one after the other."""
+        self._content, self._column = content, column
+        self._packing = Packing(MOST_HELD)
+
+    def parse(self, values: Sequence[object], source: Source) -> Parsed:
+        """Judge the cells of one block."""
+        contents, faults = self._content.encode(self._column, values)
+        return parsed(contents, faults, self._append)
+
+    def _append(self, contents: Sequence[bytes]) -> None:
+        self._packing.append(contents)
+        # ``fingerprint.row_key`` of each, without a Python call a row: half of the cost of a pass. A test holds that.
+        self.keys += b"".join([blake2b(content, digest_size=KEY_BYTES).digest() for content in contents])
+
+    def finish(self) -> Contents:
+        """Return all contents; nothing is to be added afterwards."""
+        return self._packing.finish()
+
+    def show(self, contents: Contents, row: int) -> str:
+        """Return a short printable form of a row of what ``finish`` gave."""
+        return self._content.show(contents[row])
+
+
+class TextContent(Content):
     """Text: the exact characters as UTF-8. Empty and blank texts, other types and lone surrogates are faults."""
 
     noun = "text"
@@ -39,6 +105,9 @@ class TextContent:
         "utterance", "snippet", "query", "sms", "post",
     ])
     # fmt: on
+
+    def claims(self, name: str, kind: Kind, cells: Sequence[object]) -> bool:
+        return super().claims(name, kind, cells) and kind != "image"
 
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
         if set(map(type, values)) == {str}:
@@ -60,7 +129,181 @@ class TextContent:
         return repr(text) if len(text) <= 40 else repr(text[:37]) + "..."
 
 
-CONTENTS: dict[str, Content] = {"text": TextContent()}
+class ImageContent(Content):
+    """Pictures: the bytes of their files, or pixels as a PPM. What cannot be decoded is a fault.
+
+    A cell is a path, an image file's bytes, both as ``{"bytes", "path"}``, a PIL image, or an array of uint8.
+    """
+
+    noun = "image"
+    column_kind: Kind = "image"
+    column_names = frozenset(["image", "img", "picture", "photo", "file_name", "filename", "path", "image_path"])
+
+    def accepts(self, declared: Kind) -> bool:
+        return declared != "number"
+
+    def claims(self, name: str, kind: Kind, cells: Sequence[object]) -> bool:
+        return kind == "image" or (super().claims(name, kind, cells) and self.holds(kind, cells))
+
+    def holds(self, kind: Kind, cells: Sequence[object]) -> bool:
+        return kind == "image" or (kind != "number" and _are_picture_names(cells))
+
+    def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
+        with _threads() as mapped:
+            read = list(mapped(partial(_read, _Place(None, True), column), values))
+        contents = [picture.content if isinstance(picture, _Picture) else b"" for picture in read]
+        return contents, {row: picture for row, picture in enumerate(read) if isinstance(picture, str)}
+
+    def show(self, content: bytes) -> str:
+        width, height = pictures.size_of(content)
+        return f"a picture of {width} x {height} pixels"
+
+    def collector(self, column: str, allow_outside: bool) -> ContentCollector:
+        return _PictureCollector(self, column, allow_outside)
+
+
+class _PictureCollector(ContentCollector):
+    """Collects pictures: of one that has a file of its own, the path."""
+
+    def __init__(self, content: Content, column: str, allow_outside: bool) -> None:
+        super().__init__(content, column)
+        self._allow_outside = allow_outside
+        self._in_file = bytearray()
+
+    def parse(self, values: Sequence[object], source: Source) -> Parsed:
+        place = _Place(source.folder, self._allow_outside)
+        with _threads() as mapped:
+            judged = list(mapped(partial(_judged, place, self._column), values))
+        faults = {row: picture for row, picture in enumerate(judged) if isinstance(picture, str)}
+        return parsed(judged, faults, self._append_judged)
+
+    def _append_judged(self, judged: Sequence[_Judged | str]) -> None:
+        for picture in judged:
+            assert isinstance(picture, _Judged)
+            self._packing.append([picture.path or pictures.canonical(picture.value)])
+            self._in_file.append(picture.path is not None)
+            self.keys += picture.key
+
+    def finish(self) -> Contents:
+        keys = np.frombuffer(self.keys, np.uint8).reshape(-1, KEY_BYTES)
+        return InFiles(self._packing.finish(), np.frombuffer(self._in_file, np.bool_), keys)
+
+    def show(self, contents: Contents, row: int) -> str:
+        path = contents.path(row) if isinstance(contents, InFiles) else None
+        return super().show(contents, row) if path is None else repr(os.path.relpath(path))
+
+
+class _Place(NamedTuple):
+    """Where relative paths begin; None stands for the current directory, outside of which everything may lie."""
+
+    folder: Path | None
+    allow_outside: bool
+
+    def path(self, written: str) -> str:
+        """Return the path that a cell names. Raises ``PictureError`` for one that it must not name."""
+        if "://" in written:
+            raise PictureError("is an address: download the pictures and give their paths")
+        root = os.path.abspath(self.folder or "")
+        path = os.path.normpath(os.path.join(root, written))
+        if self.folder is None or self.allow_outside or _is_inside(path, root):
+            return path
+        if _is_inside(os.path.realpath(path), os.path.realpath(root)):  # where a folder has two names
+            return path
+        raise PictureError(
+            f"lies outside of the folder {self.folder}: if you trust who wrote this, pass --allow-outside "
+            "(allow_outside=True)"
+        )
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return path.startswith(os.path.join(root, ""))
+
+
+class _Picture(NamedTuple):
+    """A picture that can be decoded; ``path`` is that of a file of its own."""
+
+    content: bytes
+    path: bytes | None
+
+
+class _Judged(NamedTuple):
+    """What is kept of a picture until its row is known to be usable. ``value`` is the cell where it has no file."""
+
+    key: bytes
+    path: bytes | None
+    value: object
+
+
+def _judged(place: _Place, column: str, value: object) -> _Judged | str:
+    read = _read(place, column, value)
+    if isinstance(read, str):
+        return read
+    value = value["bytes"] if isinstance(value, Mapping) and read.path is None else value
+    return _Judged(row_key(read.content), read.path, value if read.path is None else None)
+
+
+def _read(place: _Place, column: str, value: object) -> _Picture | str:
+    """Return the picture that a cell holds or names, decoded once to see that it can be, or why it cannot be used."""
+    if isinstance(value, Mapping) and {*value} <= {"bytes", "path"}:  # as the library datasets has it
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if is_missing(value) or (isinstance(value, str) and not value):
+        return f"{column!r} is missing"
+    what = repr(column)
+    try:
+        if not isinstance(value, (str, os.PathLike)):
+            content = pictures.canonical(value)
+            if isinstance(value, (bytes, bytearray, memoryview)):
+                pictures.decode(content)
+            return _Picture(content, None)
+        written = os.fspath(value)
+        what = os.fsdecode(written)
+        if isinstance(written, str) and (fault := unicode_fault(column, written)) and not os.path.exists(written):
+            return fault
+        path = place.path(what)
+        content = _file(path)
+        pictures.decode(content)
+        return _Picture(content, os.fsencode(path))
+    except PictureError as error:
+        return f"{what} {error}"
+
+
+def _file(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe may keep its reader waiting for ever
+            raise PictureError("is not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise PictureError(f"has {status.st_size:,} bytes, more than any picture that is read")
+        with open(path, "rb") as file:
+            return file.read(_MOST_BYTES)
+    except PictureError:
+        raise
+    except FileNotFoundError:
+        raise PictureError(f"is not there (looked for {path})") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise PictureError(f"cannot be read: {reason or error}") from None
+
+
+@contextmanager
+def _threads() -> Iterator[Callable[..., Iterator[Any]]]:
+    """Return a ``map`` over threads: decoding lets go of Python's lock. An interrupt does not wait for the rest."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(cores)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _are_picture_names(cells: Sequence[object]) -> bool:
+    names = [cell for cell in cells if not is_missing(cell) and not (isinstance(cell, str) and not cell)]
+    return bool(names) and all(
+        isinstance(name, (str, os.PathLike)) and os.fsdecode(name).lower().endswith(PICTURE_SUFFIXES) for name in names
+    )
+
+
+CONTENTS: dict[str, Content] = {"text": TextContent(), "image": ImageContent()}
 
 
 def text_fault(column: str, value: object) -> str | None:

@@ -1,4 +1,4 @@
-"""CSV, TSV, JSONL and plain text, read exactly; and the format of a file, by its name or as the caller says."""
+"""CSV, TSV, JSONL and plain text, read exactly; and which source a path is, by its name or as the caller says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple, get_args
 
 from embedcache.errors import InputError
+from embedcache.examples.folders import FolderSource, TarSource, metadata_of, split_folders
 from embedcache.examples.parquet import ParquetSource
 from embedcache.examples.source import (
     BLOCK_BYTES,
@@ -312,7 +313,7 @@ def _line_blocks(file: InputFile, format: str) -> Iterator[_LineBlock]:
                 first += len(part)
 
 
-Format = Literal["csv", "tsv", "jsonl", "lines", "parquet"]
+Format = Literal["csv", "tsv", "jsonl", "lines", "parquet", "tar"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _EXTENSIONS: dict[str, Format] = {
@@ -322,6 +323,7 @@ _EXTENSIONS: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".txt": "lines",
     ".parquet": "parquet",
+    ".tar": "tar",
 }
 
 
@@ -337,9 +339,29 @@ def open_path(path: str, format: Format | None, quoting: str) -> Source:
     return _source(InputFile(Path(path)), format or _format_of(Path(path)), quoting)
 
 
+def open_folder(path: Path) -> list[tuple[str | None, Source]]:
+    """Return the sources of a folder of pictures, each with the split that it is for.
+
+    A folder with a table of its pictures (``metadata.csv``) is that table, and so are folders of splits with one each.
+    """
+    splits = split_folders(path)
+    tables = {split: table for split, folder in splits.items() if (table := metadata_of(folder)) is not None}
+    whole = metadata_of(path)
+    if whole is None and (not splits or len(tables) < len(splits)):
+        return [(None, FolderSource(path))]
+    opened: list[tuple[str | None, Source]] = []
+    for split, table in [(None, whole)] if whole is not None else tables.items():
+        source = open_path(str(table), None, "minimal")
+        source.content_kind = "image"
+        opened.append((split, source))
+    return opened
+
+
 def _source(file: InputFile, format: Format, quoting: str) -> Source:
     if format == "parquet":
         return ParquetSource(file)
+    if format == "tar":
+        return TarSource(file)
     if format == "jsonl":
         return JsonlSource(file)
     if format == "lines":
@@ -355,7 +377,7 @@ def _format_of(path: Path) -> Format:
     if format is None or (packed and format == "parquet"):
         hint = "; a JSON array must be rewritten with one object a line" if suffix == [".json"] else ""
         raise InputError(
-            f"{path}: cannot tell the format from the name: expected .csv, .tsv, .jsonl or .txt (each also .gz) or "
-            f".parquet, or name it with --input-format{hint}"
+            f"{path}: cannot tell the format from the name: expected .csv, .tsv, .jsonl or .txt (each also .gz), "
+            f".parquet or .tar, or name it with --input-format{hint}"
         )
     return format

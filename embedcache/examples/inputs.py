@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.columns import ReadingOptions
-from embedcache.examples.formats import open_path
+from embedcache.examples.formats import open_folder, open_path
 from embedcache.examples.source import (
     BLOCK_ROWS,
     SAMPLE_ROWS,
@@ -95,18 +95,23 @@ class RecordsSource(Source):
             yield Block(values, good, records.__getitem__, bad)
 
 
+_ROWS_OF_PICTURES = 64
+"""Rows of a table that are copied at once where they may hold pictures."""
+
+
 class _SlicedSource(Source):
     """A table that can be cut by row number."""
 
     _rows: int
+    _block_rows = BLOCK_ROWS
 
     @abstractmethod
     def _slice(self, columns: Sequence[str], start: int, stop: int) -> list[list[object]]:
         """Return the cells of some rows, a list a column."""
 
     def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
-        for start in range(0, self._rows, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, self._rows)
+        for start in range(0, self._rows, self._block_rows):
+            stop = min(start + self._block_rows, self._rows)
             values = self._slice(columns, start, stop)
             yield Block(values, range(start, stop), row_of(columns, values))
 
@@ -145,7 +150,11 @@ class DatasetSource(_SlicedSource):
         self.columns = unique_columns(name, list(dataset.column_names))
         self._dataset = self._view = dataset.with_format(None)
         self._rows = len(dataset)
-        # Images and sound are not decoded just to guess what a column is.
+        for column, feature in dataset.features.items():
+            if type(feature).__name__ == "Image":  # the bytes of its files, not what they were decoded to
+                self._block_rows = _ROWS_OF_PICTURES
+                self._dataset = self._view = self._dataset.cast_column(column, type(feature)(decode=False))
+        # Sound is not decoded just to guess what a column is.
         self._take_sample([name for name in self.columns if not hasattr(dataset.features[name], "decode_example")])
 
     def _slice(self, columns: Sequence[str], start: int, stop: int) -> list[list[object]]:
@@ -162,6 +171,8 @@ class DatasetSource(_SlicedSource):
             kind = "text"
         elif isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool")):  # a ClassLabel is an int64
             kind = "number"
+        elif type(feature).__name__ == "Image" or dtype in ("binary", "large_binary"):
+            kind = "image"
         return DeclaredType(kind, str(feature))
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
@@ -211,8 +222,8 @@ def open_inputs(inputs: object, by_split: Mapping[str, object], options: Reading
         named = ", ".join(dict.fromkeys(from_files))
         raise SpecError(f"splits were given both as inputs ({named}) and by {option}: choose one")
     for split, value in given:
-        for source in _sources(split or "input", value, options):
-            yield GivenSource(split, source)
+        for own_split, source in _sources(split or "input", value, options):
+            yield GivenSource(split or own_split, source)
 
 
 def _holds_cells(value: object) -> bool:
@@ -222,17 +233,18 @@ def _holds_cells(value: object) -> bool:
     return not all(isinstance(item, str) and Path(item).suffix for item in value[:3])
 
 
-def _sources(label: str, value: object, options: ReadingOptions) -> Iterator[Source]:
+def _sources(label: str, value: object, options: ReadingOptions) -> Iterator[tuple[str | None, Source]]:
+    """Yield the sources of a value, each with the split that its own folder names."""
     if isinstance(value, (str, os.PathLike)):
-        yield open_path(os.fspath(value), options.format, options.quoting)
+        yield from _of_path(value, options)
     elif is_table(value):
-        yield open_object(value, label)
+        yield None, open_object(value, label)
     elif isinstance(value, Sequence):
         for number, item in enumerate(value):
             if isinstance(item, (str, os.PathLike)):
-                yield open_path(os.fspath(item), options.format, options.quoting)
+                yield from _of_path(item, options)
             elif is_table(item):
-                yield open_object(item, f"{label} {number}")
+                yield None, open_object(item, f"{label} {number}")
             else:
                 kind = type(item).__name__
                 raise InputError(f"{label}: item {number} is a {kind}, expected a path, a table or a list of dicts")
@@ -240,3 +252,11 @@ def _sources(label: str, value: object, options: ReadingOptions) -> Iterator[Sou
         raise InputError(
             f"{label}: got a {type(value).__name__}, expected a path, a list of dicts, a DataFrame or a Dataset"
         )
+
+
+def _of_path(value: str | os.PathLike[str], options: ReadingOptions) -> Iterator[tuple[str | None, Source]]:
+    path = os.fspath(value)
+    if os.path.isdir(path):
+        yield from open_folder(Path(path))
+    else:
+        yield None, open_path(path, options.format, options.quoting)

@@ -142,7 +142,7 @@ class Classes:
         return numbers
 
     def finish(self, known: KnownClasses) -> Targets:
-        if self._numbers is None and known.names is None and self._are_fractions():
+        if self._numbers is None and known.names is None and not known.declared and self._are_fractions():
             self._numbers = self._become_numbers()
         if self._numbers is not None:
             return self._numbers.finish(known)

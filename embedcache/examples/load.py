@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
@@ -20,11 +19,19 @@ from embedcache.dataset import Examples, IdColumn
 from embedcache.errors import BadRowsError, InputError, SpecError, warn
 from embedcache.examples import findings
 from embedcache.examples.class_sets import ClassSets
-from embedcache.examples.columns import LabelUse, ReadingOptions, Roles, choose_columns, quarantine_file
+from embedcache.examples.columns import (
+    LabelUse,
+    ReadingOptions,
+    Roles,
+    choose_columns,
+    kind_and_column,
+    quarantine_file,
+)
+from embedcache.examples.content import CONTENTS
 from embedcache.examples.inputs import GivenSource, open_inputs
 from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets
-from embedcache.examples.packing import MOST_HELD, IdCollector, Packing
-from embedcache.examples.source import BadRow, Block, Faults, Source, parsed
+from embedcache.examples.packing import IdCollector
+from embedcache.examples.source import BadRow, Block, Faults, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES, strict_json
 from embedcache.journal import commit, explained, replacing
@@ -65,7 +72,7 @@ class Quarantine:
         if self._file is None:
             self._file = self._stack.enter_context(replacing(self.path, InputError))
         record = {"file": name, "line": row.line, "reason": row.reason, "raw": row.raw}
-        self._file.write((json.dumps(record, default=repr) + "\n").encode("ascii"))
+        self._file.write((json.dumps(record, default=_shown_value) + "\n").encode("ascii"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -75,6 +82,14 @@ class Quarantine:
         self._stack.__exit__(kind, error, traceback)
 
 
+def _shown_value(value: object) -> str:
+    """Return what JSON has no form for; of the bytes of a file, which its source holds anyway, how many there are."""
+    if isinstance(value, bytes) and len(value) > _MOST_RAW:
+        return f"{len(value):,} bytes"
+    return repr(value)
+
+
+_MOST_RAW = 1000
 _SHOWN_BAD_ROWS = 10
 _MOST_OPEN = 16
 """Files that are kept open, with a block of rows each, between the look at their first rows and the reading of all."""
@@ -85,6 +100,7 @@ def load_examples(
     inputs: object = None,
     *,
     text_column: str | None = None,
+    image_column: str | None = None,
     label_column: str | Sequence[str] | None = None,
     id_column: str | None = None,
     split_column: str | None = None,
@@ -102,14 +118,22 @@ def load_examples(
     quarantine: str | Path | None = None,
     format: str | None = None,
     quoting: Literal["minimal", "none"] = "minimal",
-    kind: str = "text",
+    kind: str | None = None,
+    allow_outside: bool = False,
 ) -> Examples:
     """Read an input once and return its usable rows.
 
     ``inputs`` is a path, ``-`` for standard input, a list of dicts, a DataFrame or a Dataset, or a list of these, or a
     mapping from the name of a split to one of these (a DatasetDict). Files are CSV, TSV, JSONL or plain lines (each
-    also gzipped) or Parquet, by their extension or by ``format``; ``quoting="none"`` takes quotes in CSV and TSV as
-    ordinary characters.
+    also gzipped), Parquet or WebDataset tar, by their extension or by ``format``; ``quoting="none"`` takes quotes in
+    CSV and TSV as ordinary characters. A folder holds pictures, in folders that are the classes (``cat/1.png``), also
+    within folders of splits (``train/cat/1.png``), or named by the column ``file_name`` of a ``metadata.csv`` or
+    ``metadata.jsonl``.
+
+    The ``kind`` of content is ``"text"`` or ``"image"``, guessed unless given; ``text_column`` or ``image_column``
+    names its column. A cell of an image column is a path (in a file, relative to its folder, and outside of that only
+    with ``allow_outside``), an image file's bytes, both as the library ``datasets`` has them, a PIL image, or an array
+    of uint8. Pictures that are files stay where they are, and must stay there as long as their contents are wanted.
 
     Splits come from ``train``, ``validation`` and ``test`` (``inputs`` counts as train beside them), from a mapping,
     from ``split_column``, or by content hash from ``split`` such as ``80/10/10`` with ``split_seed``. Without any of
@@ -129,9 +153,10 @@ def load_examples(
     >>> examples.class_names, examples.targets.tolist(), list(examples.contents())
     (('bad', 'good'), [1, 0], [b'fine', b'poor'])
     """
+    kind, content_column = kind_and_column(kind, {"text": text_column, "image": image_column})
     options = ReadingOptions(
         kind=kind,
-        content_column=text_column,
+        content_column=content_column,
         label_column=label_column,
         id_column=id_column,
         split_column=split_column,
@@ -145,6 +170,7 @@ def load_examples(
         quarantine=quarantine_file(on_bad_row, quarantine),
         format=format,  # type: ignore[arg-type]  # refused there unless it is one
         quoting=quoting,
+        allow_outside=allow_outside,
     )
     examples = read(inputs, {"train": train, "validation": validation, "test": test}, options)
     warn(examples.notes)
@@ -220,8 +246,7 @@ class _Pass:
         self._quarantine = quarantine
         self._ids = IdCollector(roles.id) if roles.id is not None else None
         self._splits = SplitColumn(roles.split) if roles.split is not None else None
-        self._keys = bytearray()
-        self._contents = Packing(MOST_HELD)
+        self._contents = CONTENTS[roles.kind].collector(roles.content, options.allow_outside)
         self._rows_given: list[tuple[str, int]] = []
         self._bad: list[tuple[str, str]] = []
         self._n_bad = 0
@@ -238,7 +263,7 @@ class _Pass:
                 cells = dict(zip(columns, block.values, strict=True))
                 # A source of unlabelled rows may lack the column altogether.
                 missing: list[object] = [None] * rows
-                faults = self._take(cells, [cells.get(name) or missing for name in roles.labels])
+                faults = self._take(source, cells, [cells.get(name) or missing for name in roles.labels])
                 block.bad += (BadRow(block.lines[place], reason, block.raw(place)) for place, reason in faults.items())
             if block.bad:
                 self._set_aside(source, block)
@@ -246,13 +271,14 @@ class _Pass:
 
     @property
     def _rows(self) -> int:
-        return len(self._keys) // KEY_BYTES
+        return len(self._contents.keys) // KEY_BYTES
 
-    def _take(self, cells: Mapping[str, Sequence[object]], label_cells: Sequence[Sequence[object]]) -> Faults:
+    def _take(
+        self, source: Source, cells: Mapping[str, Sequence[object]], label_cells: Sequence[Sequence[object]]
+    ) -> Faults:
         """Add the usable rows of a block; return why the others are not usable."""
         roles = self._roles
-        contents, content_faults = self._options.content.encode(roles.content, cells[roles.content])
-        columns = [parsed(contents, content_faults, self._append_contents)]
+        columns = [self._contents.parse(cells[roles.content], source)]
         if self._ids is not None and roles.id is not None:
             columns.append(self._ids.parse(cells[roles.id]))
         if self._splits is not None and roles.split is not None:
@@ -262,16 +288,11 @@ class _Pass:
         faults: Faults = {}
         for column in reversed(columns):  # of several faults of a row, the first column's is told
             faults |= column.faults
-        keep = [place for place in range(len(contents)) if place not in faults] if faults else None
+        keep = [place for place in range(len(cells[roles.content])) if place not in faults] if faults else None
         if keep is None or keep:
             for column in columns:
                 column.add(keep)
         return faults
-
-    def _append_contents(self, contents: Sequence[bytes]) -> None:
-        self._contents.append(contents)
-        # ``fingerprint.row_key`` of each, without a Python call a row: half of the cost of a pass. A test holds that.
-        self._keys += b"".join([blake2b(content, digest_size=KEY_BYTES).digest() for content in contents])
 
     def _set_aside(self, source: Source, block: Block) -> None:
         self._n_bad += len(block.bad)
@@ -293,7 +314,7 @@ class _Pass:
         if not rows:
             where, reason = self._bad[0] if self._bad else ("?", "no rows")
             raise InputError(f"no usable row is left: all {self._n_bad} are bad, the first at {where}: {reason}")
-        keys = np.frombuffer(self._keys, np.uint8).reshape(-1, KEY_BYTES)
+        keys = np.frombuffer(self._contents.keys, np.uint8).reshape(-1, KEY_BYTES)
         targets: Targets | None = None
         if self._labels is not None:
             targets = self._labels.finish(known)
@@ -314,13 +335,13 @@ class _Pass:
             split=split,
             split_names=split_names,
             ids=ids,
-            kind=self._options.kind,
+            kind=self._roles.kind,
             packed_contents=self._contents.finish(),
             n_unique=groups.number,
         )
 
         def show(wanted: Sequence[int]) -> list[str]:
-            return [self._options.content.show(examples.packed_contents[row]) for row in wanted]
+            return [self._contents.show(examples.packed_contents, row) for row in wanted]
 
         if self._options.split is not None:
             notes += shares_note(self._options.split)

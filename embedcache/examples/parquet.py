@@ -22,6 +22,16 @@ from embedcache.examples.source import (
 )
 from embedcache.fingerprint import strict_json
 
+_BLOCK_BYTES = 32 << 20
+"""Bytes of the rows that are read at once, as far as rows are of one size."""
+
+
+def _holds_bytes(types: Any, kind: Any) -> bool:
+    """Whether a type of Arrow is bytes, or bytes with a path as the library datasets has pictures."""
+    if types.is_struct(kind):
+        return {kind.field(number).name for number in range(kind.num_fields)} == {"bytes", "path"}
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or str(kind) == "binary_view")
+
 
 def _class_names(feature: object) -> tuple[str, ...] | None:
     """Return the names of a ``ClassLabel``, or of a list of them in any form that ``datasets`` wrote."""
@@ -39,7 +49,7 @@ class ParquetSource(Source):
     """A Parquet file, read a few row groups' worth of the wanted columns at a time."""
 
     def __init__(self, file: InputFile) -> None:
-        self.name, self.path = file.name, file.path
+        self.name, self.path, self.folder = file.name, file.path, file.folder
         self._file = file
         self._open = ExitStack()
         self._table: Any = None
@@ -55,8 +65,11 @@ class ParquetSource(Source):
             self._features = self._declared_features()
             if table.metadata.num_rows == 0:
                 raise InputError(f"{self.name}: there are columns but no rows")
-        first = next(self._read(self.columns, SAMPLE_ROWS))
-        self.sample = {column: cells[:SAMPLE_ROWS] for column, cells in zip(self.columns, first.values, strict=True)}
+        small = [column for column in self.columns if self.declared_type(column).kind != "image"]
+        self.sample = {column: [] for column in self.columns}
+        if small:
+            first = next(self._read(small, SAMPLE_ROWS))
+            self.sample |= {column: cells[:SAMPLE_ROWS] for column, cells in zip(small, first.values, strict=True)}
 
     def _opened(self) -> Any:
         if self._table is None:
@@ -99,10 +112,18 @@ class ParquetSource(Source):
             kind = "text"
         elif types.is_integer(inner) or types.is_floating(inner) or types.is_boolean(inner):
             kind = "number"
+        elif _holds_bytes(types, inner):
+            kind = "image"
         return DeclaredType(kind, str(declared))
 
     def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
-        return self._read(columns, BLOCK_ROWS // 4)
+        with self._explained():
+            groups = self._opened().metadata
+            row_bytes = max(
+                groups.row_group(number).total_byte_size // max(groups.row_group(number).num_rows, 1)
+                for number in range(groups.num_row_groups)
+            )
+        return self._read(columns, max(1, min(BLOCK_ROWS // 4, _BLOCK_BYTES // max(row_bytes, 1))))
 
     def _read(self, columns: Sequence[str], rows: int) -> Iterator[Block]:
         first = 0

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 """A number as text."""
 
-Kind = Literal["text", "number", "other"]
+Kind = Literal["text", "number", "image", "other"]
 """What a column of the input holds, as far as its source declares or shows it."""
 
 Faults = dict[int, str]
@@ -109,8 +109,14 @@ class Source(ABC):
     name: str
     path: Path | None = None
     """The file that is read; None for an object, and for standard input, which cannot be opened again."""
+    folder: Path | None = None
+    """Where relative paths in its cells begin; None for an object, whose paths begin in the current directory."""
     columns: tuple[str, ...]
     sample: dict[str, list[object]]
+    content_kind: str | None = None
+    """The kind of content that the whole source is made for; None where its columns must be looked at."""
+    notes: tuple[str, ...] = ()
+    """What was left out, as notes on the input."""
     numbers_are_written = False
     """Whether a number is a text in this format, as in CSV."""
 
@@ -173,12 +179,23 @@ def kind_of(values: Sequence[object], numbers_are_written: bool) -> Kind:
     """Return what a column holds, going by some of its values."""
     present = [value for value in values if not is_missing(value)]
     texts = [value for value in present if isinstance(value, str)]
+    if present and all(map(_is_picture, present)):
+        return "image"
     if len(texts) < len(present):
         return "number" if all(isinstance(value, (str, int, float)) for value in present) else "other"
     written = [text for text in texts if text.strip()]
     if numbers_are_written and written and all(NUMBER.fullmatch(text) for text in written):
         return "number"
     return "text"
+
+
+def _is_picture(value: object) -> bool:
+    """Whether a value is an image file's bytes, alone or with its path, a PIL image or an array of its shape."""
+    if isinstance(value, Mapping):
+        return {*value} == {"bytes", "path"}
+    shape = getattr(value, "shape", ())
+    pixels = len(shape) in (2, 3) and str(getattr(value, "dtype", "")) == "uint8"
+    return isinstance(value, (bytes, bytearray)) or pixels or type(value).__module__.partition(".")[0] == "PIL"
 
 
 def row_of(columns: Sequence[str], values: list[list[object]]) -> Callable[[int], dict[str, object]]:
@@ -237,6 +254,7 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self.path: Path | None = path
+        self.folder = path.parent
         self.name = str(path)
         self._empty = f"{path}: the file is empty"
         try:
@@ -300,6 +318,7 @@ class StandardInput(InputFile):
         if sys.stdin is None:
             raise InputError("standard input is closed: name a file, or pipe the rows into this command")
         self.path = None
+        self.folder = Path()
         self.name = "<stdin>"
         self._empty = "standard input is empty"
 
@@ -327,6 +346,7 @@ class TextSource(Source, Generic[RawBlock]):
         self.file = file
         self.name = file.name
         self.path = file.path
+        self.folder = file.folder
         self._reading: Iterator[RawBlock] | None = None
         self._seen: list[RawBlock] = []
 
