@@ -191,7 +191,7 @@ def test_a_missing_and_an_empty_file(extract: Command, tmp_path: Path) -> None:
     refused(extract("empty.csv", "-o", "c"), "empty.csv: the file is empty")
     (tmp_path / "header.csv").write_text("text,label\n")
     refused(extract("header.csv", "-o", "c"), "header.csv: there is a header but no rows")
-    refused(extract(tmp_path, "-o", "c"), "is a directory: expected a file")
+    refused(extract(tmp_path, "-o", "c"), "is a directory without pictures: expected a file")
     assert not (tmp_path / "c").exists()
 
 
