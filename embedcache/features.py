@@ -66,7 +66,7 @@ class Features(ABC):
         """Return some rows, int64 [n] in any order, as features of the same type."""
 
     @abstractmethod
-    def blocks(self, multiple: int = 1) -> Iterator[Dense | Ragged]:
+    def blocks(self, multiple: int = 1) -> Iterator[InMemory]:
         """Yield all rows in their order, in parts that are in memory; what is in memory already is one part.
 
         A part that is read has a multiple of so many rows, but for the last.
@@ -322,7 +322,7 @@ def features_of(x: object, feature: FeatureSet | None = None, *, where: str = ""
                 f"{of}: got rows on disk of shape {tuple(reader.row_shape)}, expected {_expected(feature)}"
             )
         return x if isinstance(x, OnDisk) else OnDisk(x, feature)
-    if isinstance(x, Dense | Ragged) and x.checked and _same_shape(x.feature, feature):
+    if isinstance(x, InMemory) and x.checked and _same_shape(x.feature, feature):
         return x
     if feature.kind == "tokens":
         ragged = _ragged(x, feature, of)

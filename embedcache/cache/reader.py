@@ -17,7 +17,7 @@ from embedcache.cache.files import PATIENCE, StoredShard, check_all, dataset_arr
 from embedcache.cache.gather import Keys, RowIndex, Rows, take, take_tokens
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
-from embedcache.features import Ragged, Stored
+from embedcache.features import Dense, InMemory, Ragged, Stored
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet
 from embedcache.spec import ExtractionSpec, feature_name, find_name, split_name
@@ -283,10 +283,16 @@ class FeatureCache:
                 f"{chosen.name} is not a token-level set: use arrays(); "
                 f"token-level sets here: {', '.join(names) or 'none'}"
             )
-        return self.take_ragged(self.places(split), chosen)
+        return self._tokens(self.places(split), chosen)
 
-    def take_ragged(self, places: Rows, feature: FeatureSet) -> Ragged:
-        """Return a token-level set of the rows at ``places`` in the shards [n]; see ``take``."""
+    def of_rows(self, rows: Rows, feature: FeatureSet) -> InMemory:
+        """Return a feature set of some rows of the dataset, int64 [n]: in memory, a map where they lie together."""
+        places = self._row[rows]
+        if feature.kind == "tokens":
+            return self._tokens(places, feature)
+        return Dense(self.take(places, feature.name), feature)
+
+    def _tokens(self, places: Rows, feature: FeatureSet) -> Ragged:
         return take_tokens(feature, self._starts, lambda shard: self._shards[shard].tokens(feature), places)
 
     def torch_dataset(self, split: str | None = None, feature: str | None = None) -> TorchDataset[Item]:

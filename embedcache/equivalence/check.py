@@ -23,7 +23,7 @@ from embedcache.backbone import Backbone, model_name, probe_of
 from embedcache.cache import FeatureCache
 from embedcache.equivalence import identity
 from embedcache.equivalence.bits import Array, Rows, difference
-from embedcache.equivalence.features import LiveBatches, Recomputed, recompute, stored
+from embedcache.equivalence.features import LiveBatches, Recomputed, recompute
 from embedcache.equivalence.identity import load_live, load_standard, other_poolings
 from embedcache.equivalence.result import (
     Comparison,
@@ -81,7 +81,7 @@ def train_cached(subject: Subject, *, progress: bool = False) -> Record:
 def _stored(subject: Subject) -> tuple[InMemory, InMemory]:
     """Return the cached features of the training rows and of the evaluation rows."""
     rows, feature = subject.rows, subject.plan.feature
-    return stored(subject.cache, rows.train, feature), stored(subject.cache, rows.evaluate, feature)
+    return subject.cache.of_rows(rows.train, feature), subject.cache.of_rows(rows.evaluate, feature)
 
 
 def compare_canonical(
@@ -148,7 +148,7 @@ def _compare_standard_features(
 ) -> Outcome:
     ids = subject.cache.ids()
     owner = np.concatenate([rows for rows, _ in pairs])
-    cached = [stored(subject.cache, rows, feature) for rows, _ in pairs]
+    cached = [subject.cache.of_rows(rows, feature) for rows, _ in pairs]
     standard = [x for _, x in pairs]
     if feature.kind == "tokens":
         lengths, standard_lengths = (

@@ -13,7 +13,6 @@ import torch
 
 from embedcache.backbone import Backbone, compute_features, run_plan
 from embedcache.batching import plan
-from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
 from embedcache.features import Dense, InMemory, Ragged
@@ -131,14 +130,6 @@ class Recomputed:
         return Ragged(np.concatenate(values), ends, feature)
 
 
-def stored(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> InMemory:
-    """Return the stored features of some rows, int64 [n], in float32."""
-    places = cache.places()[rows]
-    if feature.kind == "tokens":
-        return cache.take_ragged(places, feature)
-    return Dense(cache.take(places, feature.name), feature)
-
-
 def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet) -> InMemory:
     """Run a backbone over rows at canonical shapes, and round as ``feature`` is stored."""
     exact = compute_features(backbone, contents, feature.name)
@@ -168,7 +159,7 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
             features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
             for name, report in reports.items():
                 live = replace(features[name].decoded(), feature=report.feature)
-                report.add(live, stored(cache, window, report.feature), window, np.asarray(prepared.lengths))
+                report.add(live, cache.of_rows(window, report.feature), window, np.asarray(prepared.lengths))
                 if name == subject.plan.feature.name:
                     split = [live[place] for place in range(len(window))] if isinstance(live, Ragged) else live.values
                     vectors.update((row, split[place]) for place, row in enumerate(window.tolist()) if row in keep)

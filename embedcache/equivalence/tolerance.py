@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 
 from embedcache.equivalence.bits import Array, Rows
-from embedcache.equivalence.features import Recomputed, stored
+from embedcache.equivalence.features import Recomputed
 from embedcache.equivalence.rows import Subject
 from embedcache.equivalence.standard import StandardModel
 from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts, train
@@ -159,7 +159,7 @@ def evenly_spread(count: int, most: int = 32) -> Rows:
 def training_tolerances(subject: Subject, cached: Record, tolerance: Array) -> dict[str, float]:
     """Return the tolerance of each quantity of training, given the one [...] of the features that it reads."""
     plan, rows = subject.plan, subject.rows
-    x, evaluation = (stored(subject.cache, part, plan.feature) for part in (rows.train, rows.evaluate))
+    x, evaluation = (subject.cache.of_rows(part, plan.feature) for part in (rows.train, rows.evaluate))
     tolerances = dict.fromkeys(TOLERATED, 0.0)
     base = {**parts(cached, relative=True), "logits": {"row": cached.logits}}
     for draw in range(DRAWS):

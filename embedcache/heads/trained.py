@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, SpecError
-from embedcache.features import Dense, Ragged, features_of
+from embedcache.features import Dense, InMemory, features_of
 from embedcache.heads.bundle import load
 from embedcache.heads.folder import RunFolder
 from embedcache.heads.record import HeadRecord
@@ -91,7 +91,7 @@ class TrainedHead(HeadRecord):
             )
         return logits
 
-    def _logits(self, rows: Dense | Ragged) -> Array:
+    def _logits(self, rows: InMemory) -> Array:
         if isinstance(rows, Dense) and self.linear:
             weight, bias = self._matrix
             return self._in_passes(rows.values, lambda part: part.astype(weight.dtype, copy=False) @ weight.T + bias)
@@ -126,7 +126,7 @@ class TrainedHead(HeadRecord):
             bias = bias - weight @ self.state["output.mean"]
         return weight, bias
 
-    def _run(self, rows: Dense | Ragged) -> Array:
+    def _run(self, rows: InMemory) -> Array:
         import torch
 
         module = self._wide.eval()
@@ -217,7 +217,7 @@ class TrainedHead(HeadRecord):
         return load(Path(directory), cls)
 
 
-def passes(rows: Dense | Ragged) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
+def passes(rows: InMemory) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
     """Yield (places, x, mask) tensors of fixed shapes, filled up behind the ``places`` that are real; mask True = real.
 
     A row of T tokens is padded to ``padded_length(T)``, and each such length has its own number of rows a pass.

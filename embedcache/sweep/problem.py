@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from embedcache.dataset import key_values
 from embedcache.errors import SweepError, SweepSpecError
-from embedcache.features import Dense, Ragged
+from embedcache.features import InMemory
 from embedcache.fingerprint import sha256_bytes
 from embedcache.sweep.configuration import Protocol
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Task, task_named
@@ -356,12 +356,9 @@ class Problem:
             self.strata, stopping, 1.0, seed=self.protocol.seed, stopping=self.protocol.stopping_share
         )  # fmt: skip
 
-    def features(self, name: str, rows: Rows) -> Dense | Ragged:
+    def features(self, name: str, rows: Rows) -> InMemory:
         """Return a feature set of some rows in memory: a map where they lie together."""
-        feature = self.cache.feature(name)
-        if feature.kind == "tokens":
-            return self.cache.ragged(None, name).take(rows)
-        return Dense(self.cache.take(self.cache.places()[rows], name), feature)
+        return self.cache.of_rows(rows, self.cache.feature(name))
 
     @cached_property
     def dataset_hash(self) -> str:

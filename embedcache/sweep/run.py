@@ -17,7 +17,7 @@ import numpy.typing as npt
 from embedcache.arguments import checks_arguments
 from embedcache.decoding import to_json
 from embedcache.errors import Interrupted, SweepError, warn
-from embedcache.features import Dense, Ragged
+from embedcache.features import InMemory
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
@@ -226,7 +226,7 @@ class Run:
         """Score heads on the rows of their folds, and keep the results."""
         results: list[Result] = []
         outputs: dict[str, dict[int, Outputs]] = {}
-        loaded: dict[tuple[str, int], Dense | Ragged] = {}
+        loaded: dict[tuple[str, int], InMemory] = {}
         for trained in heads:
             job = trained.job
             rows = np.flatnonzero(job.fold.score)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
-from embedcache.features import Dense, Ragged, features_of
+from embedcache.features import InMemory, features_of
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
@@ -184,7 +184,7 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
             yield from train_batch(problem, Batch(batch.how, (job,)))
 
 
-def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, title: str) -> Iterator[Trained]:
+def _stack(problem: Problem, batch: Batch, x: InMemory, progress: bool, title: str) -> Iterator[Trained]:
     from embedcache.train import Masks, PassOptions, labelled_rows_of, train_stack
 
     jobs = batch.jobs
@@ -220,7 +220,7 @@ def _stack(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, ti
         )  # fmt: skip
 
 
-def _convex(problem: Problem, batch: Batch, x: Dense | Ragged, progress: bool, title: str) -> Iterator[Trained]:
+def _convex(problem: Problem, batch: Batch, x: InMemory, progress: bool, title: str) -> Iterator[Trained]:
     """Solve all penalties on all folds side by side: a path from the strongest penalty to the weakest."""
     from embedcache.train.convex import path_folds
 
@@ -300,13 +300,13 @@ class _Fitting:
         return number, trained.head, trained.seconds, trained.error
 
 
-def _one_by_one(problem: Problem, jobs: Sequence[Job], x: Dense | Ragged) -> Iterator[Trained]:
+def _one_by_one(problem: Problem, jobs: Sequence[Job], x: InMemory) -> Iterator[Trained]:
     for job in jobs:
         learn, _ = _learn_and_stop(job.fold, False)
         yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(np.flatnonzero(learn)), problem.y[learn])
 
 
-def _sklearn(problem: Problem, batch: Batch, x: Dense | Ragged) -> Iterator[Trained]:
+def _sklearn(problem: Problem, batch: Batch, x: InMemory) -> Iterator[Trained]:
     yield from _one_by_one(problem, [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS], x)
     jobs = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
     workers = min(len(jobs), os.cpu_count() or 1)

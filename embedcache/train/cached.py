@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError, warn
-from embedcache.features import Array, Dense, Features, OnDisk, Rows
+from embedcache.features import Array, Features, OnDisk, Rows
 from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_named, kinds_read
 from embedcache.numerics import difference
@@ -134,14 +134,11 @@ def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Features:
     """
     places = cache.places()[rows]
     together = len(places) > 0 and bool((np.diff(places) == 1).all())
-    if feature.kind == "tokens":
-        ragged = cache.ragged(None, feature.name)
-        return ragged if len(rows) == len(cache) or not len(rows) else ragged.take(rows)
     size = 4 * len(rows) * int(np.prod(feature.row_shape))
     # Training makes a standardised copy, so a mapped array has to fit as much as one that is read.
-    if not fits_in_memory(size * (1 if together else 2)):
+    if feature.kind != "tokens" and not fits_in_memory(size * (1 if together else 2)):
         return OnDisk(CachedRows(cache, places, feature), feature)
-    return Dense(cache.take(places, feature.name), feature)
+    return cache.of_rows(rows, feature)
 
 
 def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
