@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, SpecError
 from embedcache.journal import commit, explain, explained
-from embedcache.wording import counted
+from embedcache.wording import counted, listed
 
 Array = npt.NDArray[Any]
 Kind = Literal["pooled", "layers", "tokens"]
@@ -176,11 +176,20 @@ class Pages:
         return bool(call(self.address + start, size, mmap.PROT_READ, flags, descriptor, offset) == self.address + start)
 
 
-def decoded(values: Array) -> npt.NDArray[np.float32]:
-    """Return stored values as float32, exactly; uint16 are the bits of bfloat16."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+def decoded(values: Array, out: Array | None = None) -> Array:
+    """Return stored values as float32, exactly; uint16 are the bits of bfloat16.
+
+    They are written into ``out``, float32 of the same shape, where it is given; float32 alone are themselves.
+    """
+    if out is None and values.dtype == np.float32:
+        return values
+    if out is None:
+        out = np.empty(values.shape, np.float32)
+    if values.dtype == np.uint16:  # the upper half of a float32
+        np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = values
+    return out
 
 
 def rises(offsets: Array, length: int) -> bool:
@@ -295,7 +304,8 @@ def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Pla
 
     names = [name.decode("utf-8", "replace") for name in file]
     if set(names) != set(expected):
-        raise _Foreign(f"it holds {_some(names)}, expected {_some(expected)}")
+        there, wanted = (listed(map(repr, sorted(every)), 12) for every in (names, expected))
+        raise _Foreign(f"it holds {there or 'nothing'}, expected {wanted}")
     if h5py.h5a.get_num_attrs(file):
         raise _Foreign("it has attributes")
     placed = {}
@@ -324,13 +334,6 @@ def _find(file: Any, size: int, expected: Mapping[str, Column]) -> dict[str, Pla
             raise _Foreign(f"{name} does not lie whole inside the file")
         placed[name] = Placed(int(offset or 0), shape, column.dtype.str)
     return placed
-
-
-def _some(names: Iterable[str], most: int = 12) -> str:
-    """Return the first names in order, quoted."""
-    listed = sorted(names)
-    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
-    return f"{listed[:most]}{more}"
 
 
 def _attributes(dataset: Any) -> dict[str, str] | None:

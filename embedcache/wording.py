@@ -52,6 +52,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
+def listed(names: Iterable[str], most: int, total: int | None = None) -> str:
+    """Return ``a, b and 7 more``: at most so many names, of those given or of ``total``."""
+    names = list(names)
+    more = (len(names) if total is None else total) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def did_you_mean(name: object, names: Iterable[str], *more: str) -> str:
     """Return `` (did you mean linear?)`` for a name that is close to one of some, else nothing; ends a phrase.
 
@@ -86,9 +93,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collect
     return ["  ".join(cells).rstrip() for cells in aligned]
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown; what comes from data must have been made harmless before."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return the lines of a table in Markdown; what comes from data must have been made harmless before.
+
+    The columns in ``numbers`` are aligned on the right.
+    """
+    line = ["---:" if column in numbers else "---" for column in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (header, line, *rows)]
 
 
 def shortened(value: object, most: int = 40) -> str:

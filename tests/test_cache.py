@@ -31,7 +31,7 @@ from embedcache.errors import (
     IncompleteCacheError,
     InputError,
 )
-from embedcache.shard import FeatureSet, ShardFile
+from embedcache.shard import FeatureSet, ShardFile, decoded
 
 VECTORS = [each for each in SETS if each.kind != "tokens"]
 RAGGED = [each for each in SETS if each.kind == "tokens"]
@@ -300,11 +300,13 @@ def test_a_file_that_ends_early_is_refused_before_it_is_mapped(tmp_path: Path) -
 @given(st.binary(min_size=2, max_size=26).filter(lambda data: len(data) % 2 == 0))
 def test_half_precision_is_decoded_exactly(data: bytes) -> None:
     bits = np.frombuffer(data, "<u2")
-    as_bfloat16 = gather.decode(bits, "bfloat16")
-    assert as_bfloat16.view(np.uint32).tolist() == [int(each) << 16 for each in bits]
-    assert np.array_equal(
-        gather.decode(bits.view("<f2"), "float16"), bits.view("<f2").astype(np.float64), equal_nan=True
-    )
+    exact = [int(each) << 16 for each in bits]
+    out = np.zeros(len(bits), np.float32)
+    assert decoded(bits).view(np.uint32).tolist() == exact
+    assert decoded(bits, out) is out
+    assert out.view(np.uint32).tolist() == exact
+    assert np.array_equal(decoded(bits.view("<f2")), bits.view("<f2").astype(np.float64), equal_nan=True)
+    assert decoded(out) is out
 
 
 # Row keys.

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 
 import embedcache
 from embedcache.errors import BadRowsError, CorruptCacheError, SpecMismatchError
-from embedcache.wording import cell, counted, did_you_mean, duration, json_shown, markdown_table, page, shown, table
+from embedcache.wording import (
+    cell,
+    counted,
+    did_you_mean,
+    duration,
+    json_shown,
+    listed,
+    markdown_table,
+    page,
+    shown,
+    table,
+)
 
 HOSTILE = "a\nerror: \x1b[2J\x9b31m\rb\u202e\u2028\ud800"
 
@@ -100,6 +111,13 @@ def test_durations() -> None:
     ]  # fmt: skip
 
 
+def test_some_names_of_many() -> None:
+    assert listed([], 3) == ""
+    assert listed(iter("abc"), 3) == "a, b, c"
+    assert listed("abcd", 3) == "a, b, c and 1 more"
+    assert listed(["a"], 1, 2001) == "a and 2,000 more"
+
+
 def test_the_nearest_name() -> None:
     assert did_you_mean("liner", ["mlp", "linear"]) == " (did you mean linear?)"
     assert did_you_mean("xyz", ["mlp", "linear"]) == ""
@@ -117,3 +135,4 @@ def test_tables() -> None:
     assert table([], sizes) == ["\\n   1,000  7 MiB  -", "mlp         -70 %  0.5"], "the right aligned by their looks"
     assert table(["a", "b"], [["1", "xyz"]], []) == ["a  b", "-  ---", "1  xyz"]
     assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert markdown_table(["a", "b"], [], [1])[1] == "| --- | ---: |"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from embedcache.errors import CorruptCacheError, InputError
 from embedcache.features import Ragged
-from embedcache.shard import Array, FeatureSet, Pages, Placed
+from embedcache.shard import Array, FeatureSet, Pages, Placed, decoded
 
 # Row key -> place in the cache, vectorised.
 
@@ -147,10 +147,10 @@ def take_tokens(feature: FeatureSet, starts: Rows, tokens: Callable[[int], tuple
         runs.append(values[int(of_run[0]) : int(of_run[-1])])
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     if len(runs) == 1:
-        return Ragged(decode(runs[0], feature.dtype), ends, feature)
+        return Ragged(decoded(runs[0]), ends, feature)
     out = np.empty((int(ends[-1]), feature.dim), np.float32)
     for begin, run in zip(bounds, runs, strict=False):
-        decode(run, feature.dtype, out[ends[begin] : ends[begin] + len(run)])
+        decoded(run, out[ends[begin] : ends[begin] + len(run)])
     return Ragged(out, ends, feature)
 
 
@@ -178,7 +178,7 @@ def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], 
         if feature.dtype == "float32" and np.dtype(part.dtype).isnative:
             read_into(into, part)
         else:
-            decode(part.map(), feature.dtype, into)
+            decoded(part.map(), into)
 
     _parallel(read, range(len(pieces)))
     return out
@@ -203,11 +203,11 @@ def _scattered(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece],
         rows = places[into] - starts[shard]
         stored = piece(shard).map()
         if not ordered:
-            out[into] = decode(stored[rows], feature.dtype)
+            out[into] = decoded(stored[rows])
         elif feature.dtype == "float32":
             np.take(stored, rows, axis=0, out=out[begin:end], mode="clip")  # "raise" would copy through a buffer
         else:
-            decode(stored[rows], feature.dtype, out[begin:end])
+            decoded(stored[rows], out[begin:end])
 
     _parallel(copy, range(len(bounds) - 1))
     return out
@@ -216,19 +216,6 @@ def _scattered(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece],
 def _parallel(work: Callable[[int], None], items: Iterable[int]) -> None:
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
         list(pool.map(work, items))
-
-
-def decode(stored: Array, dtype: str, out: Array | None = None) -> Array:
-    """Return stored values as float32, exactly; into ``out`` float32 of the same shape where it is given."""
-    if dtype == "float32" and out is None:
-        return stored
-    if out is None:
-        out = np.empty(stored.shape, np.float32)
-    if dtype == "bfloat16":  # the upper half of a float32
-        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
-    else:
-        out[...] = stored
-    return out
 
 
 def read_into(out: Array, piece: Piece) -> None:

@@ -191,7 +191,8 @@ def numerics_text(kinds: list[dict[str, Any]]) -> list[str]:
             accepted = ", accepted" * machine["accepted"]
             lines.append(f"rows without a probe: nothing says what their machine computes{accepted}")
             continue
-        line = f"probe {machine['probe'][:16]}, rows prepared by {_versions(machine['prepared_by'])}"
+        versions = ", ".join(f"{name} {version}" for name, version in machine["prepared_by"].items())
+        line = f"probe {machine['probe'][:16]}, rows prepared by {versions or 'nothing'}"
         if number and machine["same_bits"]:
             line += "; the same bits as the first"
         elif number:
@@ -199,10 +200,6 @@ def numerics_text(kinds: list[dict[str, Any]]) -> list[str]:
             line += f"; {size} from the first ({machine['feature']}), accepted"
         lines.append(line)
     return lines
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "nothing"
 
 
 @click.command(short_help="Hash every byte again.")

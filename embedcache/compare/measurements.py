@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -257,10 +256,6 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder, atomically."""
         commit(self.path / name, text.encode("utf-8"), InputError)
-
-    def write_json(self, name: str, value: Mapping[str, object]) -> None:
-        """Replace a JSON file of the folder, atomically."""
-        self.write(name, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _parsed(data: bytes) -> Json:

@@ -29,7 +29,7 @@ from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
 from embedcache.task import task_named
 from embedcache.train.metrics import resampled_scores, score
-from embedcache.wording import counted, shown, table
+from embedcache.wording import counted, markdown_table, shown, table
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,8 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Lay it out as Markdown, with the recipes."""
-        columns = self.header()
         lines = ["# Cached features against training with the backbone in the loop", ""]
-        lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-        lines += ["| " + " | ".join(cells) + " |" for cells in self.cells()]
+        lines += markdown_table(self.header(), self.cells(), range(1, len(self.header())))
         lines += ["", *(f"- {sentence}." for sentence in self.sentences()), "", *(f"{note}\n" for note in self.notes)]
         used = {row.approach for row in self.rows}
         recipes = [f"- **{way.title}.** {way.recipe}" for name, way in APPROACHES.items() if name in used]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -24,7 +25,6 @@ from embedcache.compare.worker import INTERRUPTED
 from embedcache.errors import EmbedcacheError, InputError, Interrupted, MissingExtraError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
-from embedcache.heads import head_named
 from embedcache.journal import exists, explained
 from embedcache.spec import HeadSpec, ModelSource
 from embedcache.task import task_named
@@ -86,11 +86,12 @@ def compare_training_approaches(
         print(found.to_markdown())
     """
     from embedcache.backbone import choose_device, model_name
+    from embedcache.finetune.model import live_head
 
     ways = chosen(approaches)
     shares = checked_fractions(fractions)
-    spec = head_named(head)
-    _refuse_impossible(spec, epochs, seeds)
+    spec = live_head(head)
+    _refuse_impossible(epochs, seeds)
     examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
     examples = checked_rows(examples, max_rows, seeds[0])
     assert examples.task is not None
@@ -105,19 +106,15 @@ def compare_training_approaches(
         comparison = Work(plan, folder, progress=progress and sys.stderr.isatty()).run()
         if output_dir is None:
             return replace(comparison, folder=None)
-        folder.write_json("comparison.json", comparison.to_json())
+        text = json.dumps(comparison.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+        folder.write("comparison.json", f"{text}\n")
         folder.write("comparison.md", comparison.to_markdown())
         with suppress(MissingExtraError):  # the table is there; a picture is an extra
             comparison.plot(folder.path / "comparison.svg")
         return comparison
 
 
-def _refuse_impossible(spec: HeadSpec, epochs: int, seeds: Sequence[int]) -> None:
-    from embedcache.heads.registry import head_class
-
-    if spec.engine != "torch":
-        raise SpecError(f"the head {spec.kind} of scikit-learn cannot be fine-tuned: name a torch head such as linear")
-    head_class(spec.kind)
+def _refuse_impossible(epochs: int, seeds: Sequence[int]) -> None:
     if epochs < 1:
         raise SpecError(f"epochs is {epochs}: expected at least 1")
     if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):

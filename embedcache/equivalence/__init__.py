@@ -13,22 +13,7 @@
 =============  ===============================================================================================
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from embedcache.equivalence.check import check_equivalence
-    from embedcache.equivalence.result import Comparison, EquivalenceResult
-
-_WHERE = {"Comparison": "result", "EquivalenceResult": "result", "check_equivalence": "check"}
+from embedcache.equivalence.check import check_equivalence
+from embedcache.equivalence.result import Comparison, EquivalenceResult
 
 __all__ = ["Comparison", "EquivalenceResult", "check_equivalence"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

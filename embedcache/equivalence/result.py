@@ -14,7 +14,7 @@ from embedcache.equivalence.bits import Array, Difference
 from embedcache.equivalence.features import Recomputed, SetReport
 from embedcache.errors import NotEqualError
 from embedcache.numerics import Difference as Numerics
-from embedcache.wording import shown, table
+from embedcache.wording import listed, shown, table
 
 Verdict = Literal["identical", "within tolerance", "different", "cost"]
 
@@ -212,9 +212,8 @@ def of_features(
         if report.total.same or (tolerances is not None and report.within(tolerances[name])):
             continue
         rows = np.flatnonzero(report.differing)
-        shown = ", ".join(ids[int(report.rows[row])] for row in rows[:3])
-        more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
-        what = f"features {name}: {len(rows):,} of {len(report.rows):,} rows differ (row {shown}{more})"
+        shown = listed((ids[int(report.rows[row])] for row in rows.tolist()), 3)
+        what = f"features {name}: {len(rows):,} of {len(report.rows):,} rows differ (row {shown})"
         findings.append(f"{what}: {_pattern(report, recomputed.contents, ids, other_poolings)}")
     return findings
 

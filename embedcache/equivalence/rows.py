@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from embedcache.examples import Examples
 from embedcache.shard import FeatureSet
 from embedcache.spec import FeatureSpec, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, Task, task_named
-from embedcache.wording import counted
+from embedcache.wording import counted, listed, shortened
 
 Keys = npt.NDArray[np.void]
 _SHOWN = 5
@@ -89,7 +89,7 @@ def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
         pairs = [f"{ids[row]} of the cache is row {numbers[row]} of the input" for row in moved[:_SHOWN]]
         findings.append(
             f"order of rows: {counted(len(moved), 'row')} of the input stand at another place in the cache "
-            f"(rows {_listed(pairs, len(moved))}), so batches differ: were rows swapped or sorted?"
+            f"(rows {listed(pairs, _SHOWN, len(moved))}), so batches differ: were rows swapped or sorted?"
         )
     if len(examples.split_names) > 1:
         findings += _other_splits(cache, examples, numbers)
@@ -118,14 +118,14 @@ def _refuse_other_rows(cache: FeatureCache, examples: Examples, cached: Keys, gi
     mismatches = []
     if len(extra):
         some = extra[:_SHOWN]
-        rows = [f"{examples.ids[row]} {_show(content)}" for row, content in
+        rows = [f"{examples.ids[row]} {shortened(content.decode('utf-8', 'replace'))}" for row, content in
                 zip(some.tolist(), examples.contents(some), strict=True)]  # fmt: skip
-        listed = _listed(rows, len(extra))
-        mismatches.append(f"{counted(len(extra), 'row')} of the input not in {cache.path} (row {listed})")
+        names = listed(rows, _SHOWN, len(extra))
+        mismatches.append(f"{counted(len(extra), 'row')} of the input not in {cache.path} (row {names})")
     if len(lacking):
         ids = cache.ids()
-        listed = _listed([ids[row] for row in lacking[:_SHOWN].tolist()], len(lacking))
-        mismatches.append(f"{counted(len(lacking), 'row')} of {cache.path} not in the input (row {listed})")
+        names = listed((ids[row] for row in lacking.tolist()), _SHOWN)
+        mismatches.append(f"{counted(len(lacking), 'row')} of {cache.path} not in the input (row {names})")
     raise InputError(
         f"the input does not match the cache: {' and '.join(mismatches)}: was a text changed since the extraction? "
         "Give the input that the cache was made from, or extract again to add the new rows"
@@ -157,7 +157,7 @@ def _other_splits(cache: FeatureCache, examples: Examples, numbers: Rows) -> lis
         return []
     ids = cache.ids()
     rows = [f"{ids[row]}: {given[row]} in the input, {cached[row]} in the cache" for row in wrong[:_SHOWN]]
-    return [f"splits: {counted(len(wrong), 'row')} in another split (row {_listed(rows, len(wrong))})"]
+    return [f"splits: {counted(len(wrong), 'row')} in another split (row {listed(rows, _SHOWN, len(wrong))})"]
 
 
 def _other_classes(cache: FeatureCache, examples: Examples) -> str | None:
@@ -193,8 +193,9 @@ def _other_labels(cache: FeatureCache, given: Array) -> list[str]:
         for row in wrong[:_SHOWN]
     ]
     return [
-        f"labels: {counted(len(wrong), 'row')} of {len(cached):,} with another label (row {_listed(rows, len(wrong))})"
-        ": were they shuffled or corrected? embedcache relabel gives the cache the input's"
+        f"labels: {counted(len(wrong), 'row')} of {len(cached):,} with another label "
+        f"(row {listed(rows, _SHOWN, len(wrong))}): were they shuffled or corrected? "
+        "embedcache relabel gives the cache the input's"
     ]
 
 
@@ -249,16 +250,6 @@ def sample(
 
 def _drawn(draw: np.random.Generator, rows: Rows, count: int) -> Rows:
     return np.sort(draw.permutation(rows)[:count])
-
-
-def _show(content: bytes) -> str:
-    text = content.decode("utf-8", "replace")
-    return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _listed(rows: Sequence[str], total: int) -> str:
-    more = f", and {total - _SHOWN:,} more" if total > _SHOWN else ""
-    return ", ".join(rows) + more
 
 
 # What a check works on: the opened cache and input, the rows that are looked at, and how both sides train.

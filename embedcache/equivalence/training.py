@@ -12,12 +12,12 @@ from torch import Tensor
 from embedcache.equivalence.bits import Array, Difference, difference
 from embedcache.equivalence.result import Comparison, judged
 from embedcache.equivalence.rows import TrainingPlan
-from embedcache.features import InMemory, Ragged
+from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.heads.modules import Dropout
-from embedcache.train.batches import Batch, Batches, RaggedBatches, TensorBatches
+from embedcache.train.batches import Batch, Batches
 from embedcache.train.data import LabelledRows
-from embedcache.train.minibatch import PassOptions, fit_minibatch
+from embedcache.train.minibatch import PassOptions, batches_of, fit_minibatch
 from embedcache.train.stack import HeadStack
 
 Named = Mapping[str, Array]
@@ -86,13 +86,6 @@ class _Watched(Batches):
         stack.gradients = observed  # type: ignore[method-assign]
 
 
-def cached_batches(plan: TrainingPlan, x: InMemory) -> Batches:
-    """Return the batches that training on a cache has, of features in memory."""
-    if isinstance(x, Ragged):
-        return RaggedBatches(x, plan.spec.batch_size, plan.spec.order_seed, "cpu")
-    return TensorBatches(torch.from_numpy(np.array(x.values, np.float32)), plan.spec.batch_size, plan.spec.order_seed)
-
-
 def train(
     plan: TrainingPlan, x: InMemory, y: Array, evaluation: InMemory, batches: Batches | None = None, *,
     progress: bool = False, title: str = "train",
@@ -102,7 +95,7 @@ def train(
     Standardisation is computed from ``x``; ``batches`` of raw features are made of it where none are given.
     ``evaluation`` are the features of the rows whose logits are recorded.
     """
-    watched = _Watched(batches or cached_batches(plan, x))
+    watched = _Watched(batches or batches_of(x, plan.spec))
     rows = LabelledRows(x, y, plan.task, plan.class_names)
     options = PassOptions(progress=progress, title=title, keep_losses=True, max_steps=plan.steps, watch=watched.start)
     (fitted,) = fit_minibatch(rows, None, [plan.head], [plan.spec], batches=watched, options=options)

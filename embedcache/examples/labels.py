@@ -21,7 +21,7 @@ from embedcache.examples.source import NUMBER, Faults, Parsed, is_missing, parse
 from embedcache.shard import Array
 from embedcache.spec import TaskName
 from embedcache.task import MULTILABEL
-from embedcache.wording import counted
+from embedcache.wording import counted, listed
 
 MAX_CLASSES = 100_000
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
@@ -359,5 +359,4 @@ def one_name_each(names: Iterable[str], known: KnownClasses) -> list[str]:
 
 def some(names: Sequence[str], most: int = 10) -> str:
     """Return up to ``most`` quoted names and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return listed(map(repr, names), most)

@@ -14,7 +14,7 @@ from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.examples import Examples
 from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows
-from embedcache.wording import counted, duration
+from embedcache.wording import counted, duration, listed
 
 SAMPLE = 20_000
 CALIBRATION = 4
@@ -66,9 +66,8 @@ class Forecast:
             lines.append(f"  {step['from']:>5}-{step['to']:<5} {step['rows']:>9,}  {bar}".rstrip())
         if self.truncated:
             lines.append(f"truncated   {self.truncated:,} rows are longer than the model reads")
-        shown = ", ".join(f"{shape['rows']}x{shape['length']} ({shape['batches']:,})" for shape in self.shapes[:6])
-        more = f" and {len(self.shapes) - 6} more" if len(self.shapes) > 6 else ""
-        lines.append(f"shapes      rows x tokens (batches): {shown}{more}")
+        shapes = [f"{shape['rows']}x{shape['length']} ({shape['batches']:,})" for shape in self.shapes]
+        lines.append(f"shapes      rows x tokens (batches): {listed(shapes, 6)}")
         lines.append(
             f"padding     {counted(self.computed, 'position')} for {counted(self.tokens, 'token')}: {self.overhead:.3f}"
         )

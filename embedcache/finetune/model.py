@@ -20,7 +20,7 @@ from embedcache.heads.modules import Dropout
 from embedcache.spec import HeadSpec
 
 
-def live_head(head: HeadSpec | str, options: Mapping[str, object]) -> HeadSpec:
+def live_head(head: HeadSpec | str, options: Mapping[str, object] | None = None) -> HeadSpec:
     """Return a head that a live model can have. Raises ``SpecError`` for one of scikit-learn's, or none."""
     spec = head_named(head, None, options)
     if spec.engine != "torch":

@@ -18,7 +18,6 @@ Loading checks names, shapes, types and hashes, and trusts nothing: no pickle, n
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from embedcache import decoding
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecError
 from embedcache.fingerprint import hash_json, is_number, read_json, sha256_bytes, strict_json
 from embedcache.heads.record import Calibration, HeadRecord
@@ -38,6 +38,7 @@ from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Task, task_named
+from embedcache.wording import listed
 
 FORMAT, MAJOR, MINOR = "embedcache-head", 1, 1
 CONFIG, TENSORS, ESTIMATOR, METRICS = "config.json", "model.safetensors", "model.skops", "metrics.json"
@@ -57,22 +58,13 @@ class Weights(NamedTuple):
 
 def to_json(value: object, indent: int | None = 1) -> str:
     """Return JSON with a newline: readable in any script, without NaN, and safe for halves of surrogate pairs."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    plain = decoding.to_json(value)
+    text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # a half pair has no UTF-8, but it has an escape
-        return json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n"
+        return json.dumps(plain, indent=indent, allow_nan=False) + "\n"
     return text
-
-
-def _finite(value: object) -> object:
-    """Return a value with null for NaN and infinity, which JSON cannot write."""
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def config_of(
@@ -283,8 +275,7 @@ def refuse_misfit(head: HeadRecord, where: Path) -> None:
     """Raise ``BundleError`` for missing, extra, misshapen, wrongly typed or non-finite arrays."""
     expected = _array_shapes(head, where)
     if missing := sorted(set(expected) - set(head.state)):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BundleError(f"{where} lacks the array {missing[0]}{more}: train the head again")
+        raise BundleError(f"{where} lacks the array {listed(missing, 1)}: train the head again")
     if extra := sorted(set(head.state) - set(expected)):
         raise BundleError(f"{where} holds an array {extra[0]!r} that the head {head.spec.kind} does not have")
     for name, shape in expected.items():

@@ -13,6 +13,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TaskName
 from embedcache.task import Array, task_named
 from embedcache.version import __version__
+from embedcache.wording import markdown_table
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -96,7 +97,8 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
     if head.calibration:
         lines.append(f"| calibration | {plain(_calibration(head))} |")
     lines += [f"| {plain(name)} | {plain(value)} |" for name, value in facts.items()]
-    lines += ["", "## Training", "", *_training(head)]
+    settings = [f"{name} {json.dumps(value)}" for name, value in head.training.items() if value is not None]
+    lines += ["", "## Training", "", f"{plain(', '.join(settings) or 'unknown')}."]
     splits = {plain(split): values for split, values in metrics.items() if isinstance(values, Mapping)}
     if splits:
         lines += ["", "## Metrics", "", *_metrics(splits)]
@@ -121,11 +123,6 @@ def _calibration(head: HeadRecord) -> str:
     return "thresholds " + ", ".join(f"{threshold:.3g}" for threshold in head.thresholds[:_MOST])
 
 
-def _training(head: HeadRecord) -> list[str]:
-    settings = {name: value for name, value in head.training.items() if value is not None}
-    return [plain(", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items()) or "unknown") + "."]
-
-
 def _use(head: HeadRecord) -> list[str]:
     if head.extraction.has_backbone:
         return ["from embedcache import Predictor", "", 'Predictor.load("RUN")(["a text"])']
@@ -136,10 +133,8 @@ def _metrics(splits: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
     names = dict.fromkeys(
         name for values in splits.values() for name, value in values.items() if is_number(value) or value is None
     )
-    yield f"| metric | {' | '.join(splits)} |"
-    yield f"|---|{'---:|' * len(splits)}"
-    for name in names:
-        yield f"| {plain(name)} | {' | '.join(_number(values.get(name)) for values in splits.values())} |"
+    cells = [[plain(name), *(_number(values.get(name)) for values in splits.values())] for name in names]
+    yield from markdown_table(["metric", *splits], cells, range(1, len(splits) + 1))
     for split, values in splits.items():
         for name, bounds in _mapping(values.get("intervals")).items():
             low, high = (_number(bound) for bound in _list(bounds))
@@ -157,10 +152,8 @@ def _metrics(splits: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
 def _table(title: str, rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
     columns = list(rows[0])
     yield f"\n{title}\n"
-    yield f"| {' | '.join(columns)} |"
-    yield f"|---|{'---:|' * (len(columns) - 1)}"
-    for row in rows[:_MOST]:
-        yield f"| {plain(row[columns[0]])} | {' | '.join(_number(row[name]) for name in columns[1:])} |"
+    cells = [[plain(row[columns[0]]), *(_number(row[name]) for name in columns[1:])] for row in rows[:_MOST]]
+    yield from markdown_table(columns, cells, range(1, len(columns)))
     if len(rows) > _MOST:
         yield f"\n{len(rows) - _MOST} more are in `metrics.json`."
 

@@ -36,6 +36,7 @@ from embedcache.journal import (
     writing,
 )
 from embedcache.sweep.summary import FORMAT, VERSION, dumps
+from embedcache.wording import shortened
 
 IDENTITY, PREDICTIONS = "sweep.json", "predictions"
 Outputs = npt.NDArray[np.float32]
@@ -114,7 +115,7 @@ class SweepFolder:
         differ = differences(read_identity(self.path), self.identity)
         if differ:
             shown = "; ".join(
-                f"{name}: the folder has {_short(old)}, now {_short(new)}" for name, old, new in differ[:6]
+                f"{name}: the folder has {shortened(old)}, now {shortened(new)}" for name, old, new in differ[:6]
             )
             raise SweepError(
                 f"{self.path} holds a sweep of something else ({shown}): choose another folder, or sweep as before"
@@ -212,8 +213,3 @@ def read_results(path: Path | str) -> list[Result]:
     Raises ``SweepError`` for a damaged line.
     """
     return list(_by_key(_journal(Path(path)).read()).values())
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -297,7 +297,7 @@ class _Pass:
         plain = self.batches is None and dense
         applied = (mean, scale) if plain and mean is not None and scale is not None else None
         x = _prepared(rows, applied, device)
-        source = self.batches or _source(x, spec, device)
+        source = self.batches or batches_of(x, spec, device)
         standardisation: Standardisation | None = None
         if mean is not None and scale is not None:
             standardisation = Standardisation(mean, scale, plain)
@@ -381,7 +381,10 @@ def _threads_for(stack: HeadStack, rows: LabelledRows, spec: TrainSpec) -> Itera
         torch.set_num_threads(before)
 
 
-def _source(x: Prepared, spec: TrainSpec, device: str) -> Batches:
+def batches_of(x: Prepared | Dense, spec: TrainSpec, device: str = "cpu") -> Batches:
+    """Return the batches that training on features has."""
+    if isinstance(x, Dense):
+        x = lent(np.ascontiguousarray(x.values, np.float32))
     if isinstance(x, Tensor):
         return TensorBatches(x, spec.batch_size, spec.order_seed)
     if isinstance(x, Ragged):
