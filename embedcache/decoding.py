@@ -8,9 +8,11 @@ import math
 import types
 import typing
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, Union, cast, overload
 
 import numpy as np
+
+from embedcache.wording import shortened
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,11 +32,16 @@ class ImpossibleValue(ValueError):
         return f"{self.place.lstrip('.') or 'the whole'} {self.reason}"
 
 
+FLAT = {"flat": True}
+"""The metadata of a field that holds a dataclass whose own fields stand among those beside it."""
+
+
 def from_json(kind: type[T], value: object) -> T:
     """Return a dataclass made of JSON values, those in it too.
 
     Null stands for NaN where a field is a ``float``, as ``to_json`` writes it. A field with a default may be missing;
     keys that are not fields are left out, for a later version may add some. A field of type ``object`` holds any JSON.
+    A class that has a ``from_json`` of its own is asked.
 
     Raises ``ValueError`` naming the first place that is wrong, such as ``leaderboard[3].interval``.
     """
@@ -48,14 +55,13 @@ def to_json(value: object) -> object: ...
 def to_json(value: object) -> object:
     """Return dataclasses, arrays and what they hold as JSON values, with null for every number that is not finite.
 
-    A field that is None and whose metadata say ``omitted`` is left out.
+    A field that is None and whose metadata say ``omitted`` is left out; see ``FLAT``. What has a ``to_json`` of its own
+    is asked.
     """
+    if hasattr(value, "to_json"):
+        return cast(object, value.to_json())
     if dataclasses.is_dataclass(value):
-        return {
-            field.name: to_json(held)
-            for field in dataclasses.fields(value)
-            if not ((held := getattr(value, field.name)) is None and "omitted" in field.metadata)
-        }
+        return fields_to_json(cast("DataclassInstance", value))
     if isinstance(value, Mapping):
         return {str(name): to_json(held) for name, held in value.items()}
     if isinstance(value, (list, tuple)):
@@ -69,8 +75,12 @@ def to_json(value: object) -> object:
 def _reader(kind: Hashable) -> Read:
     """Return the function that reads a type; made once, so that thousands of rows are read quickly."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if hasattr(kind, "from_json"):
+        return cast(Read, kind.from_json)
     if dataclasses.is_dataclass(kind):
         return functools.partial(_record, kind, _fields(kind))
+    if origin is Literal:
+        return functools.partial(_choice, parts)
     if origin in (Union, types.UnionType):
         (inner,) = (_reader(part) for part in parts if part is not types.NoneType)
         return lambda value: None if value is None else inner(value)
@@ -78,15 +88,41 @@ def _reader(kind: Hashable) -> Read:
         return functools.partial(_list, _reader(parts[0]))
     if origin is tuple:
         return functools.partial(_row, [_reader(part) for part in parts])
+    if isinstance(kind, type) and issubclass(kind, dict):  # a mapping that is more
+        return lambda value: kind(_expected(dict, "a mapping", value))
     if origin is Mapping or kind is Mapping:
         return functools.partial(_mapping, _reader(parts[1]) if parts else _anything)
     return _PLAIN[kind]
 
 
-def _fields(kind: type) -> list[tuple[str, Read, bool]]:
+def fields_to_json(value: DataclassInstance) -> dict[str, object]:
+    """Return the fields of a dataclass as ``to_json`` does, whether it has a ``to_json`` of its own or not."""
+    written: dict[str, object] = {}
+    for field in dataclasses.fields(value):
+        held = getattr(value, field.name)
+        if "flat" in field.metadata:
+            written |= fields_to_json(held)
+        elif held is not None or "omitted" not in field.metadata:
+            written[field.name] = to_json(held)
+    return written
+
+
+class _Field(NamedTuple):
+    name: str
+    read: Read
+    needed: bool
+    flat: bool
+
+
+def _fields(kind: type) -> list[_Field]:
     types_of = typing.get_type_hints(kind)
     return [
-        (field.name, _reader(types_of[field.name]), field.default is dataclasses.MISSING)
+        _Field(
+            name=field.name,
+            read=_reader(types_of[field.name]),
+            needed=field.default is dataclasses.MISSING,
+            flat="flat" in field.metadata,
+        )
         for field in dataclasses.fields(kind)
     ]
 
@@ -99,18 +135,20 @@ def _within(read: Read, value: object, step: str) -> object:
         raise
 
 
-def _record(kind: Callable[..., object], fields: list[tuple[str, Read, bool]], value: object) -> object:
+def _record(kind: Callable[..., object], fields: list[_Field], value: object) -> object:
     mapping = _expected(dict, "a mapping", value)
-    for name, _, needed in fields:
-        if needed and name not in mapping:
-            raise ImpossibleValue(f"lacks {name}")
-    held = {name: _within(read, mapping[name], f".{name}") for name, read, _ in fields if name in mapping}
+    held: dict[str, object] = {}
+    for field in fields:
+        if field.flat:
+            held[field.name] = field.read(mapping)
+        elif field.name in mapping:
+            held[field.name] = _within(field.read, mapping[field.name], f".{field.name}")
+        elif field.needed:
+            raise ImpossibleValue(f"lacks {field.name}")
     try:
         return kind(**held)
-    except ImpossibleValue:
-        raise
     except ValueError as error:  # what a dataclass checks itself
-        raise ImpossibleValue(str(error)) from None
+        raise ImpossibleValue(f"is impossible: {error}") from None
 
 
 def _list(read: Read, value: object) -> tuple[object, ...]:
@@ -135,6 +173,12 @@ def _mapping(read: Read, value: object) -> dict[str, object]:
 def _expected(kind: type[T], name: str, value: object) -> T:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ImpossibleValue(f"is of type {type(value).__name__}: expected {name}")
+    return value
+
+
+def _choice(choices: tuple[object, ...], value: object) -> object:
+    if value not in choices:
+        raise ImpossibleValue(f"is {shortened(value)}: expected one of {', '.join(map(str, choices))}")
     return value
 
 

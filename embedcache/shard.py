@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import io
 import math
 import mmap
@@ -25,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import CacheError, CorruptCacheError, FeatureError, SpecError
-from embedcache.journal import commit, explain, explained
+from embedcache.journal import explain, explained
 from embedcache.wording import counted, listed
 
 Array = npt.NDArray[Any]
@@ -34,7 +33,6 @@ Kind = Literal["pooled", "layers", "tokens"]
 ALIGNMENT = 4096
 _MAP_FIXED = 0x10
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
-FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
 # "." is not a name in HDF5 but the group itself, so a name starts with a letter or a digit.
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@:+._-]{0,99}")
 
@@ -104,15 +102,6 @@ class FeatureSet:
                 f"{self.name}.offsets": Column((rows + 1,), np.dtype("<i8")),
             }
         return {self.name: Column((rows, *self.row_shape), STORED[self.dtype], attributes)}
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """A committed file: its name in its directory, its size and its hash."""
-
-    name: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -256,14 +245,6 @@ def build(arrays: Mapping[str, Array], attributes: Mapping[str, Mapping[str, str
                 attribute = h5py.h5a.create(dataset, key.encode(), text, h5py.h5s.create(h5py.h5s.SCALAR))
                 attribute.write(np.array(value.encode("ascii")), mtype=text)
     return buffer.getvalue()
-
-
-def publish(directory: Path, stem: str, data: bytes) -> ShardFile:
-    """Commit ``data`` as ``STEM-<first 16 digits of its sha256>.h5`` in ``directory``; see ``commit``."""
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{stem}-{digest[:16]}.h5"
-    commit(directory / name, data)
-    return ShardFile(name, len(data), digest)
 
 
 def place(path: Path, expected: Mapping[str, Column], file: IO[bytes] | None = None) -> dict[str, Placed]:

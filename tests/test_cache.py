@@ -31,7 +31,7 @@ from embedcache.errors import (
     IncompleteCacheError,
     InputError,
 )
-from embedcache.shard import FeatureSet, ShardFile, decoded
+from embedcache.shard import FeatureSet, decoded
 
 VECTORS = [each for each in SETS if each.kind != "tokens"]
 RAGGED = [each for each in SETS if each.kind == "tokens"]
@@ -577,7 +577,7 @@ def test_a_change_right_after_it_was_checked_is_noticed(
     now, waited = time.time_ns(), [1 << 62]
     real, sleep = files.identity, time.sleep
 
-    def coarse(path: Path, file: ShardFile) -> files.Identity:
+    def coarse(path: Path, file: manifest.ShardFile) -> files.Identity:
         *rest, changed = real(path, file)
         return (*rest[:-1], 0, changed if changed > waited[-1] else now)  # type: ignore[return-value]
 

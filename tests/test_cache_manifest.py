@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import embedcache
 from embedcache.cache import manifest
-from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
+from embedcache.cache.manifest import DatasetEntry, Manifest, Shard, ShardFile, file_of
 from embedcache.errors import CorruptCacheError, SpecError, SpecMismatchError
-from embedcache.shard import STORED, FeatureSet, ShardFile
+from embedcache.shard import STORED, FeatureSet
 from embedcache.spec import ExtractionSpec
 
 SHA = "0123456789abcdef" * 4
@@ -28,7 +28,7 @@ WHOLE = Manifest(
     (Shard(ShardFile("000000-0123456789abcdef.h5", 1924, SHA), 7, {"device": "cpu"}),),
     DatasetEntry(
         ShardFile("000002-0123456789abcdef.h5", 999, SHA),
-        11, "classification", ("x", "y"), ("train",), 0, False, True, None,
+        11, "classification", ("x", "y"), ("train",), 0, False, True, None, None,
     ),
     True,
     3,
@@ -126,6 +126,14 @@ def test_what_is_written_is_read(
     made = Manifest(spec, small_caches.SETS, shards, examples, flags[2], 5)
     assert manifest.parse(manifest.encoded(made.to_json())) == made
     assert made.rows == sum(rows)
+
+
+def test_a_file_is_named_after_its_hash() -> None:
+    import hashlib
+
+    file = file_of(7, b"data")
+    digest = hashlib.sha256(b"data").hexdigest()
+    assert (file.name, file.bytes, file.sha256) == (f"000007-{digest[:16]}.h5", 4, digest)
 
 
 def test_another_major_version_is_refused_and_says_what_to_do() -> None:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from small_summaries import EVERY, HOSTILE, IMAGES, full, many_classes, multilabel, regression
 
 from embedcache import cli
+from embedcache.decoding import from_json
 from embedcache.errors import SweepError
 from embedcache.report import charts, report
 from embedcache.report import to_html as page_of
@@ -36,11 +37,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def to_html(summary: Any) -> str:
-    return page_of(Summary.from_json(summary))
+    return page_of(from_json(Summary, summary))
 
 
 def to_markdown(summary: Any) -> str:
-    return markdown_of(Summary.from_json(summary))
+    return markdown_of(from_json(Summary, summary))
 
 
 class Page(HTMLParser):
@@ -309,7 +310,7 @@ def test_a_summary_that_lacks_anything_is_shown_or_refused(made: Any) -> None:
                 del parent[path[-1]]
             tried += 1
             try:
-                read = Summary.from_json(summary)
+                read = from_json(Summary, summary)
             except ValueError:
                 refused += 1
                 continue

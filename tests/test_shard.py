@@ -17,7 +17,7 @@ from small_caches import SETS, arrays
 
 from embedcache import shard
 from embedcache.errors import SpecError
-from embedcache.shard import Column, FeatureSet, build, place, publish, refuse_colliding
+from embedcache.shard import Column, FeatureSet, build, place, refuse_colliding
 
 KEYS = np.arange(7 * 16, dtype=np.uint8).reshape(7, 16)
 
@@ -158,13 +158,6 @@ def test_sets_that_would_be_stored_under_one_name_are_refused(names: list[str]) 
     with pytest.raises(SpecError, match="two feature sets would both be stored as"):
         refuse_colliding([FeatureSet(name, "tokens" if name == "t" else "pooled", 5, 1, "float32") for name in names])
     refuse_colliding(SETS)
-
-
-def test_a_published_file_is_named_after_its_hash(tmp_path: Path) -> None:
-    file = publish(tmp_path, "000007", b"data")
-    digest = hashlib.sha256(b"data").hexdigest()
-    assert (file.name, file.bytes, file.sha256) == (f"000007-{digest[:16]}.h5", 4, digest)
-    assert (tmp_path / file.name).read_bytes() == b"data"
 
 
 def test_the_module_needs_no_hdf5_until_it_is_used() -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from embedcache.cache import manifest as manifests
 from embedcache.cache.gather import Keys, Piece, Rows
-from embedcache.cache.manifest import DatasetEntry, Manifest, Shard
+from embedcache.cache.manifest import DatasetEntry, Manifest, Shard, ShardFile
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
 from embedcache.journal import commit, exists, explain, explained, is_locked, lock, make_folder, sync_directory
-from embedcache.shard import Array, Column, FeatureSet, Placed, ShardFile, place, rises
+from embedcache.shard import Array, Column, FeatureSet, Placed, place, rises
 from embedcache.task import task_named
 from embedcache.wording import shown
 

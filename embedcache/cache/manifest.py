@@ -8,8 +8,8 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
 
+from embedcache.decoding import FLAT, fields_to_json, from_json
 from embedcache.errors import (
     CacheError,
     CacheNotFoundError,
@@ -17,11 +17,11 @@ from embedcache.errors import (
     NumericsMismatchError,
     SpecMismatchError,
 )
-from embedcache.fingerprint import differences, hash_json, is_count, require, strict_json
+from embedcache.fingerprint import differences, hash_json, is_count, require, sha256_bytes, strict_json
 from embedcache.journal import commit, explain, explained
 from embedcache.numerics import Probe, difference
-from embedcache.shard import FILE_NAME, FeatureSet, ShardFile, refuse_colliding
-from embedcache.spec import TASKS, ExtractionSpec, TaskName
+from embedcache.shard import FeatureSet, refuse_colliding
+from embedcache.spec import ExtractionSpec, TaskName
 from embedcache.task import CLASSIFICATION
 
 NAME = "manifest.json"
@@ -31,17 +31,45 @@ MAJOR, MINOR = 1, 1
 _LARGEST = 256 << 20
 _MOST_VALUES = 4_000_000  # 100,000 shards have two
 
-Fields = dict[str, Any]
-"""A JSON object of a manifest whose fields are still to be checked."""
+FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+# Each of these checks itself and trusts nothing, for it may have been read: types aside, which ``decoding`` looks at.
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A committed file: its name in its directory, its size and its hash. Raises ``ValueError`` for what none has."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        require(FILE_NAME.fullmatch(self.name), f"file name {self.name!r}")
+        require(_HASH.fullmatch(self.sha256), f"sha256 of {self.name}")
+        agree = self.name.endswith(f"-{self.sha256[:16]}.h5") and is_count(self.bytes, 1)
+        require(agree, f"the entry of {self.name}")
+
+
+def file_of(number: int, data: bytes) -> ShardFile:
+    """Return what a file of these bytes is called: ``NUMBER-<first 16 digits of its sha256>.h5``."""
+    digest = sha256_bytes(data)
+    return ShardFile(f"{number:06d}-{digest[:16]}.h5", len(data), digest)
 
 
 @dataclass(frozen=True)
 class Shard:
     """A committed feature shard and what ran it."""
 
-    file: ShardFile
+    file: ShardFile = field(metadata=FLAT)
     rows: int
     provenance: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on
+        # disk.
+        require(is_count(self.rows, 1) and self.rows * 16 <= self.file.bytes, "the rows of a shard")
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,7 @@ class DatasetEntry:
     ``whole_hash`` what tells that dataset from others.
     """
 
-    file: ShardFile
+    file: ShardFile = field(metadata=FLAT)
     rows: int
     task: TaskName | None
     class_names: tuple[str, ...]
@@ -73,7 +101,18 @@ class DatasetEntry:
     has_ids: bool
     has_inputs: bool
     whole_rows: int | None
-    whole_hash: str | None = None
+    whole_hash: str | None
+
+    def __post_init__(self) -> None:
+        require(is_count(self.rows, 0) and self.rows * 9 <= self.file.bytes, "the rows of the dataset")
+        columns = len(self.class_names) if self.task not in (None, CLASSIFICATION.name) else 0
+        require(self.targets == columns, "targets")
+        require(self.whole_rows is None or is_count(self.whole_rows, self.rows), "whole_rows")
+        hashed = self.whole_rows is not None and _HASH.fullmatch(self.whole_hash or "")
+        require(self.whole_hash is None or hashed, "whole_hash")
+        for names in (self.class_names, self.split_names):
+            require(len(set(names)) == len(names), "a list of names")
+            "".join(names).encode("utf-8")  # a lone surrogate cannot be printed
 
 
 @dataclass(frozen=True)
@@ -97,6 +136,12 @@ class Manifest:
 
     def __post_init__(self) -> None:
         refuse_colliding(self.feature_sets)
+        require(is_count(self.generation), "generation")
+        require(len({shard.file.name for shard in self.shards}) == len(self.shards), "a shard named twice")
+        stored = {feature.name: feature.dtype for feature in self.feature_sets}
+        for probe in (kind.probe for kind in self.numerics if kind.probe is not None):
+            recorded = {name: outcome.dtype for name, outcome in probe.outcomes.items()}
+            require(recorded == stored, "the feature sets of a probe")
         object.__setattr__(self, "spec_hash", hash_json(self.spec))
 
     @property
@@ -106,29 +151,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, object]:
         """Return the manifest as it stands on disk, with its own hash."""
-        body: dict[str, object] = {
-            "format": FORMAT,
-            "version": f"{MAJOR}.{MINOR if self.numerics else 0}",
-            "spec": self.spec,
-            "spec_hash": self.spec_hash,
-            "feature_sets": [asdict(feature) for feature in self.feature_sets],
-            "shards": [
-                {**asdict(shard.file), "rows": shard.rows, "provenance": dict(shard.provenance)}
-                for shard in self.shards
-            ],
-            "examples": None,
-            "complete": self.complete,
-            "generation": self.generation,
-        }
-        if self.examples is not None:
-            facts = {name: value for name, value in vars(self.examples).items() if name != "file"}
-            lists = {name: list(facts[name]) for name in ("class_names", "split_names")}
-            body["examples"] = {**asdict(self.examples.file), **facts, **lists}
-        if self.numerics:
-            body["numerics"] = [
-                {"probe": None if kind.probe is None else kind.probe.to_json(), "accepted": kind.accepted}
-                for kind in self.numerics
-            ]
+        body = {"format": FORMAT, "version": f"{MAJOR}.{MINOR if self.numerics else 0}", **fields_to_json(self)}
+        del body["newer"]
+        if not self.numerics:
+            del body["numerics"]
         return {**body, "manifest_hash": hash_json(body)}
 
     def files(self) -> list[tuple[str, ShardFile]]:
@@ -246,97 +272,8 @@ def parse(data: bytes) -> Manifest:
     # Comparing the bytes too leaves no room for a change that JSON does not see, such as the case of an escape.
     if claimed != own or encoded(body) != data:
         raise CorruptCacheError("it was changed after it was written (its own hash differs): restore it from a copy")
-    sets = tuple(map(_feature_set, _list(body["feature_sets"])))
-    shards = tuple(map(_shard, _list(body["shards"])))
-    require(len({shard.file.name for shard in shards}) == len(shards), "a shard named twice")
-    require(is_count(body["generation"], 0), "generation")
-    manifest = Manifest(
-        spec=ExtractionSpec(_mapping(body["spec"])),
-        feature_sets=sets,
-        shards=shards,
-        examples=None if body["examples"] is None else _dataset(_mapping(body["examples"])),
-        complete=_flag(body, "complete"),
-        generation=body["generation"],
-        numerics=tuple(_numerics(_mapping(kind), sets) for kind in _list(body["numerics"]))
-        if "numerics" in body
-        else (),
-        newer=written if int(version[2]) > MINOR else None,
-    )
+    for name in ("spec_hash", "shards", "examples", "complete", "generation"):
+        body[name]  # what a new manifest need not say, one on disk must
+    manifest = from_json(Manifest, {**body, "newer": written if int(version[2]) > MINOR else None})
     require(manifest.spec_hash == body["spec_hash"], "spec_hash")
     return manifest
-
-
-def _feature_set(body: object) -> FeatureSet:
-    fields = _mapping(body)
-    return FeatureSet(**{name: fields[name] for name in ("name", "kind", "dim", "layers", "dtype")})
-
-
-def _shard(body: object) -> Shard:
-    fields = _mapping(body)
-    shard = Shard(_file(fields), fields["rows"], _mapping(fields["provenance"]))
-    # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on disk.
-    require(is_count(shard.rows, 1) and shard.rows * 16 <= shard.file.bytes, "the rows of a shard")
-    return shard
-
-
-def _numerics(fields: Fields, sets: Sequence[FeatureSet]) -> Numerics:
-    accepted = _flag(fields, "accepted")
-    if fields["probe"] is None:
-        return Numerics(None, accepted)
-    probe = Probe.from_json(fields["probe"])
-    stored = {feature.name: feature.dtype for feature in sets}
-    recorded = {name: outcome.dtype for name, outcome in probe.outcomes.items()}
-    require(recorded == stored, "the feature sets of a probe")
-    return Numerics(probe, accepted)
-
-
-def _dataset(fields: Fields) -> DatasetEntry:
-    names = ("rows", "task", "targets", "whole_rows", "whole_hash")
-    entry = DatasetEntry(
-        file=_file(fields),
-        class_names=_names(fields["class_names"]),
-        split_names=_names(fields["split_names"]),
-        has_ids=_flag(fields, "has_ids"),
-        has_inputs=_flag(fields, "has_inputs"),
-        **{name: fields[name] for name in names},
-    )
-    require(is_count(entry.rows, 0) and entry.rows * 9 <= entry.file.bytes, "the rows of the dataset")
-    require(entry.task is None or entry.task in TASKS, f"task {entry.task!r}")
-    columns = len(entry.class_names) if entry.task not in (None, CLASSIFICATION.name) else 0
-    require(is_count(entry.targets, 0) and entry.targets == columns, "targets")
-    require(entry.whole_rows is None or is_count(entry.whole_rows, entry.rows), "whole_rows")
-    hashed = isinstance(entry.whole_hash, str) and re.fullmatch(r"[0-9a-f]{64}", entry.whole_hash)
-    require(entry.whole_hash is None or (entry.whole_rows is not None and hashed), "whole_hash")
-    return entry
-
-
-def _file(fields: Fields) -> ShardFile:
-    file = ShardFile(fields["name"], fields["bytes"], fields["sha256"])
-    require(isinstance(file.name, str) and FILE_NAME.fullmatch(file.name), f"file name {file.name!r}")
-    require(isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256), f"sha256 of {file.name}")
-    agree = file.name.endswith(f"-{file.sha256[:16]}.h5") and is_count(file.bytes, 1)
-    require(agree, f"the entry of {file.name}")
-    return file
-
-
-def _flag(fields: Fields, name: str) -> bool:
-    require(isinstance(fields[name], bool), name)
-    return bool(fields[name])
-
-
-def _list(value: object) -> list[object]:
-    require(isinstance(value, list), "a field that is not a list")
-    return cast("list[object]", value)
-
-
-def _mapping(value: object) -> Fields:
-    require(isinstance(value, dict), "a field that is not a mapping")
-    return cast("Fields", value)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    names = _list(value)
-    strings = [name for name in names if isinstance(name, str)]
-    require(len(set(strings)) == len(names), "a list of names")
-    "".join(strings).encode("utf-8")  # a lone surrogate cannot be printed
-    return tuple(strings)

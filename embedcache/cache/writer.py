@@ -13,7 +13,7 @@ import numpy as np
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, stored_keys
 from embedcache.cache.gather import Keys, RowIndex, Rows
-from embedcache.cache.manifest import DatasetEntry, Manifest, Numerics, Shard
+from embedcache.cache.manifest import FILE_NAME, DatasetEntry, Manifest, Numerics, Shard, ShardFile, file_of
 from embedcache.dataset import Contents, Dataset
 from embedcache.errors import (
     CacheError,
@@ -23,10 +23,10 @@ from embedcache.errors import (
     InputError,
 )
 from embedcache.features import Stored
-from embedcache.fingerprint import canonical_json, sha256_bytes
-from embedcache.journal import explained, refuse_foreign, writing
+from embedcache.fingerprint import canonical_json
+from embedcache.journal import commit, explained, refuse_foreign, writing
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import FILE_NAME, Array, Column, FeatureSet, ShardFile, build, publish
+from embedcache.shard import Array, Column, FeatureSet, build
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
@@ -136,7 +136,9 @@ class CacheWriter:
             attributes |= {name: column.attributes for name, column in columns.items()}
             if (row := stored.first_non_finite()) is not None:
                 raise FeatureError(f"{feature.name}: row {row} holds NaN or infinity, which no head can use")
-        file = self._publish("features", len(self._manifest.shards), build(contents, attributes))
+        data = build(contents, attributes)
+        file = file_of(len(self._manifest.shards), data)
+        self._publish("features", file, data)
         self._commit(self._manifest.with_shard(Shard(file, len(keys), dict(provenance))))
         self._keys.append(np.array(keys))
         self._index = None
@@ -197,8 +199,11 @@ class CacheWriter:
         whole = dataset.whole
         if whole is not None:
             contents["number"] = whole.numbers
+        # A second generation is numbered by how many there were, so that a resumed run names its file alike.
+        number = self._manifest.generation
+        data = build(contents)
         entry = DatasetEntry(
-            file=ShardFile("", 0, ""),
+            file=file_of(number, data),
             rows=len(rows),
             task=dataset.task,
             class_names=dataset.class_names,
@@ -211,25 +216,21 @@ class CacheWriter:
         )
         if fault := find_fault(entry, contents, len(self._keys[0])):
             raise InputError(fault)
-        data = build(contents)
         former = self._manifest.examples
-        if former is not None and self._manifest.complete:
-            same = replace(former.file, bytes=len(data), sha256=sha256_bytes(data))
-            if former == replace(entry, file=same):
-                with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
-                    check(self.path / "examples" / former.file.name, former.file)
-                    return
-        # A second generation is numbered by how many there were, so that a resumed run names its file alike.
-        number = self._manifest.generation
-        entry = replace(entry, file=self._publish("examples", number, data))
+        same = former is not None and former == replace(entry, file=former.file) and self._manifest.complete
+        if former is not None and same and former.file.sha256 == entry.file.sha256:
+            with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
+                check(self.path / "examples" / former.file.name, former.file)
+                return
+        self._publish("examples", entry.file, data)
         self._commit(replace(self._manifest, examples=entry, complete=True, generation=number + 1))
         if former is not None and former.file.name != entry.file.name:
             with contextlib.suppress(OSError):  # a reader that still maps it keeps its pages
                 os.unlink(self.path / "examples" / former.file.name)
 
-    def _publish(self, folder: str, number: int, data: bytes) -> ShardFile:
+    def _publish(self, folder: str, file: ShardFile, data: bytes) -> None:
         with self._fatal():
-            return publish(self.path / folder, f"{number:06d}", data)
+            commit(self.path / folder / file.name, data)
 
     def _commit(self, manifest: Manifest) -> None:
         with self._fatal():

@@ -199,7 +199,7 @@ class Run:
     def _stop(self, kept: int, wanted: int) -> NoReturn:
         rows, failures = self._table()
         if rows:
-            self.folder.write(SUMMARY, self._summary(rows, failures).to_json())
+            self.folder.write(SUMMARY, to_json(self._summary(rows, failures)))
         raise Interrupted(f"{kept:,} of {wanted:,} fits are kept in {self.folder.path}: run the same command to go on")
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
@@ -314,7 +314,7 @@ class Run:
             mistakes=final.mistakes, learning_curve=tuple(curve), few_shot=final.few_shot, notes=tuple(notes),
             ran=replace(summary.ran, state=state),
         )  # fmt: skip
-        self.folder.write(SUMMARY, whole.to_json())
+        self.folder.write(SUMMARY, to_json(whole))
 
     def _state(self) -> str:
         """Return a hash of everything that a conclusion is drawn from."""

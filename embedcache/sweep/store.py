@@ -72,7 +72,7 @@ class Result:
 
     def __post_init__(self) -> None:
         if min(self.fold, self.repeat, self.train_rows, self.eval_rows, self.parameters) < 0:
-            raise ValueError("counts less than nothing")
+            raise ValueError("it counts less than nothing")
 
 
 class SweepFolder:

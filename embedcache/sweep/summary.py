@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedcache.decoding import from_json, to_json
+from embedcache.decoding import from_json
 from embedcache.errors import SweepError
 from embedcache.fingerprint import read_json
 from embedcache.journal import explained
@@ -182,7 +182,7 @@ class Confusion:
         size = len(self.labels)
         for square in (self.matrix, self.normalized):
             if len(square) != size or any(len(line) != size for line in square):
-                raise ValueError(f"is not a square of {size} classes")
+                raise ValueError(f"not a square of {size} classes")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Measured:
 
     def __post_init__(self) -> None:
         if len({tuple(row) for row in self.per_class}) > 1:
-            raise ValueError("has rows by class with different columns")
+            raise ValueError("rows by class with different columns")
 
 
 @dataclass(frozen=True)
@@ -355,15 +355,6 @@ class Summary:
     ran: Ran
     notes: tuple[str, ...]
 
-    @classmethod
-    def from_json(cls, value: object) -> Summary:
-        """Check and read the content of a file. Raises ``ValueError`` naming the first place that is damaged."""
-        return from_json(cls, value)
-
-    def to_json(self) -> Mapping[str, object]:
-        """Return the content of the file."""
-        return to_json(self)
-
     @property
     def group(self) -> list[LeaderboardRow]:
         """The rows that the data cannot tell from the winner, the winner too."""
@@ -399,7 +390,7 @@ def read_summary(folder: Path) -> tuple[Summary, dict[str, object]]:
             f"{path} has version {value.get('version')}, this embedcache reads {VERSION}: upgrade embedcache"
         )
     try:
-        return Summary.from_json(value), value
+        return from_json(Summary, value), value
     except ValueError as error:
         raise SweepError(f"{path} is damaged ({error}): run the same sweep command again") from None
 

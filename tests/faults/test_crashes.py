@@ -15,7 +15,7 @@ import pytest
 import small_caches
 from power import Disk, Node, policies
 
-from embedcache import journal, shard
+from embedcache import journal
 from embedcache.cache import CacheWriter, files, manifest
 from embedcache.errors import CacheNotFoundError
 
@@ -145,7 +145,7 @@ def written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(descriptor)
         journal.sync_directory(path.parent)
 
-    monkeypatch.setattr(shard, "commit", in_place)
+    monkeypatch.setattr("embedcache.cache.writer.commit", in_place)
     monkeypatch.setattr(manifest, "commit", in_place)
 
 
