@@ -82,6 +82,7 @@ class Probe:
     hash: str = field(default="")
 
     def __post_init__(self) -> None:
+        require(all(map(_HASH.fullmatch, self.inputs)), "the inputs of a probe")
         object.__setattr__(self, "hash", hash_json(self.to_json()))
 
     @property
@@ -97,17 +98,6 @@ class Probe:
         """Return the probe as JSON values."""
         outcomes = {name: outcome.to_json() for name, outcome in self.outcomes.items()}
         return {"inputs": list(self.inputs), "versions": dict(self.versions), "outcomes": outcomes}
-
-    @classmethod
-    def from_json(cls, body: Any) -> Probe:
-        """Read what ``to_json`` gave, trusting nothing in it. Raises ``ValueError`` and its kin."""
-        inputs, versions, outcomes = (body[name] for name in ("inputs", "versions", "outcomes"))
-        hashes = isinstance(inputs, list) and all(isinstance(row, str) and _HASH.fullmatch(row) for row in inputs)
-        require(hashes, "the inputs of a probe")
-        require(isinstance(versions, dict) and isinstance(outcomes, dict), "the versions or outcomes of a probe")
-        require(all(isinstance(version, str) for version in versions.values()), "the versions of a probe")
-        read = {str(name): Outcome.from_json(outcome) for name, outcome in outcomes.items()}
-        return cls(tuple(inputs), dict(versions), read)
 
 
 @dataclass(frozen=True)

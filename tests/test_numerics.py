@@ -24,6 +24,7 @@ import embedcache.backbone.text as backbone_text
 from embedcache.backbone import FrozenModel, LoadedBackbone, load_backbone, probe_of
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli as main
+from embedcache.decoding import from_json
 from embedcache.errors import CorruptCacheError, NumericsMismatchError
 from embedcache.numerics import MOST_VALUES, Difference, Outcome, Probe, difference
 
@@ -67,7 +68,7 @@ def test_a_probe_is_the_same_every_time_and_survives_json(folder: Path) -> None:
     assert first == second
     assert first.hash == second.hash
     assert difference(first, second) == Difference("same")
-    again = Probe.from_json(json.loads(json.dumps(first.to_json())))
+    again = from_json(Probe, json.loads(json.dumps(first.to_json())))
     assert again == first
     assert difference(first, again).same_bits
     lengths = load(folder).prepare(backbone_text.ROWS).lengths
@@ -152,7 +153,7 @@ def test_a_difference_that_the_kept_values_miss_is_told_by_the_hash() -> None:
 def test_what_is_stored_in_fewer_bits_is_compared_so(dtype: str) -> None:
     values = np.random.default_rng(1).normal(size=37).astype(np.float32)
     stored, exact = (Probe((), {}, {"mean": Outcome.of(values, each)}) for each in (dtype, "float32"))
-    assert Probe.from_json(stored.to_json()) == stored
+    assert from_json(Probe, stored.to_json()) == stored
     assert difference(stored, exact).status == "same"
     assert difference(stored, Probe((), {}, {"mean": Outcome.of(values * 1.01, "float32")})).status == "features"
 

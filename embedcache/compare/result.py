@@ -6,10 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from embedcache.compare.figures import (
     APPROACHES,
@@ -27,7 +25,7 @@ from embedcache.compare.figures import (
 from embedcache.compare.measurements import Extraction, Training
 from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
-from embedcache.task import task_named
+from embedcache.task import Array, Floats, task_named
 from embedcache.train.metrics import resampled_scores, score
 from embedcache.wording import counted, markdown_table, shown, table
 
@@ -143,8 +141,6 @@ class Comparison:
 # Measurements -> the comparison: means over seeds, who is charged for what, paired differences, the break-even.
 
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 Unit = tuple[float, str, int]
 """What is measured once: a fraction, an approach and a seed."""
 

@@ -202,7 +202,7 @@ def parse(config: object, made: type[R]) -> tuple[R, Weights]:
     feature = FeatureSet(**{name: config["feature"][name] for name in ("name", "kind", "dim", "layers", "dtype")})
     head = made(
         spec, task.name, names, feature, extraction=extraction, model=model, revision=revision,
-        probe=Probe.from_json(config["probe"]) if "probe" in config else None,
+        probe=decoding.from_json(Probe, config["probe"]) if "probe" in config else None,
         calibration=_calibration(mapping(config["calibration"]), task, len(names)),
         training=mapping(config["training"]),
     )  # fmt: skip
