@@ -11,8 +11,8 @@ from embedcache.errors import InputError, SpecError
 from embedcache.examples.content import CONTENTS, Content
 from embedcache.examples.formats import FORMATS, Format
 from embedcache.examples.source import Source
-from embedcache.examples.splits import parse_split
-from embedcache.spec import SPLITS, TASKS, TaskName, split_name
+from embedcache.examples.splits import is_standard, parse_split
+from embedcache.spec import TASKS, TaskName
 from embedcache.wording import did_you_mean
 
 # What `load_examples` is asked to do, checked once.
@@ -256,6 +256,6 @@ def _guess_split(source: Source, taken: set[str]) -> str | None:
     for column in _free(source, taken):
         if _plain(column) == "split":
             values = [value for value in source.sample[column] if isinstance(value, str)]
-            if values and all(split_name(name) in SPLITS for name in values):
+            if values and all(map(is_standard, values)):
                 return column
     return None

@@ -17,6 +17,11 @@ _PART = re.compile(r"\d+(\.\d*)?|\.\d+")
 _SLICE = 1 << 16
 
 
+def is_standard(name: str) -> bool:
+    """Whether ``name`` is one of the usual names of a split."""
+    return split_name(name) in SPLITS
+
+
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
     """Return split names in the usual order: train, validation, test, then the others by code point."""
     present = set(names)
