@@ -292,7 +292,7 @@ def test_a_file_that_ends_early_is_refused_before_it_is_mapped(tmp_path: Path) -
     (tmp_path / "short").write_bytes(bytes(mmap.PAGESIZE))
     piece = gather.Piece(tmp_path / "short", 0, (2, mmap.PAGESIZE // 4), "<f4")
     with pytest.raises(CorruptCacheError, match="ends early"):
-        gather.side_by_side([piece])
+        gather.map_together([piece])
     with pytest.raises(CorruptCacheError, match="ends early"):
         gather.read_into(np.empty(piece.shape, np.float32), piece)
 

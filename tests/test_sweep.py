@@ -90,7 +90,7 @@ def test_the_score_of_a_fold_is_on_rows_no_head_of_it_saw(cache: FeatureCache, s
     configuration = Configuration.from_json({name: getattr(best[0], name) for name in ("feature", "head", "train")})
     for fold, division in enumerate(problem.folds):
         job = training.Job(configuration, division, fold)
-        (alone,) = training.train_batch(problem, training.Batch("stack", (job,)))
+        (alone,) = training.train_batch(problem, training.JobBatch("stack", (job,)))
         assert alone.head is not None
         said = training.outputs_of(alone.head, features.take(np.flatnonzero(division.score)))
         expected = score("accuracy", CLASSIFICATION, problem.y[division.score], said)

@@ -24,7 +24,7 @@ from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, task_named
 from embedcache.train import Masks, TrainingResult, train_head
 from embedcache.train import train_stack as stack_of_rows
-from embedcache.train.batches import Batch, DiskBatches, RaggedBatches, TensorBatches, block_order, lent, order
+from embedcache.train.batches import DiskBatches, FeatureBatch, RaggedBatches, TensorBatches, block_order, lent, order
 from embedcache.train.data import class_weights, fits_in_memory, labelled_rows_of, moments
 from embedcache.train.loop import Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_biases
@@ -338,7 +338,7 @@ class Scripted:
         self.kept: list[int] = []
         self.steps = 0
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: FeatureBatch) -> torch.Tensor:
         self.steps += 1
         if self.wait is not None and self.steps == 3:
             os.kill(os.getpid(), signal.SIGINT)
@@ -419,7 +419,7 @@ def on_disk(x: Any, reader: type[MappedRows] = MappedRows) -> OnDisk:
     return features
 
 
-def rows_seen(source: Any, epoch: int) -> Iterator[tuple[Batch, list[int]]]:
+def rows_seen(source: Any, epoch: int) -> Iterator[tuple[FeatureBatch, list[int]]]:
     for batch in source.epoch(epoch):
         yield batch, batch.rows.tolist()
 

@@ -162,7 +162,7 @@ def _together(feature: FeatureSet, starts: Rows, piece: Callable[[int], Piece], 
     if feature.dtype == "float32":
         if len(pieces) == 1:
             return pieces[0].rows(start - bounds[0], stop - bounds[0]).map()
-        mapped = side_by_side(pieces)
+        mapped = map_together(pieces)
         if mapped is not None:
             rows: Array = mapped[start - bounds[0] : stop - bounds[0]]
             if rows.nbytes >= _WORTH_IT and all(_tells_residence(piece.path) for piece in pieces):
@@ -230,7 +230,7 @@ def read_into(out: Array, piece: Piece) -> None:
             view = view[count:]
 
 
-def side_by_side(pieces: Sequence[Piece]) -> Array | None:
+def map_together(pieces: Sequence[Piece]) -> Array | None:
     """Map pieces of float32 next to one another, read-only, as one array without a copy; None where that cannot be.
 
     Every piece starts on a page of its file, and every one but the last is whole pages long.

@@ -120,7 +120,8 @@ class CacheWriter:
         self._refuse_closed()
         if not len(keys):
             return
-        if {name: stored.feature for name, stored in features.items()} != {each.name: each for each in self._sets}:
+        expected = {feature.name: feature for feature in self._sets}
+        if {name: stored.feature for name, stored in features.items()} != expected:
             given = ", ".join(str(stored.feature) for stored in features.values())
             raise FeatureError(f"got {given or 'no features'}, expected {', '.join(map(str, self._sets))}")
         Column((len(keys), 16), np.dtype("u1")).refuse_misfit("row_key", keys)

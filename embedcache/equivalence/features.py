@@ -17,7 +17,7 @@ from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
 from embedcache.features import Dense, InMemory, Ragged
 from embedcache.shard import FeatureSet, rounded
-from embedcache.train.batches import Batch, order
+from embedcache.train.batches import FeatureBatch, order
 
 WINDOW = 2048
 KEPT = 64
@@ -186,7 +186,7 @@ class LiveBatches:
         self._size, self._seed = batch_size, seed
         self.steps = -(-len(contents) // batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
         shuffled = order(len(self._contents), self._seed, number)
         for start in range(0, len(shuffled), self._size):
@@ -194,6 +194,6 @@ class LiveBatches:
             x = computed(self._backbone, [self._contents[row] for row in rows], self._feature)
             if isinstance(x, Ragged):
                 values, mask = x.padded(np.arange(len(rows)))
-                yield Batch(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(rows))
+                yield FeatureBatch(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(rows))
             else:
-                yield Batch(torch.from_numpy(x.values), None, torch.from_numpy(rows))
+                yield FeatureBatch(torch.from_numpy(x.values), None, torch.from_numpy(rows))

@@ -15,7 +15,7 @@ from embedcache.equivalence.rows import TrainingPlan
 from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.heads.modules import Dropout
-from embedcache.train.batches import Batch, Batches
+from embedcache.train.batches import Batches, FeatureBatch
 from embedcache.train.data import LabelledRows
 from embedcache.train.minibatch import PassOptions, batches_of, fit_minibatch
 from embedcache.train.stack import HeadStack
@@ -61,7 +61,7 @@ class _Watched(Batches):
     def steps(self) -> int:
         return self.source.steps
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
         for batch in self.source.epoch(number):
             self.batches.append(batch.rows.cpu().numpy())
             yield batch

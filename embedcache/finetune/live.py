@@ -1,6 +1,6 @@
 """Training with the backbone inside every step: full fine-tuning, from a trained head, or frozen.
 
-The loop, the loss, the order of the rows and the schedule are those of training on a cache; what differs is the step.
+The loop, the loss, the order of the rows and the schedule are those of training on a cache; only the step differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from embedcache.backbone import Inputs, Prepared
-from embedcache.batching import Batch as Shape
+from embedcache.batching import Batch
 from embedcache.errors import InputError, SpecError, warn
 from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
@@ -34,7 +34,7 @@ from embedcache.train.stack import BETA1, BETA2, EPSILON, schedule_factors
 
 @dataclass(frozen=True)
 class ContentBatch:
-    """Contents laid out for the network, and which training rows they are, int64 [B] on the model's device."""
+    """The inputs of the network for B training rows, and the numbers of these rows, int64 [B] on the model's device."""
 
     inputs: Inputs
     rows: Tensor
@@ -57,9 +57,9 @@ class ContentBatches:
 
 
 def laid_out(model: FeatureBasedModel, prepared: Prepared, rows: npt.NDArray[np.int64]) -> Inputs:
-    """Return what the network is given for some rows, padded to the longest of them, on the model's device."""
+    """Return the inputs of the network for some rows, padded to the longest of them, on the model's device."""
     longest = int(prepared.lengths[rows].max())
-    return model.extractor.lay_out(prepared, Shape(longest, len(rows), rows))
+    return model.extractor.lay_out(prepared, Batch(longest, len(rows), rows))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LiveLoss:
 class LiveLearner:
     """One live model in training; see ``train.loop.Learner``.
 
-    AdamW with the backbone and the head in groups of their own learning rate; decay is kept off biases and gains.
+    AdamW with the backbone and the head in groups of their own learning rate; biases and gains have no weight decay.
     ``judge`` gives the validation metric.
     """
 
@@ -152,7 +152,7 @@ class LiveLearner:
             self._best[name].copy_(tensor.detach())
 
     def keep(self, places: Sequence[int]) -> None:
-        """Go on, or not."""
+        """Go on with the model, or end where ``places`` is empty."""
         self.alive = [self.alive[place] for place in places]
 
     @torch.no_grad()
@@ -179,10 +179,10 @@ is small."""
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A live model and what it was trained for, as ``TrainedHead`` is for features.
+    """A trained model with its backbone, as ``TrainedHead`` is a trained head on features.
 
-    ``target`` are the mean and the deviation of each target [R]: a regression is trained in units of the deviation.
-    Of other tasks they are 0 and 1.
+    ``target`` are the mean and the deviation of each target [R], as a regression is trained on standardised targets;
+    0 and 1 for other tasks.
     """
 
     model: FeatureBasedModel
@@ -203,7 +203,7 @@ class TunedModel:
 def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np.float32]:
     """Run backbone and head over contents, in eval mode and without gradients: logits or values, float32 [N, C].
 
-    Rows of like length go together; the model is left in the mode it was in.
+    Rows of similar length are batched together. The model returns to the mode (train or eval) that it was in.
     """
     return _outputs(model, model.extractor.prepare(_bytes(contents)))
 
@@ -277,7 +277,7 @@ def fine_tune(
         eval_contents, y_eval: validation rows: early stopping, best weights. None for none.
         spec: how to train; ``learning_rate`` is the head's, ``standardize`` is not looked at.
         backbone_learning_rate: the backbone's, where it is not frozen.
-        new_head: the head has learnt nothing yet: its biases start where those of training on a cache do.
+        new_head: whether the head is untrained: its biases then start as in training on a cache.
 
     Draws of dropout come from ``spec.seed``; torch's own generators are left as they were.
 

@@ -21,7 +21,7 @@ from embedcache.spec import HeadSpec
 
 
 def live_head(head: HeadSpec | str, options: Mapping[str, object] | None = None) -> HeadSpec:
-    """Return a head that a live model can have. Raises ``SpecError`` for one of scikit-learn's, or none."""
+    """Return a head that a live model can have. Raises ``SpecError`` for an unknown head or one of scikit-learn."""
     spec = head_named(head, None, options)
     if spec.engine != "torch":
         raise SpecError(f"the head {spec.kind} of scikit-learn cannot be fine-tuned: name a torch head such as linear")
@@ -48,9 +48,9 @@ class FeatureBasedOutput(ModelOutput):
 class FeatureBasedModel(nn.Module):
     """A Hugging Face backbone and a head.
 
-    Frozen means frozen: the backbone stays in eval mode even after ``.train()`` (no dropout, no drift of batch-norm
-    statistics), runs without gradients, and none of its parameters is trainable. Unfrozen, the parameters that the
-    features depend on are trainable; those of an unused pooler, say, are not, and are not counted as if they were.
+    A frozen backbone stays in eval mode even after ``.train()`` (no dropout, no change of batch-norm statistics), runs
+    without gradients, and has no trainable parameter. In an unfrozen one, the parameters that the features depend on
+    are trainable; others, such as those of an unused pooler, are neither trained nor counted.
 
     Args:
         backbone: what ``load_backbone`` gives, with one feature set. Unfreezing changes its network in place.
@@ -159,7 +159,7 @@ class FeatureBasedModel(nn.Module):
         print(f"  frozen    {count.frozen:,} ({count.frozen / count.total:.2%})")
 
     def _refreeze_unused(self) -> None:
-        """Freeze what has no part in the features, found by one small backward pass."""
+        """Freeze the parameters that the features do not depend on, found by one small backward pass."""
         dummies = self.extractor.content.dummies(2, min(4, self.extractor.policy.max_length))
         self.backbone.eval()
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What is known of a trained head, as a value; and the model card made of it."""
+"""The facts of a trained head as a value, and the model card made from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Calibration(TypedDict, total=False):
-    """What makes logits calibrated: of a classification its temperature, of labels a threshold for each; else {}."""
+    """How a head is calibrated: a temperature for a classification, a threshold for each label of multi-label."""
 
     temperature: float
     thresholds: Sequence[float]
@@ -28,7 +28,7 @@ class Calibration(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class HeadRecord:
-    """The fields of a trained head. ``TrainedHead`` says what each is, and adds everything that runs the head."""
+    """The fields of a trained head. ``TrainedHead`` documents each, and adds the methods that run the head."""
 
     spec: HeadSpec
     task: TaskName
@@ -55,7 +55,7 @@ class HeadRecord:
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """From which probability on each label of a multi-label head is given."""
+        """The probability of each label at which a multi-label head assigns it."""
         return tuple(self.calibration.get("thresholds", (0.5,) * len(self.class_names)))
 
 

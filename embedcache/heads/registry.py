@@ -1,7 +1,7 @@
-"""Which heads there are on both engines, and how one is built.
+"""The heads of both engines by name, and how one is built.
 
-A new torch head is a class (see ``modules``) and a line here, or ``register_head`` from outside; a new head of
-scikit-learn is a line in ``sklearn_kinds``.
+A new torch head is a class as in ``modules`` and a line here, or a call of ``register_head`` from outside. A new head
+of scikit-learn is a line in ``sklearn_kinds``.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def engine_of(kind: str) -> Engine:
 def head_named(
     head: HeadSpec | str, engine: str | None = None, options: Mapping[str, object] | None = None
 ) -> HeadSpec:
-    """Return the head that was written: ``"mlp"``, ``"logistic-regression"``, ``"sklearn:mlp"``, or a ``HeadSpec``.
+    """Return the head that a text names: ``"mlp"``, ``"logistic-regression"``, ``"sklearn:mlp"``, or a ``HeadSpec``.
 
-    Where no ``engine`` is named it is the one that has the kind, torch where both do. Raises ``SpecError`` for a head
-    that there is not, naming the nearest.
+    Without ``engine`` it is the engine that has the kind, torch where both do. Raises ``SpecError`` for an unknown
+    head, naming the nearest.
     """
     if isinstance(head, HeadSpec):
         return head
@@ -136,7 +136,7 @@ def build_head(spec: HeadSpec, feature: FeatureSet, outputs: int, *, seed: int =
 
 
 def blank_head(spec: HeadSpec, feature: FeatureSet, outputs: int) -> Head:
-    """Build a torch head whose weights have their shapes, and no values yet; raises as ``build_head`` does."""
+    """Build a torch head whose weights are not initialised; raises as ``build_head`` does."""
     refuse_unknown_options(spec, option_names(spec.kind))
     return head_class(spec.kind)(feature, outputs, **spec.options)
 
@@ -162,7 +162,7 @@ def refuse_unknown_options(spec: HeadSpec, allowed: tuple[str, ...]) -> None:
 def checked_kind(head: HeadSpec, task: Task) -> tuple[Kind, Options]:
     """Return the kind of a scikit-learn head, and all its options, given or by default.
 
-    Raises ``SpecError`` for a kind there is not, a task it cannot do, an option it has not, or an impossible value.
+    Raises ``SpecError`` for an unknown kind, a task that it cannot do, an unknown option, or an impossible value.
     """
     kind = _sklearn_kind(head.kind)
     if task not in kind.tasks:

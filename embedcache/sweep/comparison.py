@@ -1,4 +1,4 @@
-"""Results -> the leaderboard: means over folds and seeds, intervals, paired tests against the winner, the simplest."""
+"""The leaderboard, made from results: means over folds and seeds, intervals, paired tests against the winner."""
 
 from __future__ import annotations
 

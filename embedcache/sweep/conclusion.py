@@ -22,7 +22,7 @@ from embedcache.sweep.findings import measured, mistakes
 from embedcache.sweep.problem import Problem, subset
 from embedcache.sweep.store import SweepFolder
 from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
-from embedcache.sweep.training import Job, Trained, batches, outputs_of, train_batch
+from embedcache.sweep.training import Job, TrainedJob, batches, outputs_of, train_batch
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train.metrics import score
 
@@ -35,7 +35,7 @@ TESTED = "tested.json"
 class Final:
     """The chosen head on all development rows, and its results on the test split (None where there is none)."""
 
-    trained: Trained
+    trained: TrainedJob
     head: TrainedHead
     test: TestResult | None
     mistakes: Mistakes
@@ -80,7 +80,7 @@ def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: InM
     return FewShot(shots, len(scores), tuple(scores), float(np.mean(scores)), sd)
 
 
-def _trained(problem: Problem, job: Job) -> Trained:
+def _trained(problem: Problem, job: Job) -> TrainedJob:
     (batch,) = batches(problem, [job])
     (trained,) = train_batch(problem, batch)
     return trained

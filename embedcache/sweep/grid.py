@@ -116,7 +116,8 @@ class Grid:
     def configurations(self, random: int | None = None, seed: int = 0) -> list[Configuration]:
         """Return all configurations, or ``random`` drawn ones with each of their seeds; each once, in a fixed order.
 
-        A draw chooses a head's entry first, all alike, then each setting: from its range where it was given as one.
+        A draw first chooses an entry, each with equal probability, then a value for each of its settings, from its
+        range if it has one.
 
         Raises ``SweepSpecError`` when there are too many to hold.
         """
@@ -151,7 +152,7 @@ def read_file(path: Path | str) -> dict[str, object]:
     import yaml
 
     def refuse_bombs(node: Any, above: int = 0) -> int:
-        """Return how many values a node stands for; aliases let a line stand for billions, and for itself."""
+        """Return how many values a node expands to: with aliases one line can expand to billions, or contain itself."""
         line = f"{path}, line {node.start_mark.line + 1}"
         if above > _DEEPEST:
             raise SweepError(f"{line} is nested too deeply, or within itself: expected at most {_DEEPEST} levels")
@@ -171,7 +172,7 @@ def read_file(path: Path | str) -> dict[str, object]:
     sizes: dict[int, int] = {}
 
     class Strict(yaml.SafeLoader):
-        """Refuses a key that stands twice, of which YAML would keep the last."""
+        """Refuses duplicate keys, of which YAML would silently keep the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
@@ -254,10 +255,10 @@ def parse(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads entries of a grid, which are about the feature sets of one cache.
+    """Reads the entries of a grid for a cache with certain feature sets.
 
-    ``features`` and ``seeds`` are for entries that name none; a head leaves out the feature sets that it cannot read.
-    Seeds of a call (``seeds_of_call``) come before an entry's own.
+    ``features`` and ``seeds`` apply to entries that name none; a head skips the feature sets that it cannot read. Where
+    seeds were given in the call (``seeds_of_call``), they replace those of the entries.
     """
 
     sets: Mapping[str, FeatureSet]
@@ -348,7 +349,7 @@ def _mapping_of(where: str, entry: object) -> Written:
 
 
 def _not_read(name: str, head: HeadSpec, solvers: Sequence[str]) -> str:
-    """Say that a head does not read a setting, and with what the setting goes."""
+    """Say that a head does not read a setting, and which heads do."""
     where = "of scikit-learn" if head.engine == "sklearn" else f"with solver {' or '.join(solvers)[:40]}"
     hint = ""
     if name == "momentum":
@@ -423,9 +424,9 @@ def _refuse_unknown(names: Iterable[object], allowed: Sequence[str], where: str)
 def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) -> list[dict[str, object]]:
     """Return the heads of a sweep that names none, as the ``heads`` of a file.
 
-    Every vector-a-row set gets a linear head by the convex solver at 16 strengths; the first of them also the
-    minibatch heads, which cost more, in widths that 10,000 rows can feed; sets of tokens or layers get attention
-    pooling. A majority head shows what the features are worth.
+    Every set with one vector a row gets a linear head by the convex solver at 16 penalties. The first of them also gets
+    the heads trained by minibatches, which cost more, in widths that suit 10,000 rows. Sets of tokens or layers get
+    attention pooling. A majority head shows how much the features add.
     """
     vectors = [name for name in names if feature_sets[name].kind == "pooled"]
     others = [name for name in names if feature_sets[name].kind != "pooled"]

@@ -43,7 +43,7 @@ from embedcache.sweep.summary import (
     TestScore,
     read_summary,
 )
-from embedcache.sweep.training import Interruption, Job, Trained, batches, outputs_of, refuse_impossible, train_batch
+from embedcache.sweep.training import Interruption, Job, TrainedJob, batches, outputs_of, refuse_impossible, train_batch
 from embedcache.train.loop import STILL_IMPROVING
 from embedcache.train.metrics import metrics_of, score
 from embedcache.wording import counted, duration
@@ -181,7 +181,7 @@ class Run:
             rate = (time.perf_counter() - begun) / max(1, done)
             left = f", about {duration(rate * (len(missing) - done))} left" if done else ""
             title = f"{done}/{counted(len(missing), 'head')}{left}; {batch.title}"
-            waiting: list[Trained] = []
+            waiting: list[TrainedJob] = []
             try:
                 for trained in train_batch(self.problem, batch, progress=self.show, title=title):
                     waiting.append(trained)
@@ -222,7 +222,7 @@ class Run:
                 out.append(job)
         return out
 
-    def _keep(self, heads: Sequence[Trained]) -> None:
+    def _keep(self, heads: Sequence[TrainedJob]) -> None:
         """Score heads on the rows of their folds, and keep the results."""
         results: list[Result] = []
         outputs: dict[str, dict[int, Outputs]] = {}
@@ -243,7 +243,7 @@ class Run:
                 outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
         self.folder.add(results, outputs)
 
-    def _result(self, trained: Trained, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
+    def _result(self, trained: TrainedJob, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
         problem, job, made = self.problem, trained.job, trained.job.configuration
         metrics: dict[str, float | None] = {}
         if outputs is not None:

@@ -123,7 +123,7 @@ class SweepFolder:
 
     @property
     def hash(self) -> str:
-        """The hash of what is compared on what."""
+        """The hash of the sweep's identity."""
         return hash_json(self.identity)
 
     def add(self, results: Sequence[Result], outputs: Mapping[str, Mapping[int, Outputs]] | None = None) -> None:
@@ -181,7 +181,7 @@ def _journal(path: Path) -> Journal[Result]:
 
 
 def _by_key(results: Iterable[Result]) -> dict[Key, Result]:
-    """Return results by their keys; of two with one key the first counts, for predictions were kept with it."""
+    """Return results by their keys. Of two with the same key the first counts: the predictions are from it."""
     by_key: dict[Key, Result] = {}
     for result in results:
         by_key.setdefault(result.key, result)

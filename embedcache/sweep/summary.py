@@ -2,7 +2,7 @@
 
 The fields of these types are the keys of the file, in their order. It is strict JSON: no NaN, and null for a number
 that does not exist. *score* always means the sweep's metric, in its own direction (``metric.greater_is_better``).
-Splits are called by the cache's own names; *development rows* are all rows of train and validation, in the order of
+Splits have the names that the cache has; *development rows* are all rows of train and validation, in the order of
 the cache. Keys of version 1 stay; new ones may be added.
 """
 

@@ -1,8 +1,8 @@
 """Configurations x folds -> trained heads: together where that is possible, else in parallel processes.
 
-Torch heads of one shape form a stack, all folds of all of them: the folds are masks over rows that are read once.
-Linear heads of the convex solver are a path over penalties. scikit-learn's are fitted by joblib's processes. Heads on
-ragged tokens, few-shot draws and points of learning curves are stacked fold by fold, on their own rows.
+Torch heads of one shape are stacked, on all folds at once: the folds are masks over rows that are read once. Linear
+heads of the convex solver are solved as a path over penalties. Heads of scikit-learn are fitted by joblib's processes.
+Heads on ragged tokens, few-shot draws and points of learning curves are stacked fold by fold, on their own rows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedJob:
     """The result of a job: the head, or why it could not be trained."""
 
     job: Job
@@ -73,7 +73,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Batch:
+class JobBatch:
     """Jobs that are trained in one go; ``how`` is ``stack``, ``convex`` or ``sklearn``."""
 
     how: How
@@ -90,7 +90,7 @@ class Interruption(Exception):
     """Ctrl-C stopped a stack: its heads are half trained and do not count."""
 
 
-def batches(problem: Problem, jobs: Iterable[Job]) -> list[Batch]:
+def batches(problem: Problem, jobs: Iterable[Job]) -> list[JobBatch]:
     """Group jobs into what is trained in one go, cheapest kinds first, so that a table fills early."""
     groups: dict[_Group, list[Job]] = {}
     for job in jobs:
@@ -99,7 +99,7 @@ def batches(problem: Problem, jobs: Iterable[Job]) -> list[Batch]:
     for group in sorted(groups, key=lambda group: (_ORDER[group.how], group.name)):
         members = groups[group]
         most = _most_in_a_stack(problem, members[0].configuration) if group.how == "stack" else len(members)
-        out += [Batch(group.how, tuple(members[start : start + most])) for start in range(0, len(members), most)]
+        out += [JobBatch(group.how, tuple(members[start : start + most])) for start in range(0, len(members), most)]
     return out
 
 
@@ -163,7 +163,7 @@ def refuse_impossible(problem: Problem, configurations: Sequence[Configuration])
             metric_named(made.train.metric, problem.task)
 
 
-def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title: str = "") -> Iterator[Trained]:
+def train_batch(problem: Problem, batch: JobBatch, *, progress: bool = False, title: str = "") -> Iterator[TrainedJob]:
     """Train the jobs of a batch and yield each as it is done; what cannot be trained comes with its error.
 
     Raises ``Interruption`` after Ctrl-C.
@@ -177,14 +177,14 @@ def train_batch(problem: Problem, batch: Batch, *, progress: bool = False, title
         yield from together(problem, batch, x, progress, title)
     except (TrainingError, FeatureError) as error:
         if len(batch.jobs) == 1:
-            yield Trained(batch.jobs[0], None, error=str(error))
+            yield TrainedJob(batch.jobs[0], None, error=str(error))
             return
         # One head spoils what is trained together: each for itself, so that the others keep their place.
         for job in batch.jobs:
-            yield from train_batch(problem, Batch(batch.how, (job,)))
+            yield from train_batch(problem, JobBatch(batch.how, (job,)))
 
 
-def _stack(problem: Problem, batch: Batch, x: InMemory, progress: bool, title: str) -> Iterator[Trained]:
+def _stack(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title: str) -> Iterator[TrainedJob]:
     from embedcache.train import Masks, PassOptions, labelled_rows_of, train_stack
 
     jobs = batch.jobs
@@ -214,13 +214,13 @@ def _stack(problem: Problem, batch: Batch, x: InMemory, progress: bool, title: s
     seconds = time.perf_counter() - begun
     ran = [max(1, len(result.history)) for result in results]
     for job, result, epochs in zip(jobs, results, ran, strict=True):
-        yield Trained(
+        yield TrainedJob(
             job, result.head, seconds * epochs / sum(ran), float(epochs), history=result.history,
             improving=result.fitted.improving,
         )  # fmt: skip
 
 
-def _convex(problem: Problem, batch: Batch, x: InMemory, progress: bool, title: str) -> Iterator[Trained]:
+def _convex(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title: str) -> Iterator[TrainedJob]:
     """Solve all penalties on all folds side by side: a path from the strongest penalty to the weakest."""
     from embedcache.train.convex import path_folds
 
@@ -254,7 +254,7 @@ def _convex(problem: Problem, batch: Batch, x: InMemory, progress: bool, title: 
             "train_loss": solved.loss / len(y),
             "gradient_norm": solved.gradient_norm,
         }
-        yield Trained(job, head, seconds, float(solved.iterations), history=[entry])
+        yield TrainedJob(job, head, seconds, float(solved.iterations), history=[entry])
 
 
 def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -275,7 +275,7 @@ class _Fitting:
     def on(cls, problem: Problem, feature: str) -> _Fitting:
         return cls(problem.task, problem.class_names, problem.cache.feature(feature), Origin.of(problem.cache))
 
-    def fit(self, job: Job, x: object, y: Array) -> Trained:
+    def fit(self, job: Job, x: object, y: Array) -> TrainedJob:
         """Train one head by itself, on features of its own rows."""
         from embedcache.train import train_head
 
@@ -288,8 +288,8 @@ class _Fitting:
                     **vars(self.origin),
                 )  # fmt: skip
         except EmbedcacheError as error:
-            return Trained(job, None, time.perf_counter() - begun, error=str(error))
-        return Trained(job, result.head, time.perf_counter() - begun, history=result.history)
+            return TrainedJob(job, None, time.perf_counter() - begun, error=str(error))
+        return TrainedJob(job, result.head, time.perf_counter() - begun, history=result.history)
 
     def fit_elsewhere(
         self, number: int, job: Job, x: npt.NDArray[np.float32], y: Array
@@ -300,13 +300,13 @@ class _Fitting:
         return number, trained.head, trained.seconds, trained.error
 
 
-def _one_by_one(problem: Problem, jobs: Sequence[Job], x: InMemory) -> Iterator[Trained]:
+def _one_by_one(problem: Problem, jobs: Sequence[Job], x: InMemory) -> Iterator[TrainedJob]:
     for job in jobs:
         learn, _ = _learn_and_stop(job.fold, False)
         yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(np.flatnonzero(learn)), problem.y[learn])
 
 
-def _sklearn(problem: Problem, batch: Batch, x: InMemory) -> Iterator[Trained]:
+def _sklearn(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJob]:
     yield from _one_by_one(problem, [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS], x)
     jobs = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
     workers = min(len(jobs), os.cpu_count() or 1)
@@ -320,7 +320,7 @@ def _sklearn(problem: Problem, batch: Batch, x: InMemory) -> Iterator[Trained]:
     run = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1, prefer="processes")
     fit = delayed(_Fitting.on(problem, jobs[0].configuration.feature).fit_elsewhere)
     for number, head, seconds, error in run(fit(number, job, array, problem.y) for number, job in enumerate(jobs)):
-        yield Trained(jobs[number], head, seconds, error=error)
+        yield TrainedJob(jobs[number], head, seconds, error=error)
 
 
 def _estimator_size(estimator: object) -> int:

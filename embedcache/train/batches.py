@@ -27,7 +27,7 @@ WINDOW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Batch:
+class FeatureBatch:
     """Features of some rows: ``x`` [B, D], [B, L, D] or, with a ``mask`` [B, T], [B, T, D]."""
 
     x: Tensor
@@ -60,7 +60,7 @@ class BatchSource(Protocol[B_co]):
         ...
 
 
-Batches = BatchSource[Batch]
+Batches = BatchSource[FeatureBatch]
 """A source of features."""
 
 
@@ -104,12 +104,12 @@ class TensorBatches:
         self._x, self._size, self._seed = x, batch_size, seed
         self.steps = -(-len(x) // batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
         shuffled = torch.from_numpy(order(len(self._x), self._seed, number)).to(self._x.device)
         for start in range(0, len(shuffled), self._size):
             rows = shuffled[start : start + self._size]
-            yield Batch(self._x.index_select(0, rows), None, rows)
+            yield FeatureBatch(self._x.index_select(0, rows), None, rows)
 
 
 class RaggedBatches:
@@ -119,13 +119,13 @@ class RaggedBatches:
         self._x, self._size, self._seed, self._device = x, batch_size, seed, device
         self.steps = -(-len(x) // batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
         shuffled = order(len(self._x), self._seed, number)
         for start in range(0, len(shuffled), self._size):
             rows = shuffled[start : start + self._size]
             x, mask = (torch.from_numpy(part).to(self._device) for part in self._x.padded(rows))
-            yield Batch(x, mask, torch.from_numpy(rows).to(self._device))
+            yield FeatureBatch(x, mask, torch.from_numpy(rows).to(self._device))
 
 
 class DiskBatches:
@@ -139,7 +139,7 @@ class DiskBatches:
         self._window = max(1, window_bytes // x.row_bytes // self._block) * self._block
         self.steps = -(-len(x) // batch_size)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
         windows: queue.Queue[tuple[Rows, Rows, Tensor] | BaseException | None] = queue.Queue(maxsize=1)
         stop = threading.Event()
@@ -193,5 +193,5 @@ class DiskBatches:
             stop.set()
             thread.join()
 
-    def _batch(self, rows: Rows, x: Tensor) -> Batch:
-        return Batch(x.to(self._device), None, torch.from_numpy(rows).to(self._device))
+    def _batch(self, rows: Rows, x: Tensor) -> FeatureBatch:
+        return FeatureBatch(x.to(self._device), None, torch.from_numpy(rows).to(self._device))

@@ -17,7 +17,7 @@ from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Head, Linear
 from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION, Floats
-from embedcache.train.batches import Batch, Batches, DiskBatches, RaggedBatches, TensorBatches, lent
+from embedcache.train.batches import Batches, DiskBatches, FeatureBatch, RaggedBatches, TensorBatches, lent
 from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
 from embedcache.train.loop import Scores, Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_at, start_biases
@@ -127,7 +127,7 @@ class HeadLearner:
         """The numbers of the heads still in training."""
         return self.stack.alive
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: FeatureBatch) -> Tensor:
         """Take one step."""
         return self.stack.step(batch.x, batch.mask, self._y.index_select(0, batch.rows), self._weights(batch.rows))
 

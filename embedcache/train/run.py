@@ -25,7 +25,6 @@ from embedcache.train.result import Fitted, Origin, TrainingResult
 from embedcache.wording import counted
 
 if TYPE_CHECKING:
-    from embedcache.train.batches import Batches
     from embedcache.train.minibatch import Masks, PassOptions
 
 
@@ -168,7 +167,6 @@ def train_head(
     progress: bool = True,
     calibrate: bool = True,
     intervals: bool = True,
-    batches: Batches | None = None,
     notes: Sequence[str] = (),
 ) -> TrainingResult[TrainedHead]:
     """Train one head on features.
@@ -188,7 +186,6 @@ def train_head(
         device: where a torch head is trained: ``cpu``, ``cuda``, ``mps``, or ``auto`` for the first there is.
         calibrate: fit a temperature or thresholds on the validation rows.
         intervals: bootstrap intervals in the validation metrics, which take seconds with many rows and labels.
-        batches: another source of training batches (``batches.Batches``) than ``x`` itself.
         notes: what the caller has to say already. They and training's own are the result's ``notes``, and an
             ``EmbedcacheWarning`` each.
 
@@ -213,7 +210,7 @@ def train_head(
     if x_eval is not None and y_eval is not None:
         judged = labelled_rows_of(x_eval, y_eval, kind, names, feature=rows.feature, where="validation")
         judged = judged if len(judged) else None
-    in_memory = batches is None and rows.x.in_memory
+    in_memory = rows.x.in_memory
     if not in_memory and spec.solver_for(head) != spec.solver_for(head, in_memory=False):
         remarks.append("the features do not fit in memory: trained by minibatches, which only come near the optimum")
     spec = replace(spec, solver=spec.solver_for(head, in_memory=in_memory))
@@ -232,7 +229,7 @@ def train_head(
         from embedcache.train.minibatch import PassOptions, fit_minibatch
 
         options = PassOptions(device=device, progress=progress)
-        (fitted,) = fit_minibatch(rows, judged, [head], [spec], batches=batches, options=options)
+        (fitted,) = fit_minibatch(rows, judged, [head], [spec], options=options)
         remarks += _epoch_notes(fitted, spec)
     remarks += fitted.notes
     trained = _head_of(fitted, head, spec, rows, Origin(ExtractionSpec(extraction or {}), model, revision, probe))
