@@ -100,6 +100,10 @@ class Dense(Features):
     def __len__(self) -> int:
         return len(self.values)
 
+    def __getitem__(self, row: int) -> Array:
+        vectors: Array = self.values[row]
+        return vectors
+
     def take(self, rows: Rows) -> Dense:
         """Return some rows, copied."""
         return replace(self, values=self.values[rows])

@@ -299,8 +299,7 @@ class FeatureCache:
         """Return a torch ``Dataset`` of ``(x, y)`` with fast whole batches; token-level sets give ``x`` [T, D]."""
         from embedcache.cache.torch_data import CachedDataset
 
-        chosen = self.feature(feature)
-        x = self.ragged(split, chosen.name) if chosen.kind == "tokens" else self.features(split, chosen.name)
+        x = self.of_rows(self.rows(split), self.feature(feature))
         return CachedDataset(x, self.targets(split) if self.task is not None else None)
 
     def provenance(self) -> list[dict[str, Any]]:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from embedcache.features import InMemory, Ragged
 from embedcache.shard import Array
 
 Item = Tensor | tuple[Tensor, Tensor]
 """One row: x, or x and y where there are labels."""
 
 
-class Rows(Protocol):
-    """Features by row: an array, or the vectors of token-level rows."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> Array: ...
-
-
 class CachedDataset(Dataset[Item]):
     """``(x, y)`` pairs; a sampler's whole batch is read at once through ``__getitems__``."""
 
-    def __init__(self, x: Rows, y: Array | None) -> None:
+    def __init__(self, x: InMemory, y: Array | None) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
@@ -38,9 +31,9 @@ class CachedDataset(Dataset[Item]):
         return x if self.y is None else (x, torch.from_numpy(np.array(self.y[row])))
 
     def __getitems__(self, rows: Sequence[int]) -> list[Item]:
-        if not isinstance(self.x, np.ndarray):
+        if isinstance(self.x, Ragged):
             return [self[row] for row in rows]
-        x = torch.from_numpy(self.x[np.asarray(rows)])
+        x = torch.from_numpy(self.x.values[np.asarray(rows)])
         if self.y is None:
             return list(x)
         return list(zip(x, torch.from_numpy(np.asarray(self.y[np.asarray(rows)])), strict=True))

@@ -161,8 +161,7 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
                 live = replace(features[name].decoded(), feature=report.feature)
                 report.add(live, cache.of_rows(window, report.feature), window, np.asarray(prepared.lengths))
                 if name == subject.plan.feature.name:
-                    split = [live[place] for place in range(len(window))] if isinstance(live, Ragged) else live.values
-                    vectors.update((row, split[place]) for place, row in enumerate(window.tolist()) if row in keep)
+                    vectors.update((row, live[place]) for place, row in enumerate(window.tolist()) if row in keep)
             for row, content in zip(window.tolist(), raw, strict=True):
                 if row in keep or len(contents) < WINDOW:
                     contents[row] = content
