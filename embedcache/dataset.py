@@ -320,6 +320,24 @@ class Examples(Dataset):
         return iter(self.packed_contents.select(wanted))
 
 
+def renumbered(targets: Array, own: Sequence[str], names: Sequence[str]) -> Array:
+    """Return indices into ``own`` names as indices into ``names``; -1, for no label, stays."""
+    codes = np.array([*(names.index(name) for name in own), -1], np.int64)
+    return codes[targets]
+
+
+def mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return numbers in which every bit depends on all: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+def evenly_spread(count: int, most: int) -> Rows:
+    """Return at most so many of ``count`` places, evenly spread and increasing."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
 def key_values(keys: NDArray[np.uint8]) -> NDArray[np.void]:
     """Return row keys, u1 [N, 16], as one value each, [N]: what finds and counts equal contents."""
     return np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").reshape(-1)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.dataset import Dataset, Examples, IdColumn, Packed, Whole, key_values
+from embedcache.dataset import Dataset, Examples, IdColumn, Packed, Whole, evenly_spread, key_values, mixed, renumbered
 from embedcache.errors import InputError
 
 STRINGS = st.lists(st.binary(max_size=7), max_size=13)
@@ -148,3 +148,32 @@ def test_key_values_are_equal_where_all_sixteen_bytes_are(keys: list[bytes]) -> 
     for given_keys in (array, np.asfortranarray(array), np.repeat(array, 2, axis=1)[:, ::2]):
         assert [value.tobytes() for value in key_values(given_keys)] == keys
         assert len(np.unique(key_values(given_keys))) == len(set(keys))
+
+
+def test_classes_are_numbered_by_other_names() -> None:
+    codes = np.array([2, -1, 0, 1, 2])
+    assert renumbered(codes, ["b", "c", "a"], ["a", "b", "c", "d"]).tolist() == [0, -1, 1, 2, 0]
+    assert renumbered(np.array([-1, -1]), [], ["a"]).tolist() == [-1, -1]
+    assert renumbered(np.zeros(0, np.uint8), [], []).tolist() == []
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=7))
+def test_numbers_are_mixed_as_splitmix64_does(numbers: list[int]) -> None:
+    def reference(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    assert mixed(np.array(numbers, np.uint64)).tolist() == [reference(x) for x in numbers]
+    assert mixed(np.array([0x9E3779B97F4A7C15], np.uint64)).tolist() == [0xE220A8397B1DCDAF]  # its first for the seed 0
+
+
+@given(st.integers(0, 1000), st.integers(1, 100))
+def test_places_are_spread_evenly(count: int, most: int) -> None:
+    places = evenly_spread(count, most).tolist()
+    assert places == sorted(set(places))
+    assert len(places) == min(count, most)
+    if len(places) > 1:
+        steps = np.diff(places)
+        assert (places[0], places[-1]) == (0, count - 1)
+        assert steps.max() - steps.min() <= 1

@@ -15,10 +15,9 @@ from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter
-from embedcache.dataset import Dataset, Examples, IdColumn, Packed
+from embedcache.dataset import Dataset, Examples, IdColumn, Packed, renumbered
 from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
 from embedcache.journal import explained
-from embedcache.shard import Array
 from embedcache.spec import SPLITS
 from embedcache.task import CLASSIFICATION
 
@@ -149,8 +148,11 @@ def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
                 f"these parts have {len(np.unique(numbers)):,} of the {rows:,} rows of their dataset: "
                 "a part is missing or given twice"
             )
-    targets = [_renamed(part, class_names) for part in datasets]
-    splits = [_codes(part.split, part.split_names, split_names) for part in datasets]
+    targets = [np.zeros(0) if part.targets is None else part.targets for part in datasets]
+    if task == CLASSIFICATION.name:
+        pairs = zip(targets, datasets, strict=True)
+        targets = [renumbered(classes, part.class_names, class_names) for classes, part in pairs]
+    splits = [renumbered(part.split, part.split_names, split_names) for part in datasets]
     joined = Dataset(
         keys=np.concatenate([part.keys for part in datasets])[order],
         targets=None if task is None else np.concatenate(targets)[order],
@@ -172,17 +174,3 @@ def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:
     if all(_INTEGER.fullmatch(name) for name in every):
         return tuple(sorted(every, key=int))
     return tuple(sorted(every))
-
-
-def _codes(codes: Array, own: Sequence[str], names: Sequence[str]) -> Array:
-    """Return indices into ``own`` names as indices into ``names``."""
-    table = np.array([names.index(name) for name in own], np.int64)
-    return table[codes] if len(own) else codes
-
-
-def _renamed(part: Dataset, class_names: Sequence[str]) -> Array:
-    """Return the targets of a part with its classes numbered as in ``class_names``."""
-    targets: Array = np.zeros(0) if part.targets is None else part.targets
-    if part.task != CLASSIFICATION.name:
-        return targets
-    return np.where(targets < 0, -1, _codes(np.maximum(targets, 0), part.class_names, class_names))

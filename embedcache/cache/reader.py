@@ -240,13 +240,7 @@ class FeatureCache:
 
     def features(self, split: str | None = None, feature: str | None = None) -> Array:
         """Return the features of a split, as ``arrays`` does, labels or not."""
-        chosen = self.feature(feature)
-        if chosen.kind == "tokens":
-            raise FeatureError(
-                f"{chosen.name} is a token-level set, one vector per token: "
-                "use ragged(), or train a head such as attention"
-            )
-        return self.take(self.places(split), chosen.name)
+        return self.take(self.places(split), feature)
 
     def feature(self, name: str | None = None) -> FeatureSet:
         """Return a feature set by name, in any form that ``extract`` takes; None for the first."""
@@ -269,7 +263,10 @@ class FeatureCache:
         """Return the features at ``places`` in the shards [n], as float32 [n, D] or [n, L, D]; see ``lookup``."""
         chosen = self.feature(feature)
         if chosen.kind == "tokens":
-            raise FeatureError(f"{chosen.name} is a token-level set, one vector per token: use ragged() or another set")
+            raise FeatureError(
+                f"{chosen.name} is a token-level set, one vector per token: "
+                "use ragged() or another set, or train a head such as attention"
+            )
         return take(
             chosen, self._starts, lambda shard: self._shards[shard].piece(chosen.name), np.asarray(places, np.int64)
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.dataset import mixed
 from embedcache.errors import InputError, SpecError, TrainingError
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_bytes
@@ -71,13 +72,10 @@ def checked_rows(examples: Examples, max_rows: int | None = None, seed: int = 0)
 def ranks(keys: npt.NDArray[np.uint8], seed: int) -> npt.NDArray[np.uint64]:
     """Return a number for each row, decided by its content and ``seed`` alone; equal contents, equal numbers.
 
-    ``keys`` is u1 [N, 16]; the second half of the key, which decides no split, through SplitMix64's finaliser.
+    ``keys`` is u1 [N, 16]; the second half of the key, which decides no split, is ``mixed``.
     """
     x = np.ascontiguousarray(keys[:, 8:]).view("<u8").ravel().astype(np.uint64)
-    x = x + np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+    return mixed(x + np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64))
 
 
 def sampled(keys: npt.NDArray[np.uint8], most: int, seed: int) -> Rows:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedcache.backbone import Backbone
 from embedcache.cache import FeatureCache
-from embedcache.dataset import key_values
+from embedcache.dataset import key_values, renumbered
 from embedcache.equivalence.bits import Array, Rows
 from embedcache.errors import InputError
 from embedcache.examples import Examples
@@ -177,8 +177,7 @@ def _targets(cache: FeatureCache, examples: Examples, numbers: Rows) -> Array:
     targets = examples.targets[numbers]
     if examples.class_names == cache.class_names:
         return targets
-    codes = np.array([cache.class_names.index(name) for name in examples.class_names], np.int64)
-    return np.where(targets < 0, -1, codes[np.maximum(targets, 0)])
+    return renumbered(targets, examples.class_names, cache.class_names)
 
 
 def _other_labels(cache: FeatureCache, given: Array) -> list[str]:

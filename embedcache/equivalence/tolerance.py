@@ -54,7 +54,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedcache.equivalence.bits import Array, Rows
+from embedcache.dataset import evenly_spread
+from embedcache.equivalence.bits import Array
 from embedcache.equivalence.features import Recomputed
 from embedcache.equivalence.rows import Subject
 from embedcache.equivalence.standard import StandardModel
@@ -138,7 +139,7 @@ def storage_tolerance(largest: Array, tolerance: Array, dtype: str) -> Array:
 def feature_tolerances(subject: Subject, standard: StandardModel, recomputed: Recomputed) -> dict[str, Array]:
     """Return how far apart the components of each feature set of a cache may be, float64 [...], storage included."""
     rows = subject.rows.features
-    texts = subject.raw.texts(rows[evenly_spread(len(rows))])
+    texts = subject.raw.texts(rows[evenly_spread(len(rows), 32)])
     network = standard.model
     kappa = conditioning(
         network, lambda moved: standard.with_network(moved).vectors(texts, subject.feature_specs)[0]
@@ -149,11 +150,6 @@ def feature_tolerances(subject: Subject, standard: StandardModel, recomputed: Re
         computed = feature_tolerance(kappa[name], longest, compute, report.total.values)
         tolerances[name] = computed + storage_tolerance(report.largest, computed, report.feature.dtype)
     return tolerances
-
-
-def evenly_spread(count: int, most: int = 32) -> Rows:
-    """Return rows spread evenly over so many."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def training_tolerances(subject: Subject, cached: Record, tolerance: Array) -> dict[str, float]:

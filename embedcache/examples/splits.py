@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from embedcache.dataset import mixed
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.source import Faults, Parsed, is_missing, parsed, unicode_fault
 from embedcache.spec import SPLITS, split_name
@@ -71,10 +72,7 @@ def assign_splits(keys: NDArray[np.uint8], shares: Sequence[Fraction], seed: int
     result = np.empty(len(keys), np.uint8)
     for start in range(0, len(keys), _SLICE):
         x = np.ascontiguousarray(keys[start : start + _SLICE, :8]).view("<u8").ravel().astype(np.uint64) + stream
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-        result[start : start + _SLICE] = np.searchsorted(bounds, x, side="right")
+        result[start : start + _SLICE] = np.searchsorted(bounds, mixed(x), side="right")
     return result
 
 

@@ -12,6 +12,7 @@ from embedcache.backbone import Backbone, run_plan, vectors_of
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
+from embedcache.dataset import evenly_spread
 from embedcache.examples import Examples
 from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows
 from embedcache.wording import counted, duration, listed
@@ -97,9 +98,7 @@ def forecast(
     """Tokenise the rows that would be computed (a sample of 20,000 of many), plan them and time a few batches."""
     known = known_rows(output_dir, backbone.identity, backbone.feature_sets, examples.keys)
     todo = new_rows(examples, known)
-    sample = (
-        todo[np.unique(np.linspace(0, len(todo) - 1, min(SAMPLE, len(todo))).astype(np.int64))] if len(todo) else todo
-    )
+    sample = todo[evenly_spread(len(todo), SAMPLE)]
     scale = len(todo) / max(len(sample), 1)
     lengths = vectors = np.zeros(0, np.int64)
     truncated, seconds = 0, None
@@ -109,7 +108,7 @@ def forecast(
         batches = plan(lengths, backbone.policy)
         with torch_threads(threads):
             count = CALIBRATION * backbone.side_by_side(len(batches))
-            chosen = np.unique(np.linspace(0, len(batches) - 1, count).astype(int))
+            chosen = evenly_spread(len(batches), count)
             some = Plan(tuple(batches.batches[number] for number in chosen), batches.real)
             run_plan(backbone, prepared, Plan(some.batches[-1:], batches.real))
             start = time.perf_counter()
@@ -168,7 +167,7 @@ def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str)
     # A cache that exists has decided already; a few thousand rows never pay.
     if backbone.identity.get("execution") != "eager" or rows < 5000 or (known >= 0).any():
         return None
-    sample = np.unique(np.linspace(0, len(examples.keys) - 1, 256).astype(np.int64))
+    sample = evenly_spread(len(examples.keys), 256)
     prepared = backbone.prepare(list(examples.contents(sample)))
     batches = plan(prepared.lengths, backbone.policy)
     batch = max(batches, key=lambda batch: len(batch.indices))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.dataset import evenly_spread
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.summary import (
     Bin,
@@ -109,7 +110,7 @@ def measured(problem: Problem, y: Array, outputs: Array, thresholds: Sequence[fl
 
 
 def _points(problem: Problem, y: Array, outputs: Array) -> dict[str, tuple[Interval, ...]]:
-    rows = np.unique(np.linspace(0, len(y) - 1, min(POINTS, len(y))).astype(np.int64))
+    rows = evenly_spread(len(y), POINTS)
     return {
         name: tuple(zip(y[rows, column].tolist(), outputs[rows, column].tolist(), strict=True))
         for column, name in enumerate(problem.class_names)

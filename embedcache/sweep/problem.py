@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.dataset import key_values
+from embedcache.dataset import key_values, mixed
 from embedcache.errors import SweepError, SweepSpecError
 from embedcache.features import InMemory
 from embedcache.fingerprint import sha256_bytes
@@ -149,14 +149,10 @@ def _group_strata(of: Strata) -> Rows:
 
 def _order(of: Strata, *seeds: int) -> Rows:
     """Return the groups in an order that only their content and the seeds decide."""
-    mixed = of.keys.copy()
-    for seed in seeds:
-        # splitmix64's finaliser (Steele et al. 2014): neighbouring seeds give unrelated orders.
-        mixed = mixed + np.uint64((seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
-    return np.argsort(mixed, kind="stable")
+    ranks = of.keys
+    for seed in seeds:  # neighbouring ones give unrelated orders
+        ranks = mixed(ranks + np.uint64((seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64))
+    return np.argsort(ranks, kind="stable")
 
 
 def _deal(sizes: Rows, folds: int, totals: Rows) -> Rows:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
+from embedcache.dataset import renumbered
 from embedcache.errors import BackboneMismatchError, FeatureError, InputError, TrainingError, warn
 from embedcache.features import Array, Features, OnDisk, Rows
 from embedcache.heads import TrainedHead
@@ -201,8 +202,7 @@ def targets_for(head: TrainedHead, cache: FeatureCache) -> Array:
             f"{cache.path} has labels that the head was not trained on ({named}): "
             f"it knows {', '.join(map(repr, head.class_names[:20]))}"
         )
-    table = np.array([head.class_names.index(name) for name in cache.class_names], np.int64)
-    return np.where(targets < 0, -1, table[np.maximum(targets, 0)])
+    return renumbered(targets, cache.class_names, head.class_names)
 
 
 def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
