@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +17,7 @@ from embedcache.backbone.network import one_line, quiet
 from embedcache.batching import Batch
 from embedcache.errors import BackboneError, FeatureError, SpecError
 from embedcache.fingerprint import sha256_bytes
+from embedcache.version import versions_of
 from embedcache.wording import counted
 
 _LARGE = 1_000_000
@@ -118,13 +118,7 @@ class Texts:
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the libraries that make tokens of texts."""
-        versions = {}
-        for name in ("tokenizers", "transformers"):
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                versions[name] = "none"
-        return versions
+        return versions_of("tokenizers", "transformers", missing="none")
 
     def prepare(self, contents: Sequence[bytes]) -> Tokens:
         """Tokenise UTF-8 texts, with prompt and truncation.

@@ -270,11 +270,11 @@ def merge(parts: tuple[str, ...], output_dir: str, accept_numerics: bool) -> Non
 @json_option
 def env(as_json: bool) -> None:
     """Print versions and devices, for bug reports."""
-    import importlib.metadata
     import os
     import platform
 
     import embedcache
+    from embedcache.version import versions_of
 
     packages = (
         "torch",
@@ -292,12 +292,8 @@ def env(as_json: bool) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        **versions_of(*packages, missing="not installed"),
     }
-    for name in packages:
-        try:
-            facts[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            facts[name] = "not installed"
     if facts["torch"] != "not installed":
         import torch
 

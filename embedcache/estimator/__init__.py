@@ -6,7 +6,7 @@ they are asked for, so that fitting a scikit-learn head loads neither torch nor 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embedcache.estimator.extractor import FeatureExtractor
@@ -17,7 +17,7 @@ _WHERE = {"FeatureExtractor": "extractor", "HeadClassifier": "heads", "HeadRegre
 __all__ = ["FeatureExtractor", "HeadClassifier", "HeadRegressor"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -60,9 +60,10 @@ def assign_splits(keys: NDArray[np.uint8], shares: Sequence[Fraction], seed: int
     """Return the split of every row, decided by its content and ``seed`` alone.
 
     ``keys`` is u1 [N, 16]; the result is u1 [N], an index into ``shares``. The first eight bytes of the key, as a
-    little-endian number, go through the finaliser of SplitMix64 (Steele, Lea and Flood, 2014) with ``seed`` as the
-    stream, which gives a number uniform in [0, 2**64) to compare with the cumulative shares. So rows that are added
-    move nobody, and duplicates always fall on one side. Raises ``SpecError`` for a seed outside [0, 2**64).
+    little-endian number, are ``mixed`` with ``seed`` as the stream. That gives a number uniform in [0, 2**64), which is
+    compared with the cumulative shares: added rows move no other row, and duplicates are always in one split.
+
+    Raises ``SpecError`` for a seed outside [0, 2**64).
     """
     if not 0 <= seed < 2**64:
         raise SpecError(f"split_seed is {seed}: expected a whole number in [0, 2**64)")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embedcache.errors import MissingExtraError
+from embedcache.heads.record import plain
 from embedcache.report.sections import facts, p_value, page_values, show
 from embedcache.sweep.summary import LeaderboardRow, Summary
-from embedcache.wording import counted, markdown_table, shown
+from embedcache.wording import counted, markdown_table
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -71,14 +72,6 @@ def _cells(row: LeaderboardRow, chosen: bool) -> list[str]:
         f"{row.parameters:,}",
         f"{row.seconds:.2f}",
     ]
-
-
-def plain(value: object) -> str:
-    """Make a text from data harmless in Markdown."""
-    text = shown(" ".join(str(value).split()))
-    for mark in "\\|<>`[]*_#":
-        text = text.replace(mark, "\\" + mark)
-    return text.replace("&", "&amp;")
 
 
 _HERE = Path(__file__).parent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import os
 import platform
@@ -30,6 +29,7 @@ from embedcache.sweep.summary import (
 )
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Named
 from embedcache.train.metrics import measure, reliability
+from embedcache.version import versions_of
 from embedcache.wording import counted
 
 POINTS = 2000
@@ -198,13 +198,7 @@ def machine() -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a sweep depends on."""
-    out = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out
+    return {"python": platform.python_version(), **versions_of(*_PACKAGES)}
 
 
 # What one should know of a sweep's results before believing them.

@@ -48,9 +48,14 @@ class Fold:
     repeat: int = 0
 
     @property
+    def usable(self) -> Mask:
+        """Which rows a head may use: those to learn from and those to stop early by."""
+        return self.train | self.stopping
+
+    @property
     def rows(self) -> int:
-        """How many rows a head may use: those to learn from and those to stop early by."""
-        return int((self.train | self.stopping).sum())
+        """How many rows a head may use."""
+        return int(self.usable.sum())
 
 
 @dataclass(frozen=True)
@@ -255,8 +260,7 @@ def shots(of: Strata, per_class: int, draws: int, *, seed: int = 0) -> list[Fold
 
 def subset(of: Strata, fold: Fold, share: float, *, seed: int = 0, stopping: float = 0.1) -> Fold:
     """Return a fold that learns from a share of the rows, of every stratum at least one; larger shares hold smaller."""
-    among = fold.train | fold.stopping
-    rows = among & _first(of, among, share, (seed, 15485863), at_least=1)
+    rows = fold.usable & _first(of, fold.usable, share, (seed, 15485863), at_least=1)
     return Fold(*_hold_out(of, rows, stopping if fold.stopping.any() else 0.0, seed), fold.score, fold.repeat)
 
 

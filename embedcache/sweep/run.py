@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,7 @@ _SLOW_METRICS = frozenset({"roc_auc", "average_precision", "spearman"})
 @checks_arguments()
 def sweep(
     cache: FeatureCache | Path | str,
-    grid: Any = None,
+    grid: object = None,
     *,
     output_dir: Path | str | None = None,
     folds: int | None = None,

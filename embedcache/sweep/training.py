@@ -231,8 +231,8 @@ def _convex(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, titl
     begun = time.perf_counter()
     penalties = list(dict.fromkeys(job.configuration.train.l2 for job in batch.jobs))
     numbers = list(dict.fromkeys(job.number for job in batch.jobs))
-    learn = {job.number: job.fold.train | job.fold.stopping for job in batch.jobs}
-    masks, y = np.stack([learn[number] for number in numbers]), problem.y
+    usable = {job.number: job.fold.usable for job in batch.jobs}
+    masks, y = np.stack([usable[number] for number in numbers]), problem.y
     if _alone(problem, batch.jobs[0]):
         rows = masks[0]
         x, y, masks = x.take(np.flatnonzero(rows)), y[rows], np.ones((1, int(rows.sum())), bool)
@@ -259,7 +259,7 @@ def _convex(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, titl
 
 def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return the rows to learn from and to stop early by: a head that never stops early learns from both."""
-    return (fold.train, fold.stopping) if stopping else (fold.train | fold.stopping, np.zeros_like(fold.stopping))
+    return (fold.train, fold.stopping) if stopping else (fold.usable, np.zeros_like(fold.stopping))
 
 
 @dataclass(frozen=True)
@@ -295,15 +295,14 @@ class _Fitting:
         self, number: int, job: Job, x: npt.NDArray[np.float32], y: Array
     ) -> tuple[int, TrainedHead | None, float, str | None]:
         """Train one head in a process of its own; ``number`` says which, for they come back in any order."""
-        rows = np.flatnonzero(job.fold.train | job.fold.stopping)
-        trained = self.fit(job, x[rows], y[rows])
+        trained = self.fit(job, x[job.fold.usable], y[job.fold.usable])
         return number, trained.head, trained.seconds, trained.error
 
 
 def _one_by_one(problem: Problem, jobs: Sequence[Job], x: InMemory) -> Iterator[TrainedJob]:
     for job in jobs:
-        learn, _ = _learn_and_stop(job.fold, False)
-        yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(np.flatnonzero(learn)), problem.y[learn])
+        rows = np.flatnonzero(job.fold.usable)
+        yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(rows), problem.y[rows])
 
 
 def _sklearn(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJob]:

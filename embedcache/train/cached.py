@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec, differences_text
 from embedcache.task import CLASSIFICATION, task_named
 from embedcache.train.data import fits_in_memory, labelled_rows_of
+from embedcache.train.metrics.measuring import MetricValues
 from embedcache.train.result import Origin, TrainingResult
 from embedcache.train.run import measured, train_head
 from embedcache.wording import counted
@@ -164,7 +165,7 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
 @checks_arguments()
 def evaluate_on_cache(
     head: TrainedHead, cache: FeatureCache | Path | str, split: str = "test", *, intervals: bool = True
-) -> dict[str, Any]:
+) -> MetricValues:
     """Return the metrics of a head on a split of a cache, with bootstrap intervals of the most looked-at ones.
 
     Raises:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from embedcache.spec import ExtractionSpec, HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Floats, task_named
 from embedcache.train.data import LabelledRows, checked_names, constants_note, labelled_rows_of, refuse_untrainable
 from embedcache.train.metrics import measure
+from embedcache.train.metrics.measuring import MetricValues
 from embedcache.train.result import Fitted, Origin, TrainingResult
 from embedcache.wording import counted
 
@@ -286,7 +287,7 @@ def calibrated(trained: TrainedHead, rows: LabelledRows) -> TrainedHead:
     return trained
 
 
-def measured(trained: TrainedHead, rows: LabelledRows, *, intervals: bool) -> dict[str, Any]:
+def measured(trained: TrainedHead, rows: LabelledRows, *, intervals: bool) -> MetricValues:
     """Return the metrics of a head on labelled rows; see ``measure``."""
     outputs, thresholds = trained.probabilities(rows.x), trained.thresholds
     return measure(rows.task, rows.y, outputs, trained.class_names, intervals=intervals, thresholds=thresholds)

@@ -25,6 +25,9 @@ from embedcache.train.metrics.formulas import (
 )
 from embedcache.wording import did_you_mean
 
+MetricValues = dict[str, Any]
+"""Metrics by name as JSON values, and lists of them by class or target; see ``measure``."""
+
 # Which metrics there are.
 
 
@@ -149,7 +152,7 @@ def measure(
     *,
     thresholds: Sequence[float] | Array | None = None,
     intervals: bool = False,
-) -> dict[str, Any]:
+) -> MetricValues:
     """Return all metrics of predictions as JSON values, None where a metric is not defined.
 
     ``intervals`` adds 95 % bootstrap intervals over rows for the most important metrics, by name. Where all or no rows
@@ -164,7 +167,7 @@ def measure(
     predictions = Predictions(task, y, outputs, thresholds)
     _refuse_bad_outputs(predictions)
     ones = np.ones(len(predictions.y))
-    measured: dict[str, Any] = {"rows": len(ones)}
+    measured: MetricValues = {"rows": len(ones)}
     for name in metrics_of(task):
         measured[name] = _json_number(METRICS[name].prepare(predictions)(ones)) if len(ones) else None
     if intervals:
@@ -229,7 +232,7 @@ def _refuse_bad_outputs(predictions: Predictions) -> None:
         )
 
 
-def reliability(task: Task, y: Array, outputs: Array) -> dict[str, Any]:
+def reliability(task: Task, y: Array, outputs: Array) -> MetricValues:
     """Return the calibration curve: ``ece`` and ``bins``, each {low, high, confidence, accuracy, rows}.
 
     For a classification confidence is the probability of the predicted class, and accuracy how often that class is
