@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError
-from embedcache.shard import FeatureSet, decoded, rises
+from embedcache.shard import STORED, FeatureSet, decoded, rises
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -262,16 +262,17 @@ class Stored:
     offsets: Rows | None = None
 
     def __post_init__(self) -> None:
-        arrays, columns = self.arrays, self.feature.columns(len(self))
-        if len(arrays) != len(columns):
-            raise FeatureError(f"{self.feature.name}: got {len(arrays)} arrays, expected {len(columns)}")
-        for (name, column), array in zip(columns.items(), arrays, strict=True):
-            column.refuse_misfit(name, array)
-        if self.offsets is not None and not rises(self.offsets, len(self.values)):
-            raise FeatureError(f"{self.feature.name}: offsets must rise from 0 to {len(self.values)}")
+        feature, values, offsets, dtype = self.feature, self.values, self.offsets, STORED[self.feature.dtype]
+        if values.shape[1:] != feature.row_shape or values.dtype != dtype:
+            shape = ", ".join(map(str, ("N", *feature.row_shape)))
+            raise FeatureError(f"{feature.name}: got {values.dtype} {list(values.shape)}, expected {dtype} [{shape}]")
+        if (offsets is None) == (feature.kind == "tokens"):
+            raise FeatureError(f"{feature.name}: {'no' if offsets is None else 'got'} offsets, of a {feature.kind} set")
+        if offsets is not None and (offsets.dtype != np.int64 or offsets.ndim != 1 or not rises(offsets, len(values))):
+            raise FeatureError(f"{feature.name}: offsets must be int64 and rise from 0 to {len(values)}")
 
     def __len__(self) -> int:
-        return len(self.values) if self.offsets is None else max(0, len(self.offsets) - 1)
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
 
     @property
     def arrays(self) -> tuple[Array, ...]:

@@ -23,7 +23,7 @@ from typing import IO, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.errors import CacheError, CorruptCacheError, FeatureError, SpecError
+from embedcache.errors import CacheError, CorruptCacheError, SpecError
 from embedcache.journal import explain, explained
 from embedcache.wording import counted, listed
 
@@ -54,11 +54,6 @@ class Column:
         return len(shape) == len(self.shape) and all(
             expected in (None, length) for expected, length in zip(self.shape, shape, strict=True)
         )
-
-    def refuse_misfit(self, name: str, array: Array) -> None:
-        """Raise ``FeatureError`` unless an array to be stored is of this type and shape."""
-        if not self.has_shape(array.shape) or array.dtype != self.dtype:
-            raise FeatureError(f"{name}: got {array.dtype} {array.shape}, expected {self.dtype} {self.shape}")
 
 
 @dataclass(frozen=True)

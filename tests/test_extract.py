@@ -279,11 +279,20 @@ FETCHED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         r"gave the feature sets \['mean'\], expected \['mean', 'tokens'\]",
     ),
     "a set more": (lambda out: {**out, "more": out["mean"]}, r"gave the feature sets \['mean', 'more', 'tokens'\]"),
-    "another width": (lambda out: {**out, "mean": out["mean"][:, 1:]}, r"mean: got float32 \(\d+, 4\), expected"),
+    "another width": (
+        lambda out: {**out, "mean": out["mean"][:, 1:]},
+        r"mean: got float32 \[\d+, 4\], expected .*N, 5",
+    ),
     "complex numbers": (lambda out: {**out, "mean": out["mean"] * 1j}, "mean: got complex64"),
     "no counts": (lambda out: {**out, "tokens": out["tokens"][0]}, "tokens: the backbone gave one array, expected a"),
-    "a count less": (lambda out: {**out, "tokens": (out["tokens"][0], out["tokens"][1][1:])}, "offsets must rise"),
-    "a vector less": (lambda out: {**out, "tokens": (out["tokens"][0][1:], out["tokens"][1])}, "offsets must rise"),
+    "a count less": (
+        lambda out: {**out, "tokens": (out["tokens"][0], out["tokens"][1][1:])},
+        "offsets must be int64 and rise from 0 to",
+    ),
+    "a vector less": (
+        lambda out: {**out, "tokens": (out["tokens"][0][1:], out["tokens"][1])},
+        "offsets must be int64 and rise from 0 to",
+    ),
     "other counts": (
         lambda out: {**out, "tokens": (out["tokens"][0][1:], out["tokens"][1] - (np.arange(len(out["mean"])) == 0))},
         "gave [0-9]+ vectors for [0-9]+ tokens",

@@ -158,7 +158,7 @@ def offsets_of(counts: npt.ArrayLike) -> Numbers:
 def _fetched(backbone: Backbone, running: object) -> StoredSets:
     """Wait for a pass. Raises ``FeatureError`` unless the backbone gives the feature sets that it says it has."""
     given, sets = backbone.fetch(running), {feature.name: feature for feature in backbone.feature_sets}
-    if set(given) != set(sets):
+    if given.keys() != sets.keys():
         raise FeatureError(f"the backbone gave the feature sets {sorted(given)}, expected {sorted(sets)}")
     features = {}
     for name, feature in sets.items():
@@ -166,7 +166,7 @@ def _fetched(backbone: Backbone, running: object) -> StoredSets:
         if len(parts) > 2:
             raise FeatureError(f"{name}: the backbone gave one array, expected a pair: values, and vectors of each row")
         values, *counts = map(np.asarray, parts)
-        if np.can_cast(values.dtype, STORED[feature.dtype], "same_kind"):
+        if values.dtype != STORED[feature.dtype] and np.can_cast(values.dtype, STORED[feature.dtype], "same_kind"):
             values = values.astype(STORED[feature.dtype], copy=False)
         features[name] = Stored(feature, values, *map(offsets_of, counts))
     return features

@@ -26,7 +26,7 @@ from embedcache.features import Stored
 from embedcache.fingerprint import canonical_json
 from embedcache.journal import commit, explained, refuse_foreign, writing
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import Array, Column, FeatureSet, build
+from embedcache.shard import Array, FeatureSet, build
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
@@ -124,7 +124,8 @@ class CacheWriter:
         if {name: stored.feature for name, stored in features.items()} != expected:
             given = ", ".join(str(stored.feature) for stored in features.values())
             raise FeatureError(f"got {given or 'no features'}, expected {', '.join(map(str, self._sets))}")
-        Column((len(keys), 16), np.dtype("u1")).refuse_misfit("row_key", keys)
+        if keys.shape[1:] != (16,) or keys.dtype != np.uint8:
+            raise FeatureError(f"row_key: got {keys.dtype} {list(keys.shape)}, expected uint8 [N, 16]")
         canonical_json(dict(provenance))  # what JSON cannot hold is refused here, not after the shard is on disk
         contents: dict[str, Array] = {"row_key": keys}
         attributes: dict[str, Mapping[str, str]] = {}
