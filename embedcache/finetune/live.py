@@ -304,18 +304,19 @@ def fine_tune(
             model, spec, backbone_learning_rate, _loss(tuned, rows.y, spec, new_head), stopping.epochs * batches.steps,
             judge,
         )  # fmt: skip
-        done = fit(learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses)
+        outcome = fit(learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses)
         learner.finish()
         if judge is not None:
             metrics["validation"] = measure(kind, judge.y, judge.outputs(), class_names)
-    improving = still_improving(done.history[0], done.best_epoch[0], spec, stopping.epochs)
+    improving = still_improving(outcome.history[0], outcome.best_epoch[0], spec, stopping.epochs)
     notes = (STILL_IMPROVING,) if improving else ()
     warn(notes)
     fitted = Fitted(
-        history=done.history[0], notes=notes, epochs=stopping.epochs, best_epoch=done.best_epoch[0], steps=done.steps,
-        seconds=done.seconds, interrupted=done.interrupted, improving=improving, losses=done.losses,
+        history=outcome.history[0], notes=notes, epochs=stopping.epochs, best_epoch=outcome.best_epoch[0],
+        steps=outcome.steps, seconds=outcome.seconds, interrupted=outcome.interrupted, improving=improving,
+        losses=outcome.losses,
     )  # fmt: skip
-    return TrainingResult(tuned, fitted, metrics, notes, done.seconds)
+    return TrainingResult(tuned, fitted, metrics, notes, outcome.seconds)
 
 
 class _Judge:

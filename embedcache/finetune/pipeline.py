@@ -194,16 +194,16 @@ class TextClassificationPipeline:
         names = tuple(str(number) for number in range(self.num_classes))
         given = {"epochs": num_epochs, "learning_rate": learning_rate, "seed": self._seed, **settings}
         if self.model.freeze_backbone:
-            done = train_head(
+            trained = train_head(
                 train.features, train.labels, x_eval, y_eval, self._spec,
                 TrainSpec.of(given),
                 task="classification", class_names=names, feature=self.model.extractor.feature_sets[0],
                 intervals=False,
             )  # fmt: skip
-            self.model.head = done.head.module.to(self.model.extractor.device)
+            self.model.head = trained.head.module.to(self.model.extractor.device)
             self.model.eval()
-            self.result = done
-            return done
+            self.result = trained
+            return trained
         tuned = fine_tune(
             self.model, train.contents, train.labels, judged.contents if judged else None, y_eval,
             replace(FINE_TUNING, **given), class_names=names, new_head=self.result is None,

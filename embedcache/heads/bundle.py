@@ -99,7 +99,7 @@ def sealed(config: Mapping[str, object]) -> dict[str, object]:
     return {**body, "hash": hash_json(body)}
 
 
-def load(directory: Path, made: type[R]) -> R:
+def load(directory: Path, kind: type[R]) -> R:
     """Read a bundle as ``HeadRecord``, or as what is made of one.
 
     While another process writes, the whole old head or the whole new one is read. Raises ``BundleError`` for a folder
@@ -109,7 +109,7 @@ def load(directory: Path, made: type[R]) -> R:
         seen = _state(directory)
         try:
             with explained(f"cannot read {directory}", BundleError):
-                return _load(directory, made)
+                return _load(directory, kind)
         except BundleError:
             # What a config named is removed once another has taken its place.
             if seen == _state(directory):
@@ -124,13 +124,13 @@ def _state(directory: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _load(directory: Path, made: type[R]) -> R:
+def _load(directory: Path, kind: type[R]) -> R:
     path = directory / CONFIG
     if path.is_symlink() or not path.is_file():
         what = "has no config.json" if directory.is_dir() else "is a file" if directory.exists() else "is not there"
         raise BundleError(f"{directory} is not a run folder (it {what}): make one with embedcache train CACHE -o RUN")
     try:
-        head, stored = parse(read_json(path, largest=LARGEST_CONFIG), made)
+        head, stored = parse(read_json(path, largest=LARGEST_CONFIG), kind)
     except EmbedcacheError as error:
         raise BundleError(f"{path}: {error}") from None
     except OSError as error:
@@ -173,7 +173,7 @@ def refuse_wrong_estimator(head: HeadRecord, where: Path) -> None:
         raise BundleError(f"{where}: the estimator gives {values[0, 0]} for a row of zeros: train the head again")
 
 
-def parse(config: object, made: type[R]) -> tuple[R, Weights]:
+def parse(config: object, kind: type[R]) -> tuple[R, Weights]:
     """Turn a config into a head without arrays, and the name and hash of the file that has them.
 
     Raises ``BundleError`` and ``SpecError``, and as it trusts nothing also ``ValueError``, ``KeyError`` and the like.
@@ -200,7 +200,7 @@ def parse(config: object, made: type[R]) -> tuple[R, Weights]:
     if not all(value is None or isinstance(value, str) for value in (model, revision)):
         raise BundleError("model or revision is not a text")
     feature = FeatureSet(**{name: config["feature"][name] for name in ("name", "kind", "dim", "layers", "dtype")})
-    head = made(
+    head = kind(
         spec, task.name, names, feature, extraction=extraction, model=model, revision=revision,
         probe=decoding.from_json(Probe, config["probe"]) if "probe" in config else None,
         calibration=_calibration(mapping(config["calibration"]), task, len(names)),

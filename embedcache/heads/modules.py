@@ -233,21 +233,21 @@ def choose_heads(stacked: Head, heads: Tensor) -> Head:
 
 
 def _chosen(module: nn.Module, heads: Tensor) -> nn.Module:
-    made = copy.copy(module)
-    made._parameters, made._buffers, made._modules = {}, {}, {}
+    chosen = copy.copy(module)
+    chosen._parameters, chosen._buffers, chosen._modules = {}, {}, {}
     for name, parameter in module._parameters.items():
         value = None if parameter is None else nn.Parameter(parameter.detach()[heads])
-        made.register_parameter(name, value)
+        chosen.register_parameter(name, value)
     for name, buffer in module._buffers.items():
         per_head = buffer is not None and buffer.dim() > 1
-        made.register_buffer(name, buffer[heads] if per_head and buffer is not None else buffer)
+        chosen.register_buffer(name, buffer[heads] if per_head and buffer is not None else buffer)
     for name, child in module._modules.items():
-        made._modules[name] = None if child is None else _chosen(child, heads)
-    if isinstance(made, Dropout):
+        chosen._modules[name] = None if child is None else _chosen(child, heads)
+    if isinstance(chosen, Dropout):
         kept = heads.tolist()
-        made.rates = tuple(made.rates[head] for head in kept)
-        made.generators = None if made.generators is None else [made.generators[head] for head in kept]
-    return made
+        chosen.rates = tuple(chosen.rates[head] for head in kept)
+        chosen.generators = None if chosen.generators is None else [chosen.generators[head] for head in kept]
+    return chosen
 
 
 class Linear(Head):

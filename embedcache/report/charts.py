@@ -102,12 +102,12 @@ def without_outliers(values: Sequence[float], ends: Sequence[float]) -> Pair:
 
     Fences are three interquartile ranges beyond the quartiles, of the values and of the ends (Tukey 1977, "far out").
     """
-    whole = min(*values, *ends), max(*values, *ends)
+    extent = min(*values, *ends), max(*values, *ends)
     if len(values) < 8:
-        return whole
+        return extent
     near = [*_near(values), *_near(ends)]
     low, high = min(near), max(near)
-    return (low, high) if 0 < high - low < 0.6 * (whole[1] - whole[0]) else whole
+    return (low, high) if 0 < high - low < 0.6 * (extent[1] - extent[0]) else extent
 
 
 def _near(values: Sequence[float]) -> list[float]:

@@ -108,12 +108,12 @@ class TableRow:
 def leaderboard(rows: Sequence[LeaderboardRow], chosen: str | None) -> list[TableRow]:
     """Return the table's rows."""
     domain, scored = domain_of(rows), {row.id for row in defined(rows)}
-    made = []
+    table = []
     for row in rows:
         style = style_of(row, chosen)
         bar = charts.interval_bar(row.score, row.interval, domain, style) if row.id in scored else ""
-        made.append(TableRow(row, style, bar, row.score if row.id in scored else None, p_value(row.p_adjusted)))
-    return made
+        table.append(TableRow(row, style, bar, row.score if row.id in scored else None, p_value(row.p_adjusted)))
+    return table
 
 
 def _point(row: LeaderboardRow, x: float, chosen: str | None) -> Point:
@@ -130,12 +130,12 @@ class NamedChart:
 
 def setting_charts(rows: Sequence[LeaderboardRow], metric: str, chosen: str | None) -> list[NamedChart]:
     """Return a chart of the score against each setting that varied; numbers on an axis, words side by side."""
-    made: list[NamedChart] = []
+    drawn: list[NamedChart] = []
     rows = defined(rows)
     kinds = sorted({row.head.kind for row in rows})
     if 1 < len(kinds) <= MOST_COLUMNS:
         points = [_point(row, float(kinds.index(row.head.kind)), chosen) for row in rows]
-        made.append(NamedChart("head", charts.scatter(points, "head", metric, f"{metric} by head", names=kinds)))
+        drawn.append(NamedChart("head", charts.scatter(points, "head", metric, f"{metric} by head", names=kinds)))
     for name in sorted({name for row in rows for name in row.varied}):
         varied = [(row, row.varied[name]) for row in rows if name in row.varied]
         values = [value for _, value in varied]
@@ -146,13 +146,13 @@ def setting_charts(rows: Sequence[LeaderboardRow], metric: str, chosen: str | No
         if len(numbers) == len(values):
             log = min(numbers) > 0 and max(numbers) / min(numbers) >= 20
             points = [_point(row, number, chosen) for (row, _), number in zip(varied, numbers, strict=True)]
-            made.append(NamedChart(name, charts.scatter(points, name, metric, title, log=log)))
+            drawn.append(NamedChart(name, charts.scatter(points, name, metric, title, log=log)))
             continue
         words = list(dict.fromkeys(_word(value) for value in sorted(values, key=_word_order)))
         if len(words) <= MOST_COLUMNS:
             points = [_point(row, float(words.index(_word(value))), chosen) for row, value in varied]
-            made.append(NamedChart(name, charts.scatter(points, name, metric, title, names=words)))
-    return made
+            drawn.append(NamedChart(name, charts.scatter(points, name, metric, title, names=words)))
+    return drawn
 
 
 def _is_number(value: object) -> TypeGuard[float]:

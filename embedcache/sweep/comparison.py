@@ -268,8 +268,9 @@ def _varied(configurations: Sequence[Configuration]) -> set[str]:
     """Return the settings that differ among the heads of some kind, which is what a plot can be drawn over."""
     out: set[str] = set()
     groups: dict[tuple[str, str, str], list[dict[str, object]]] = {}
-    for made in configurations:
-        groups.setdefault((made.head.engine, made.head.kind, made.train.solver), []).append(made.flat())
+    for configuration in configurations:
+        head = configuration.head
+        groups.setdefault((head.engine, head.kind, configuration.train.solver), []).append(configuration.flat())
     for members in groups.values():
         names = {name for settings in members for name in settings}
         out |= {name for name in names if len({repr(settings.get(name)) for settings in members}) > 1}

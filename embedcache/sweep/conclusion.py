@@ -70,7 +70,8 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
         trained_on=folds[0].rows,
     )  # fmt: skip
     wrong = mistakes(problem, "test", problem.test_rows, problem.test_y, outputs, head.thresholds)
-    few = None if shots is None else _few_shot(problem, shots, [made.head for made in every if made.head], x)
+    heads = [of_draw.head for of_draw in every if of_draw.head]
+    few = None if shots is None else _few_shot(problem, shots, heads, x)
     return Final(trained, head, test, wrong, few)
 
 
@@ -156,17 +157,17 @@ def read_tested(folder: SweepFolder) -> dict[str, TestScore]:
 def curve_jobs(problem: Problem, of: Sequence[Candidate]) -> list[Job]:
     """Return the jobs of learning curves: each fold with shares of its training rows; all of them is known already."""
     jobs = []
-    whole = problem.mean_train_rows
+    all_rows = problem.mean_train_rows
     least = max(10, 2 * len(problem.class_names) if problem.task is CLASSIFICATION else 10)
     for candidate in of:
         for share in SHARES:
-            if share * whole < least:
+            if share * all_rows < least:
                 continue
             for number, fold in enumerate(problem.folds):
                 less = subset(
                     problem.strata, fold, share, seed=problem.protocol.seed, stopping=problem.protocol.stopping_share
                 )
-                jobs.append(Job(candidate.first, less, number, curve=round(share * whole)))
+                jobs.append(Job(candidate.first, less, number, curve=round(share * all_rows)))
     return jobs
 
 
@@ -179,9 +180,9 @@ def curves(problem: Problem, folder: SweepFolder, of: Sequence[Candidate]) -> li
         for (name, _, curve), result in folder.results.items():
             if name == candidate.first.id and result.score is not None:
                 scores_at.setdefault(curve or 0, []).append(result.score)
-        whole = scores_at.pop(0, [])
+        full_scores = scores_at.pop(0, [])
         points = []
-        for rows, scores in [*sorted(scores_at.items()), (all_rows, whole)]:
+        for rows, scores in [*sorted(scores_at.items()), (all_rows, full_scores)]:
             sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
             interval = statistics.resampled_t_interval(
                 scores, all_rows, problem.mean_score_rows, problem.protocol.alpha

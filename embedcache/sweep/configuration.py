@@ -182,8 +182,8 @@ def _range(where: str, value: Mapping[str, object]) -> Choices:
         raise SweepSpecError(f"{expected}: low must be below high, above 0 for log, and steps at least 2")
     if steps > 1_000_000:
         raise SweepSpecError(f"{where}: {counted(steps, 'step')}: expected at most 1,000,000")
-    made = np.geomspace(low, high, steps) if logarithmic else np.linspace(low, high, steps)
-    return Choices(tuple(float(f"{step:.6g}") for step in made), (low, high, logarithmic))
+    values = np.geomspace(low, high, steps) if logarithmic else np.linspace(low, high, steps)
+    return Choices(tuple(float(f"{step:.6g}") for step in values), (low, high, logarithmic))
 
 
 def number(where: str, value: object) -> float:
@@ -216,7 +216,7 @@ def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[
 
         kind = KINDS[head.kind]
         asked = (kind.weights is not False, kind.scaled, head.kind in _PENALIZED)
-        return tuple(name for name, there in zip(("class_weight", "standardize", "l2"), asked, strict=True) if there)
+        return tuple(name for name, reads in zip(("class_weight", "standardize", "l2"), asked, strict=True) if reads)
     if solver == "convex":
         return _CONVEX
     return _MINIBATCH + (("momentum",) if optimizer == "sgd" else ())
@@ -263,12 +263,12 @@ class Configuration:
     @cached_property
     def settings(self) -> dict[str, object]:
         """The settings of training that it reads, without the seed."""
-        whole = asdict(self.train)
+        every = asdict(self.train)
         read = fields_read(self.head, self.train.solver, self.train.optimizer)
         # Written epochs imply min_steps 0, which is not recorded: configurations from before that setting existed keep
         # their hash.
         idle = {"min_steps"} if self.train.min_steps == 0 else set()
-        return {name: whole[name] for name in read if name not in idle}
+        return {name: every[name] for name in read if name not in idle}
 
     def to_json(self, *, seed: bool = True) -> dict[str, object]:
         """Return it as JSON values."""
@@ -335,5 +335,5 @@ def _text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "x".join(map(str, value))
     if isinstance(value, Mapping):
-        return ",".join(f"{name}:{_text(held)}" for name, held in value.items())
+        return ",".join(f"{name}:{_text(item)}" for name, item in value.items())
     return str(value)

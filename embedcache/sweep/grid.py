@@ -135,7 +135,7 @@ class Grid:
                 break
             seeds = self.blocks[int(generator.integers(len(self.blocks)))].draw(generator)
             drawn.setdefault(seeds[0].candidate, seeds)
-        return list(dict.fromkeys(made for seeds in list(drawn.values())[:random] for made in seeds))
+        return list(dict.fromkeys(configuration for seeds in list(drawn.values())[:random] for configuration in seeds))
 
     def sample(self, count: int = 200, seed: int = 0) -> list[Configuration]:
         """Return a few configurations at random, from which to estimate the cost of all."""

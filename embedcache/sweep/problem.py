@@ -203,10 +203,10 @@ def _hold_out(of: Strata, among: Mask, share: float, seed: int) -> tuple[Mask, M
 
 def _first(of: Strata, among: Mask, share: float, seeds: tuple[int, ...], at_least: int = 0) -> Mask:
     """Return the rows of the first ``share`` of each stratum's groups among some rows, in an order by content."""
-    there = np.zeros(of.groups, bool)
-    there[of.group[among]] = True
+    inside = np.zeros(of.groups, bool)
+    inside[of.group[among]] = True
     order = _order(of, *seeds)
-    order = order[there[order]]
+    order = order[inside[order]]
     stratum = _group_strata(of)[order]
     chosen = np.zeros(of.groups, bool)
     for label in np.unique(stratum):

@@ -123,7 +123,9 @@ def sweep(
     path = Path(tempfile.mkdtemp(prefix="embedcache-sweep-") if output_dir is None else output_dir)
     with SweepFolder(path, problem.identity()) as folder:
         run = Run(problem, folder, Ending(choose, bool(asked.learning_curve), bool(asked.test_all)), command, progress)
-        jobs = [Job(made, fold, number) for made in configurations for number, fold in enumerate(divided)]
+        jobs = [
+            Job(configuration, fold, number) for configuration in configurations for number, fold in enumerate(divided)
+        ]
         run.train(jobs)
         try:
             run.conclude()
@@ -204,7 +206,7 @@ class Run:
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         scored = {number: int(fold.score.sum()) for number, fold in enumerate(self.problem.folds)}
-        done: dict[str, set[int]] = {}
+        finished: dict[str, set[int]] = {}
         out, seen = [], set()
         for job in jobs:
             name = job.configuration.id
@@ -216,9 +218,9 @@ class Run:
                 if key not in self.folder.results:
                     out.append(job)
                 continue
-            if name not in done:
-                done[name] = self.folder.done(name, scored, len(self.problem.class_names))
-            if job.number not in done[name]:
+            if name not in finished:
+                finished[name] = self.folder.done(name, scored, len(self.problem.class_names))
+            if job.number not in finished[name]:
                 out.append(job)
         return out
 
@@ -244,7 +246,7 @@ class Run:
         self.folder.add(results, outputs)
 
     def _result(self, trained: TrainedJob, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
-        problem, job, made = self.problem, trained.job, trained.job.configuration
+        problem, job, configuration = self.problem, trained.job, trained.job.configuration
         metrics: dict[str, float | None] = {}
         if outputs is not None:
             for name in metrics_of(problem.task):
@@ -252,10 +254,11 @@ class Run:
                     value = score(name, problem.task, problem.y[rows], outputs)
                     metrics[name] = float(value) if np.isfinite(value) else None
         return Result(
-            id=made.id, candidate=made.candidate, fold=job.number, repeat=job.fold.repeat, train_rows=job.fold.rows,
-            eval_rows=len(rows), score=metrics.get(problem.metric), metrics=metrics, feature=made.feature,
-            head=made.head_json, train=made.train_json, parameters=trained.parameters, seconds=trained.seconds,
-            epochs=trained.epochs, curve=job.curve, error=trained.error,
+            id=configuration.id, candidate=configuration.candidate, fold=job.number, repeat=job.fold.repeat,
+            train_rows=job.fold.rows, eval_rows=len(rows), score=metrics.get(problem.metric), metrics=metrics,
+            feature=configuration.feature, head=configuration.head_json, train=configuration.train_json,
+            parameters=trained.parameters, seconds=trained.seconds, epochs=trained.epochs, curve=job.curve,
+            error=trained.error,
         )  # fmt: skip
 
     def _candidates(self) -> list[Candidate]:
@@ -263,8 +266,8 @@ class Run:
         known: dict[str, Configuration] = {}
         for result in self.folder.results.values():
             if result.id not in known and result.curve is None:
-                made = Configuration.from_json({"feature": result.feature, "head": result.head, "train": result.train})
-                known[result.id] = made
+                written = {"feature": result.feature, "head": result.head, "train": result.train}
+                known[result.id] = Configuration.from_json(written)
         return candidates(self.folder, list(known.values()), len(self.problem.folds))
 
     def _table(self) -> tuple[list[LeaderboardRow], list[Failure]]:

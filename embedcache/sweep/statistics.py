@@ -99,10 +99,10 @@ def resamples(groups: npt.NDArray[np.int64], draws: int, seed: int = 0) -> Itera
 
 def percentile_interval(values: Floats, alpha: float = 0.05) -> Interval | None:
     """Return the percentile bootstrap interval at 1 - alpha of resampled scores [B], NaN left out; None if all are."""
-    there = values[np.isfinite(values)]
-    if not len(there):
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return None
-    low, high = np.quantile(there, [alpha / 2, 1 - alpha / 2])
+    low, high = np.quantile(finite, [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
 
 
@@ -112,8 +112,8 @@ def bootstrap_test(difference: float, resampled: Floats, groups: int) -> float:
     By t with the bootstrap's standard error, not by counting resamples: with B of them no p below 1 / B could be seen,
     and none would survive a correction for hundreds of comparisons.
     """
-    there = resampled[np.isfinite(resampled)]
-    error = float(there.std(ddof=1)) if len(there) > 1 else math.nan
+    finite = resampled[np.isfinite(resampled)]
+    error = float(finite.std(ddof=1)) if len(finite) > 1 else math.nan
     if math.isnan(error):
         return 1.0
     return _two_sided(difference, error, max(groups - 1, 1))

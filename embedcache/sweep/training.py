@@ -151,16 +151,16 @@ def _most_in_a_stack(problem: Problem, configuration: Configuration) -> int:
 def refuse_impossible(problem: Problem, configurations: Sequence[Configuration]) -> None:
     """Build a head of every shape once. Raises ``SpecError`` or ``FeatureError`` for one that cannot be."""
     seen = set()
-    for made in configurations:
-        head, feature = made.head, problem.cache.feature(made.feature)
-        key = made.feature, stack_key(head), canonical_json(head.options.get("dropout"))
+    for configuration in configurations:
+        head, feature = configuration.head, problem.cache.feature(configuration.feature)
+        key = configuration.feature, stack_key(head), canonical_json(head.options.get("dropout"))
         if key not in seen and head.engine == "sklearn":
             checked_kind(head, problem.task)
         elif key not in seen:
             build_head(head, feature, len(problem.class_names))
         seen.add(key)
-        if made.train.metric is not None:
-            metric_named(made.train.metric, problem.task)
+        if configuration.train.metric is not None:
+            metric_named(configuration.train.metric, problem.task)
 
 
 def train_batch(problem: Problem, batch: JobBatch, *, progress: bool = False, title: str = "") -> Iterator[TrainedJob]:
@@ -340,7 +340,7 @@ def _estimator_size(estimator: object) -> int:
             parts = value
         elif type(value).__module__.startswith("sklearn"):
             parts = getattr(value, "__dict__", {}).values()
-        return sum(size(held, depth + 1) for held in parts)
+        return sum(size(part, depth + 1) for part in parts)
 
     return size(estimator, 0)
 

@@ -62,8 +62,8 @@ def train_on_cache(
     if "validation" in cache.split_names:
         judged = cache.rows("validation")
     else:
-        held = held_out(cache)
-        train, judged = train[~held], train[held]
+        held_back = held_out(cache)
+        train, judged = train[~held_back], train[held_back]
         if not len(train) or not len(judged):
             train, judged = cache.rows("train"), judged[:0]
         notes.append(
@@ -151,10 +151,10 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
     counts = np.bincount(targets[train][targets[train] >= 0], minlength=len(cache.class_names))
     for split in cache.split_names:
         of_split = cache.targets(split)
-        there = np.bincount(of_split[of_split >= 0], minlength=len(cache.class_names))
-        unseen = np.flatnonzero((counts == 0) & (there > 0))
+        in_split = np.bincount(of_split[of_split >= 0], minlength=len(cache.class_names))
+        unseen = np.flatnonzero((counts == 0) & (in_split > 0))
         if len(unseen) and split != "train":
-            rows = [(cache.class_names[label], int(there[label])) for label in unseen[:5].tolist()]
+            rows = [(cache.class_names[label], int(in_split[label])) for label in unseen[:5].tolist()]
             names = ", ".join(f"{name!r} ({counted(count, 'row')})" for name, count in rows)
             raise TrainingError(
                 f"{split} has classes that no training row has: {names}; no head can learn them: "

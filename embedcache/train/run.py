@@ -254,11 +254,11 @@ def _epoch_notes(fitted: Fitted, spec: TrainSpec) -> list[str]:
     """Return notes on how training by minibatches ended."""
     from embedcache.train.loop import STILL_IMPROVING
 
-    notes, done = [], len(fitted.history)
+    notes, epochs_run = [], len(fitted.history)
     if fitted.interrupted:
-        notes.append(f"interrupted in epoch {done + 1} of {fitted.epochs}: the best weights so far are kept")
-    elif fitted.best_epoch >= 0 and done < fitted.epochs:
-        notes.append(f"stopped early after epoch {done}; best was epoch {fitted.best_epoch + 1}")
+        notes.append(f"interrupted in epoch {epochs_run + 1} of {fitted.epochs}: the best weights so far are kept")
+    elif fitted.best_epoch >= 0 and epochs_run < fitted.epochs:
+        notes.append(f"stopped early after epoch {epochs_run}; best was epoch {fitted.best_epoch + 1}")
     if fitted.epochs > spec.epochs:
         epochs = counted(fitted.epochs, "epoch")
         notes.append(f"{epochs} instead of {spec.epochs}, for at least {spec.least_steps} steps")

@@ -160,7 +160,7 @@ def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float
     own = np.maximum(own, max(1e-6 * own.max(), 1e-16 * mass))
     below = (np.outer(basis.values, own) + l2).astype(np.float32)
     rest = basis.rest * own + l2
-    whole = basis.vectors.shape[1] == basis.vectors.shape[0]
+    square = basis.vectors.shape[1] == basis.vectors.shape[0]
     vectors = basis.vectors
 
     def apply(gradient: Floats) -> Floats:
@@ -172,7 +172,7 @@ def _inverse(basis: _Basis, block: Floats, l2: float, softmax: bool, mass: float
         within = vectors.T @ inner
         step = np.empty_like(gradient)
         divided = within / below
-        if whole:
+        if square:
             weights = vectors @ divided
         else:
             weights = inner / rest.astype(np.float32) + vectors @ (divided - within / rest.astype(np.float32))

@@ -85,11 +85,11 @@ def squares(design: Design, workers: Workers) -> list[Squares]:
     width = design.x.shape[1]
     if width > max(_WIDE, len(design.x)):
         return [_wide(design, problem, mass) for problem, mass in enumerate(masses)]
-    held = None
+    rows_of = [np.arange(len(design.x))]
     if len(masses) > 1:
         # Few rows are held out: moments of those, to be subtracted, cost less than moments of those that are not.
         whole = masses.max(axis=0)
-        held = [np.flatnonzero(mass != whole) for mass in masses]
+        rows_of += [np.flatnonzero(mass != whole) for mass in masses]
         masses = np.vstack([whole[None], [whole - mass for mass in masses]])
 
     def moments(mass: Floats, rows: npt.NDArray[np.intp]) -> Floats:
@@ -104,10 +104,8 @@ def squares(design: Design, workers: Workers) -> list[Squares]:
             total += product
         return total
 
-    every = np.arange(len(design.x))
-    rows_of = [every] * len(masses) if held is None else [every, *held]
     sums = [moments(mass, rows) for mass, rows in zip(masses, rows_of, strict=True)]
-    if held is not None:
+    if len(sums) > 1:
         sums = [sums[0] - held_out for held_out in sums[1:]]
     return [_squares(design, problem, moments) for problem, moments in enumerate(sums)]
 
@@ -132,8 +130,8 @@ def _wide(design: Design, problem: int, masses: Floats) -> Squares:
     x = (x - centre[: x.shape[1]]) / design.scale_of(problem) * np.sqrt(own)
     y = (y - centre[x.shape[1] :]) * np.sqrt(own)
     values, vectors = np.linalg.eigh(x @ x.T)
-    there = values > len(rows) * np.finfo(np.float64).eps * values.max(initial=0)
-    values, vectors = values[there], vectors[:, there]
+    curved = values > len(rows) * np.finfo(np.float64).eps * values.max(initial=0)
+    values, vectors = values[curved], vectors[:, curved]
     roots = np.sqrt(values)
     cross = roots[:, None] * (vectors.T @ y)
     return Squares(design, problem, mass, centre, values, x.T @ (vectors / roots), cross, float(np.vdot(y, y)))
@@ -226,15 +224,15 @@ def _solve(
         raise SpecError(f"tolerance is {tolerance} and max_iterations {most}: expected positive numbers")
     rows = {name: value for name, value in options.items() if name not in ("tolerance", "max_iterations")}
     with workers() as threads:
-        made = design(x, y, masks=masks, **rows)  # type: ignore[arg-type]  # what is left of the options
+        checked = design(x, y, masks=masks, **rows)  # type: ignore[arg-type]  # what is left of the options
         if options["task"] is REGRESSION:
-            problems = squares(made, threads)
+            problems = squares(checked, threads)
             return [[problem.solve(l2) for problem in problems] for l2 in l2s]
-        return _descended(made, l2s, starts, tolerance, most, threads)
+        return _descended(checked, l2s, starts, tolerance, most, threads)
 
 
 def _descended(
-    made: Design,
+    checked: Design,
     l2s: list[float],
     starts: list[Solution] | None,
     tolerance: float,
@@ -246,20 +244,20 @@ def _descended(
             "l2 is 0: a logistic loss then has no finite optimum where classes can be separated; "
             "give it a small positive number"
         )
-    curvature, quick = Curvature(made, threads), Objective(made, np.float32, threads)
+    curvature, quick = Curvature(checked, threads), Objective(checked, np.float32, threads)
     exact: Objective | None = None
     points = [
-        made.start(problem) if starts is None else made.to_point(starts[problem], problem)
-        for problem in range(made.problems)
+        checked.start(problem) if starts is None else checked.to_point(starts[problem], problem)
+        for problem in range(checked.problems)
     ]
     # What rounding leaves of the losses even in float64: a probability of 1 is told from 1 - 1e-16 by nobody.
-    floors = [float(np.finfo(np.float64).eps * made.mass(problem).sum()) for problem in range(made.problems)]
+    floors = [float(np.finfo(np.float64).eps * checked.mass(problem).sum()) for problem in range(checked.problems)]
     walks = [
         Walk(problem, point, max(l2s), tolerance, floor)
         for problem, (point, floor) in enumerate(zip(points, floors, strict=True))
     ]
     # How far from the optimum rounding alone can keep float32, were all of its error where only the penalty curves.
-    noise = np.finfo(np.float32).eps ** 2 * len(made.x) * curvature.spread
+    noise = np.finfo(np.float32).eps ** 2 * len(checked.x) * curvature.spread
     solutions: dict[float, list[Solution]] = {}
     for l2 in sorted(set(l2s), reverse=True):
         for walk in walks:
@@ -269,19 +267,19 @@ def _descended(
         for walk in walks:
             walk.tolerance = tolerance
         if (
-            made.x.dtype == np.float64
+            checked.x.dtype == np.float64
             or tolerance < _FINEST
             or noise / l2 > tolerance
             or any(walk.stuck for walk in walks)
         ):
-            exact = exact or Objective(made, np.float64, threads)
+            exact = exact or Objective(checked, np.float64, threads)
             descend(exact, curvature, walks, most, renew=False)
-        solutions[l2] = [_solution(made, walk) for walk in walks]
+        solutions[l2] = [_solution(checked, walk) for walk in walks]
     return [solutions[l2] for l2 in l2s]
 
 
-def _solution(made: Design, walk: Walk) -> Solution:
-    weight, bias = made.to_head(walk.point, walk.problem)
+def _solution(checked: Design, walk: Walk) -> Solution:
+    weight, bias = checked.to_head(walk.point, walk.problem)
     norm = float(np.linalg.norm(walk.gradient))
     return Solution(weight, bias, walk.l2, walk.loss, norm, walk.iterations, walk.converged)
 

@@ -84,10 +84,10 @@ class Predictions:
     def ranked(self, column: int) -> Ranked:
         """Return the rows in the order of their output for one class."""
         if column not in self._ranked:
-            made = Ranked(self.task.positive(self.y, column), self.outputs[:, column])
+            ranked = Ranked(self.task.positive(self.y, column), self.outputs[:, column])
             if self.outputs.size > KEEP:
-                return made
-            self._ranked[column] = made
+                return ranked
+            self._ranked[column] = ranked
         return self._ranked[column]
 
 
@@ -268,8 +268,8 @@ def f1_micro(true: Floats, predicted: Floats, hits: Floats) -> float:
 
 def balanced_accuracy(true: Floats, predicted: Floats, hits: Floats) -> float:
     """The mean recall of the classes that are there."""
-    there = true > 0
-    return float((hits[there] / true[there]).mean())
+    occurs = true > 0
+    return float((hits[occurs] / true[occurs]).mean())
 
 
 def mcc(true: Floats, predicted: Floats, hits: Floats) -> float:

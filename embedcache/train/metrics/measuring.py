@@ -95,11 +95,11 @@ def metric_named(name: str, task: Task) -> Metric:
     metric = METRICS.get(name)
     if metric is not None and task in metric.of:
         return metric
-    there = metrics_of(task)
+    allowed = metrics_of(task)
     # A part of the name counts as near too: accuracy is subset_accuracy where rows have several labels.
-    hint = did_you_mean(name, there, *(known for known in there if name in known))
+    hint = did_you_mean(name, allowed, *(known for known in allowed if name in known))
     what = "there is no metric" if metric is None else f"{task} has no metric"
-    raise SpecError(f"{what} {name!r}{hint}: expected one of {', '.join(there)}")
+    raise SpecError(f"{what} {name!r}{hint}: expected one of {', '.join(allowed)}")
 
 
 def score(
