@@ -1,4 +1,4 @@
-"""Canonical shapes: lengths -> a plan of batches, a pure value.
+"""Canonical shapes: lengths -> a plan of batches, a pure value; and what comes next made in a thread.
 
 A transformer's kernels choose how to add up numbers by the *shape* they are given and by the *number of threads* they
 have. With both fixed, each row's bits depend on that row alone; otherwise the same row may come out differently in the
@@ -13,16 +13,19 @@ cannot change a bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
 
+T = TypeVar("T")
 Lengths = npt.NDArray[np.int64]
 
 VECTOR = 16
@@ -152,3 +155,40 @@ def plan(lengths: npt.ArrayLike, policy: ShapePolicy) -> Plan:
         starts = range(0, len(members), capacity)
         batches += [Batch(length, rows, members[start : start + capacity]) for start in starts]
     return Plan(tuple(batches), int(lengths.sum()))
+
+
+def prefetch(source: Iterator[T]) -> Generator[T, None, None]:
+    """Run an iterator in a thread: one item waits while another is made. Its errors are raised here; closing stops it.
+
+    No name keeps an item longer than whoever asked for it does: items may be large.
+    """
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def put(item: T | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            while not stop.is_set():
+                put(next(source))
+        except StopIteration:
+            put(None)
+        except BaseException as error:  # handed over to the thread that can act on it
+            put(error)
+
+    thread = threading.Thread(target=produce, name="embedcache-read", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            del item
+    finally:
+        stop.set()
+        thread.join()

@@ -309,12 +309,11 @@ class MappedRows:
         return np.asarray(np.asarray(self._x).take(rows, axis=0), np.float32)
 
 
-def features_of(x: object, feature: FeatureSet | None = None, *, where: str = "", finite: bool = True) -> Features:
+def features_of(x: object, feature: FeatureSet | None = None, *, where: str = "") -> Features:
     """Return features as a value, refusing what does not fit ``feature``; None goes by the shape.
 
     ``x`` is an array [N, D] or [N, L, D] of numbers, a pair (values [sum T, D], offsets [N + 1]), a ``Reader`` of rows
-    on disk, or ``Features``, which are not looked through twice. ``where`` names the rows in messages. ``finite=False``
-    leaves out the look at every value.
+    on disk, or ``Features``, which are not looked through twice. ``where`` names the rows in messages.
 
     Raises ``FeatureError`` saying what was expected, or which row holds NaN or infinity.
     """
@@ -331,9 +330,8 @@ def features_of(x: object, feature: FeatureSet | None = None, *, where: str = ""
         return x
     if feature.kind == "tokens":
         ragged = _ragged(x, feature, of)
-        if finite:
-            refuse_non_finite(ragged.values, of, ragged.offsets)
-        return replace(ragged, checked=finite)
+        refuse_non_finite(ragged.values, of, ragged.offsets)
+        return replace(ragged, checked=True)
     if isinstance(x, tuple | Ragged):
         raise FeatureError(f"{of}: got ragged features, expected one array {_expected(feature)}")
     rows = np.asarray(x.values if isinstance(x, Dense) else x)
@@ -343,9 +341,8 @@ def features_of(x: object, feature: FeatureSet | None = None, *, where: str = ""
         rows = rows.astype(np.float32)
     if rows.ndim != len(feature.row_shape) + 1 or rows.shape[1:] != feature.row_shape:
         raise FeatureError(f"{of}: got features of shape {rows.shape}, expected {_expected(feature)}")
-    if finite:
-        refuse_non_finite(rows, of)
-    return Dense(rows, feature, checked=finite)
+    refuse_non_finite(rows, of)
+    return Dense(rows, feature, checked=True)
 
 
 def _ragged(x: object, feature: FeatureSet, of: str) -> Ragged:

@@ -182,18 +182,16 @@ class Journal(Generic[R]):
 
 
 @contextlib.contextmanager
-def writing(
-    path: Path, kind: Kind = CacheError, *, parts: Sequence[str] = (), fresh: bool, needed: bool = True
-) -> Iterator[None]:
+def writing(path: Path, kind: Kind = CacheError, *, parts: Sequence[str] = (), fresh: bool) -> Iterator[None]:
     """Make an output folder with its ``parts`` (folders inside), and be its one writer while the block runs.
 
-    What killed processes left half written is removed once the lock is held. ``fresh`` and ``needed`` are those of
-    ``make_output`` and ``lock``. Raises ``kind``, and ``CacheLockedError`` where another process writes.
+    What killed processes left half written is removed once the lock is held. ``fresh`` is that of ``make_output``.
+    Raises ``kind``, and ``CacheLockedError`` where another process writes.
     """
     make_output(path, kind, fresh=fresh)
     for name in parts:
         make_folder(path / name, kind)
-    with lock(path, needed=needed):
+    with lock(path):
         for folder in (path, *(path / name for name in parts)):
             remove_temporaries(folder, kind)
         yield

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.batching import VECTOR, ShapePolicy, plan
+from embedcache.batching import VECTOR, ShapePolicy, plan, prefetch
 from embedcache.errors import SpecError
 
 policies = st.builds(
@@ -118,3 +122,52 @@ def test_impossible_policies(settings: dict[str, int], said: str) -> None:
 def test_too_long_a_row() -> None:
     with pytest.raises(SpecError, match="a row of length 65 is longer than max_length 64"):
         plan([3, 65], ShapePolicy(max_length=64))
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "embedcache-read"]
+
+
+@given(st.lists(st.integers(), max_size=13))
+def test_what_is_made_ahead_comes_in_its_order(items: list[int]) -> None:
+    assert list(prefetch(iter(items))) == items
+    assert not readers()
+
+
+def test_an_error_ahead_is_raised_where_it_can_be_acted_on() -> None:
+    def source() -> Iterator[int]:
+        yield 2
+        raise KeyError("three")
+
+    ahead = prefetch(source())
+    assert next(ahead) == 2
+    with pytest.raises(KeyError, match="three"):
+        next(ahead)
+    assert not readers()
+
+
+def test_closing_stops_what_is_made_ahead_and_no_more_than_three_items_are_ever_held() -> None:
+    class Item:
+        pass
+
+    held: weakref.WeakSet[Item] = weakref.WeakSet()
+    most = 0
+
+    def source() -> Iterator[Item]:
+        nonlocal most
+        while True:
+            made = Item()
+            held.add(made)
+            most = max(most, len(held))
+            yield made
+            del made
+
+    ahead = prefetch(source())
+    for _ in range(100):
+        item = next(ahead)
+        assert isinstance(item, Item)
+        del item
+    ahead.close()
+    assert not readers()
+    assert most <= 3
+    assert not held

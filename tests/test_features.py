@@ -104,8 +104,7 @@ def test_rows_on_disk_of_another_shape_are_refused() -> None:
 def test_what_was_not_looked_through_is_looked_through() -> None:
     x = dense()
     x[7, 1] = np.inf
-    trusting = features_of(x, POOLED, finite=False)
-    assert isinstance(trusting, Dense)
+    trusting = Dense(x, POOLED)
     assert not trusting.checked
     with pytest.raises(FeatureError, match="row 7"):
         features_of(trusting, POOLED)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -12,7 +10,7 @@ from typing import Protocol
 
 from embedcache.backbone import Backbone, Prepared, StoredSets, probe_of, run_plan, workers
 from embedcache.backbone import threads as torch_threads
-from embedcache.batching import Plan, plan
+from embedcache.batching import Plan, plan, prefetch
 from embedcache.errors import SpecError
 from embedcache.extract.progress import Watch
 from embedcache.extract.windows import Rows, Window
@@ -111,37 +109,3 @@ class Here:
             ready = stack.enter_context(contextlib.closing(prefetch(window.ready(backbone) for window in windows)))
             for window in ready:
                 yield work(backbone, window, watch, run_batches)
-
-
-def prefetch(source: Iterator[Window], depth: int = 1) -> Generator[Window, None, None]:
-    """Run an iterator in a thread, ``depth`` items ahead; its errors are raised here, and closing stops it."""
-    ready: queue.Queue[Window | BaseException | None] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: Window | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in source:
-                put(item)
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # handed over to the thread that can act on it
-            put(error)
-
-    thread = threading.Thread(target=produce, name="embedcache-read", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

@@ -99,9 +99,9 @@ class TrainedHead(HeadRecord):
             return self._estimated(rows.values)
         return self._run(rows)
 
-    def _in_passes(self, rows: Array, outputs_of: Callable[[Array], Array], size: int = PASS_ROWS) -> Array:
-        """Apply a function of features [size, ...] to rows, the last pass filled up with copies of its first row."""
-        parts = []
+    def _in_passes(self, rows: Array, outputs_of: Callable[[Array], Array]) -> Array:
+        """Apply a function of PASS_ROWS features to rows, the last pass filled up with copies of its first row."""
+        parts, size = [], PASS_ROWS
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             short = size - len(part)

@@ -5,8 +5,7 @@ The order of the rows depends on (rows, seed, epoch) alone, so cached and live t
 
 from __future__ import annotations
 
-import queue
-import threading
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedcache.batching import prefetch
 from embedcache.features import Array, OnDisk, Ragged, Rows
 
 BLOCK_ROWS, BLOCK_BYTES = 64, 96 << 10
@@ -141,36 +141,11 @@ class DiskBatches:
 
     def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
-        windows: queue.Queue[tuple[Rows, Rows, Tensor] | BaseException | None] = queue.Queue(maxsize=1)
-        stop = threading.Event()
-
-        def put(item: tuple[Rows, Rows, Tensor] | BaseException | None) -> bool:
-            while not stop.is_set():
-                try:
-                    windows.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def read() -> None:
-            try:
-                for rows, shuffled in block_order(len(self._x), self._seed, number, self._window, self._block):
-                    # No name may keep a window here: the next one is read while this one trains.
-                    if not put((rows, shuffled, lent(self._x.read(rows)))):
-                        return
-                put(None)
-            except BaseException as error:  # handed to the thread that can act on it
-                put(error)
-
-        thread = threading.Thread(target=read, name="embedcache-window", daemon=True)
-        thread.start()
+        order_of_rows = block_order(len(self._x), self._seed, number, self._window, self._block)
+        read = ((rows, shuffled, lent(self._x.read(rows))) for rows, shuffled in order_of_rows)
         left: tuple[Rows, Tensor] | None = None
-        try:
-            while (item := windows.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                rows, shuffled, x = item
+        with contextlib.closing(prefetch(read)) as windows:
+            for rows, shuffled, x in windows:
                 rows, places = rows[shuffled], torch.from_numpy(shuffled)
                 start = 0
                 if left is not None:  # what did not fill a batch goes in front of the next window
@@ -186,12 +161,9 @@ class DiskBatches:
                     yield self._batch(rows[first : first + self._size], x[places[first : first + self._size]])
                 if full < len(rows):
                     left = rows[full:], x[places[full:]]
-                del item, x
+                del x  # while the next window is waited for
             if left is not None:
                 yield self._batch(*left)
-        finally:
-            stop.set()
-            thread.join()
 
     def _batch(self, rows: Rows, x: Tensor) -> FeatureBatch:
         return FeatureBatch(x.to(self._device), None, torch.from_numpy(rows).to(self._device))

@@ -273,12 +273,9 @@ class HeadStack:
             for name, value in zip(self.names, self.parameters, strict=True)
         }
 
-    def optimizer_state(self, place: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the moments of the head at a place, by parameter."""
-        return {
-            name: (first[place].clone(), second[place].clone()) if self.stacked else (first.clone(), second.clone())
-            for name, (first, second) in zip(self.names, self._moments, strict=True)
-        }
+    def optimizer_state(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the moments of all heads, by parameter."""
+        return dict(zip(self.names, self._moments, strict=True))
 
     def remember(self, places: Sequence[int]) -> None:
         """Keep the present parameters of the heads at these places as their best."""
