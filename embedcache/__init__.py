@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from embedcache.finetune import (
         AttentionClassifier,
         FeatureBasedModel,
+        ImageClassificationPipeline,
         LinearClassifier,
         MLPClassifier,
         ResidualClassifier,
@@ -53,6 +54,7 @@ _WHERE = {
     "HeadClassifier": "estimator",
     "HeadRegressor": "estimator",
     "HeadSpec": "spec",
+    "ImageClassificationPipeline": "finetune",
     "LinearClassifier": "finetune",
     "MLPClassifier": "finetune",
     "Predictor": "predict",
@@ -82,6 +84,7 @@ __all__ = [
     "HeadClassifier",
     "HeadRegressor",
     "HeadSpec",
+    "ImageClassificationPipeline",
     "LinearClassifier",
     "MLPClassifier",
     "Predictor",

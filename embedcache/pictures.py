@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ _TURNS = {
     8: "ROTATE_90",
 }
 _TRANSPARENT = ("P", "PA", "LA", "La", "RGBA", "RGBa")
+_LOADING = [threading.Lock() for _ in range(31)]
 _PREFIX = 16
 """Bytes of a file that its format is told by."""
 
@@ -84,13 +86,30 @@ def canonical(value: object) -> bytes:
         return b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
 
 
+def thumbnail(content: bytes, side: int) -> bytes:
+    """Return a picture in at most ``side`` x ``side`` pixels, as a PNG. Raises what ``decode`` does."""
+    picture = decode(content)
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    # Made anew, as the file's own comments and colour profile need no room on a page.
+    _from_bytes(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def _from_bytes(picture: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    return Image.frombytes("RGB", picture.size, picture.tobytes())
+
+
 def _from_pixels(value: object) -> Image.Image:
     import numpy as np
     from PIL import Image
 
     if isinstance(value, Image.Image):
         _check_size(value.size)
-        value.load()
+        with _LOADING[id(value) % len(_LOADING)]:  # the same object may stand in two rows, read by two threads
+            value.load()
         return value
     if not isinstance(value, np.ndarray):
         raise PictureError(

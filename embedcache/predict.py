@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, compute_features, load_again, probe_of
 from embedcache.errors import BackboneMismatchError, InputError, warn
-from embedcache.examples import CONTENTS, Examples
+from embedcache.examples import CONTENTS, Content, Examples
 from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
@@ -20,9 +22,6 @@ from embedcache.shard import Array
 from embedcache.spec import ExtractionSpec, ModelSource, differences_text
 from embedcache.task import Named, task_named
 from embedcache.wording import shortened
-
-WINDOW = 2048
-"""Rows prepared and batched together: enough to fill canonical batches, few enough to stay small in memory."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Prediction:
 class Predictor:
     """A trained head and the backbone that its features come from.
 
-    ``numerics`` says whether this machine computes the features that the head was trained on to the bit, or how far off
-    they are at most: the probe of the head's cache is run here, which takes a few forward passes.
+    ``kind`` is what it reads, ``text`` or ``image``. ``numerics`` says whether this machine computes the features that
+    the head was trained on to the bit, or how far off they are at most: the probe of the head's cache is run here,
+    which takes a few forward passes.
 
     Example::
 
@@ -55,7 +55,7 @@ class Predictor:
     def __init__(self, head: TrainedHead, backbone: Backbone) -> None:
         self.head = head
         self.backbone = backbone
-        self._kind = ExtractionSpec(backbone.identity).content or "text"
+        self.kind = ExtractionSpec(backbone.identity).content or "text"
         refuse_other_backbone(head, backbone)
         self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
         warn(self.numerics.notes("what the head was trained on"))
@@ -75,26 +75,29 @@ class Predictor:
         source = ModelSource(model, device=device, trust_remote_code=trust_remote_code)
         return cls(head, backbone_of(head, source))
 
-    def __call__(self, texts: Iterable[str]) -> list[Prediction]:
-        """Predict texts, in order. Raises ``InputError`` for one that is empty or no text."""
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            given = "one string" if isinstance(texts, str) else shortened(texts)
-            raise InputError(f"got {given}: expected a list of texts")
-        return list(self.stream(texts))
+    def __call__(self, values: Iterable[object]) -> list[Prediction]:
+        """Predict texts, or pictures (paths, files' bytes, PIL images, arrays of uint8), in order.
 
-    def stream(self, texts: Iterable[str]) -> Iterator[Prediction]:
-        """Predict texts one after the other with flat memory."""
-        if (content := CONTENTS.get(self._kind)) is None:
-            raise InputError(f"rows of the kind {self._kind!r} cannot be read here: give their contents, as bytes")
-        waiting = iter(texts)
+        Raises ``InputError`` for one that cannot be used.
+        """
+        if isinstance(values, (str, os.PathLike)) or not isinstance(values, Iterable):
+            given = shortened(values) if not isinstance(values, (str, os.PathLike)) else f"one {self._content.one}"
+            raise InputError(f"got {given}: expected a list of {self._content.noun}s")
+        return list(self.stream(values))
+
+    def stream(self, values: Iterable[object]) -> Iterator[Prediction]:
+        """Predict rows one after the other with flat memory."""
+        content, waiting = self._content, iter(values)
         number = 0
-        while block := list(islice(waiting, WINDOW)):
-            contents, faults = content.encode(content.noun, block)
-            if faults:
-                row = min(faults)
-                raise InputError(f"row {number + row}: {faults[row]}")
-            yield from self.contents(contents)
+        while block := list(islice(waiting, content.window)):
+            yield from self.contents(content.encode_all(block, partial(_row_name, number)))
             number += len(block)
+
+    @property
+    def _content(self) -> Content:
+        if (content := CONTENTS.get(self.kind)) is None:
+            raise InputError(f"rows of the kind {self.kind!r} cannot be read here: give their contents, as bytes")
+        return content
 
     def contents(self, contents: Sequence[bytes]) -> list[Prediction]:
         """Predict rows by their canonical content, as ``Examples.contents`` gives it; equal rows are computed once."""
@@ -106,9 +109,11 @@ class Predictor:
 
     def stream_examples(self, examples: Examples) -> Iterator[tuple[str, Prediction]]:
         """Predict every row of an input and yield ``(id, prediction)``, in order, with flat memory."""
+        if examples.kind != self.kind:
+            raise InputError(f"the head reads rows of the kind {self.kind}, and these are {examples.kind}")
         contents = examples.contents()
         row = 0
-        while block := list(islice(contents, WINDOW)):
+        while block := list(islice(contents, self._content.window)):
             for prediction in self.contents(block):
                 yield examples.ids[row], prediction
                 row += 1
@@ -123,6 +128,10 @@ class Predictor:
         task = task_named(self.head.task)
         label = task.named(task.decide(values, np.asarray(self.head.thresholds)), names)
         return Prediction(label, by_name[label] if isinstance(label, str) else None, by_name)
+
+
+def _row_name(first: int, row: int) -> str:
+    return f"row {first + row}"
 
 
 def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:

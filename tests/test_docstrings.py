@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+import tiny_pictures
 
 import embedcache as ec
 
@@ -45,6 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, minilm_path: Path) -> Path:
     made = tmp_path_factory.mktemp("docstrings")
     shutil.copy(REPO / "data" / "sample.csv", made / "reviews.csv")
     tiny_models.build("bert", made / "bert-base-uncased")
+    tiny_pictures.build("resnet", made / "microsoft" / "resnet-50")
+    for number, name in enumerate(("cat", "dog", "another")):
+        (made / f"{name}.jpg").write_bytes(tiny_pictures.picture(number, "JPEG"))
     cache = ec.extract(made / "reviews.csv", output_dir=made / "reviews.cache", split="60/20/20")
     for name in ("run", "runs/best"):
         ec.train_on_cache(cache, "linear").save(made / name)

@@ -386,7 +386,7 @@ def test_an_extractor_must_be_fitted_and_gives_one_vector_a_text(monkeypatch: py
     backbone = CountingBackbone(tokens=True)
     backbone.feature_sets = backbone.feature_sets[1:]
     monkeypatch.setattr(extractor, "_loaded", lambda *settings: backbone)
-    with pytest.raises(FeatureError, match="tokens is not one vector a text: choose a pooling"):
+    with pytest.raises(FeatureError, match="tokens is not one vector a row: choose a pooling"):
         FeatureExtractor(pooling="tokens").fit(TEXTS)
 
 

@@ -345,7 +345,7 @@ def test_a_bad_file_is_a_bad_row(folder: Path, data: bytes, reason: str) -> None
     examples = load_examples(folder, on_bad_row="skip", quarantine=quarantine)
     assert list(examples.contents()) == [*FILES[:3], *FILES[4:]]
     (line,) = map(json.loads, quarantine.read_text().splitlines())
-    assert line["raw"] == {"image": "dog/3.jpg", "label": "dog"}
+    assert line["raw"] == {"image": "dog/3.jpg", "label": "dog", "file_name": "pets/dog/3.jpg"}
 
 
 def test_bad_cells_are_bad_rows(folder: Path) -> None:

@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 
 import embedcache as ec
 from embedcache.errors import BackboneError, BackboneMismatchError, BundleError, InputError
+from embedcache.examples import CONTENTS
 from embedcache.heads import TrainedHead
-from embedcache.predict import WINDOW, Predictor
+from embedcache.predict import Predictor
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TrainSpec
 from embedcache.train import train_on_cache
+
+WINDOW = CONTENTS["text"].window
 
 TEXTS = [f"{text} {word}" for text in tiny_models.TEXTS for word in ("film", "plot", "good")]
 POOLINGS = ["mean", "cls@all", "tokens"]

@@ -186,7 +186,8 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 def predict(
     run: str, given: Input, texts: tuple[str, ...], output: str | None, form: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet), or - for standard input.
+    """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet, tar), or - for standard input; for a
+    head on images also image files and folders.
 
     The backbone must be the one the head was trained on, with the same settings; any other is refused. CSV has the
     columns id, label, confidence, and the probability of each class (for regression, the value of each target). A cell
@@ -201,6 +202,8 @@ def predict(
     if as_json and (output is not None or form is not None):
         raise click.UsageError("--json goes to stdout, all at once: leave out --output and --format, or --json")
     predictor = Predictor.load(run, **options)
+    if texts and predictor.kind != "text":
+        raise click.UsageError(f"the head reads {predictor.kind}s: name files or folders of them in place of --text")
     if texts and output is None and form is None and not as_json:
         for text, prediction in zip(texts, predictor(texts), strict=True):
             say(_line(text, prediction))
@@ -209,7 +212,7 @@ def predict(
         rows: Iterable[Named] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
         total = len(texts)
     else:
-        examples = given.examples(f"{output or run}.quarantine.jsonl", labels="none")
+        examples = given.examples(f"{output or run}.quarantine.jsonl", labels="none", kind=predictor.kind)
         rows, total = predictor.stream_examples(examples), len(examples)
     if as_json:
         predictions = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]

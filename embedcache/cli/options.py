@@ -117,8 +117,13 @@ class Input:
         """All files, those of a split too."""
         return [*self.files, *(file for split in SPLITS for file in self.options.get(split, ()))]
 
-    def examples(self, quarantine: str, labels: Literal["required", "none"] = "required") -> Examples:
-        """Read the rows; those that cannot be used go to ``quarantine`` unless the options name another file."""
+    def examples(
+        self, quarantine: str, labels: Literal["required", "none"] = "required", kind: str | None = None
+    ) -> Examples:
+        """Read the rows; those that cannot be used go to ``quarantine`` unless the options name another file.
+
+        ``kind`` is the kind of content, guessed for None.
+        """
         from embedcache.examples import load_examples
 
         if not self.named:
@@ -130,7 +135,7 @@ class Input:
             options["quarantine"] = quarantine
         if options.pop("no_labels", False):
             labels = "none"
-        return load_examples(list(self.files) or None, labels=labels, **options)
+        return load_examples(list(self.files) or None, labels=labels, kind=kind, **options)
 
 
 def _input_options(*options: Decorator) -> Callable[[Function], Function]:

@@ -17,8 +17,16 @@ from sklearn.utils.validation import check_is_fitted
 
 from embedcache.backbone import LoadedBackbone, contents_hash, load_backbone, model_name, probe_of, resolve_model
 from embedcache.cache import FeatureCache
-from embedcache.errors import BackboneMismatchError, CacheLockedError, FeatureError, InputError, quiet, warn
-from embedcache.examples import CONTENTS, Examples, load_examples
+from embedcache.errors import (
+    BackboneMismatchError,
+    BadRowsError,
+    CacheLockedError,
+    FeatureError,
+    InputError,
+    quiet,
+    warn,
+)
+from embedcache.examples import CONTENTS, Content, Examples, load_examples
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, hash_json
 from embedcache.numerics import Probe, difference
@@ -30,7 +38,10 @@ LOCK_PATIENCE = 600.0
 
 
 class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """Turns raw texts into features; each text is computed once, however often a pipeline is fitted.
+    """Turns raw texts or pictures into features; each row is computed once, however often a pipeline is fitted.
+
+    A picture is a path, a file's bytes, a PIL image, or an array of uint8, such as one of a stack [N, H, W, 3].
+
 
     Args:
         model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
@@ -67,23 +78,23 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         self.device = device
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
-        """Load the backbone. Nothing is learned from the texts."""
+        """Load the backbone. Nothing is learned from the rows."""
         backbone = self._backbone()
         feature = backbone.feature_sets[0]
         if feature.kind != "pooled":
-            raise FeatureError(f"{feature.name} is not one vector a text: choose a pooling such as mean or cls")
+            raise FeatureError(f"{feature.name} is not one vector a row: choose a pooling such as mean or cls")
         self.n_features_out_ = feature.dim
         self.identity_ = ExtractionSpec(backbone.identity)
         self.probe_ = _probe_of(backbone)
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:
-        """Return features, float32 [N, D], computing only the rows that were never seen. ``X`` holds N texts.
+        """Return features, float32 [N, D], computing only the rows that were never seen. ``X`` holds N rows.
 
         Raises ``BackboneMismatchError`` when the model is not the one this was fitted with.
         """
         check_is_fitted(self, "identity_")
-        examples = _examples(X)
+        examples = _examples(X, self.identity_.content or "text")
         backbone = self._fitted_backbone()
         warn(difference(self.probe_, _probe_of(backbone)).notes("what FeatureExtractor was fitted on"))
         path = self._folder(backbone)
@@ -160,28 +171,30 @@ def _probe_of(backbone: LoadedBackbone) -> Probe | None:
     return probe_of(backbone)
 
 
-def _column(X: Any) -> list[object]:
-    """Return the values of one column: of a list, an array [N] or [N, 1], or a table."""
-    if isinstance(X, str):
-        raise InputError("X is one string: expected a list of strings")
-    if getattr(X, "ndim", 1) > 1:
+def _column(X: Any, content: Content) -> list[object]:
+    """Return the values of one column: of a list, an array [N] or [N, 1], a stack of pictures, or a table."""
+    if isinstance(X, (str, os.PathLike)):
+        raise InputError(f"X is one {content.one}: expected a list of {content.one}s")
+    dimensions = getattr(X, "ndim", 1)
+    if dimensions > 1 and dimensions not in content.stacked:
         if X.shape[1] != 1:
-            raise InputError(f"X has {counted(X.shape[1], 'column')}: expected one, of texts")
+            raise InputError(f"X has {counted(X.shape[1], 'column')}: expected one, of {content.noun}s")
         X = X.iloc[:, 0] if hasattr(X, "iloc") else np.asarray(X).ravel()
     return list(X)
 
 
-def _examples(X: Any) -> Examples:
+def _examples(X: Any, kind: str) -> Examples:
     """Return rows of X as an input, checked as its kind of content is."""
-    values, content = _column(X), CONTENTS["text"]
+    content = CONTENTS[kind]
+    values = _column(X, content)
     if not values:
-        raise InputError("there are no texts: expected at least one")
-    faults = content.encode(content.noun, values)[1]
-    if faults:
-        row = min(faults)
-        raise InputError(f"X[{row}] is {shortened(values[row])}: {faults[row]}, expected a text that is not empty")
-    with quiet():  # that contents repeat is what they are kept for
-        return load_examples([{content.noun: value} for value in values], text_column=content.noun, labels="none")
+        raise InputError(f"there are no {content.noun}s: expected at least one")
+    try:
+        with quiet():  # that contents repeat is what they are kept for
+            return load_examples([{content.noun: value} for value in values], kind=kind, labels="none")
+    except BadRowsError:  # which knows rows by the number alone
+        content.encode_all(values, lambda row: f"X[{row}] is {shortened(values[row])}")
+        raise
 
 
 def _places(path: Path, keys: npt.NDArray[np.uint8]) -> tuple[FeatureCache, npt.NDArray[np.int64]] | None:

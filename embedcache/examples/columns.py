@@ -137,6 +137,9 @@ def choose_columns(sources: Sequence[Source], options: ReadingOptions, *, guess_
         if guess is not None:
             roles.labels = (guess,)
             taken.add(guess)
+    if roles.id is None and first.id_column not in taken and len({source.id_column for source in sources}) == 1:
+        roles.id = first.id_column
+        taken.add(roles.id or "")
     roles.kind = options.kind or first.content_kind or _guess_kind(first, taken)
     content = CONTENTS[roles.kind]
     roles.content = options.content_column or _guess_content(first, content, taken)

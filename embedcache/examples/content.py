@@ -17,7 +17,7 @@ import numpy as np
 
 from embedcache import pictures
 from embedcache.dataset import Contents, InFiles
-from embedcache.errors import PictureError
+from embedcache.errors import InputError, PictureError
 from embedcache.examples.packing import MOST_HELD, Packing
 from embedcache.examples.source import Faults, Kind, Parsed, Source, is_missing, parsed, unicode_fault
 from embedcache.fingerprint import KEY_BYTES, row_key
@@ -27,6 +27,8 @@ PICTURE_SUFFIXES = (
     ".pbm", ".pnm", ".jp2", ".j2k", ".avif",
 )  # fmt: skip
 """How the names of files end that may be pictures."""
+_PREVIEW, _SIDE = 2000, 96
+"""Characters of a text and pixels of a picture's longer side, as a report shows them."""
 _MOST_BYTES = 512 << 20
 """A picture of 64 megapixels with 16 bits a channel has 384 MB when nothing is compressed."""
 
@@ -40,6 +42,12 @@ class Content(ABC):
     """Lower-case column names under which this content is usually found; ``noun`` wins when several are there."""
     column_kind: Kind
     """What a column of this content holds."""
+    one: str
+    """What a string in place of a list is called, as it could be taken for a list."""
+    stacked: tuple[int, ...] = ()
+    """The dimensions of an array whose first is the rows, where a row is an array itself."""
+    window = 2048
+    """Rows that are held, prepared and batched together: enough to fill batches, few enough to stay small in memory."""
 
     def accepts(self, declared: Kind) -> bool:
         """Whether a column that a source declares to be of a kind may hold this content."""
@@ -52,6 +60,18 @@ class Content(ABC):
     def holds(self, kind: Kind, cells: Sequence[object]) -> bool:
         """Whether a column may be this content whatever its name is, where there is only one that may."""
         return kind == self.column_kind
+
+    def encode_all(self, values: Sequence[object], name: Callable[[int], str]) -> list[bytes]:
+        """Return the canonical bytes of every value. Raises ``InputError`` that names the first faulty one."""
+        contents, faults = self.encode(self.noun, values)
+        if faults:
+            row = min(faults)
+            raise InputError(f"{name(row)}: {faults[row]}")
+        return contents
+
+    @abstractmethod
+    def preview(self, content: bytes) -> tuple[str | None, bytes | None]:
+        """Return what a report shows of a content: a text, or a small picture as a PNG."""
 
     @abstractmethod
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
@@ -97,7 +117,7 @@ class ContentCollector:
 class TextContent(Content):
     """Text: the exact characters as UTF-8. Empty and blank texts, other types and lone surrogates are faults."""
 
-    noun = "text"
+    noun, one = "text", "string"
     column_kind: Kind = "text"
     # fmt: off
     column_names = frozenset([
@@ -124,6 +144,9 @@ class TextContent(Content):
             contents.append(value.encode() if fault is None and isinstance(value, str) else b"")
         return contents, faults
 
+    def preview(self, content: bytes) -> tuple[str | None, bytes | None]:
+        return content.decode("utf-8", "replace")[:_PREVIEW], None
+
     def show(self, content: bytes) -> str:
         text = content.decode()
         return repr(text) if len(text) <= 40 else repr(text[:37]) + "..."
@@ -135,7 +158,9 @@ class ImageContent(Content):
     A cell is a path, an image file's bytes, both as ``{"bytes", "path"}``, a PIL image, or an array of uint8.
     """
 
-    noun = "image"
+    noun, one = "image", "path"
+    stacked = (3, 4)
+    window = 256
     column_kind: Kind = "image"
     column_names = frozenset(["image", "img", "picture", "photo", "file_name", "filename", "path", "image_path"])
 
@@ -153,6 +178,12 @@ class ImageContent(Content):
             read = list(mapped(partial(_read, _Place(None, True), column), values))
         contents = [picture.content if isinstance(picture, _Picture) else b"" for picture in read]
         return contents, {row: picture for row, picture in enumerate(read) if isinstance(picture, str)}
+
+    def preview(self, content: bytes) -> tuple[str | None, bytes | None]:
+        try:
+            return None, pictures.thumbnail(content, _SIDE)
+        except InputError:  # of a damaged cache, or a Pillow that reads fewer formats
+            return None, None
 
     def show(self, content: bytes) -> str:
         width, height = pictures.size_of(content)

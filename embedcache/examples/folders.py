@@ -63,36 +63,64 @@ def metadata_of(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-class FolderSource(Source):
-    """Pictures in folders: ``CLASS/.../x.png`` or ``SPLIT/CLASS/.../x.png``.
-
-    The columns are ``image``, ``label`` (the class is the outermost folder's name) where there are class folders, and
-    ``split`` where there are folders for the splits. Pictures come by split, class and path.
-    """
+class FilesSource(Source):
+    """Picture files, each named by its path: the columns ``image`` and ``file_name``."""
 
     content_kind = "image"
+    id_column = "file_name"
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.name = paths[0] if len(paths) == 1 else f"{len(paths):,} files from {paths[0]} on"
+        self.columns = ("image", "file_name")
+        self._hold(paths)
+
+    def _hold(self, paths: Sequence[str]) -> None:
+        self._paths = Packed.of(map(os.fsencode, paths))
+        some = paths[:: max(1, len(paths) // SAMPLE_ROWS)]
+        self.sample = dict(zip(self.columns, self._cells(some, self.columns), strict=True))
+
+    def _cells(self, paths: Sequence[str], columns: Sequence[str]) -> list[list[object]]:
+        return [list(paths) for _ in columns]
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+        for start in range(0, len(self._paths), BLOCK_ROWS):
+            paths = [os.fsdecode(path) for path in self._paths[start : start + BLOCK_ROWS]]
+            values = self._cells(paths, columns)
+            yield Block(values, range(start, start + len(paths)), row_of(columns, values))
+
+    def where(self, line: int) -> str:
+        return f"{self.name}, picture {line}"
+
+    def declared_type(self, column: str) -> DeclaredType:
+        return _IMAGE if column == "image" else _NAME
+
+
+class FolderSource(FilesSource):
+    """Pictures in folders: ``CLASS/.../x.png`` or ``SPLIT/CLASS/.../x.png``.
+
+    Where there are class folders the column ``label`` has the name of the outermost, and where there are folders of
+    splits ``split`` has theirs. ``file_name`` begins with the folder's own name. Rows are sorted by split, class, path.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = str(folder), folder
         splits = split_folders(folder)
         self._splits = {path.name: split for split, path in splits.items()}
+        self._depth = 1 if splits else 0
         self._skipped: Counter[str] = Counter()
         roots = list(splits.values()) or [folder]
-        self._class_names = sorted({entry.name for root in roots for entry in _visible(root) if entry.is_dir()})
+        classes = sorted({entry.name for root in roots for entry in _visible(root) if entry.is_dir()})
         found = [path for root in roots for path in self._walk(root, ())]
         if not found:
             raise InputError(
                 f"{folder}: is a directory without pictures: expected a file, or a folder of pictures "
                 f"({', '.join(PICTURE_SUFFIXES[:5])}, ...)"
             )
-        self._paths = Packed.of(map(os.fsencode, found))
-        depth = 1 if splits else 0
-        counts = Counter(path.split(os.sep)[depth] for path in found if path.count(os.sep) > depth)
-        empty = [name for name in self._class_names if not counts[name]]
-        self._class_names = [name for name in self._class_names if counts[name]]
-        self.columns = ("image", *["label"] * bool(self._class_names), *["split"] * bool(splits))
-        self.sample = dict(zip(self.columns, self._cells(found[:: max(1, len(found) // SAMPLE_ROWS)]), strict=True))
-        self.notes = tuple(self._notes(empty))
+        counts = Counter(path.split(os.sep)[self._depth] for path in found if path.count(os.sep) > self._depth)
+        self._class_names = tuple(name for name in classes if counts[name])
+        self.columns = ("image", *["label"] * bool(self._class_names), *["split"] * bool(splits), "file_name")
+        self._hold(found)
+        self.notes = tuple(self._notes([name for name in classes if not counts[name]]))
 
     def _walk(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
         """Yield the paths of pictures, as they are from the folder of the source on."""
@@ -116,31 +144,19 @@ class FolderSource(Source):
             files = counted(sum(self._skipped.values()), "file")
             yield f"{self.name}: {files} left out, whose names do not end as those of pictures that are read ({kinds})"
 
-    def _cells(self, paths: Sequence[str]) -> list[list[object]]:
-        depth = 1 if self._splits else 0
-        parts = [path.split(os.sep) for path in paths]
+    def _cells(self, paths: Sequence[str], columns: Sequence[str]) -> list[list[object]]:
+        assert self.folder is not None
+        parts, own_name = [path.split(os.sep) for path in paths], os.path.basename(os.path.abspath(self.folder))
         cells: dict[str, list[object]] = {
             "image": list(paths),
-            "label": [part[depth] if len(part) > depth + 1 else None for part in parts],
+            "label": [part[self._depth] if len(part) > self._depth + 1 else None for part in parts],
             "split": [self._splits.get(part[0]) for part in parts],
+            "file_name": [os.path.join(own_name, path) for path in paths],
         }
-        return [cells[column] for column in self.columns]
-
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
-        for start in range(0, len(self._paths), BLOCK_ROWS):
-            paths = [os.fsdecode(path) for path in self._paths[start : start + BLOCK_ROWS]]
-            cells = dict(zip(self.columns, self._cells(paths), strict=True))
-            values = [cells[column] for column in columns]
-            yield Block(values, range(start, start + len(paths)), row_of(columns, values))
-
-    def where(self, line: int) -> str:
-        return f"{self.name}, picture {line}"
-
-    def declared_type(self, column: str) -> DeclaredType:
-        return _IMAGE if column == "image" else _NAME
+        return [cells[column] for column in columns]
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        return tuple(self._class_names) if column == "label" else None
+        return self._class_names if column == "label" else None
 
 
 _BLOCK_BYTES = 32 << 20
@@ -164,6 +180,7 @@ class TarSource(Source):
     """
 
     content_kind = "image"
+    id_column = _KEY
 
     def __init__(self, file: InputFile) -> None:
         self.name, self.path = file.name, file.path

@@ -7,10 +7,12 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from embedcache.errors import InputError, SpecError
 from embedcache.examples.columns import ReadingOptions
+from embedcache.examples.content import PICTURE_SUFFIXES
+from embedcache.examples.folders import FilesSource
 from embedcache.examples.formats import open_folder, open_path
 from embedcache.examples.source import (
     BLOCK_ROWS,
@@ -240,7 +242,12 @@ def _sources(label: str, value: object, options: ReadingOptions) -> Iterator[tup
     elif is_table(value):
         yield None, open_object(value, label)
     elif isinstance(value, Sequence):
+        files = [os.fspath(item) for item in value if _is_picture_file(item)]
+        if files:
+            yield None, FilesSource(files)
         for number, item in enumerate(value):
+            if _is_picture_file(item):
+                continue
             if isinstance(item, (str, os.PathLike)):
                 yield from _of_path(item, options)
             elif is_table(item):
@@ -254,9 +261,18 @@ def _sources(label: str, value: object, options: ReadingOptions) -> Iterator[tup
         )
 
 
+def _is_picture_file(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    path = os.fsdecode(value)
+    return path.lower().endswith(PICTURE_SUFFIXES) and not os.path.isdir(path)
+
+
 def _of_path(value: str | os.PathLike[str], options: ReadingOptions) -> Iterator[tuple[str | None, Source]]:
     path = os.fspath(value)
     if os.path.isdir(path):
         yield from open_folder(Path(path))
+    elif _is_picture_file(path):
+        yield None, FilesSource([path])
     else:
         yield None, open_path(path, options.format, options.quoting)

@@ -115,6 +115,8 @@ class Source(ABC):
     sample: dict[str, list[object]]
     content_kind: str | None = None
     """The kind of content that the whole source is made for; None where its columns must be looked at."""
+    id_column: str | None = None
+    """The column that names its rows unless another one is asked for; None where they have nothing but numbers."""
     notes: tuple[str, ...] = ()
     """What was left out, as notes on the input."""
     numbers_are_written = False

@@ -11,6 +11,7 @@ from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune, live_ou
 from embedcache.finetune.model import FeatureBasedModel, FeatureBasedOutput, ParameterCount
 from embedcache.finetune.pipeline import (
     AttentionClassifier,
+    ImageClassificationPipeline,
     LinearClassifier,
     MLPClassifier,
     ResidualClassifier,
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionClassifier",
     "FeatureBasedModel",
     "FeatureBasedOutput",
+    "ImageClassificationPipeline",
     "LinearClassifier",
     "MLPClassifier",
     "ParameterCount",

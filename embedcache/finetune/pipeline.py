@@ -5,6 +5,7 @@ The heads are those of the registry: what is built here can also be trained on a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import compute_features
 from embedcache.errors import FeatureError, InputError, SpecError
+from embedcache.examples import CONTENTS
 from embedcache.features import InMemory
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
@@ -27,6 +29,7 @@ from embedcache.shard import FeatureSet, Kind
 from embedcache.spec import TrainSpec
 from embedcache.task import Floats
 from embedcache.train import TrainingResult, train_head
+from embedcache.wording import shortened
 
 # The heads by width and number of classes, for models put together by hand.
 
@@ -114,6 +117,7 @@ def _classes(num_classes: int) -> int:
 
 
 Labels = npt.NDArray[np.int64]
+Rows = Sequence[object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,25 +129,14 @@ class _Labelled:
     features: InMemory | None
 
 
-class TextClassificationPipeline:
-    """Trains a head on texts with labels, and predicts the classes of other texts.
+class _ClassificationPipeline:
+    """What the pipelines share; ``_kind`` is what their rows are.
 
-    A frozen backbone is run once, by ``prepare_data``. With ``freeze_backbone=False``, ``train`` trains the backbone
-    too.
+    A frozen backbone is run once, by ``_prepare``. With ``freeze_backbone=False``, ``train`` trains the backbone too.
 
-    Args:
-        model_name: hub name or local folder; None for the packaged all-MiniLM-L6-v2.
-        num_classes: C; labels are 0 to C - 1.
-        head: kind of head; ``head_options`` are its settings.
-        options: further arguments of ``FeatureBasedModel.from_pretrained``: ``pooling``, ``device``, ``max_length``.
-
-    Example::
-
-        pipeline = TextClassificationPipeline(num_classes=2)
-        pipeline.prepare_data(["a fine film", "a dull film"], [1, 0])
-        pipeline.train(num_epochs=10)
-        classes, probabilities = pipeline.predict(["very fine"])
     """
+
+    _kind: str
 
     @checks_arguments(FeatureBasedModel.from_pretrained)
     def __init__(
@@ -168,20 +161,16 @@ class TextClassificationPipeline:
         self._train: _Labelled | None = None
         self._eval: _Labelled | None = None
 
-    def prepare_data(
-        self,
-        train_texts: Sequence[str],
-        train_labels: Sequence[int],
-        eval_texts: Sequence[str] | None = None,
-        eval_labels: Sequence[int] | None = None,
+    def _prepare(
+        self, train: Rows, train_labels: Sequence[int], evaluated: Rows | None, eval_labels: Sequence[int] | None
     ) -> None:
-        """Check texts and labels, and run a frozen backbone over them, once. Raises ``InputError``."""
-        if (eval_texts is None) != (eval_labels is None):
-            raise InputError("give both eval_texts and eval_labels, or neither")
-        self._train = self._labelled(train_texts, train_labels, "train_texts")
+        noun = f"{self._kind}s"
+        if (evaluated is None) != (eval_labels is None):
+            raise InputError(f"give both eval_{noun} and eval_labels, or neither")
+        self._train = self._labelled(train, train_labels, f"train_{noun}")
         self._eval = None
-        if eval_texts is not None and eval_labels is not None:
-            self._eval = self._labelled(eval_texts, eval_labels, "eval_texts")
+        if evaluated is not None and eval_labels is not None:
+            self._eval = self._labelled(evaluated, eval_labels, f"eval_{noun}")
 
     def train(
         self, num_epochs: int = 5, learning_rate: float = 1e-3, **settings: Any
@@ -211,40 +200,108 @@ class TextClassificationPipeline:
         self.result = tuned
         return tuned
 
-    def predict(self, texts: Sequence[str]) -> tuple[Labels, Floats]:
+    def _predict(self, rows: Rows) -> tuple[Labels, Floats]:
         """Return the predicted classes int64 [N] and their probabilities float64 [N, C]."""
         if self.result is None:
             raise InputError("there is no head yet: call prepare_data and train first")
-        contents, head = self._contents(texts, "texts"), self.result.head
+        contents, head = self._contents(rows, f"{self._kind}s"), self.result.head
         if isinstance(head, TunedModel):
             probabilities = head.probabilities(contents)
         else:
             probabilities = head.probabilities(self._features(contents))
         return probabilities.argmax(axis=1), probabilities
 
-    def _labelled(self, texts: Sequence[str], labels: Sequence[int], name: str) -> _Labelled:
-        contents = self._contents(texts, name)
-        checked = self._labels(labels, len(texts))
+    def _labelled(self, rows: Rows, labels: Sequence[int], name: str) -> _Labelled:
+        contents = self._contents(rows, name)
+        checked = self._labels(labels, len(rows))
         return _Labelled(contents, checked, self._features(contents) if self.model.freeze_backbone else None)
 
     def _features(self, contents: Sequence[bytes]) -> InMemory:
         extractor = self.model.extractor
         return compute_features(extractor, contents, extractor.feature_sets[0].name)
 
-    def _contents(self, texts: Sequence[str], name: str) -> list[bytes]:
-        if isinstance(texts, str) or not len(texts):
-            raise InputError(f"{name}: expected a list of texts, got {'one text' if len(texts) else 'none'}")
-        for number, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{name}: text {number} is {text!r}: expected a text that is not empty")
-        return [text.encode("utf-8") for text in texts]
+    def _contents(self, rows: Rows, name: str) -> list[bytes]:
+        content = CONTENTS[self._kind]
+        if isinstance(rows, (str, os.PathLike)) or not len(rows):
+            given = f"one {self._kind}" if isinstance(rows, os.PathLike) or len(rows) else "none"
+            raise InputError(f"{name}: expected a list of {self._kind}s, got {given}")
+        return content.encode_all(rows, lambda row: f"{name}: {self._kind} {row} is {shortened(rows[row])}")
 
     def _labels(self, labels: Sequence[int], count: int) -> Labels:
         array = np.asarray(labels)
         if array.shape != (count,) or array.dtype.kind not in "iu":
             raise InputError(
-                f"expected {count} whole-number labels, one for each text, got {array.dtype} {list(array.shape)}"
+                f"expected {count} whole-number labels, one for each {self._kind}, "
+                f"got {array.dtype} {list(array.shape)}"
             )
         if array.min() < 0 or array.max() >= self.num_classes:
             raise InputError(f"labels run from {array.min()} to {array.max()}: expected 0 to {self.num_classes - 1}")
         return array.astype(np.int64)
+
+
+class TextClassificationPipeline(_ClassificationPipeline):
+    """Trains a head on texts with labels, and predicts the classes of other texts.
+
+    A frozen backbone is run once, by ``prepare_data``. With ``freeze_backbone=False``, ``train`` trains the backbone
+    too.
+
+    Args:
+        model_name: hub name or local folder; None for the packaged all-MiniLM-L6-v2.
+        num_classes: C; labels are 0 to C - 1.
+        head: kind of head; ``head_options`` are its settings.
+        options: further arguments of ``FeatureBasedModel.from_pretrained``: ``pooling``, ``device``, ``max_length``.
+
+    Example::
+
+        pipeline = TextClassificationPipeline(num_classes=2)
+        pipeline.prepare_data(["a fine film", "a dull film"], [1, 0])
+        pipeline.train(num_epochs=10)
+        classes, probabilities = pipeline.predict(["very fine"])
+    """
+
+    _kind = "text"
+
+    def prepare_data(
+        self,
+        train_texts: Sequence[str],
+        train_labels: Sequence[int],
+        eval_texts: Sequence[str] | None = None,
+        eval_labels: Sequence[int] | None = None,
+    ) -> None:
+        """Check texts and labels, and run a frozen backbone over them, once. Raises ``InputError``."""
+        self._prepare(train_texts, train_labels, eval_texts, eval_labels)
+
+    def predict(self, texts: Sequence[str]) -> tuple[Labels, Floats]:
+        """Return the predicted classes int64 [N] and their probabilities float64 [N, C]."""
+        return self._predict(texts)
+
+
+class ImageClassificationPipeline(_ClassificationPipeline):
+    """Trains a head on pictures with labels, and predicts the classes of other pictures.
+
+    A picture is a path, a file's bytes, a PIL image, or an array of uint8. The rest is as in
+    ``TextClassificationPipeline``; the model is one of pictures, and has to be named.
+
+    Example::
+
+        pipeline = ImageClassificationPipeline("microsoft/resnet-50", num_classes=2)
+        pipeline.prepare_data(["cat.jpg", "dog.jpg"], [0, 1])
+        pipeline.train(num_epochs=10)
+        classes, probabilities = pipeline.predict(["another.jpg"])
+    """
+
+    _kind = "image"
+
+    def prepare_data(
+        self,
+        train_images: Sequence[object],
+        train_labels: Sequence[int],
+        eval_images: Sequence[object] | None = None,
+        eval_labels: Sequence[int] | None = None,
+    ) -> None:
+        """Check pictures and labels, and run a frozen backbone over them, once. Raises ``InputError``."""
+        self._prepare(train_images, train_labels, eval_images, eval_labels)
+
+    def predict(self, images: Sequence[object]) -> tuple[Labels, Floats]:
+        """Return the predicted classes int64 [N] and their probabilities float64 [N, C]."""
+        return self._predict(images)

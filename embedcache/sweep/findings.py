@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import platform
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.dataset import evenly_spread
+from embedcache.examples import CONTENTS
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.summary import (
     Bin,
@@ -34,10 +34,7 @@ from embedcache.wording import counted
 
 POINTS = 2000
 MISTAKES = 50
-_TEXT = 2000
-_SIDE = 96
 _PACKAGES = ("embedcache", "numpy", "scipy", "scikit-learn", "torch", "safetensors", "h5py")
-_PICTURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 
 def data_facts(problem: Problem) -> DataFacts:
@@ -129,7 +126,7 @@ def mistakes(
     for place in worst.tolist():
         row = int(rows[place])
         true, predicted, probability = _decision(problem, y[place], outputs[place], limits)
-        text, image = _content(None if contents is None else contents[row])
+        text, image = _content(problem.cache.spec.content or "text", None if contents is None else contents[row])
         error = float(weight[place]) if problem.task is REGRESSION else None
         shown.append(Mistake(row, names[row], true, predicted, probability, error, text, image))
     return Mistakes(split, len(wrong), tuple(shown))
@@ -159,34 +156,12 @@ def _decision(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> 
     return true, predicted, float(outputs[column])
 
 
-def _content(data: bytes | None) -> tuple[str | None, str | None]:
-    """Return a row's content as a text or as a small picture."""
-    if data is None:
+def _content(kind: str, data: bytes | None) -> tuple[str | None, str | None]:
+    """Return a row's content as a text, or as the data: URI of a small picture."""
+    if data is None or kind not in CONTENTS:
         return None, None
-    if any(data.startswith(start) for start in _PICTURES):
-        return None, _thumbnail(data)
-    try:
-        return data.decode("utf-8")[:_TEXT], None
-    except UnicodeDecodeError:
-        return None, None
-
-
-def _thumbnail(data: bytes) -> str | None:
-    try:
-        from PIL import Image
-    except ImportError:
-        # Small ones can be shown as they are.
-        kind = next(name for start, name in _PICTURES.items() if data.startswith(start))
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if len(data) <= 20_000 else None
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((_SIDE, _SIDE))
-            out = io.BytesIO()
-            small.save(out, "PNG")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    text, image = CONTENTS[kind].preview(data)
+    return text, None if image is None else f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 def machine() -> dict[str, object]:
