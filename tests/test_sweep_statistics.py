@@ -15,7 +15,7 @@ from embedcache.decoding import from_json
 from embedcache.sweep import statistics as stats
 from embedcache.sweep.comparison import simplest
 from embedcache.sweep.summary import LeaderboardRow
-from embedcache.train.metrics import wilson
+from embedcache.train.metrics import percentile_interval, wilson
 
 
 def test_resampled_t_by_hand() -> None:
@@ -86,9 +86,9 @@ def test_bootstrap_error_is_that_of_the_mean() -> None:
     values = np.random.default_rng(0).normal(size=997)
     means = np.concatenate([times @ values / 997 for times in stats.resamples(np.arange(997), 2000)])
     assert means.std() == pytest.approx(values.std() / math.sqrt(997), rel=0.06)
-    low, high = stats.percentile_interval(means) or (0, 0)
+    low, high = percentile_interval(means) or (0, 0)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(997), rel=0.1)
-    assert stats.percentile_interval(np.array([np.nan])) is None
+    assert percentile_interval(np.array([np.nan])) is None
 
 
 def test_duplicates_are_one_observation() -> None:

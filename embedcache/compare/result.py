@@ -26,7 +26,7 @@ from embedcache.compare.measurements import Extraction, Training
 from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
 from embedcache.task import Array, Floats, task_named
-from embedcache.train.metrics import resampled_scores, score
+from embedcache.train.metrics import percentile_interval, resampled_scores, score
 from embedcache.wording import counted, markdown_table, shown, table
 
 
@@ -154,12 +154,7 @@ class _Scores:
 
     def interval(self, base: _Scores | None = None) -> Interval | None:
         """Return the 95 % interval, of the difference from ``base`` where there is one; None without any number."""
-        drawn = self.drawn if base is None else self.drawn - base.drawn
-        drawn = drawn[np.isfinite(drawn)]
-        if not len(drawn):
-            return None
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        return float(low), float(high)
+        return percentile_interval(self.drawn if base is None else self.drawn - base.drawn)
 
 
 def assemble(

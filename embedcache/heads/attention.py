@@ -14,34 +14,25 @@ from embedcache.heads.modules import Affine, Dropout, Head, Norm, rate, whole
 from embedcache.shard import FeatureSet, Kind
 
 
-class LayerEmbedding(nn.Module):
-    """A learned vector for each layer of a multi-layer set: without it, attention could not tell layers apart."""
+class Vectors(nn.Module):
+    """Learned vectors [N, H], drawn with a standard ``deviation``.
 
-    def __init__(self, layers: int, width: int) -> None:
+    A query each; or one for each layer of a multi-layer set, without which attention could not tell layers apart.
+    """
+
+    def __init__(self, number: int, width: int, deviation: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(layers, width))
+        self.deviation = deviation
+        self.weight = nn.Parameter(torch.zeros(number, width))
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw small vectors."""
+        """Draw the vectors."""
         with torch.no_grad():
-            self.weight.normal_(0.0, 0.02, generator=generator)
+            self.weight.normal_(0.0, self.deviation, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., B, L, H] -> the same."""
+        """[..., B, N, H] -> the same, with each its vector added."""
         return x + (self.weight if self.weight.dim() == 2 else self.weight.unsqueeze(1))
-
-
-class Queries(nn.Module):
-    """Learned queries, [Q, H]."""
-
-    def __init__(self, queries: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(queries, width))
-
-    def initialize(self, generator: torch.Generator) -> None:
-        """Draw queries of about unit length."""
-        with torch.no_grad():
-            self.weight.normal_(0.0, 1 / math.sqrt(self.weight.shape[-1]), generator=generator)
 
 
 def number_of_heads(kind: str, heads: int | None, width: int) -> int:
@@ -67,9 +58,7 @@ class _Attending(Head):
         super().__init__(feature, outputs)
         self.width = whole(kind, "width", min(256, feature.dim) if width is None else width)
         self.heads = number_of_heads(kind, heads, self.width)
-        self.layer: nn.Module = (
-            LayerEmbedding(feature.layers, self.width) if feature.kind == "layers" else nn.Identity()
-        )
+        self.layer: nn.Module = Vectors(feature.layers, self.width, 0.02) if feature.kind == "layers" else nn.Identity()
 
     def _split(self, x: Tensor) -> Tensor:
         """[..., T, H] -> [..., heads, T, H / heads]."""
@@ -143,7 +132,7 @@ class AttentionPooling(_Attending):
         self.input = Affine(feature.dim, self.width, first=True)
         self.norm = Norm(self.width)
         self.key = Affine(self.width, self.width, bias=False)  # as in SelfAttention
-        self.queries = Queries(queries, self.width)
+        self.queries = Vectors(queries, self.width, 1 / math.sqrt(self.width))  # of about unit length
         self.dropout = Dropout(rate("attention-pooling", dropout))
         self.output = Affine(queries * self.width, outputs)
 

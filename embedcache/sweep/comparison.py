@@ -17,7 +17,7 @@ from embedcache.sweep.statistics import Floats, Interval
 from embedcache.sweep.store import Outputs, Result, SweepFolder
 from embedcache.sweep.summary import Difference, Failure, HeadFacts, LeaderboardRow
 from embedcache.task import Array, Task
-from embedcache.train.metrics import metric_named, wilson
+from embedcache.train.metrics import metric_named, percentile_interval, wilson
 from embedcache.train.metrics.formulas import Predictions
 
 DRAWS = 1000
@@ -310,7 +310,7 @@ def row_interval(
         right = scored[0].right(task, y)
         if len(right) and right.min() == right.max():  # of which the bootstrap knows no spread
             return wilson(float(right.sum()), len(right), alpha), "wilson"
-    return statistics.percentile_interval(resampled, alpha), "bootstrap"
+    return percentile_interval(resampled, alpha), "bootstrap"
 
 
 def _test(problem: Problem, head: Compared, best: Compared) -> PairedTest:
@@ -329,7 +329,7 @@ def _test(problem: Problem, head: Compared, best: Compared) -> PairedTest:
         p, method = statistics.mcnemar(*right), "mcnemar-exact"
     else:
         p, method = statistics.bootstrap_test(value, resampled, problem.strata.groups), "paired-bootstrap"
-    interval = statistics.percentile_interval(resampled, problem.protocol.alpha)
+    interval = percentile_interval(resampled, problem.protocol.alpha)
     return PairedTest(Difference(value, _finite(interval)), p, p_folds, method)
 
 

@@ -97,15 +97,6 @@ def resamples(groups: npt.NDArray[np.int64], draws: int, seed: int = 0) -> Itera
         yield times if alone else times[:, groups]
 
 
-def percentile_interval(values: Floats, alpha: float = 0.05) -> Interval | None:
-    """Return the percentile bootstrap interval at 1 - alpha of resampled scores [B], NaN left out; None if all are."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return None
-    low, high = np.quantile(finite, [alpha / 2, 1 - alpha / 2])
-    return float(low), float(high)
-
-
 def bootstrap_test(difference: float, resampled: Floats, groups: int) -> float:
     """Return the two-sided p of a paired difference, given its bootstrap resamples [B].
 

@@ -303,8 +303,13 @@ def interval(
     if not 0 < level < 1:
         raise SpecError(f"level is {level!r}: expected a share between 0 and 1, such as 0.95")
     values = resampled_scores(task, y, outputs, metric, draws=draws, seed=seed, thresholds=thresholds)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return math.nan, math.nan
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return percentile_interval(values, 1 - level) or (math.nan, math.nan)
+
+
+def percentile_interval(values: Floats, alpha: float = 0.05) -> tuple[float, float] | None:
+    """Return the percentile bootstrap interval at 1 - alpha of resampled scores [B], NaN left out; None if all are."""
+    there = values[np.isfinite(values)]
+    if not len(there):
+        return None
+    low, high = np.quantile(there, [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
