@@ -130,6 +130,12 @@ def test_any_dataset_over_the_stored_rows(
         assert cache.ids(name) == [str(number) for number in numbers]
         ragged = cache.ragged(name)
         assert [ragged[at].tolist() for at in range(len(mine))] == [values(SETS[6], row).tolist() for row in mine]
+        chosen = [*numbers[::-1], *numbers[:3]]  # in any order, and again
+        for each in (SETS[2], SETS[6]):
+            part = cache.of_rows(np.array(chosen, np.int64), each)
+            assert len(part) == len(chosen)
+            expected = [values(each, dataset[row]).tolist() for row in chosen]
+            assert [part[at].tolist() for at in range(len(chosen))] == expected
     assert cache.n_unique == len(set(dataset))
     assert cache.split_sizes() == {"train": int((split == 0).sum()), "test": int((split == 1).sum())}
 
