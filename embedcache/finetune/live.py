@@ -17,6 +17,7 @@ from torch import Tensor
 from embedcache.backbone import Inputs, Prepared
 from embedcache.batching import Batch
 from embedcache.errors import InputError, SpecError, warn
+from embedcache.features import Rows
 from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
 from embedcache.spec import TaskName, TrainSpec
@@ -56,7 +57,7 @@ class ContentBatches:
             yield ContentBatch(inputs, torch.from_numpy(batch_rows).to(self._model.extractor.device))
 
 
-def laid_out(model: FeatureBasedModel, prepared: Prepared, rows: npt.NDArray[np.int64]) -> Inputs:
+def laid_out(model: FeatureBasedModel, prepared: Prepared, rows: Rows) -> Inputs:
     """Return the inputs of the network for some rows, padded to the longest of them, on the model's device."""
     longest = int(prepared.lengths[rows].max())
     return model.extractor.lay_out(prepared, Batch(longest, len(rows), rows))

@@ -25,7 +25,7 @@ from embedcache.heads.record import HeadRecord
 from embedcache.heads.registry import build_head
 from embedcache.heads.sklearn_io import logits_of, outputs
 from embedcache.spec import HeadSpec
-from embedcache.task import Array, Floats, task_named
+from embedcache.task import Array, Flags, Floats, task_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +184,7 @@ class TrainedHead(HeadRecord):
             return task.probabilities(logits)
         return task.probabilities(np.asarray(logits, np.float64) / float(self.calibration.get("temperature", 1.0)))
 
-    def decide(self, probabilities: Array) -> npt.NDArray[np.bool_]:
+    def decide(self, probabilities: Array) -> Flags:
         """Return which labels of a multi-label head are on, bool [N, C], at its fitted thresholds (0.5 without)."""
         return np.asarray(probabilities >= np.asarray(self.thresholds))
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.features import Rows
 from embedcache.spec import FeatureSpec
 from embedcache.sweep import statistics
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Problem
-from embedcache.sweep.statistics import Floats, Interval
 from embedcache.sweep.store import Outputs, Result, SweepFolder
-from embedcache.sweep.summary import Difference, Failure, HeadFacts, LeaderboardRow
-from embedcache.task import Array, Task
+from embedcache.sweep.summary import Difference, Failure, HeadFacts, Interval, LeaderboardRow
+from embedcache.task import Array, Floats, Task
 from embedcache.train.metrics import metric_named, percentile_interval, wilson
 from embedcache.train.metrics.formulas import Predictions
 
@@ -37,7 +37,7 @@ class Scored:
     ``thresholds`` [C] are a multi-label head's own, None for one half.
     """
 
-    rows: npt.NDArray[np.int64]
+    rows: Rows
     outputs: Outputs
     thresholds: Array | None = None
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from embedcache.dataset import evenly_spread
 from embedcache.examples import CONTENTS
+from embedcache.features import Rows
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.summary import (
     Bin,
@@ -115,7 +116,7 @@ def _points(problem: Problem, y: Array, outputs: Array) -> dict[str, tuple[Inter
 
 
 def mistakes(
-    problem: Problem, split: str, rows: npt.NDArray[np.int64], y: Array, outputs: Array, thresholds: Sequence[float]
+    problem: Problem, split: str, rows: Rows, y: Array, outputs: Array, thresholds: Sequence[float]
 ) -> Mistakes:
     """Return the most confident mistakes among ``rows`` of the cache, with what the rows hold where it was kept."""
     limits = np.asarray(thresholds)

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from embedcache.dataset import key_values, mixed
 from embedcache.errors import SweepError, SweepSpecError
-from embedcache.features import InMemory
+from embedcache.features import InMemory, Rows
 from embedcache.fingerprint import sha256_bytes
 from embedcache.sweep.configuration import Protocol
-from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Task, task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Flags, Task, task_named
 from embedcache.train.metrics import metric_named
 from embedcache.wording import counted
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # Which rows a head learns from and which it is scored on: folds, few-shot draws, subsets for learning curves.
 
 
-Rows = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 _BINS = 10  # strata of a regression target
 
 
@@ -42,13 +40,13 @@ class Fold:
     ``stopping`` may be empty. The three never share a row, nor a content. ``repeat`` says which repeat or draw it is.
     """
 
-    train: Mask
-    stopping: Mask
-    score: Mask
+    train: Flags
+    stopping: Flags
+    score: Flags
     repeat: int = 0
 
     @property
-    def usable(self) -> Mask:
+    def usable(self) -> Flags:
         """Which rows a head may use: those to learn from and those to stop early by."""
         return self.train | self.stopping
 
@@ -195,13 +193,13 @@ def _deal(sizes: Rows, folds: int, totals: Rows) -> Rows:
     return fold_of
 
 
-def _hold_out(of: Strata, among: Mask, share: float, seed: int) -> tuple[Mask, Mask]:
+def _hold_out(of: Strata, among: Flags, share: float, seed: int) -> tuple[Flags, Flags]:
     """Divide rows into those to learn from and a share of every stratum, rounded down, to stop early by."""
     stopping = among & _first(of, among, share, (seed, 7919))
     return among & ~stopping, stopping
 
 
-def _first(of: Strata, among: Mask, share: float, seeds: tuple[int, ...], at_least: int = 0) -> Mask:
+def _first(of: Strata, among: Flags, share: float, seeds: tuple[int, ...], at_least: int = 0) -> Flags:
     """Return the rows of the first ``share`` of each stratum's groups among some rows, in an order by content."""
     inside = np.zeros(of.groups, bool)
     inside[of.group[among]] = True
@@ -215,7 +213,7 @@ def _first(of: Strata, among: Mask, share: float, seeds: tuple[int, ...], at_lea
     return chosen[of.group]
 
 
-def given_split(of: Strata, train: Mask, validation: Mask, *, seed: int = 0, stopping: float = 0.1) -> list[Fold]:
+def given_split(of: Strata, train: Flags, validation: Flags, *, seed: int = 0, stopping: float = 0.1) -> list[Fold]:
     """Return the cache's own division: learn from train, score validation.
 
     A row of train whose content is in validation too is left out of training.
@@ -276,7 +274,7 @@ class Problem:
     class_names: tuple[str, ...]
     rows: Rows
     y: Array
-    validation: npt.NDArray[np.bool_]
+    validation: Flags
     strata: Strata
     test_rows: Rows
     test_y: Array

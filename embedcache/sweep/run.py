@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.decoding import to_json
 from embedcache.errors import Interrupted, SweepError, warn
-from embedcache.features import InMemory
+from embedcache.features import InMemory, Rows
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
@@ -245,7 +244,7 @@ class Run:
                 outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
         self.folder.add(results, outputs)
 
-    def _result(self, trained: TrainedJob, rows: npt.NDArray[np.int64], outputs: Outputs | None) -> Result:
+    def _result(self, trained: TrainedJob, rows: Rows, outputs: Outputs | None) -> Result:
         problem, job, configuration = self.problem, trained.job, trained.job.configuration
         metrics: dict[str, float | None] = {}
         if outputs is not None:

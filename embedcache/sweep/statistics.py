@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Interval = tuple[float, float]
+from embedcache.sweep.summary import Interval
+from embedcache.task import Flags, Floats
 
 
 def resampled_t(scores: Sequence[float], train_rows: float, eval_rows: float) -> tuple[float, float, int]:
@@ -57,7 +57,7 @@ def _two_sided(difference: float, error: float, freedom: float) -> float:
     return float(2 * t.sf(abs(difference) / error, freedom)) if error > 0 else 0.0
 
 
-def mcnemar(right_a: npt.NDArray[np.bool_], right_b: npt.NDArray[np.bool_]) -> float:
+def mcnemar(right_a: Flags, right_b: Flags) -> float:
     """Return the exact two-sided p of McNemar's test for two heads on the same rows, bool [N] each: who was right.
 
     Only rows on which they disagree count: under the null hypothesis either is right on half of them (binomial).

@@ -25,7 +25,8 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import MAY_DIFFER, MIN_STEPS
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.problem import Fold, Problem
-from embedcache.task import Array, Task
+from embedcache.sweep.store import Outputs
+from embedcache.task import Array, Flags, Task
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
 
@@ -36,8 +37,6 @@ _IN_PROCESS = frozenset({"majority"})  # fitting takes less than sending the fea
 
 _WORTH_PROCESSES = 4_000_000
 """Below so many numbers to learn from, over all jobs, processes take longer to start than to work."""
-
-Outputs = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _convex(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, titl
         yield TrainedJob(job, head, seconds, float(solved.iterations), history=[entry])
 
 
-def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[Flags, Flags]:
     """Return the rows to learn from and to stop early by: a head that never stops early learns from both."""
     return (fold.train, fold.stopping) if stopping else (fold.usable, np.zeros_like(fold.stopping))
 

@@ -19,7 +19,7 @@ from embedcache.heads.registry import head_named, kinds_read
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TrainSpec, differences_text
-from embedcache.task import CLASSIFICATION, task_named
+from embedcache.task import CLASSIFICATION, Flags, task_named
 from embedcache.train.data import fits_in_memory, labelled_rows_of
 from embedcache.train.metrics.measuring import MetricValues
 from embedcache.train.result import Origin, TrainingResult
@@ -108,7 +108,7 @@ def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> Featur
     raise FeatureError(f"the head {head.kind} reads {what}, and {cache.path} has only {has}: extract such a set too")
 
 
-def held_out(cache: FeatureCache) -> npt.NDArray[np.bool_]:
+def held_out(cache: FeatureCache) -> Flags:
     """Return which training rows are held out where there is no validation split, bool [N], by content."""
     numbers = np.ascontiguousarray(cache.keys("train")[:, :8]).view("<u8").ravel()
     return np.asarray(numbers % HELD_OUT == 0)

@@ -13,7 +13,7 @@ from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.features import Features, OnDisk, Rows, features_of
 from embedcache.shard import FeatureSet
 from embedcache.spec import TrainSpec
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Flags, Floats, Task
 from embedcache.wording import counted, shortened
 
 # Whether features fit in the memory that is free.
@@ -131,7 +131,7 @@ def labelled_rows_of(
 
 def checked_targets(
     y: npt.ArrayLike, rows: int, task: Task, *, where: str, outputs: int | None = None
-) -> tuple[Array, npt.NDArray[np.bool_]]:
+) -> tuple[Array, Flags]:
     """Return targets as training takes them, and which of the rows have a label, bool [N].
 
     Raises ``InputError`` for targets that do not fit the task or the number of rows.
@@ -246,7 +246,7 @@ def constants_note(x: Features) -> str | None:
     )
 
 
-def _constant(mean: Floats, deviation: Floats) -> npt.NDArray[np.bool_]:
+def _constant(mean: Floats, deviation: Floats) -> Flags:
     return np.asarray(deviation <= np.maximum(1e-6 * np.abs(mean), rounding(mean, deviation)))
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from embedcache.errors import TrainingError
 from embedcache.spec import TrainSpec
-from embedcache.task import Task
+from embedcache.task import Floats, Task
 from embedcache.train.batches import BatchSource, RowsOfBatch
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Epoch
@@ -51,7 +50,7 @@ def still_improving(history: Sequence[Mapping[str, float]], best: int, spec: Tra
     return bool(lately > STILL * fallen > 0) and (best < 0 or way[best] > most)
 
 
-Scores = npt.NDArray[np.float64]
+Scores = Floats
 
 
 B = TypeVar("B", bound=RowsOfBatch)

@@ -16,7 +16,7 @@ from embedcache.features import Array, Dense, OnDisk, Ragged
 from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Head, Linear
 from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
-from embedcache.task import CLASSIFICATION, REGRESSION, Floats
+from embedcache.task import CLASSIFICATION, REGRESSION, Flags, Floats
 from embedcache.train.batches import Batches, DiskBatches, FeatureBatch, RaggedBatches, TensorBatches, lent
 from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
 from embedcache.train.loop import Scores, Stopping, fit, still_improving
@@ -46,8 +46,8 @@ class Masks:
     ``train`` and ``evaluate`` are bool [M, N]; head k uses row ``of[k]`` of both.
     """
 
-    train: npt.NDArray[np.bool_]
-    evaluate: npt.NDArray[np.bool_]
+    train: Flags
+    evaluate: Flags
     of: npt.NDArray[np.int64]
 
 

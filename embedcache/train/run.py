@@ -18,7 +18,7 @@ from embedcache.heads.registry import head_named
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TaskName, TrainSpec
-from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Floats, task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Flags, Floats, task_named
 from embedcache.train.data import LabelledRows, checked_names, constants_note, labelled_rows_of, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.metrics.measuring import MetricValues
@@ -122,7 +122,7 @@ def fit_thresholds(probabilities: Array, y: Array) -> Floats:
     return np.array([_threshold(p[:, column], y[:, column]) for column in range(p.shape[1])], np.float64)
 
 
-def _threshold(p: Floats, y: npt.NDArray[np.bool_]) -> float:
+def _threshold(p: Floats, y: Flags) -> float:
     positives = int(y.sum())
     if not positives:
         return 0.5

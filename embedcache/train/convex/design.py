@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Flags, Floats, Task
 from embedcache.train.data import rounding
 
 # Blocks of rows on several threads, each a product of one BLAS thread: the same bits however many threads there are.
@@ -129,7 +129,7 @@ class Design:
     softmax: bool
     columns: int
     problems: int
-    absent: npt.NDArray[np.bool_]
+    absent: Flags
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -180,6 +180,7 @@ class Design:
         if self.softmax:
             seen = ~self.absent[problem]
             top = point[-1, seen].max()
+            # A class without rows, or one that float32 would round to 0, starts where ``start`` puts it.
             gone = ~seen | (point[-1] < top - 80.0)
             point[:, gone] = 0.0
             point[-1, gone] = self.start(problem)[-1, gone] + top
@@ -191,6 +192,7 @@ class Design:
         bias = point[-1] - weight @ self.mean
         if self.softmax:
             seen = ~self.absent[problem]
+            # Softmax ignores what is added to all classes: rounding alone decides it, and a mean of 0 has least norm.
             weight[seen] -= weight[seen].mean(axis=0)
             bias[seen] -= bias[seen].mean()
             weight[~seen], bias[~seen] = 0.0, NEVER
@@ -207,7 +209,7 @@ def design(
     outputs: int,
     sample_weight: npt.ArrayLike | None = None,
     class_weight: npt.ArrayLike | str | None = None,
-    masks: npt.NDArray[np.bool_] | None = None,
+    masks: Flags | None = None,
     standardize: bool = False,
 ) -> Design:
     """Check everything and return the problems; ``masks`` bool [K, N] says which rows each problem trains on.
@@ -285,7 +287,7 @@ def _masses(
     task: Task,
     outputs: int,
     given: npt.ArrayLike | str | None,
-    masks: npt.NDArray[np.bool_] | None,
+    masks: Flags | None,
 ) -> tuple[Floats | None, Floats | None]:
     """Return the weights of rows [K, N] in each problem, classes considered, and those of labels that are on [C]."""
     mass = None if rows is None else rows[None]
@@ -311,7 +313,7 @@ def _masses(
     return (weights[y][None] if mass is None else mass * weights[y]), None
 
 
-def _absent(y: Array, masses: Floats | None, task: Task, outputs: int) -> npt.NDArray[np.bool_]:
+def _absent(y: Array, masses: Floats | None, task: Task, outputs: int) -> Flags:
     masses = np.ones((1, len(y))) if masses is None else masses
     absent = np.zeros((len(masses), outputs), bool)
     for problem, mass in enumerate(masses):
@@ -384,14 +386,14 @@ def checked_l2(l2: float) -> float:
     return value
 
 
-def checked_masks(given: npt.ArrayLike, n: int) -> npt.NDArray[np.bool_]:
+def checked_masks(given: npt.ArrayLike, n: int) -> Flags:
     """Return the training rows of each fold, bool [K, N], from numbers of folds [N] or from such masks."""
     folds = np.asarray(given)
     if folds.dtype == bool and folds.ndim == 2 and folds.shape[1] == n and len(folds):
         return np.asarray(folds)
     if folds.shape != (n,) or folds.dtype.kind not in "iu":
         raise SpecError(f"folds: expected {n} whole numbers, or the training rows of each fold as bool [K, {n}]")
-    count = int(folds.max()) + 1
+    count = int(folds.max()) + 1  # -1 counts for none
     if count < 1 or len(np.unique(folds[folds >= 0])) != count:
         raise SpecError("folds: expected the numbers 0 to K - 1, each at least once (-1: rows that all folds train on)")
     return np.asarray(folds[None] != np.arange(count)[:, None])

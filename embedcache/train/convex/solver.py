@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from embedcache.errors import SpecError
 from embedcache.spec import HeadSpec, TrainSpec
-from embedcache.task import REGRESSION, Floats, Task
+from embedcache.task import REGRESSION, Flags, Floats, Task
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.descent import Objective, Walk, descend
 from embedcache.train.convex.design import (
@@ -216,7 +216,7 @@ def _solve(
     options: Options,
     *,
     starts: list[Solution] | None = None,
-    masks: npt.NDArray[np.bool_] | None = None,
+    masks: Flags | None = None,
 ) -> list[list[Solution]]:
     """Return solutions by penalty and problem."""
     tolerance, most = options.get("tolerance", 1e-9), options.get("max_iterations", 1000)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import SpecError
-from embedcache.task import CLASSIFICATION, EPSILON, MULTILABEL, REGRESSION, Array, Floats, Task
+from embedcache.task import CLASSIFICATION, EPSILON, MULTILABEL, REGRESSION, Array, Flags, Floats, Task
 from embedcache.wording import counted
 
 # Predictions beside the truth, and what is computed row by row.
@@ -98,7 +98,7 @@ def weighted_mean(values: Floats, weights: Floats) -> Floats:
         return np.asarray((values * weights).sum(axis=-1) / total)
 
 
-def areas(positive: npt.NDArray[np.bool_], score: Array) -> tuple[float, float]:
+def areas(positive: Flags, score: Array) -> tuple[float, float]:
     """Return ROC-AUC and average precision where all rows weigh the same, NaN as in ``Ranked``.
 
     Only the two sides are sorted, and only the positives looked up: ten times as fast as ranking every row.
@@ -115,7 +115,7 @@ def areas(positive: npt.NDArray[np.bool_], score: Array) -> tuple[float, float]:
 class Ranked:
     """Rows by falling score, so that the curves of any weights need no further sorting."""
 
-    def __init__(self, positive: npt.NDArray[np.bool_], score: Array) -> None:
+    def __init__(self, positive: Flags, score: Array) -> None:
         self._order = np.argsort(-score)
         score = score[self._order]
         self._positive = positive[self._order]

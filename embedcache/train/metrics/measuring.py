@@ -9,10 +9,9 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from embedcache.errors import SpecError, TrainingError
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Flags, Floats, Task
 from embedcache.train.metrics import formulas
 from embedcache.train.metrics.formulas import (
     BINS,
@@ -129,7 +128,7 @@ def scores(name: str, task: Task, y: Array, outputs: Array) -> Floats:
     if not labelled.all():
         y, outputs = y[labelled], outputs[:, labelled]
     weights = np.ones(outputs.shape[:2])
-    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(outputs).all(axis=(1, 2)))
+    finite: Flags = np.asarray(np.isfinite(outputs).all(axis=(1, 2)))
     outputs = outputs if finite.all() else np.where(finite[:, None, None], outputs, 0.0)
     if name in ("accuracy", "subset_accuracy"):
         values = weighted_mean(task.right(y, task.decide(outputs)), weights)
@@ -216,7 +215,7 @@ def _refuse_bad_outputs(predictions: Predictions) -> None:
     outputs = predictions.outputs
     if not predictions.finite or not np.isfinite(predictions.y).all():
         values, whose = (predictions.y, "the targets") if predictions.finite else (outputs, "the head's outputs")
-        bad: npt.NDArray[np.bool_] = np.asarray(~np.isfinite(values).all(axis=1))
+        bad: Flags = np.asarray(~np.isfinite(values).all(axis=1))
         raise TrainingError(
             f"{whose} are not finite in {int(bad.sum())} of {len(bad)} rows, first in labelled row "
             f"{int(bad.argmax())}: train with a lower learning rate, and look at the features"
