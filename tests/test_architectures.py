@@ -76,7 +76,7 @@ def test_an_encoder_saved_alone_is_the_encoder_of_the_whole(tmp_path: Path, kind
     first, second = (compute_features(backbone, TEXTS, "mean").values for backbone in backbones)
     assert first.tobytes() == second.tobytes()
     standard = StandardModel(alone, backbones[1].identity, "cpu")
-    inputs = standard.inputs([tiny_models.TEXTS[0]])
+    inputs = standard.inputs([TEXTS[0]])
     with torch.no_grad():
         expected = standard.model(**inputs).last_hidden_state[0].mean(dim=0)
     np.testing.assert_allclose(second[0], expected, atol=1e-5)

@@ -137,9 +137,11 @@ def pictures(count: int, start: int = 0) -> list[bytes]:
     return [picture(number, "JPEG" if number % 3 == 0 else "PNG") for number in range(start, start + count)]
 
 
-def examples_of(contents: Sequence[bytes]) -> Examples:
-    """Return rows of pictures with labels, as an input of the kind image gives them."""
+def examples_of(contents: Sequence[bytes], *, splits: bool = False) -> Examples:
+    """Return rows of pictures with labels, as an input of images gives them; every fourth in validation, of ``splits``."""
     rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(len(contents))]
+    if splits:
+        rows = [{**row, "split": "validation" if at % 4 == 3 else "train"} for at, row in enumerate(rows)]
     keys = np.frombuffer(b"".join(map(row_key, contents)), np.uint8).reshape(-1, 16)
     return replace(
         load_examples(rows), kind="image", keys=keys, packed_contents=Packed.of(contents), n_unique=len(set(contents))

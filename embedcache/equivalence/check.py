@@ -25,6 +25,7 @@ from embedcache.equivalence import identity
 from embedcache.equivalence.bits import Array, Rows, difference
 from embedcache.equivalence.features import LiveBatches, Recomputed, recompute
 from embedcache.equivalence.identity import load_live, load_standard, other_poolings
+from embedcache.equivalence.pictures import other_preparations
 from embedcache.equivalence.result import (
     Comparison,
     EquivalenceResult,
@@ -68,7 +69,10 @@ def compare_features(
             tolerance = tolerances[name]
             row = judged_by_component("canonical", what, report.total, place, tolerance, report.within(tolerance))
         comparisons.append(row)
-    findings = of_features(recomputed, ids, tolerances, other_poolings)
+    findings = of_features(
+        recomputed, ids, tolerances, other_poolings,
+        lambda contents, name: other_preparations(subject.backbone, contents, name),
+    )  # fmt: skip
     return Outcome(tuple(comparisons), tuple(findings))
 
 
@@ -128,9 +132,9 @@ def compare_standard(
 ) -> Outcome:  # fmt: skip
     """Train as anyone would, and compare features, training and predictions within the tolerances."""
     plan, rows = subject.plan, subject.rows
-    texts, sets = subject.raw.texts(rows.train), subject.cache.feature_sets
-    train_features = model.features(texts, sets)
-    evaluation_features = model.features(subject.raw.texts(rows.evaluate), sets)
+    contents, sets = subject.raw.contents(rows.train), subject.cache.feature_sets
+    train_features = model.features(contents, sets)
+    evaluation_features = model.features(subject.raw.contents(rows.evaluate), sets)
     outcome = Outcome()
     for name, feature in sets.items():
         pairs = ((rows.train, train_features[name]), (rows.evaluate, evaluation_features[name]))
@@ -138,7 +142,7 @@ def compare_standard(
     if plan.head.kind not in STANDARD_HEADS:
         return outcome + Outcome(notes=(f"no standard training: there is no plain twin of the head {plan.head.kind}",))
     x, evaluation = train_features[plan.feature.name], evaluation_features[plan.feature.name]
-    standard = train_standard(plan, model, texts, x, subject.input_targets, cached, evaluation)
+    standard = train_standard(plan, model, contents, x, subject.input_targets, cached, evaluation)
     agree = outcome.agrees and not outcome.findings
     return outcome + _compare_training(subject, "standard", cached, standard, training_tolerances, agree)
 

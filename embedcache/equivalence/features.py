@@ -17,6 +17,7 @@ from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
 from embedcache.features import Dense, InMemory, Ragged
 from embedcache.shard import FeatureSet, rounded
+from embedcache.spec import ExtractionSpec
 from embedcache.train.batches import FeatureBatch, order
 
 WINDOW = 2048
@@ -114,12 +115,14 @@ class SetReport:
 class Recomputed:
     """Reports by feature set, the contents of some rows, and the recomputed features of the rows of training.
 
-    ``vectors`` are of the plan's feature set, by row, before they are rounded to the storage type.
+    ``kind`` is what a content is, such as ``text``; ``vectors`` are of the plan's feature set, by row, before they are
+    rounded to the storage type.
     """
 
     reports: Mapping[str, SetReport]
     vectors: Mapping[int, Array]
     contents: Mapping[int, bytes]
+    kind: str = "text"
 
     def features(self, rows: Rows, feature: FeatureSet) -> InMemory:
         """Return the features of some rows as a set of ``feature.dtype`` stores them, in float32."""
@@ -165,7 +168,7 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
             for row, content in zip(window.tolist(), raw, strict=True):
                 if row in keep or len(contents) < WINDOW:
                     contents[row] = content
-    return Recomputed(reports, vectors, contents)
+    return Recomputed(reports, vectors, contents, ExtractionSpec.from_json(cache.spec).content or "text")
 
 
 # The backbone in the loop: raw rows -> features, in canonical batches, inside every step.

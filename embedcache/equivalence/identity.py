@@ -10,6 +10,7 @@ import torch
 from embedcache.backbone import Backbone, compute_features, load_again, resolve_model
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, difference
+from embedcache.equivalence.pictures import StandardPictures
 from embedcache.equivalence.standard import StandardModel
 from embedcache.errors import BackboneError
 from embedcache.spec import ExtractionSpec, ModelSource
@@ -24,7 +25,11 @@ FIELDS = (
     ("preprocessing.max_length", "maximum length: texts are cut at another length"),
     ("preprocessing.truncation_side", "truncation: longer texts are cut at the other end"),
     ("preprocessing.prompt", "prompt: another text is put before each row"),
-    ("preprocessing", "preprocessing: texts are prepared another way"),
+    ("preprocessing.decoding", "decoding: images are decoded by another rule"),
+    ("preprocessing.processor", "processor: images are resized, cropped or normalised with other settings"),
+    ("preprocessing.resize", "resizing: images are brought to the network's size in another way"),
+    ("preprocessing.memory_format", "memory format: pixels lie in memory in another order, for other kernels"),
+    ("preprocessing", "preprocessing: rows are prepared another way"),
     ("features", "pooling: the feature set is made another way"),
     ("compute_dtype", "compute type: the model computes in another precision"),
     ("storage_dtype", "storage type: features are stored in another precision"),
@@ -191,4 +196,5 @@ def load_standard(cache: FeatureCache, source: ModelSource, backbone: Backbone) 
         return None
     device = str(getattr(backbone, "device", "cpu"))
     folder = resolve_model(name, source.revision)
-    return StandardModel(folder, cache.spec, device, trust_remote_code=source.trust_remote_code)
+    kind = StandardPictures if ExtractionSpec.from_json(cache.spec).content == "image" else StandardModel
+    return kind(folder, cache.spec, device, trust_remote_code=source.trust_remote_code)

@@ -201,11 +201,14 @@ class EquivalenceResult:
 
 Recompute = Callable[[Sequence[bytes]], Mapping[str, Array]]
 """Makes features of some rows by every pooling that the model has, by name."""
+Prepare = Callable[[Sequence[bytes], str], Mapping[str, Array]]
+"""Makes one feature set of some rows that are prepared in every other way that is known, by what it is in words."""
 
 
 def of_features(
-    recomputed: Recomputed, ids: Sequence[str], tolerances: Mapping[str, Array] | None, other_poolings: Recompute
-) -> list[str]:
+    recomputed: Recomputed, ids: Sequence[str], tolerances: Mapping[str, Array] | None, other_poolings: Recompute,
+    other_preparations: Prepare,
+) -> list[str]:  # fmt: skip
     """Return a finding for each feature set that differs by more than the tolerances, if there are any."""
     findings = []
     for name, report in recomputed.reports.items():
@@ -214,12 +217,15 @@ def of_features(
         rows = np.flatnonzero(report.differing)
         shown = listed((ids[int(report.rows[row])] for row in rows.tolist()), 3)
         what = f"features {name}: {len(rows):,} of {len(report.rows):,} rows differ (row {shown})"
-        findings.append(f"{what}: {_pattern(report, recomputed.contents, ids, other_poolings)}")
+        findings.append(f"{what}: {_pattern(report, recomputed, ids, other_poolings, other_preparations)}")
     return findings
 
 
-def _pattern(report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str], other_poolings: Recompute) -> str:
-    differs = report.differing > 0
+def _pattern(
+    report: SetReport, recomputed: Recomputed, ids: Sequence[str], other_poolings: Recompute,
+    other_preparations: Prepare,
+) -> str:  # fmt: skip
+    differs, contents, texts = report.differing > 0, recomputed.contents, recomputed.kind == "text"
     if swapped := _swapped(report, ids):
         return swapped
     if cut := _cut(report):
@@ -227,7 +233,9 @@ def _pattern(report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str
     if report.other_lengths:
         row, (there, here) = next(iter(report.other_lengths.items()))
         return f"row {ids[row]} has {there} tokens there and {here} here: another tokenizer, prompt or maximum length"
-    if not differs.all() and (word := _word(report, contents)):
+    if not texts and (other := _another_preparation(report, contents, other_preparations)):
+        return other
+    if texts and not differs.all() and (word := _word(report, contents)):
         return word
     if differs.sum() <= max(1, len(differs) // 10):
         values = int(report.differing.sum())
@@ -235,14 +243,14 @@ def _pattern(report: SetReport, contents: Mapping[int, bytes], ids: Sequence[str
             f"{values:,} {'value' if values == 1 else 'values'} by up to {report.total.ulps:,} ULP, "
             "and all other rows agree to the bit: what is stored was changed, not the model"
         )
-    if explanation := _another_pooling(report, contents, other_poolings):
+    if explanation := _another_pooling(report, contents, other_poolings, texts):
         return explanation
     if report.relative < 1e-2:
         return (
             f"by {report.relative:.1e} of their size: the arithmetic or the weights differ a little "
             "(a weight changed, another kernel or precision)"
         )
-    return f"by {report.relative:.0%} of their size: another model, pooling or way of preparing texts"
+    return f"by {report.relative:.0%} of their size: another model, pooling or way of preparing {recomputed.kind}s"
 
 
 def _swapped(report: SetReport, ids: Sequence[str]) -> str | None:
@@ -283,23 +291,38 @@ def _word(report: SetReport, contents: Mapping[int, bytes]) -> str | None:
     return None
 
 
-def _another_pooling(report: SetReport, contents: Mapping[int, bytes], other_poolings: Recompute) -> str | None:
-    """Try other poolings of the same model, and lower-casing."""
+def _differing(report: SetReport, contents: Mapping[int, bytes]) -> tuple[list[bytes], Callable[[Array], bool]]:
+    """Return the contents of a few rows that differ, and what tells whether features of them are those in the cache."""
     places = [place for place in report.there if int(report.rows[place]) in contents][:8]
-    rows = [contents[int(report.rows[place])] for place in places]
-    if not rows or report.feature.kind == "tokens":
-        return None
 
     def is_stored(values: Array) -> bool:
         made = [np.asarray(value, np.float32).tobytes() for value in values]
         return made == [report.there[place].tobytes() for place in places]
 
-    others = other_poolings(rows)
-    if not others:
+    return [contents[int(report.rows[place])] for place in places], is_stored
+
+
+def _another_preparation(report: SetReport, contents: Mapping[int, bytes], prepare: Prepare) -> str | None:
+    """Try what else may be done to an image: another filter, other constants, channels in another order."""
+    rows, is_stored = _differing(report, contents)
+    others = prepare(rows, report.feature.name) if rows and report.feature.kind != "tokens" else {}
+    what = next((what for what, values in others.items() if is_stored(values)), None)
+    return f"the cache holds the features of images {what}" if what else None
+
+
+def _another_pooling(
+    report: SetReport, contents: Mapping[int, bytes], other_poolings: Recompute, texts: bool
+) -> str | None:
+    """Try other poolings of the same model, and of texts lower-casing."""
+    rows, is_stored = _differing(report, contents)
+    if not rows or report.feature.kind == "tokens":
         return None
+    others = other_poolings(rows)
     for name, values in others.items():
         if is_stored(values):
             return f"the cache holds what the pooling {name} gives: another pooling"
+    if not others or not texts:
+        return None
     lowered = other_poolings([row.decode("utf-8").lower().encode() for row in rows])
     if report.feature.name in lowered and is_stored(lowered[report.feature.name]):
         return "the cache holds the features of lower-cased texts: lower-casing differs"

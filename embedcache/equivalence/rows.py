@@ -58,10 +58,6 @@ class RawRows:
         read = list(self.examples.contents(wanted))
         return [read[int(place)] for place in back]
 
-    def texts(self, rows: Rows) -> list[str]:
-        """Read some rows as texts."""
-        return [content.decode("utf-8") for content in self.contents(rows)]
-
 
 def matched(cache: FeatureCache, examples: Examples | None) -> RawRows:
     """Match an input with a cache by content; None takes the inputs that the cache itself keeps.
@@ -118,7 +114,7 @@ def _refuse_other_rows(cache: FeatureCache, examples: Examples, cached: Keys, gi
     mismatches = []
     if len(extra):
         some = extra[:_SHOWN]
-        rows = [f"{examples.ids[row]} {shortened(content.decode('utf-8', 'replace'))}" for row, content in
+        rows = [f"{examples.ids[row]} {_shown(content)}" for row, content in
                 zip(some.tolist(), examples.contents(some), strict=True)]  # fmt: skip
         names = listed(rows, _SHOWN, len(extra))
         mismatches.append(f"{counted(len(extra), 'row')} of the input not in {cache.path} (row {names})")
@@ -127,7 +123,7 @@ def _refuse_other_rows(cache: FeatureCache, examples: Examples, cached: Keys, gi
         names = listed((ids[row] for row in lacking.tolist()), _SHOWN)
         mismatches.append(f"{counted(len(lacking), 'row')} of {cache.path} not in the input (row {names})")
     raise InputError(
-        f"the input does not match the cache: {' and '.join(mismatches)}: was a text changed since the extraction? "
+        f"the input does not match the cache: {' and '.join(mismatches)}: was a row changed since the extraction? "
         "Give the input that the cache was made from, or extract again to add the new rows"
     )
 
@@ -249,6 +245,13 @@ def sample(
 
 def _drawn(draw: np.random.Generator, rows: Rows, count: int) -> Rows:
     return np.sort(draw.permutation(rows)[:count])
+
+
+def _shown(content: bytes) -> str:
+    try:
+        return shortened(content.decode("utf-8"))
+    except UnicodeDecodeError:  # an image
+        return counted(len(content), "byte")
 
 
 # What a check works on: the opened cache and input, the rows that are looked at, and how both sides train.

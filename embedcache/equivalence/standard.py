@@ -208,27 +208,33 @@ STANDARD_HEADS: dict[str, Callable[[Options, Named, torch.Generator], nn.Module]
 BATCH = 32
 
 
+def load_quietly(folder: Path, spec: Mapping[str, Any], reader: str, model: str, trust: bool) -> tuple[Any, Any]:
+    """Load what reads rows and a model, by the names of their classes in ``transformers``, as a spec says."""
+    import transformers
+
+    newer = int(transformers.__version__.split(".")[0]) >= 5
+    verbosity = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    by_pillow = {} if reader != "AutoImageProcessor" else {"backend": "pil"} if newer else {"use_fast": False}
+    try:
+        loaded = getattr(transformers, reader).from_pretrained(folder, trust_remote_code=trust, **by_pillow)
+        return loaded, getattr(transformers, model).from_pretrained(
+            folder, trust_remote_code=trust, use_safetensors=True, attn_implementation=spec["attention"],
+            **{"dtype" if newer else "torch_dtype": getattr(torch, spec["compute_dtype"])},
+        )  # fmt: skip
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 class StandardModel:
     """A tokenizer and a frozen model as ``transformers`` loads them, set up as the spec of a cache says."""
 
     def __init__(self, folder: Path, spec: Mapping[str, Any], device: str, *, trust_remote_code: bool = False) -> None:
-        import transformers
-
-        verbosity = transformers.utils.logging.get_verbosity()
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.set_verbosity(logging.ERROR)
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-            model = transformers.AutoModel.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, use_safetensors=True,
-                attn_implementation=spec["attention"], **{dtype: getattr(torch, spec["compute_dtype"])},
-            )  # fmt: skip
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
-            if bars:
-                transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        self.tokenizer, model = load_quietly(folder, spec, "AutoTokenizer", "AutoModel", trust_remote_code)
         if model.config.is_encoder_decoder or (hasattr(model, "encoder") and hasattr(model, "decoder")):
             model = model.get_encoder()
         if getattr(model.config, "use_cache", None):
@@ -247,9 +253,9 @@ class StandardModel:
         changed.model = network
         return changed
 
-    def inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def inputs(self, contents: Sequence[bytes]) -> dict[str, Tensor]:
         """Tokenise some texts, padded to the longest of them: ids and mask [B, T]."""
-        texts = [self.text["prompt"] + text for text in texts]
+        texts = [self.text["prompt"] + content.decode("utf-8") for content in contents]
         if self.text["lower_case"]:
             texts = [text.lower() for text in texts]
         encoded = self.tokenizer(
@@ -261,24 +267,30 @@ class StandardModel:
             "attention_mask": encoded["attention_mask"].to(self.device),
         }
 
-    def __call__(self, texts: Sequence[str], wanted: Sequence[FeatureSpec]) -> tuple[dict[str, Tensor], Tensor]:
+    def __call__(self, contents: Sequence[bytes], wanted: Sequence[FeatureSpec]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the features of one batch, float32 [B, D], [B, L, D] or for tokens [B, T, D], and its mask [B, T]."""
         with torch.no_grad():
-            inputs = self.inputs(texts)
+            inputs = self.inputs(contents)
             out = self.model(**inputs, output_hidden_states=True)
-            mask = inputs["attention_mask"].bool()
-            return {feature.name: pooled(out, mask, feature) for feature in wanted}, mask
+            return self.pooled(out, inputs, wanted)
 
-    def vectors(self, texts: Sequence[str], wanted: Sequence[FeatureSpec]) -> tuple[dict[str, Tensor], Tensor]:
+    def pooled(
+        self, out: Any, inputs: Mapping[str, Tensor], wanted: Sequence[FeatureSpec]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Pool the outputs of one batch; see ``__call__``."""
+        mask = inputs["attention_mask"].bool()
+        return {feature.name: pooled(out, mask, feature) for feature in wanted}, mask
+
+    def vectors(self, contents: Sequence[bytes], wanted: Sequence[FeatureSpec]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the features of one batch without padding, tokens as [sum T, D]; and the lengths [B]."""
-        features, mask = self(texts, wanted)
+        features, mask = self(contents, wanted)
         tokens = {feature.name: features[feature.name][mask] for feature in wanted if feature.pooling == "tokens"}
         return {**features, **tokens}, mask.sum(dim=1)
 
-    def features(self, texts: Sequence[str], sets: Mapping[str, FeatureSet]) -> dict[str, InMemory]:
-        """Return feature sets of many texts, computed in batches of 32 and rounded as they are stored."""
+    def features(self, contents: Sequence[bytes], sets: Mapping[str, FeatureSet]) -> dict[str, InMemory]:
+        """Return feature sets of many rows, computed in batches of 32 and rounded as they are stored."""
         wanted = [FeatureSpec.parse(name) for name in sets]
-        parts = [self.vectors(texts[start : start + BATCH], wanted) for start in range(0, len(texts), BATCH)]
+        parts = [self.vectors(contents[start : start + BATCH], wanted) for start in range(0, len(contents), BATCH)]
         ends = np.cumsum(np.concatenate([[0], *(lengths.cpu().numpy() for _, lengths in parts)]))
         made: dict[str, InMemory] = {}
         for name, feature in sets.items():
@@ -318,12 +330,12 @@ def _pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def train_standard(
-    plan: TrainingPlan, model: StandardModel, texts: Sequence[str], x: InMemory, y: Array, start: Record,
+    plan: TrainingPlan, model: StandardModel, contents: Sequence[bytes], x: InMemory, y: Array, start: Record,
     evaluation: InMemory,
 ) -> Record:  # fmt: skip
     """Train a plain head with the backbone run in every step, on the batches and from the initial head of ``start``.
 
-    ``x`` are the standard features of all texts, which standardisation is computed from; ``evaluation`` are those of
+    ``x`` are the standard features of all rows, which standardisation is computed from; ``evaluation`` are those of
     the rows whose logits are recorded.
     """
     spec, feature = plan.spec, FeatureSpec.parse(plan.feature.name)
@@ -343,7 +355,7 @@ def train_standard(
     losses, norms = [], []
     module.train()
     for rows in start.batches:
-        features, mask = model([texts[row] for row in rows], [feature])
+        features, mask = model([contents[row] for row in rows], [feature])
         stored = features[feature.name].cpu().to(getattr(torch, plan.feature.dtype)).float()
         logits = module(stored, mask.cpu() if feature.pooling == "tokens" else None)
         loss = _loss(plan.task, logits, targets[rows], spec.label_smoothing)

@@ -76,10 +76,12 @@ def local_error(longest: int, compute_dtype: str) -> float:
 
 
 def longest_axis(network: nn.Module) -> int:
-    """Return the longest axis of a weight matrix, embeddings aside: an upper bound of K."""
+    """Return the longest axis of a weight matrix, embeddings aside: an upper bound of K. A convolution is a matrix of
+    its filters' values.
+    """
     return max(
         (
-            max(parameter.shape)
+            max(parameter.shape[0], parameter[0].numel())
             for module in network.modules()
             if not isinstance(module, nn.Embedding)
             for parameter in module.parameters(recurse=False)
@@ -137,10 +139,10 @@ def storage_tolerance(largest: Array, tolerance: Array, dtype: str) -> Array:
 def feature_tolerances(subject: Subject, standard: StandardModel, recomputed: Recomputed) -> dict[str, Array]:
     """Return how far apart the components of each feature set of a cache may be, float64 [...], storage included."""
     rows = subject.rows.features
-    texts = subject.raw.texts(rows[evenly_spread(len(rows), 32)])
+    contents = subject.raw.contents(rows[evenly_spread(len(rows), 32)])
     network = standard.model
     kappa = conditioning(
-        network, lambda moved: standard.with_network(moved).vectors(texts, subject.feature_specs)[0]
+        network, lambda moved: standard.with_network(moved).vectors(contents, subject.feature_specs)[0]
     )  # fmt: skip
     longest, compute = longest_axis(network), str(subject.cache.spec["compute_dtype"])
     tolerances = {}
