@@ -23,6 +23,7 @@ from embedcache.cache import CacheWriter, FeatureCache
 from embedcache.equivalence import EquivalenceResult, check_equivalence
 from embedcache.errors import InputError
 from embedcache.extract import extract
+from embedcache.features import Stored
 
 PICTURES = tiny_pictures.pictures(24)
 FAST: dict[str, Any] = {"steps": 3, "head": "linear", "reference": "canonical", "progress": False}
@@ -53,9 +54,10 @@ def forged(path: Path, cache: FeatureCache, like: FeatureCache) -> FeatureCache:
     arrays: dict[str, Any] = {}
     for shard, entry in enumerate(cache.manifest["shards"]):
         for name, value in cache.shard(shard, np.arange(entry["rows"]))[1].items():
-            arrays[name] = np.concatenate([arrays[name], value]) if name in arrays else np.array(value)
+            arrays[name] = np.concatenate([arrays[name], value.values]) if name in arrays else value.values
+    features = {feature.name: Stored(feature, arrays[feature.name]) for feature in like.feature_sets.values()}
     with CacheWriter(path, dict(like.spec), list(like.feature_sets.values())) as writer:
-        writer.append(np.array(like.stored_keys()), arrays, like.provenance()[0])
+        writer.append(np.array(like.stored_keys()), features, like.provenance()[0])
         writer.commit_dataset(replace(like.dataset, ids=None))
     return FeatureCache.open(path)
 

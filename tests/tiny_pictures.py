@@ -138,7 +138,7 @@ def pictures(count: int, start: int = 0) -> list[bytes]:
 
 
 def examples_of(contents: Sequence[bytes], *, splits: bool = False) -> Examples:
-    """Return rows of pictures with labels, as an input of images gives them; every fourth in validation, of ``splits``."""
+    """Return rows of pictures with labels, as an input of images gives them; with ``splits``, of two splits."""
     rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(len(contents))]
     if splits:
         rows = [{**row, "split": "validation" if at % 4 == 3 else "train"} for at, row in enumerate(rows)]

@@ -168,7 +168,7 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
             for row, content in zip(window.tolist(), raw, strict=True):
                 if row in keep or len(contents) < WINDOW:
                     contents[row] = content
-    return Recomputed(reports, vectors, contents, ExtractionSpec.from_json(cache.spec).content or "text")
+    return Recomputed(reports, vectors, contents, ExtractionSpec(cache.spec).content or "text")
 
 
 # The backbone in the loop: raw rows -> features, in canonical batches, inside every step.

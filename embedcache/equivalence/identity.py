@@ -196,5 +196,5 @@ def load_standard(cache: FeatureCache, source: ModelSource, backbone: Backbone) 
         return None
     device = str(getattr(backbone, "device", "cpu"))
     folder = resolve_model(name, source.revision)
-    kind = StandardPictures if ExtractionSpec.from_json(cache.spec).content == "image" else StandardModel
+    kind = StandardPictures if ExtractionSpec(cache.spec).content == "image" else StandardModel
     return kind(folder, cache.spec, device, trust_remote_code=source.trust_remote_code)
