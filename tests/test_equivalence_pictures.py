@@ -110,7 +110,10 @@ def test_odd_files_are_prepared_as_anyone_careful_would(models: Callable[[str], 
     ("changed", "said"),
     [
         ({"resample": 0}, "resized with another filter (nearest)"),
-        ({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, "other constants (ImageNet's)"),
+        (
+            {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+            "normalised with other constants (ImageNet's)",
+        ),
         ({"do_normalize": False}, "normalised with other constants (none)"),
     ],
 )
