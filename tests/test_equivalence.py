@@ -483,7 +483,7 @@ def test_a_prompt_that_was_left_out(
 def test_one_text_changed(cache: FeatureCache, tmp_path: Path, command: Callable[..., Said]) -> None:
     rows = [{**row, "text": "not so bad"} if row["id"] == "r13" else row for row in ROWS]
     said = command(cache.path, write_csv(tmp_path / "rows.csv", rows), *QUICK, "--id-column", "id")
-    fails(said, "1 row of the input not in", "(row r13 'not so bad')", "was a text changed")
+    fails(said, "1 row of the input not in", "(row r13 'not so bad')", "was a row changed")
 
 
 def test_two_rows_of_the_input_swapped(cache: FeatureCache, tmp_path: Path, command: Callable[..., Said]) -> None:
