@@ -116,7 +116,7 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         self.history_ = list(result.history)
         self.notes_ = list(result.notes)
         self.n_iter_ = max(1, int(result.history[-1]["epoch"])) if result.history else 1
-        if result.interrupted:  # whoever runs many fits wants to stop them all
+        if result.interrupted:  # Ctrl-C is meant for all fits of a grid search, not only this one
             raise KeyboardInterrupt
 
     def _split(self, y: Array, task: Task, names: list[str], seed: int) -> tuple[Array, Array]:
@@ -161,7 +161,7 @@ class HeadClassifier(ClassifierMixin, _HeadEstimator):  # type: ignore[misc]
     say ``solver="minibatch"``. A mapping of ``class_weight`` has the labels as they are in ``y``.
 
     After ``fit``, ``classes_`` are the classes, ``head_`` is the ``TrainedHead`` (``head_.save_pretrained`` makes it a
-    bundle), ``history_`` has a dict for each epoch and ``notes_`` what training had to say.
+    bundle), ``history_`` has a dict for each epoch and ``notes_`` the notes of training.
 
     Example::
 

@@ -13,8 +13,8 @@
 ``random-projection``       logistic or ridge regression on a Gaussian projection of the features to 8 dimensions
 ==========================  ==================================================================================
 
-The last two are baselines: the first shows what is won without features, the second how little of them does. All that
-are linear become two arrays (see ``embedcache.train.sklearn_engine``); the others are saved by skops (``sklearn_io``).
+The last two are baselines: they show what is reached without features, and with very little of them. Linear heads
+become two arrays (see ``embedcache.train.sklearn_engine``); the others are saved by skops (``sklearn_io``).
 
 Importing this loads neither scikit-learn nor torch.
 """
@@ -44,7 +44,7 @@ class Option:
 
 
 class Options(dict[str, object]):
-    """Every option of a head by name, given or by default, each of which is allowed."""
+    """All options of a head by name, given or by default, with values that were checked."""
 
     def number(self, name: str) -> float:
         """Return an option that is a number."""

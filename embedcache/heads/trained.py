@@ -205,7 +205,7 @@ class TrainedHead(HeadRecord):
         Raises ``BundleError`` where the folder is something else or cannot be written, ``CacheLockedError`` while
         another process writes to it.
         """
-        # Whoever has the folder open for writing keeps it open.
+        # A folder that the caller has opened for writing stays open.
         opened = nullcontext(directory) if isinstance(directory, RunFolder) else RunFolder(directory)
         with opened as folder:
             folder.save(self, metrics=metrics or {}, history=history, facts=facts or {})

@@ -48,7 +48,7 @@ class Scored:
 
 
 class Resampler:
-    """A metric on bootstrap resamples of N rows, the same ones for every head, so that differences are paired.
+    """A metric on bootstrap resamples of N rows. All heads get the same resamples, so that differences are paired.
 
     ``groups`` int64 [N]: equal contents are drawn together. A head's score is the mean over its parts (folds, seeds,
     draws), which is how the leaderboard's is made.
@@ -118,7 +118,7 @@ def _mean(values: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration whatever its seed, with all its results: by seed, then by fold."""
+    """A configuration with all its seeds and their results: by seed, then by fold."""
 
     configurations: tuple[Configuration, ...]
     results: tuple[tuple[Result, ...], ...]
@@ -134,7 +134,7 @@ class Candidate:
         return self.configurations[0]
 
     def error(self) -> str | None:
-        """Return why it has no place in the table, if it has none."""
+        """Return why it cannot be ranked, None where it can."""
         for result in self.every_result:
             if result.error is not None:
                 return result.error
@@ -153,7 +153,7 @@ class Candidate:
 
 
 def candidates(folder: SweepFolder, configurations: Sequence[Configuration], folds: int) -> list[Candidate]:
-    """Return the candidates among configurations of which every seed has a result on every fold."""
+    """Return the candidates that are complete: every seed has a result on every fold."""
     groups: dict[str, list[Configuration]] = {}
     for configuration in configurations:
         groups.setdefault(configuration.candidate, []).append(configuration)
@@ -308,7 +308,7 @@ def row_interval(
     """Return the interval of a score over rows: the percentile bootstrap; Wilson's where all or none were right."""
     if metric == "accuracy" and len(scored) == 1:
         right = scored[0].right(task, y)
-        if len(right) and right.min() == right.max():  # of which the bootstrap knows no spread
+        if len(right) and right.min() == right.max():  # the bootstrap would see no spread at all
             return wilson(float(right.sum()), len(right), alpha), "wilson"
     return percentile_interval(resampled, alpha), "bootstrap"
 

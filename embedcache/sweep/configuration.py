@@ -87,7 +87,7 @@ class Protocol:
 class Asked:
     """What a sweep file or a call asks for; None where it leaves the default.
 
-    ``random`` draws so many configurations; ``seed`` is that of folds, draws and the random search.
+    ``random`` draws this many configurations; ``seed`` is that of folds, draws and the random search.
     """
 
     folds: int | None = None

@@ -177,11 +177,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions_of(*_PACKAGES)}
 
 
-# What one should know of a sweep's results before believing them.
+# Notes on how far to trust the results of a sweep.
 
 
 def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
-    """Return what one should know of the results on a problem, a line each."""
+    """Return notes on how far to trust the results on a problem, a line each."""
     notes = []
     duplicates = len(problem) - problem.strata.groups
     if duplicates:

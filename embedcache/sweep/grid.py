@@ -172,7 +172,7 @@ def read_file(path: Path | str) -> dict[str, object]:
     sizes: dict[int, int] = {}
 
     class Strict(yaml.SafeLoader):
-        """Refuses duplicate keys, of which YAML would silently keep the last."""
+        """Refuses duplicate keys; YAML would silently keep the last one."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()

@@ -1,7 +1,7 @@
-"""What is swept over: the labelled rows of a cache, and how they are divided into folds.
+"""The labelled rows of a cache that heads are compared on, and their division into folds.
 
 Everything is decided by a row's content key, its label and a seed, never by its place: another order of the rows gives
-every row the same fold. Rows of equal content are one *group* and never stand on both sides.
+every row the same fold. Rows of equal content are one *group*, which is never divided.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Strata:
-    """What division goes by: each row's ``group`` and ``stratum`` int64 [N], and ``keys`` uint64 [G] of the groups.
+    """The basis of the division: each row's ``group`` and ``stratum`` int64 [N], and ``keys`` uint64 [G] of the groups.
 
     ``names`` are those of the strata, for messages.
     """

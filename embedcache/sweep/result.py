@@ -1,4 +1,4 @@
-"""What a sweep gives back: its folder, read, and its table for a terminal."""
+"""The result of a sweep: its folder as an object, and its table for a terminal."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class SweepResult:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What one should know of the result, a line each."""
+        """Notes on how far to trust the result, a line each."""
         return self._findings.notes
 
     @cached_property

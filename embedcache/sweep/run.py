@@ -1,4 +1,4 @@
-"""A sweep: heads that have no result yet are trained; results are kept as they come, compared, and concluded."""
+"""A sweep: heads without results are trained, results are stored as they come, compared, and a head is chosen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
 
 _SLOW_METRICS = frozenset({"roc_auc", "average_precision", "spearman"})
-"""Left out of every fold's line, unless heads are compared by them: they sort every row for every class."""
+"""Not measured on every fold, unless heads are compared by them: they sort all rows for each class."""
 
 
 @checks_arguments()
@@ -89,13 +89,13 @@ def sweep(
         output_dir: the sweep's folder; None for one that lives as long as the result.
         folds: how many (default 5), 1 for the cache's own validation split; ``repeats`` of them with other folds.
         metric: what heads are compared by; accuracy, f1_macro (multi-label) or rmse when not given.
-        shots, draws: instead of folds, learn from so many rows a class, so many times (default 10).
-        random: draw so many configurations of the grid instead of trying all.
+        shots, draws: train on this many rows of each class, this many times (default 10), instead of on folds.
+        random: draw this many configurations from the grid instead of trying all.
         seed: of folds, draws and the random search.
         features, seeds: feature sets and heads' seeds, instead of the file's.
         choose: ``best`` keeps the winner, ``simplest`` the simplest head that cannot be told from it.
         learning_curve: also train the chosen and the recommended head on shares of the rows.
-        test_all: also look at the test split with every other head; they are marked.
+        test_all: also measure every other head on the test split; they are marked.
         yes: run more than 10,000 configurations.
 
     Raises:
@@ -348,7 +348,7 @@ class Run:
     def _choices(
         self, rows: Sequence[LeaderboardRow], chosen: LeaderboardRow, plainest: LeaderboardRow
     ) -> tuple[Choice, Choice]:
-        """Return the chosen and the recommended head with the reasons."""
+        """Return the chosen and the recommended head, each with the reason."""
         group = sum(not row.distinguishable for row in rows)
         among = f"simplest of the {group} heads that cannot be told from the winner"
         best = chosen.rank == 1 and self.ending.choose == "best"
@@ -360,7 +360,7 @@ class Run:
         )
 
     def _summary(self, rows: Sequence[LeaderboardRow], failures: Sequence[Failure]) -> Summary:
-        """Return what is known before the conclusion."""
+        """Return the summary as it is before the conclusion."""
         problem, folder = self.problem, self.folder
         majority = [row.score for row in rows if row.head.kind == "majority"]
         better = max if problem.greater_is_better else min

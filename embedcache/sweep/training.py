@@ -36,7 +36,7 @@ _BYTES_A_PARAMETER = 28  # weight, gradient, two moments, scratch, the best so f
 _IN_PROCESS = frozenset({"majority"})  # fitting takes less than sending the features
 
 _WORTH_PROCESSES = 4_000_000
-"""Below so many numbers to learn from, over all jobs, processes take longer to start than to work."""
+"""Below this many numbers to learn from, over all jobs, processes take longer to start than to work."""
 
 
 @dataclass(frozen=True)

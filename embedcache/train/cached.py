@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from embedcache.cache import FeatureCache
 
 HELD_OUT = 10
-"""Without a validation split, one content in so many is held out for early stopping and calibration."""
+"""Without a validation split, one content in this many is held out for early stopping and calibration."""
 
 
 @checks_arguments()

@@ -92,7 +92,7 @@ class LabelledRows:
         return replace(self, x=self.x.take(rows), y=self.y[rows], weight=weight)
 
     def spread(self, most: int) -> LabelledRows:
-        """Return at most so many rows, spread evenly."""
+        """Return at most this many rows, spread evenly."""
         return self if len(self) <= most else self.take(np.linspace(0, len(self) - 1, most).astype(np.int64))
 
     def matrix(self, what: str) -> Array:

@@ -88,9 +88,9 @@ class Stopping:
 
     Attributes:
         epochs: how many there are at most.
-        patience: end after so many epochs in which no model has become better; 0 never ends early.
-        min_steps: no model stops early before so many steps.
-        max_steps: end after so many steps, also within an epoch; None for no limit.
+        patience: end after this many epochs in which no model has become better; 0 never ends early.
+        min_steps: no model stops early before this many steps.
+        max_steps: end after this many steps, also within an epoch; None for no limit.
         metric: what ``Learner.evaluate`` measures.
         greater_is_better: its direction.
     """
@@ -104,7 +104,7 @@ class Stopping:
 
     @classmethod
     def of(cls, spec: TrainSpec, task: Task, steps: int, max_steps: int | None = None) -> Stopping:
-        """Return what settings say of a task, in epochs of so many steps. Raises ``SpecError`` as ``metric_named``."""
+        """Return when to stop, from settings and the steps of an epoch. Raises ``SpecError`` as ``metric_named``."""
         metric = metric_named(spec.metric or task.default_metric, task)
         return cls(
             spec.epochs_of(steps), spec.patience, spec.least_steps, max_steps, metric.name, metric.greater_is_better

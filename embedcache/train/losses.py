@@ -90,7 +90,7 @@ class Loss:
         if rows is not None:
             share, loss, gradient = share * rows, loss * rows, gradient * rows.unsqueeze(-2)
         total = share.sum(dim=-1)
-        total = total.masked_fill(total <= 0, math.inf)  # a batch of which no row counts moves nothing
+        total = total.masked_fill(total <= 0, math.inf)  # a batch in which no row counts moves nothing
         return loss.sum(dim=-1) / total, gradient / total[..., None, None]
 
     def _binary_cross_entropy(self, logits: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:

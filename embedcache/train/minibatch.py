@@ -60,7 +60,7 @@ class PassOptions:
         progress: whether a bar is shown on a terminal.
         title: what the bar is called.
         keep_losses: keep the loss of each step.
-        max_steps: end after so many steps; None for no limit.
+        max_steps: end after this many steps; None for no limit.
         watch: is shown the stack before its first step.
     """
 
@@ -250,7 +250,7 @@ def fit_minibatch(
     """Train K heads of one shape in one pass or, where they outgrow the processor's cache, a few.
 
     ``judged`` are validation rows; with ``masks`` they must be ``rows`` itself. ``batches`` replaces the source of
-    features, of which ``rows`` then gives only targets and moments.
+    features; ``rows`` then gives only targets and moments.
     """
     refuse_unstackable(heads, specs)
     size = sum(weight.numel() for weight in build_head(heads[0], rows.feature, rows.outputs).parameters())

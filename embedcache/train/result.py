@@ -1,4 +1,4 @@
-"""What training gives back: what an engine made of the rows, and the head with everything known about its training."""
+"""The results of training: the parameters that an engine fitted, and the head with the record of its training."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from embedcache.heads.folder import RunFolder
 
 Epoch = dict[str, float]
-"""What is known of one epoch: ``epoch`` from 1 on, ``train_loss``, ``seconds``, ``validation_METRIC``."""
+"""The record of one epoch: ``epoch`` from 1 on, ``train_loss``, ``seconds``, ``validation_METRIC``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """One head as an engine (minibatch, convex, sklearn) made it.
+    """One head as an engine (minibatch, convex, sklearn) fitted it.
 
     Attributes:
         state: its arrays by name; empty for an estimator that is not linear.
         estimator: that estimator.
-        history: what is known of each epoch; of the convex solver one entry, with its iterations.
+        history: a record for each epoch; the convex solver has one entry, with its iterations.
         notes: one-line facts to print.
         epochs: how many were planned; 0 for engines without epochs.
         best_epoch: the best on validation, counted from 0; -1 where nothing was measured.
         steps: steps that were taken.
-        seconds: what the pass took, for all heads that shared it.
+        seconds: the duration of the pass, for all heads that shared it.
         interrupted: whether Ctrl-C ended it early, with the best weights so far.
         improving: whether it was still improving when training ended.
-        losses: [] or [K] of each step, where they were to be kept.
+        losses: [] or [K] for each step, where ``keep_losses`` asked for them.
     """
 
     state: Mapping[str, Array] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where features come from: the spec of the cache, the backbone's name, and what its machine computed."""
+    """The origin of features: the spec of the cache, the backbone's name, and the probe of the machine."""
 
     extraction: ExtractionSpec = field(default_factory=ExtractionSpec)
     model: str | None = None
@@ -75,7 +75,7 @@ H = TypeVar("H")
 
 @dataclass(frozen=True)
 class TrainingResult(Generic[H]):
-    """What was trained, and what is known about its training: a ``TrainedHead``, or a model that was fine-tuned.
+    """A ``TrainedHead`` or a fine-tuned model, with the record of its training.
 
     ``metrics`` are by split, ``notes`` are one-line facts to print, ``facts`` stand in the model card; ``fitted`` is
     what the engine made, ``seconds`` what it and the calibration took.

@@ -45,10 +45,10 @@ def fit_temperature(logits: Array, y: Array) -> float:
 
     ``logits`` is float [N, C], ``y`` int64 [N], -1 for rows without label, which do not count. The loss is convex in
     1 / T; Newton's steps are kept within shrinking bounds, so the result lies in [0.05, 20]. Where every row is
-    classified rightly the loss falls for ever as T goes to 0; targets are then smoothed by 1 / (N + 2) as Platt (1999)
-    does, since a few dozen right rows do not prove that no row can be wrong. The loss on these rows is never higher
-    than at T = 1, which is returned for too few rows. Rows of a class that training never saw do not count, because no
-    temperature helps them: its logit is the same in every row, and 20 or more below the highest.
+    classified rightly the loss falls without end as T goes to 0; targets are then smoothed by 1 / (N + 2) as Platt
+    (1999) does, since a few dozen right rows do not prove that no row can be wrong. The loss on these rows is never
+    higher than at T = 1, which is returned for too few rows. Rows of a class that training never saw do not count,
+    because no temperature helps them: its logit is the same in every row, and 20 or more below the highest.
 
     Raises ``TrainingError`` for logits that are not finite, ``SpecError`` for shapes that do not fit.
     """

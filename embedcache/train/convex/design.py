@@ -75,7 +75,7 @@ def workers() -> Iterator[Workers]:
 NEVER = -1e4
 """The bias of a class that no training row has: its probability is 0. The optimum itself would be minus infinity."""
 
-_OFFSET = 100.0  # means larger than so many deviations lose digits of the gradient in float32
+_OFFSET = 100.0  # means larger than this many deviations lose digits of the gradient in float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,7 +120,7 @@ def score(
 def scores(name: str, task: Task, y: Array, outputs: Array) -> Floats:
     """Return one metric of K heads, float64 [K]: what ``score`` gives for each, bit by bit, only faster.
 
-    ``outputs`` is [K, N, C]. NaN for a head of which an output is not finite.
+    ``outputs`` is [K, N, C]. NaN for a head with an output that is not finite.
     """
     metric = metric_named(name, task)
     y = y[:, None] if task is REGRESSION and y.ndim == 1 else y
