@@ -14,6 +14,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -37,7 +38,7 @@ from power import Disk, Node, policies
 from embedcache import cli, compare
 from embedcache.cache import FeatureCache, files
 from embedcache.compare import run as comparing
-from embedcache.compare.measurements import Folder, job_of
+from embedcache.compare.measurements import Folder
 from embedcache.compare.worker import perform
 from embedcache.errors import CacheNotFoundError, EmbedcacheError, IncompleteCacheError
 from embedcache.examples import load_examples
@@ -173,7 +174,7 @@ def run_extract(count: int, folder: Path) -> None:
 def run_compare(folder: Path) -> None:
     """Compare with the workers in this process."""
     with mock.patch.object(
-        comparing, "in_own_process", lambda job: perform(job_of(json.loads(json.dumps(job.to_json())))).to_json()
+        comparing, "in_own_process", lambda job: pickle.loads(pickle.dumps(perform(pickle.loads(pickle.dumps(job)))))
     ):
         compare.compare_training_approaches(
             [{"text": f"t {at} {'xy'[at % 2]}", "label": "xy"[at % 2]} for at in range(40)], folder / "o",

@@ -8,6 +8,7 @@ import fuzzing
 import pytest
 import run as at_length
 
+from embedcache.decoding import from_json
 from embedcache.errors import SweepError
 from embedcache.sweep.summary import Summary
 
@@ -25,7 +26,7 @@ def test_a_hostile_offset_in_hdf5_is_one_line() -> None:
 @pytest.mark.parametrize("broken", [None, {}, {"task": 1}])
 def test_a_damaged_summary_is_said_to_be(broken: object) -> None:
     with pytest.raises(ValueError, match=r"expected a mapping|lacks format"):
-        Summary.from_json(broken)
+        from_json(Summary, broken)
     assert issubclass(SweepError, ValueError)
 
 
