@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from embedcache.dataset import Examples, InFiles, Packed
-from embedcache.errors import BadRowsError, InputError, SpecError
+from embedcache.errors import BadRowsError, InputError, MissingExtraError, SpecError
 from embedcache.examples import CONTENTS, content, load_examples
 from embedcache.fingerprint import row_key
 from embedcache.pictures import canonical
@@ -411,6 +412,45 @@ def test_a_broken_tar_file(tmp_path: Path) -> None:
     for data in (whole[:700], b"not a tar file" * 100, whole[:2000]):
         with pytest.raises(InputError, match="cannot be read as a tar file"):
             load_examples(put(tmp_path / "b.tar", data), labels="none")
+
+
+def test_files_among_the_inputs(folder: Path) -> None:
+    files = [folder / name for name in NAMES]
+    examples = load_examples(files, labels="none")
+    np.testing.assert_array_equal(examples.keys, KEYS)
+    assert [examples.ids[row] for row in range(6)] == list(map(str, files))
+    alone = load_examples(str(files[2]), labels="none")
+    assert (alone.ids[0], list(alone.contents())) == (str(files[2]), [FILES[2]])
+    more = load_examples([files[0], folder / "dog"], labels="none")
+    assert [more.ids[row] for row in range(4)] == [str(files[0]), "dog/3.jpg", "dog/4.png", "dog/5.jpg"]
+    with pytest.raises(BadRowsError, match=r"none\.png, picture 0: .*none\.png is not there"):
+        load_examples(folder / "none.png", labels="none")
+
+
+def test_each_file_is_read_and_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr(content.pictures, "decode", decoded.append)
+    load_examples(folder)
+    load_examples(rows("image", FILES))
+    assert sorted(decoded) == sorted(FILES * 2)
+
+
+def test_rows_keep_their_order_on_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content.os, "sched_getaffinity", lambda process: range(7))
+    files = [saved(RNG.integers(0, 256, (3 + number % 5, 2 + number % 7, 3), np.uint8)) for number in range(101)]
+    for number, file in enumerate(files):
+        put(tmp_path / "x" / "ab"[number % 2] / f"{number:03}.png", b"" if number == 50 else file)
+    examples = load_examples(tmp_path / "x", on_bad_row="skip", quarantine=tmp_path / "q.jsonl")
+    assert list(examples.contents()) == [file for part in (0, 1) for file in files[part::2] if file is not files[50]]
+    same = Image.open(io.BytesIO(files[1]))  # read by several threads at once
+    assert load_examples(rows("image", [same] * 6)).n_unique == 1
+
+
+def test_a_missing_pillow_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    content.pictures._openers.cache_clear()
+    with pytest.raises(MissingExtraError, match=r"reading pictures needs .*pip install 'embedcache\[vision\]'"):
+        load_examples(folder)
 
 
 # Options.

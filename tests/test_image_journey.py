@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import tiny_pictures
 from PIL import Image
 
@@ -169,3 +170,38 @@ def test_a_pipeline_of_pictures(vit: Path, pets: Path) -> None:
     assert (classes == labels).mean() > 0.6
     with pytest.raises(InputError, match=r"images: image 1 is .none.png.: none.png is not there"):
         pipeline.predict([files[0], "none.png"])
+
+
+def test_models_are_given_what_they_read(vit: Path, pets: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "a.csv"
+    texts.write_text("text,label\na,x\nb,y\n")
+    cache = tmp_path / "c"
+    assert "reads images, not texts" in command("extract", texts, "-o", cache, "--model", vit, code=1)
+    bert = tiny_models.build("bert", tmp_path / "bert")
+    assert "reads texts, not images" in command("extract", pets, "-o", cache, "--model", bert, code=1)
+    assert not cache.exists()
+
+
+def test_an_interrupted_extraction_goes_on(
+    vit: Path, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture cannot be read any more when its turn comes: what was committed stays, and its bits are the same."""
+    data = Path(shutil.copytree(pets, tmp_path / "pets"))
+    whole = ec.extract(data, output_dir=tmp_path / "whole", model=vit, device="cpu", rows_per_shard=7)
+    examples = ec.load_examples(data)
+    last = sorted(data.glob("train/emu/*"))[-1]
+    moved = last.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=f"{last.name}: cannot be read any more"):
+        ec.extract(examples, output_dir=tmp_path / "c", model=vit, device="cpu", rows_per_shard=7)
+    moved.rename(last)
+    cache = ec.extract(data, output_dir=tmp_path / "c", model=vit, device="cpu", rows_per_shard=7)
+    np.testing.assert_array_equal(cache.features(), whole.features())
+
+
+def test_bad_pictures_are_set_aside_on_the_way(vit: Path, pets: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(pets, tmp_path / "pets"))
+    (data / "train/cat/broken.png").write_bytes(b"no picture")
+    assert "train/cat/broken.png is not a picture" in command("extract", data, "-o", tmp_path / "c", code=1)
+    command("extract", data, "-o", tmp_path / "c", "--model", vit, "--device", "cpu", "--on-bad-row", "skip")
+    assert ec.FeatureCache.open(tmp_path / "c").n_rows == 48
+    assert "broken.png" in (tmp_path / "c.quarantine.jsonl").read_text()

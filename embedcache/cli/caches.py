@@ -91,7 +91,10 @@ from embedcache.wording import counted, shown, table
 @input_options
 @json_option
 def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Run the backbone once over INPUT (CSV, TSV, JSONL, each also .gz, or Parquet) and cache its features.
+    """Run the backbone once over INPUT and cache its features.
+
+    INPUT is CSV, TSV or JSONL (each also .gz), Parquet, a WebDataset tar file, or a folder of pictures whose folders are
+    the classes.
 
     Run it again and nothing is computed twice: an interrupted run goes on, an extended input costs its new rows.
     """

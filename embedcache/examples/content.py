@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from embedcache.errors import InputError, PictureError
 from embedcache.examples.packing import MOST_HELD, Packing
 from embedcache.examples.source import Faults, Kind, Parsed, Source, is_missing, parsed, unicode_fault
 from embedcache.fingerprint import KEY_BYTES, row_key
+
+Result = TypeVar("Result")
 
 PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
@@ -174,8 +176,7 @@ class ImageContent(Content):
         return kind == "image" or (kind != "number" and _are_picture_names(cells))
 
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
-        with _threads() as mapped:
-            read = list(mapped(partial(_read, _Place(None, True), column), values))
+        read = _mapped(partial(_read, _Place(None, True), column), values)
         contents = [picture.content if isinstance(picture, _Picture) else b"" for picture in read]
         return contents, {row: picture for row, picture in enumerate(read) if isinstance(picture, str)}
 
@@ -203,8 +204,7 @@ class _PictureCollector(ContentCollector):
 
     def parse(self, values: Sequence[object], source: Source) -> Parsed:
         place = _Place(source.folder, self._allow_outside)
-        with _threads() as mapped:
-            judged = list(mapped(partial(_judged, place, self._column), values))
+        judged = _mapped(partial(_judged, place, self._column), values)
         faults = {row: picture for row, picture in enumerate(judged) if isinstance(picture, str)}
         return parsed(judged, faults, self._append_judged)
 
@@ -224,24 +224,24 @@ class _PictureCollector(ContentCollector):
         return super().show(contents, row) if path is None else repr(os.path.relpath(path))
 
 
-class _Place(NamedTuple):
+class _Place:
     """Where relative paths begin; None stands for the current directory, outside of which everything may lie."""
 
-    folder: Path | None
-    allow_outside: bool
+    def __init__(self, folder: Path | None, allow_outside: bool) -> None:
+        self._folder, self._anywhere = folder, folder is None or allow_outside
+        self._root = os.path.abspath(folder or "")
 
     def path(self, written: str) -> str:
         """Return the path that a cell names. Raises ``PictureError`` for one that it must not name."""
         if "://" in written:
             raise PictureError("is an address: download the pictures and give their paths")
-        root = os.path.abspath(self.folder or "")
-        path = os.path.normpath(os.path.join(root, written))
-        if self.folder is None or self.allow_outside or _is_inside(path, root):
+        path = os.path.normpath(os.path.join(self._root, written))
+        if self._anywhere or _is_inside(path, self._root):
             return path
-        if _is_inside(os.path.realpath(path), os.path.realpath(root)):  # where a folder has two names
+        if _is_inside(os.path.realpath(path), os.path.realpath(self._root)):  # where a folder has two names
             return path
         raise PictureError(
-            f"lies outside of the folder {self.folder}: if you trust who wrote this, pass --allow-outside "
+            f"lies outside of the folder {self._folder}: if you trust who wrote this, pass --allow-outside "
             "(allow_outside=True)"
         )
 
@@ -306,7 +306,7 @@ def _file(path: str) -> bytes:
         if status.st_size > _MOST_BYTES:
             raise PictureError(f"has {status.st_size:,} bytes, more than any picture that is read")
         with open(path, "rb") as file:
-            return file.read(_MOST_BYTES)
+            return file.read()
     except PictureError:
         raise
     except FileNotFoundError:
@@ -316,15 +316,14 @@ def _file(path: str) -> bytes:
         raise PictureError(f"cannot be read: {reason or error}") from None
 
 
-@contextmanager
-def _threads() -> Iterator[Callable[..., Iterator[Any]]]:
-    """Return a ``map`` over threads: decoding lets go of Python's lock. An interrupt does not wait for the rest."""
+def _mapped(function: Callable[[object], Result], values: Sequence[object]) -> list[Result]:
+    """Return ``function`` of every value, on all cores: decoding lets go of Python's lock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(cores)
     try:
-        yield pool.map
+        return list(pool.map(function, values))
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
 
 
 def _are_picture_names(cells: Sequence[object]) -> bool:

@@ -110,7 +110,7 @@ class FolderSource(FilesSource):
         self._skipped: Counter[str] = Counter()
         roots = list(splits.values()) or [folder]
         classes = sorted({entry.name for root in roots for entry in _visible(root) if entry.is_dir()})
-        found = [path for root in roots for path in self._walk(root, ())]
+        found = [path for root in roots for path in self._walk(root, f"{root.name}{os.sep}" if splits else "")]
         if not found:
             raise InputError(
                 f"{folder}: is a directory without pictures: expected a file, or a folder of pictures "
@@ -122,17 +122,16 @@ class FolderSource(FilesSource):
         self._hold(found)
         self.notes = tuple(self._notes([name for name in classes if not counts[name]]))
 
-    def _walk(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Yield the paths of pictures, as they are from the folder of the source on."""
-        assert self.folder is not None
+    def _walk(self, folder: Path, written: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+        """Yield the paths of pictures in ``folder``, which is ``written`` as it is from the folder of the source on."""
         for entry in _visible(folder):
             if entry.is_dir():
                 status = entry.stat()
                 place = (status.st_dev, status.st_ino)
                 if place not in above:  # a link to a folder that it lies in
-                    yield from self._walk(Path(entry.path), (*above, place))
+                    yield from self._walk(Path(entry.path), f"{written}{entry.name}{os.sep}", (*above, place))
             elif entry.name.lower().endswith(PICTURE_SUFFIXES):
-                yield os.path.relpath(entry.path, self.folder)
+                yield written + entry.name
             else:
                 self._skipped[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
 
