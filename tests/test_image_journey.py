@@ -18,7 +18,7 @@ from PIL import Image
 
 import embedcache as ec
 from embedcache.cli import run
-from embedcache.errors import InputError
+from embedcache.errors import BackboneError, InputError
 from embedcache.pictures import canonical, decode, size_of
 from embedcache.report import report
 
@@ -205,3 +205,14 @@ def test_bad_pictures_are_set_aside_on_the_way(vit: Path, pets: Path, tmp_path: 
     command("extract", data, "-o", tmp_path / "c", "--model", vit, "--device", "cpu", "--on-bad-row", "skip")
     assert ec.FeatureCache.open(tmp_path / "c").n_rows == 48
     assert "broken.png" in (tmp_path / "c.quarantine.jsonl").read_text()
+
+
+def test_a_model_of_both_is_told_which(pets: Path, tmp_path: Path) -> None:
+    clip = tiny_pictures.build("clip", tmp_path / "clip")
+    files = sorted(pets.glob("test/*/*"))
+    extractor = ec.FeatureExtractor(clip, cache_dir=tmp_path / "f", device="cpu", content="image").fit(files)
+    assert extractor.transform(files).shape == (12, 22)
+    pipeline = ec.ImageClassificationPipeline(clip, num_classes=2, device="cpu")
+    pipeline.prepare_data(files[:4], [0, 1, 0, 1])
+    with pytest.raises(BackboneError, match="reads images, not texts"):
+        ec.TextClassificationPipeline(tiny_pictures.build("vit", tmp_path / "vit"), num_classes=2, device="cpu")

@@ -93,8 +93,8 @@ from embedcache.wording import counted, shown, table
 def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Run the backbone once over INPUT and cache its features.
 
-    INPUT is CSV, TSV or JSONL (each also .gz), Parquet, a WebDataset tar file, or a folder of pictures whose folders are
-    the classes.
+    INPUT is CSV, TSV or JSONL (each also .gz), Parquet, a WebDataset tar file, or a folder of pictures in which the
+    classes are folders.
 
     Run it again and nothing is computed twice: an interrupted run goes on, an extended input costs its new rows.
     """

@@ -47,7 +47,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
         pooling: one feature set, such as ``"auto"``, ``"mean"`` or ``"cls@-2"``.
         cache_dir: where features are kept; None for ``embedcache`` in the user's cache directory.
-        max_length, compute_dtype, device: as in ``load_backbone``.
+        max_length, compute_dtype, device, content: as in ``load_backbone``.
 
     There is one cache folder for each content of a backbone, each setting, and each kind of machine, told by its probe.
     Several processes may use it at once: one extracts while the others wait. Fitting stores the backbone's identity,
@@ -69,6 +69,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         max_length: int | None = None,
         compute_dtype: str = "float32",
         device: str = "auto",
+        content: str | None = None,
     ) -> None:
         self.model = model
         self.pooling = pooling
@@ -76,6 +77,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         self.max_length = max_length
         self.compute_dtype = compute_dtype
         self.device = device
+        self.content = content
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
         """Load the backbone. Nothing is learned from the rows."""
@@ -125,7 +127,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _backbone(self, shapes: object = None) -> LoadedBackbone:
         source = ModelSource(model_name(self.model), device=self.device)
-        asked = BackboneSettings((self.pooling,), max_length=self.max_length, compute_dtype=self.compute_dtype)
+        asked = BackboneSettings(
+            (self.pooling,), max_length=self.max_length, compute_dtype=self.compute_dtype, content=self.content
+        )
         return _loaded(source, asked, None if shapes is None else canonical_json(shapes))
 
     def _fitted_backbone(self) -> LoadedBackbone:

@@ -95,6 +95,7 @@ class FeatureBasedModel(nn.Module):
         device: str = "auto",
         seed: int = 0,
         max_length: int | None = None,
+        content: str | None = None,
         **head_options: object,
     ) -> FeatureBasedModel:
         """Load a backbone by hub name or folder (None: the packaged all-MiniLM-L6-v2) and put a new head on it.
@@ -107,6 +108,7 @@ class FeatureBasedModel(nn.Module):
             freeze_backbone: whether only the head is trained.
             pooling: the feature set the head reads, in the written form of ``FeatureSpec``.
             seed: decides the head's first weights.
+            content: ``text`` or ``image``, which a model that reads both, such as CLIP, must be told.
             head_options: settings of the head, such as ``hidden=[256]``.
 
         Raises ``BackboneError``, or ``SpecError`` and ``FeatureError`` for a head that cannot be or cannot read that.
@@ -118,7 +120,7 @@ class FeatureBasedModel(nn.Module):
         """
         if num_classes < 1:
             raise SpecError(f"num_classes is {num_classes}: expected at least 1")
-        backbone = load_backbone(name, features=(pooling,), device=device, max_length=max_length)
+        backbone = load_backbone(name, features=(pooling,), device=device, max_length=max_length, content=content)
         module = build_head(live_head(head, head_options), backbone.feature_sets[0], num_classes, seed=seed)
         return cls(backbone, module, freeze_backbone=freeze_backbone)
 

@@ -152,7 +152,7 @@ class _ClassificationPipeline:
     ) -> None:
         given = dict(head_options or {})
         self.model = FeatureBasedModel.from_pretrained(
-            model_name, num_classes, head, freeze_backbone, seed=seed, **options, **given
+            model_name, num_classes, head, freeze_backbone, seed=seed, content=self._kind, **options, **given
         )
         self.num_classes = num_classes
         self.result: TrainingResult[TrainedHead] | TrainingResult[TunedModel] | None = None
