@@ -113,6 +113,17 @@ def test_a_column_of_another_name_must_be_named(folder: Path) -> None:
     assert load_examples(table(folder / "c.csv", rows("path", NAMES)), text_column="path").kind == "text"
 
 
+def test_a_table_of_captions_and_pictures_is_read_as_text_unless_told(folder: Path) -> None:
+    both = [{"image": file, "text": f"caption {number}", "label": "x"} for number, file in enumerate(FILES)]
+    assert load_examples(both).kind == "text"
+    assert load_examples(both, image_column="image").kind == "image"
+    assert load_examples(both, kind="image").kind == "image"
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": [b"not declared to be text"], "label": ["x"]}), folder / "b.parquet")
+    with pytest.raises(InputError, match="the column 'text' is of type binary, expected text"):
+        load_examples(folder / "b.parquet")
+
+
 def test_objects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(load_examples(rows("image", FILES)))
     check(load_examples(rows("image", [folder / name for name in NAMES]), kind="image"))

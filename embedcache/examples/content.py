@@ -71,9 +71,9 @@ class Content(ABC):
             raise InputError(f"{name(row)}: {faults[row]}")
         return contents
 
-    @abstractmethod
     def preview(self, content: bytes) -> tuple[str | None, bytes | None]:
-        """Return what a report shows of a content: a text, or a small picture as a PNG."""
+        """Return what a report shows of a content: a text, or a small picture as a PNG; by default neither."""
+        return None, None
 
     @abstractmethod
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
@@ -127,9 +127,6 @@ class TextContent(Content):
         "utterance", "snippet", "query", "sms", "post",
     ])
     # fmt: on
-
-    def claims(self, name: str, kind: Kind, cells: Sequence[object]) -> bool:
-        return super().claims(name, kind, cells) and kind != "image"
 
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
         if set(map(type, values)) == {str}:
