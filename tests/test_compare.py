@@ -220,12 +220,14 @@ def test_rows_survive_the_way_to_another_process(tmp_path: Path, labels: list[An
         for at, label in enumerate(labels)
     ]
     examples = load_examples(data, **options)
-    write_rows(examples, tmp_path / "rows.jsonl")
-    back = read_rows(tmp_path / "rows.jsonl", examples.task, examples.class_names)  # type: ignore[arg-type]
-    assert list(back.contents()) == list(examples.contents())
-    np.testing.assert_array_equal(back.targets, examples.targets)
-    np.testing.assert_array_equal(back.split, examples.split)
-    assert back.task == examples.task
+    some = examples.select(np.array([0, 2, 3, 5, 7, 11]))
+    for sent in (examples, some):
+        write_rows(sent, tmp_path / "rows")
+        back = read_rows(tmp_path / "rows")
+        assert list(back.contents()) == list(sent.contents())
+        np.testing.assert_array_equal(back.targets, sent.targets)
+        np.testing.assert_array_equal(back.split, sent.split)
+        assert (back.task, back.class_names, back.whole) == (sent.task, sent.class_names, None)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

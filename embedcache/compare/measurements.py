@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from embedcache.decoding import from_json, to_json
 from embedcache.errors import InputError
 from embedcache.fingerprint import canonical_json, require, strict_json
 from embedcache.journal import Journal, commit, exists, read, refuse_foreign, refuse_link, writing
-from embedcache.spec import HeadSpec, ModelSource, TaskName
+from embedcache.spec import HeadSpec, ModelSource
 
 Json = Mapping[str, Any]
 
@@ -108,8 +108,6 @@ class ExtractionJob:
 
     cache: Path
     rows: Path
-    task: TaskName
-    class_names: Sequence[str]
     source: ModelSource
     pooling: str
     progress: bool

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.dataset import mixed
+from embedcache.dataset import Packed, mixed
 from embedcache.errors import InputError, SpecError, TrainingError
-from embedcache.examples import Examples, load_examples
+from embedcache.examples import Examples
 from embedcache.fingerprint import hash_json, sha256_bytes
-from embedcache.spec import SPLITS, TaskName
-from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
+from embedcache.spec import SPLITS
+from embedcache.task import CLASSIFICATION, Array, Task
 
 Rows = npt.NDArray[np.int64]
 
@@ -134,28 +135,13 @@ def dataset_hash(examples: Examples) -> str:
 
 
 def write_rows(examples: Examples, file: Path) -> None:
-    """Write rows as JSONL, for a process of its own to read with ``read_rows``."""
-    assert examples.task is not None
-    assert examples.targets is not None
-    task, targets = task_named(examples.task), examples.targets
-    with open(file, "w", encoding="utf-8") as out:
-        for number, content in enumerate(examples.contents()):
-            named = task.named(targets[number], examples.class_names)
-            row: dict[str, object] = {"text": content.decode("utf-8")}
-            row |= (
-                {f"target {place}": value for place, value in enumerate(named)}
-                if task is REGRESSION
-                else {"label": named}
-            )
-            row["split"] = examples.split_names[int(examples.split[number])]
-            out.write(json.dumps(row) + "\n")
+    """Write rows for a process of its own to read with ``read_rows``: whole, whatever they were selected from."""
+    whole = replace(examples, packed_contents=Packed.of(examples.contents()), whole=None)
+    file.write_bytes(pickle.dumps(whole))
 
 
-def read_rows(file: Path, task: TaskName, class_names: Sequence[str]) -> Examples:
+def read_rows(file: Path) -> Examples:
     """Read what ``write_rows`` wrote."""
-    regression = task == REGRESSION.name
-    return load_examples(
-        str(file), text_column="text", split_column="split", task=task,
-        label_column=[f"target {number}" for number in range(len(class_names))] if regression else "label",
-        class_names=None if regression else list(class_names),
-    )  # fmt: skip
+    with open(file, "rb") as stream:
+        examples: Examples = pickle.load(stream)
+    return examples

@@ -189,14 +189,10 @@ class Work:
         if known is not None and exists(self.cache / "manifest.json", InputError):
             return known
         plan = self.plan
-        assert plan.examples.task is not None
         with tempfile.TemporaryDirectory() as scratch:
-            rows = Path(scratch) / "rows.jsonl"
+            rows = Path(scratch) / "rows"
             write_rows(plan.examples, rows)
-            job = ExtractionJob(
-                self.cache, rows, plan.examples.task, plan.examples.class_names, plan.source, plan.pooling,
-                self.progress,
-            )  # fmt: skip
+            job = ExtractionJob(self.cache, rows, plan.source, plan.pooling, self.progress)
             result = self._measure(job)
             if isinstance(result, Extraction) and not result.extracted:  # whole already, but nobody knows what it took
                 with explained(f"cannot remove {self.cache}", InputError):

@@ -80,7 +80,7 @@ def extraction(job: ExtractionJob) -> Extraction:
 
     load("torch", "transformers")
     memory = Peak(job.source.device)
-    examples = read_rows(job.rows, job.task, job.class_names)
+    examples = read_rows(job.rows)
     begun = time.perf_counter()
     backbone = load_for(job.cache, job.source, BackboneSettings((job.pooling,)))
     setup = time.perf_counter() - begun
