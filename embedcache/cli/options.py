@@ -100,7 +100,11 @@ def head_options(*names: str, default: str | None = HeadSpec.kind, torch: str = 
 
         if given["kind"] is None:
             return None
-        return head_named(given["kind"], given.get("engine"), _head_settings(given.get("settings", ())))
+        options = named_values(
+            "--head-option", given.get("settings", ()), "NAME=VALUE, such as hidden=[256]",
+            lambda value: json_or(value, value),
+        )  # fmt: skip
+        return head_named(given["kind"], given.get("engine"), options)
 
     return gathered([made[name] for name in names or made], "head", head)
 
@@ -210,27 +214,25 @@ device_option = click.option(
 )
 
 
-def _head_settings(options: tuple[str, ...]) -> dict[str, object]:
-    """Read ``--head-option NAME=VALUE``, values as JSON where they are. Raises ``SpecError`` for anything else."""
+def named_values(flag: str, written: Sequence[str], expected: str, read: Callable[[str], object]) -> dict[str, object]:
+    """Read ``NAME=VALUE`` of an option that may be repeated. Raises ``SpecError`` for anything else."""
     from embedcache.errors import SpecError
 
-    settings: dict[str, object] = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise SpecError(f"--head-option {option!r}: expected NAME=VALUE, such as hidden=[256]")
-        settings[name] = json_or_text(value)
-    return settings
+    pairs = [text.partition("=") for text in written]
+    for name, equals, value in pairs:
+        if not equals or not value:
+            raise SpecError(f"{flag} {name + equals!r}: expected {expected}")
+    return {name: read(value) for name, _, value in pairs}
 
 
-def json_or_text(text: str) -> object:
-    """Return the JSON value that ``text`` is, else the text itself."""
+def json_or(text: str, otherwise: object) -> object:
+    """Return the JSON value that ``text`` is, else something else."""
     from embedcache.fingerprint import strict_json
 
     try:
         return strict_json(text)
     except ValueError:
-        return text
+        return otherwise
 
 
 def untrusted_option(function: Function) -> Function:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedcache.cli.options import json_option, print_json, say, say_json, untrusted_option
+from embedcache.cli.options import json_option, json_or, named_values, print_json, say, say_json, untrusted_option
 
 if TYPE_CHECKING:
     from embedcache.report import Form
@@ -93,25 +93,10 @@ def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[object]:
     """Turn flags into the heads of a file; a setting goes to every head."""
     if not settings:
         return list(names)
-    from embedcache.errors import SpecError
-
-    given = {}
-    for setting in settings:
-        name, equals, values = setting.partition("=")
-        if not equals or not values:
-            raise SpecError(f"--set {setting!r}: expected NAME=VALUE or NAME=VALUE,VALUE")
-        given[name] = _values(values)
+    given = named_values(
+        "--set", settings, "NAME=VALUE or NAME=VALUE,VALUE", lambda values: json_or(f"[{values}]", values.split(","))
+    )
     return [{"head": name, **given} for name in names]
-
-
-def _values(text: str) -> object:
-    """Read values as JSON where they are: 0.1,0.01 or [256],[512,256]; words stay words."""
-    from embedcache.fingerprint import strict_json
-
-    try:
-        return strict_json(f"[{text}]")
-    except ValueError:
-        return text.split(",")
 
 
 def _numbers(text: str | None) -> list[int]:

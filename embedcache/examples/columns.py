@@ -12,7 +12,7 @@ from embedcache.examples.content import CONTENTS, Content
 from embedcache.examples.formats import FORMATS, Format
 from embedcache.examples.source import Source
 from embedcache.examples.splits import is_standard, parse_split
-from embedcache.spec import TASKS, TaskName
+from embedcache.spec import TaskName
 from embedcache.wording import did_you_mean
 
 # What `load_examples` is asked to do, checked once.
@@ -46,13 +46,10 @@ class ReadingOptions:
     allow_outside: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_other("kind", self.kind, (None, *CONTENTS))
-        _refuse_other("task", self.task, (None, *TASKS))
-        _refuse_other("labels", self.labels, ("required", "optional", "none"))
+        if self.kind not in (None, *CONTENTS):
+            raise SpecError(f"kind is {self.kind!r}: expected one of {', '.join(CONTENTS)}")
         if self.format not in (None, *FORMATS):
             raise SpecError(f"unknown format {self.format!r}: expected one of {', '.join(FORMATS)}")
-        if self.quoting not in ("minimal", "none"):
-            raise SpecError(f"unknown quoting {self.quoting!r}: expected minimal or none")
         if self.class_names is not None and len(set(self.class_names)) != len(self.class_names):
             raise SpecError(f"class_names holds a name twice: {', '.join(self.class_names)}")
         if self.split is not None:
@@ -66,7 +63,6 @@ def quarantine_file(on_bad_row: str, quarantine: Path | str | None) -> Path | No
 
     Raises ``SpecError`` where they are to be skipped and no file is named.
     """
-    _refuse_other("on_bad_row", on_bad_row, ("stop", "skip"))
     if on_bad_row == "stop":
         return None
     if quarantine is None:
@@ -87,12 +83,6 @@ def kind_and_column(kind: str | None, columns: Mapping[str, str | None]) -> tupl
             raise SpecError(f"{name}_column was given, and kind is {kind!r}")
         return name, named[name]
     return kind, None
-
-
-def _refuse_other(name: str, value: str | None, choices: Sequence[str | None]) -> None:
-    if value not in choices:
-        expected = ", ".join(choice for choice in choices if choice is not None)
-        raise SpecError(f"{name} is {value!r}: expected one of {expected}")
 
 
 # fmt: off

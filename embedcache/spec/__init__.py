@@ -185,8 +185,6 @@ class HeadSpec:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.engine not in ("torch", "sklearn"):
-            raise SpecError(f"unknown engine {shortened(self.engine)}: expected torch or sklearn")
         for name, setting in declared(HeadSpec).items():
             if not setting.allowed(getattr(self, name)):
                 raise SpecError(f"the head's {name} is {shortened(getattr(self, name))}: expected {setting.expected}")

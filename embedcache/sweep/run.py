@@ -107,8 +107,6 @@ def sweep(
 
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     value = read_file(grid) if isinstance(grid, Path) or (isinstance(grid, str) and _is_file(grid)) else grid
-    if choose not in ("best", "simplest"):
-        raise SweepError(f"choose is {choose!r}: expected best or simplest")
     parsed = parse(value, opened.feature_sets, features=features, seeds=seeds)
     asked = Asked(
         folds=folds, repeats=repeats, shots=shots, draws=draws, metric=metric, learning_curve=learning_curve,
