@@ -20,7 +20,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = (
     ("version", "wording"),
     ("errors",),
-    ("journal", "arguments", "decoding"),
+    ("journal", "arguments", "memory", "decoding"),
     ("fingerprint", "pooling", "batching", "shard", "pictures"),
     ("spec",),
     ("task", "features"),

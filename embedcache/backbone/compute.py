@@ -15,6 +15,7 @@ from embedcache.backbone.device import MOST_PASSES, threads
 from embedcache.batching import Batch, Plan, ShapePolicy, plan
 from embedcache.errors import FeatureError
 from embedcache.features import InMemory, Stored
+from embedcache.memory import memory_kept
 from embedcache.numerics import Outcome, Probe
 from embedcache.shard import STORED, Array, FeatureSet
 from embedcache.wording import counted
@@ -144,10 +145,15 @@ def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done |
     running = (
         _together(backbone, prepared, batches, passes) if passes > 1 else _trailing(backbone, prepared, batches)
     )  # fmt: skip
-    with contextlib.closing(running):
+    with kept_for(backbone), contextlib.closing(running):
         for batch, features in running:
             collected.put(batch, features)
     return collected.features
+
+
+def kept_for(backbone: Backbone) -> contextlib.AbstractContextManager[None]:
+    """Keep memory between the passes of pictures. Those of texts need small blocks, which are kept anyway."""
+    return memory_kept() if getattr(backbone, "prepared_bytes", 0) else contextlib.nullcontext()
 
 
 def offsets_of(counts: npt.ArrayLike) -> Numbers:

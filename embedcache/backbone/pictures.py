@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ from embedcache.backbone.processor import PictureProcessor, Values, noise
 from embedcache.batching import Batch
 from embedcache.errors import BackboneError
 from embedcache.fingerprint import sha256_bytes
-from embedcache.pictures import DECODING, decode
+from embedcache.pictures import DECODING, decode, mapped
 from embedcache.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -134,10 +132,7 @@ class Pictures:
         def put(row: int) -> None:
             values[row] = self.processor(decode(contents[row]))
 
-        # Pillow lets other threads run while it decodes and resizes.
-        with ThreadPoolExecutor(_cores(), "embedcache-decode") as pool:
-            for _ in pool.map(put, range(len(contents))):
-                pass
+        mapped(put, range(len(contents)))
         return Pixels(values, self.patches)
 
     def lay_out(self, prepared: Pixels, batch: Batch) -> Inputs:
@@ -226,7 +221,3 @@ def _apart(a: Tensor, b: Tensor) -> float:
     if not (a.isfinite().all() and b.isfinite().all()):
         return 0.0
     return float((a - b).norm() / a.norm().clamp(min=1e-12))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,12 +6,11 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -21,8 +20,6 @@ from embedcache.errors import InputError, PictureError
 from embedcache.examples.packing import MOST_HELD, Packing
 from embedcache.examples.source import Faults, Kind, Parsed, Source, is_missing, parsed, unicode_fault
 from embedcache.fingerprint import KEY_BYTES, row_key
-
-Result = TypeVar("Result")
 
 PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
@@ -173,7 +170,7 @@ class ImageContent(Content):
         return kind == "image" or (kind != "number" and _are_picture_names(cells))
 
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
-        read = _mapped(partial(_read, _Place(None, True), column), values)
+        read = pictures.mapped(partial(_read, _Place(None, True), column), values)
         contents = [picture.content if isinstance(picture, _Picture) else b"" for picture in read]
         return contents, {row: picture for row, picture in enumerate(read) if isinstance(picture, str)}
 
@@ -201,7 +198,7 @@ class _PictureCollector(ContentCollector):
 
     def parse(self, values: Sequence[object], source: Source) -> Parsed:
         place = _Place(source.folder, self._allow_outside)
-        judged = _mapped(partial(_judged, place, self._column), values)
+        judged = pictures.mapped(partial(_judged, place, self._column), values)
         faults = {row: picture for row, picture in enumerate(judged) if isinstance(picture, str)}
         return parsed(judged, faults, self._append_judged)
 
@@ -311,16 +308,6 @@ def _file(path: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise PictureError(f"cannot be read: {reason or error}") from None
-
-
-def _mapped(function: Callable[[object], Result], values: Sequence[object]) -> list[Result]:
-    """Return ``function`` of every value, on all cores: decoding lets go of Python's lock."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(cores)
-    try:
-        return list(pool.map(function, values))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
 
 
 def _are_picture_names(cells: Sequence[object]) -> bool:

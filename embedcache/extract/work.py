@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Protocol
 
-from embedcache.backbone import Backbone, Prepared, StoredSets, probe_of, run_plan, workers
+from embedcache.backbone import Backbone, Prepared, StoredSets, kept_for, probe_of, run_plan, workers
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan, prefetch
 from embedcache.errors import SpecError
@@ -106,6 +106,7 @@ class Here:
             if self.processes and watch.total >= PROCESS_ROWS:
                 others = stack.enter_context(workers(backbone, backbone.side_by_side(watch.total)))
                 run_batches = None if others is None else others.run_plan  # type: ignore[assignment]  # rows to take
+            stack.enter_context(kept_for(backbone))
             ready = stack.enter_context(contextlib.closing(prefetch(window.ready(backbone) for window in windows)))
             for window in ready:
                 yield work(backbone, window, watch, run_batches)
