@@ -75,19 +75,19 @@ class Predictor:
         source = ModelSource(model, device=device, trust_remote_code=trust_remote_code)
         return cls(head, backbone_of(head, source))
 
-    def __call__(self, values: Iterable[object]) -> list[Prediction]:
+    def __call__(self, rows: Iterable[object]) -> list[Prediction]:
         """Predict texts, or pictures (paths, files' bytes, PIL images, arrays of uint8), in order.
 
         Raises ``InputError`` for one that cannot be used.
         """
-        if isinstance(values, (str, os.PathLike)) or not isinstance(values, Iterable):
-            given = shortened(values) if not isinstance(values, (str, os.PathLike)) else f"one {self._content.one}"
+        if isinstance(rows, (str, os.PathLike)) or not isinstance(rows, Iterable):
+            given = shortened(rows) if not isinstance(rows, (str, os.PathLike)) else f"one {self._content.one}"
             raise InputError(f"got {given}: expected a list of {self._content.noun}s")
-        return list(self.stream(values))
+        return list(self.stream(rows))
 
-    def stream(self, values: Iterable[object]) -> Iterator[Prediction]:
+    def stream(self, rows: Iterable[object]) -> Iterator[Prediction]:
         """Predict rows one after the other with flat memory."""
-        content, waiting = self._content, iter(values)
+        content, waiting = self._content, iter(rows)
         number = 0
         while block := list(islice(waiting, content.window)):
             yield from self.contents(content.encode_all(block, partial(_row_name, number)))

@@ -98,7 +98,7 @@ ENTRIES: dict[str, tuple[Callable[[Place], Callable[..., Any]], Given]] = {
     "Predictor": (lambda place: ec.Predictor, lambda place: {"head": place.head, "backbone": place.backbone}),
     "Predictor.__call__": (
         lambda place: ec.Predictor(place.head, place.backbone).__call__,
-        lambda place: {"texts": ["a text"]},
+        lambda place: {"rows": ["a text"]},
     ),
     "TrainedHead.from_pretrained": (
         lambda place: ec.TrainedHead.from_pretrained,
