@@ -18,6 +18,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from embedcache.backbone import Backbone, FrozenModel, compute_features, load_backbone, probe_of
@@ -35,7 +36,7 @@ from embedcache.errors import (
     SpecError,
     SpecMismatchError,
 )
-from embedcache.extract import Here, extract, run
+from embedcache.extract import Here, extract, forecast, run
 from embedcache.extract import windows as cutting
 from embedcache.fingerprint import differences, row_key
 from embedcache.numerics import difference
@@ -231,7 +232,7 @@ def test_prepared_pictures_can_be_divided(model: Callable[[str], Path]) -> None:
 # What the processor does.
 
 
-ODD_SHAPES = [(1, 1), (3, 211), (211, 3), (31, 32), (33, 64), (64, 33), (500, 375), (41, 41)]
+ODD_SHAPES = [(1, 1), (3, 190), (190, 3), (31, 32), (33, 64), (64, 33), (500, 375), (41, 41)]
 PROCESSORS: list[tuple[str, dict[str, Any]]] = [
     ("ViTImageProcessor", {**tiny_pictures.PLAIN, "resample": 3}),
     ("ViTImageProcessor", {"size": {"height": 29, "width": 37}, "image_mean": [0.1, 0.5, 0.7]}),
@@ -329,7 +330,7 @@ def test_a_picture_that_resizing_would_blow_up_is_refused(tmp_path: Path) -> Non
     """By its size alone: 32,767 x 1 pixels would be made 7 million wide, and took 77 seconds and 16 GB."""
     settings = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     tiny_pictures.save_processor(tmp_path, "CLIPImageProcessor", **settings)
-    image = decode(tiny_pictures.picture(1, size=(32767, 1)))
+    image = Image.new("RGB", (32767, 1))
     with pytest.raises(FeatureError, match=r"32,767 x 1 pixels would be resized to 7,339,808 x 224: expected at most"):
         load_processor(tmp_path, "it", None, False)(image)
     assert load_processor(tmp_path, "it", "squash", False)(image).shape == (3, 224, 224)
@@ -518,3 +519,12 @@ def test_what_a_stranger_s_manifest_says_of_pictures_is_shown_or_not(field: str,
     prepared = {"kind": "image", "processor": {"size": {"height": 7, "width": 11}}, "resize": None, "size": [7, 11]}
     assert preprocessing_text({**prepared, field: value})
     assert preprocessing_text({"kind": "text"}) is None
+
+
+def test_a_dry_run_prepares_no_more_pictures_than_a_window_holds(
+    model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(model("vit"), device="cpu", positions=3)
+    monkeypatch.setattr("embedcache.extract.forecast.PREPARED_BYTES", 5 * backbone.prepared_bytes)
+    plan = forecast(tiny_pictures.examples_of(MANY), backbone, None)
+    assert (plan.to_extract, plan.sampled, plan.tokens) == (17, 5, 17)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+import tiny_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -640,3 +641,23 @@ def test_a_model_with_code_of_its_own_is_compared_where_it_is_trusted(jobs: list
         compare(str(folder), tmp_path / "c", approaches=ways)
     found = compare(str(folder), tmp_path / "c", approaches=ways, trust_remote_code=True)
     assert [row.approach for row in found.rows] == list(ways)
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_image_models_are_compared_too(tmp_path: Path, jobs: list[Job], kind: str) -> None:
+    """The same rows reach a process of its own, by the keys of their bytes; nothing is extracted twice."""
+    model = tiny_pictures.build(kind, tmp_path / "model")
+    examples = tiny_pictures.examples_of(tiny_pictures.pictures(24), splits=("train", "train", "validation", "test"))
+    write_rows(examples, tmp_path / "rows.pickle")
+    again = read_rows(tmp_path / "rows.pickle")
+    assert (again.kind, again.keys.tobytes()) == ("image", examples.keys.tobytes())
+    found = compare(
+        str(model), tmp_path / "c", inputs=examples, pooling="mean", epochs=1, seeds=[3],
+        approaches=["cached", "frozen", "full", "lp-ft"],
+    )  # fmt: skip
+    assert [type(job).__name__ for job in jobs].count("ExtractionJob") == 1
+    assert found.row("full").total_seconds > 0
+    assert all(0 <= found.row(name).test <= 1 for name in ("cached", "frozen", "full", "lp-ft"))

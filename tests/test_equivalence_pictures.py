@@ -26,6 +26,7 @@ from embedcache.extract import extract
 from embedcache.features import Stored
 
 PICTURES = tiny_pictures.pictures(24)
+SPLITS = ("train", "train", "train", "validation")
 FAST: dict[str, Any] = {"steps": 3, "head": "linear", "reference": "canonical", "progress": False}
 
 
@@ -46,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def made(path: Path, model: Path, contents: list[bytes] = PICTURES, **options: Any) -> FeatureCache:
     options = {"device": "cpu", "rows_per_shard": 13, **options}
-    return extract(tiny_pictures.examples_of(contents, splits=True), output_dir=path, model=model, **options)
+    return extract(tiny_pictures.examples_of(contents, splits=SPLITS), output_dir=path, model=model, **options)
 
 
 def forged(path: Path, cache: FeatureCache, like: FeatureCache) -> FeatureCache:
@@ -63,7 +64,7 @@ def forged(path: Path, cache: FeatureCache, like: FeatureCache) -> FeatureCache:
 
 
 def checked(cache: FeatureCache, contents: list[bytes] = PICTURES, **options: Any) -> EquivalenceResult:
-    return check_equivalence(cache, tiny_pictures.examples_of(contents, splits=True), **{**FAST, **options})
+    return check_equivalence(cache, tiny_pictures.examples_of(contents, splits=SPLITS), **{**FAST, **options})
 
 
 def finds(result: EquivalenceResult, *words: str) -> None:

@@ -214,6 +214,14 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     assert size_of(bomb(8000, 8000)) == (8000, 8000)
 
 
+def test_a_sliver_is_refused_by_its_header() -> None:
+    """Resized by its short side it would become an image of gigabytes."""
+    for width, height in ((32767, 1), (1, 65), (129, 2)):
+        with pytest.raises(PictureError, match=f"is {width:,} x {height:,} pixels, more than 64 times as long"):
+            size_of(bomb(width, height))
+    assert size_of(bomb(64, 1)) == (64, 1)
+
+
 def reason_or_mode(content: bytes) -> str:
     """The first word of the reason why a file cannot be decoded, else the mode of the picture."""
     try:

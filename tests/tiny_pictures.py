@@ -137,11 +137,11 @@ def pictures(count: int, start: int = 0) -> list[bytes]:
     return [picture(number, "JPEG" if number % 3 == 0 else "PNG") for number in range(start, start + count)]
 
 
-def examples_of(contents: Sequence[bytes], *, splits: bool = False) -> Examples:
-    """Return rows of pictures with labels, as an input of images gives them; with ``splits``, of two splits."""
+def examples_of(contents: Sequence[bytes], *, splits: Sequence[str] = ()) -> Examples:
+    """Return rows of pictures with labels, as an input of images gives them; in ``splits``, one after the other."""
     rows = [{"text": f"row {number}", "label": "ab"[number % 2]} for number in range(len(contents))]
     if splits:
-        rows = [{**row, "split": "validation" if at % 4 == 3 else "train"} for at, row in enumerate(rows)]
+        rows = [{**row, "split": splits[at % len(splits)]} for at, row in enumerate(rows)]
     keys = np.frombuffer(b"".join(map(row_key, contents)), np.uint8).reshape(-1, 16)
     return replace(
         load_examples(rows), kind="image", keys=keys, packed_contents=Packed.of(contents), n_unique=len(set(contents))

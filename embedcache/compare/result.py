@@ -95,11 +95,11 @@ class Comparison:
         on_gpu = any(row.memory.device is not None for row in self.rows)
         memory = "memory on the GPU" if on_gpu else "resident memory, less that of Python and its libraries"
         notes = [
-            f"{counted(facts.rows, 'row')} ({counted(facts.unique, 'different text')}): {splits}; "
+            f"{counted(facts.rows, 'row')} ({counted(facts.unique, 'different content')}): {splits}; "
             f"{facts.task}, {facts.outputs} outputs; {facts.model}; head {facts.head}; {facts.device}, "
             f"{facts.threads} threads; seeds {', '.join(map(str, facts.seeds))}.",
             f"Extraction of all rows took {seconds_text(self.extraction.seconds)}; a row of the table is charged "
-            "for its training and validation texts. Loading the model and judging the test rows are charged to nobody.",
+            "for its training and validation rows. Loading the model and judging the test rows are charged to nobody.",
             f"An epoch includes its validation pass. Each measurement ran in a process of its own; peak memory is "
             f"{memory}.",
             f"The best epoch is the one of the best validation {facts.metric}; its weights are judged on test. "

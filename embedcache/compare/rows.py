@@ -27,14 +27,12 @@ def checked_rows(examples: Examples, max_rows: int | None = None, seed: int = 0)
     """Return the labelled rows of train, validation and test, at most ``max_rows`` of them, drawn by content.
 
     Raises:
-        InputError: no labels, a split that is missing, too few rows, or rows that are not text.
+        InputError: no labels, a split that is missing, or too few rows.
         TrainingError: one class only.
         SpecError: a ``max_rows`` that is not a number of rows.
     """
     if max_rows is not None and max_rows < 1:
         raise SpecError(f"max_rows is {max_rows}: expected at least 1")
-    if examples.kind != "text":
-        raise InputError(f"the comparison fine-tunes text models, and these rows are {examples.kind}")
     if examples.task is None or examples.targets is None:
         raise InputError("the input has no labels, and training needs them: name the column with --label-column")
     missing = [name for name in SPLITS if name not in examples.split_names]

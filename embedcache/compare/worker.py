@@ -82,7 +82,7 @@ def extraction(job: ExtractionJob) -> Extraction:
     memory = Peak(job.source.device)
     examples = read_rows(job.rows)
     begun = time.perf_counter()
-    backbone = load_for(job.cache, job.source, BackboneSettings((job.pooling,)))
+    backbone = load_for(job.cache, job.source, BackboneSettings((job.pooling,), content=examples.kind))
     setup = time.perf_counter() - begun
     try:
         report = run(examples, backbone, job.cache, keep_inputs=True)

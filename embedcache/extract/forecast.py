@@ -14,7 +14,7 @@ from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.dataset import evenly_spread
 from embedcache.examples import Examples
-from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows
+from embedcache.extract.windows import PREPARED_BYTES, Rows, new_rows, row_bytes_of, shard_rows
 from embedcache.wording import counted, duration, listed
 
 SAMPLE = 20_000
@@ -95,10 +95,14 @@ def forecast(
     rows_per_shard: int | None = None,
     threads: int | None = None,
 ) -> Forecast:
-    """Tokenise the rows that would be computed (a sample of 20,000 of many), plan them and time a few batches."""
+    """Prepare the rows that would be computed, plan them and time a few batches.
+
+    Of many rows it is a sample: 20,000 texts, or as many images as are prepared at a time.
+    """
     known = known_rows(output_dir, backbone.identity, backbone.feature_sets, examples.keys)
     todo = new_rows(examples, known)
-    sample = todo[evenly_spread(len(todo), SAMPLE)]
+    prepared_bytes = getattr(backbone, "prepared_bytes", 0)
+    sample = todo[evenly_spread(len(todo), min(SAMPLE, max(1, PREPARED_BYTES // max(1, prepared_bytes))))]
     scale = len(todo) / max(len(sample), 1)
     lengths = vectors = np.zeros(0, np.int64)
     truncated, seconds = 0, None
