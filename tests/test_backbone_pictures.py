@@ -525,6 +525,7 @@ def test_a_dry_run_prepares_no_more_pictures_than_a_window_holds(
     model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = load_backbone(model("vit"), device="cpu", positions=3)
-    monkeypatch.setattr("embedcache.extract.forecast.PREPARED_BYTES", 5 * backbone.prepared_bytes)
+    module = sys.modules["embedcache.extract.forecast"]
+    monkeypatch.setattr(module, "PREPARED_BYTES", 5 * backbone.prepared_bytes)
     plan = forecast(tiny_pictures.examples_of(MANY), backbone, None)
     assert (plan.to_extract, plan.sampled, plan.tokens) == (17, 5, 17)
