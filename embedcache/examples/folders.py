@@ -102,6 +102,8 @@ class FolderSource(FilesSource):
     splits ``split`` has theirs. ``file_name`` begins with the folder's own name. Rows are sorted by split, class, path.
     """
 
+    names_roles = True
+
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = str(folder), folder
         splits = split_folders(folder)

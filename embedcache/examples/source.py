@@ -119,6 +119,8 @@ class Source(ABC):
     """The column that names its rows unless another one is asked for; None where they have nothing but numbers."""
     notes: tuple[str, ...] = ()
     """What was left out, as notes on the input."""
+    names_roles = False
+    """Whether the names of the columns are ours and say what they hold, as those of a folder: nothing is guessed."""
     numbers_are_written = False
     """Whether a number is a text in this format, as in CSV."""
 
