@@ -867,11 +867,12 @@ def test_compiled_once_for_all_shapes(tiny: Callable[[str], Path]) -> None:
         np.testing.assert_allclose(whole[name], values, rtol=1e-3, atol=1e-4)
 
 
-def test_no_compiler(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler(tiny: Callable[[str], Path]) -> None:
     import torch._dynamo
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    monkeypatch.setattr(inductor, "force_disable_caches", True)  # or an earlier run's kernels would do
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    refused(tiny("electra"), "cannot be compiled here: there is no working C.* compiler", compiled=True)
+    # Without caches, or an earlier run's kernels would do. By the library's own ``patch``: an attribute that pytest sets
+    # back is hidden from whoever compiles later.
+    with inductor.patch({"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}):
+        refused(tiny("electra"), "cannot be compiled here: there is no working C.* compiler", compiled=True)

@@ -780,6 +780,10 @@ def test_the_tolerance_follows_its_formula() -> None:
     assert storage_tolerance(*both, "float16").tolist() == [2**-10, 0.0]
     assert storage_tolerance(*both, "float32").tolist() == [0.0, 0.0]
     assert torch.equal(layer.weight, before)
+    # Behind a ReLU, what these rows leave at 0 or nearly there is as uncertain as what they do not.
+    rectified = conditioning(layer, lambda network: {"y": network(torch.cat([x, -x])).detach().relu()})["y"]
+    assert rectified.shape == (307,)
+    assert rectified.min() == rectified[5] == pytest.approx(np.median(rectified), rel=0.2)
     assert longest_axis(layer) == 307
     close = labels_may_differ(np.array([[0.0, 1.0], [0.0, 0.1]]), 0.06, CLASSIFICATION)
     assert close.tolist() == [False, True]

@@ -19,7 +19,8 @@ layer, and
 
 is read off over three draws of noise, in float32 and at one batch shape, so that rounding itself plays no part in it.
 It is a component's own, because components may differ by many powers of ten: all-MiniLM-L6-v2 has three that are
-1e-8 and 1e-33 where the others are 0.1. A difference
+1e-8 and 1e-33 where the others are 0.1; only those that a ReLU makes, which are 0 in most rows, have at least the
+kappa that is usual among them. A difference
 between two computations, each with independent errors, then has a standard deviation of at most
 ``sqrt(2) * local * kappa_d``, and of n such values none exceeds, but with probability 0.001,
 
@@ -107,15 +108,20 @@ def conditioning(network: nn.Module, features: Callable[[nn.Module], Mapping[str
                 value.copy_(original.float() * (1 + DELTA * noise))
         for name, moved in features(exact).items():
             changes[name].append((moved - base[name]).double().cpu().numpy() / DELTA)
-    return {name: _kappa(np.stack(change)) for name, change in changes.items()}
+    return {name: _kappa(np.stack(change), base[name].cpu().numpy()) for name, change in changes.items()}
 
 
-def _kappa(change: Array) -> Array:
-    """Return kappa [...] from changes [draws, n, ...]."""
+def _kappa(change: Array, base: Array) -> Array:
+    """Return kappa [...] from changes [draws, n, ...] of features [n, ...]."""
     component = np.sqrt(np.square(change).mean(axis=(0, 1)))
     share = np.divide(change, component, out=np.zeros_like(change), where=component > 0)
     row = np.sqrt(np.square(share).mean(axis=(0, *range(2, change.ndim))))
-    return np.asarray(component * row.max())
+    kappa = np.asarray(component * row.max())
+    # What comes out of a ReLU is 0 in most rows, where noise moves nothing: the rows at hand may hardly tell how it
+    # moves where it is not. The usual component of that sort then stands for each that seems to be moved less.
+    rectified = (base == 0).any(axis=0)
+    moved = kappa[rectified & (kappa > 0)]
+    return np.where(rectified, np.maximum(kappa, np.median(moved) if moved.size else 0.0), kappa)
 
 
 def feature_tolerance(kappa: Array, longest: int, compute_dtype: str, values: int) -> Array:
@@ -169,9 +175,9 @@ def training_tolerances(subject: Subject, cached: Record, tolerance: Array) -> d
 
 
 def noisy(x: InMemory, tolerance: Array, seed: int) -> InMemory:
-    """Return features with uniform noise within the tolerance."""
+    """Return features with uniform noise within the tolerance; where a ReLU left exactly 0, rounding leaves it too."""
     noise = np.random.Generator(np.random.PCG64(seed)).uniform(-1, 1, x.values.shape)
-    return replace(x, values=(x.values + noise * tolerance).astype(np.float32))
+    return replace(x, values=np.where(x.values == 0, x.values, x.values + noise * tolerance).astype(np.float32))
 
 
 def labels_may_differ(logits: Array, tolerance: float, task: Task) -> Flags:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,23 +61,27 @@ class Forecast:
             return "\n".join([*lines, "nothing to compute"])
         if self.sampled < self.to_extract:
             lines.append(f"sampled     {counted(self.sampled, 'row')}, scaled up below")
-        most = max(step["rows"] for step in self.histogram)
-        lines.append("tokens a row")
-        for step in self.histogram:
-            bar = "#" * -(-40 * step["rows"] // most)
-            lines.append(f"  {step['from']:>5}-{step['to']:<5} {step['rows']:>9,}  {bar}".rstrip())
-        if self.truncated:
-            lines.append(f"truncated   {self.truncated:,} rows are longer than the model reads")
         shapes = [f"{shape['rows']}x{shape['length']} ({shape['batches']:,})" for shape in self.shapes]
-        lines.append(f"shapes      rows x tokens (batches): {listed(shapes, 6)}")
-        lines.append(
-            f"padding     {counted(self.computed, 'position')} for {counted(self.tokens, 'token')}: {self.overhead:.3f}"
-        )
+        if self.tokens == self.to_extract:  # pictures, each of them one position
+            lines.append(f"batches     rows x 1 (batches): {listed(shapes, 6)}")
+        else:
+            lines += [*self._histogram(), f"shapes      rows x tokens (batches): {listed(shapes, 6)}"]
+            of_each = f"{counted(self.computed, 'position')} for {counted(self.tokens, 'token')}"
+            lines.append(f"padding     {of_each}: {self.overhead:.3f}")
         lines += [f"on disk     {name}: {_size(size)}" for name, size in self.bytes.items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:
             lines.append(f"time        about {duration(self.seconds)}, from a few calibration batches")
         return "\n".join(lines)
+
+    def _histogram(self) -> Iterator[str]:
+        most = max(step["rows"] for step in self.histogram)
+        yield "tokens a row"
+        for step in self.histogram:
+            bar = "#" * -(-40 * step["rows"] // most)
+            yield f"  {step['from']:>5}-{step['to']:<5} {step['rows']:>9,}  {bar}".rstrip()
+        if self.truncated:
+            yield f"truncated   {self.truncated:,} rows are longer than the model reads"
 
 
 def _size(count: float) -> str:

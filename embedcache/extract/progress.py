@@ -45,6 +45,7 @@ class Bar:
         """Move the bar."""
         self._rows += rows
         if not self._bar.disable:
+            self._bar.unit = "row" if rows == tokens else "tok"  # a picture is one position
             self._bar.set_postfix_str(
                 f"{self._rows / max(time.perf_counter() - self._start, 1e-9):,.0f} rows/s", refresh=False
             )
@@ -105,7 +106,9 @@ class ExtractionReport:
             f"{self.extracted:,} extracted, {self.reused:,} already there"
         ]
         if self.extracted:
-            rate = f"{self.extracted / self.seconds:,.0f} rows/s, {self.tokens / self.seconds:,.0f} tokens/s"
+            rate = f"{self.extracted / self.seconds:,.0f} rows/s"
+            if self.tokens != self.extracted:  # a picture is one position
+                rate += f", {self.tokens / self.seconds:,.0f} tokens/s"
             padding = f"{self.computed / max(self.tokens, 1):.3f} positions computed for each real one"
             lines.append(
                 f"{self.seconds:.1f} s, {rate}; {counted(self.batches, 'forward pass')}, {padding}; "

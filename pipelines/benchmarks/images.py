@@ -23,7 +23,7 @@ from embedcache.extract import run
 from embedcache.pictures import decode
 
 REPO = Path(__file__).resolve().parents[2]
-PICTURES = 256
+PICTURES = 128
 BATCH = 32
 PATHS = 100_000
 
