@@ -872,7 +872,7 @@ def test_no_compiler(tiny: Callable[[str], Path]) -> None:
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    # Without caches, or an earlier run's kernels would do. By the library's own ``patch``: an attribute that pytest sets
-    # back is hidden from whoever compiles later.
+    # Without caches, or an earlier run's kernels would do. By torch's own ``patch``: an attribute that pytest sets back
+    # is hidden from whoever compiles later.
     with inductor.patch({"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}):
         refused(tiny("electra"), "cannot be compiled here: there is no working C.* compiler", compiled=True)
