@@ -1,8 +1,8 @@
 """How this process gets its memory from the system, where that costs more time than what the memory is for.
 
 glibc returns blocks above 32 MB to the system as soon as they are freed, and the system clears each again, page by
-page, before the next layer of a network may have it. Convolutional networks spend more time on that than on computing
-(``pipelines/benchmark.py images``). No bit depends on it.
+page, before the next layer of a network may have it. Convolutional networks spend a fifth to a third of their time on
+that, and more in long runs (``pipelines/benchmark.py images``). No bit depends on it.
 """
 
 from __future__ import annotations
