@@ -178,7 +178,7 @@ def _compare_standard_features(
     beyond = int((apart > tolerance).sum())
     return Outcome((row,), (
         f"standard reference, features {feature.name}: off by up to {gap.largest:.2g} at {where}, and by "
-        f"more than rounding explains in {beyond} of {apart.size} components: weights, tokens, pooling or layer",
+        f"more than rounding explains in {beyond} of {apart.size} components: weights, inputs, pooling or layer",
     ))  # fmt: skip
 
 
