@@ -419,6 +419,7 @@ def test_bad_input_to_a_model(folder: Path) -> None:
         (np.full(len(TEXTS), -1), SEEDED, TrainingError, "no labelled row"),
         (LABELS, TrainSpec(solver="convex"), SpecError, "minibatch AdamW"),
         (LABELS, TrainSpec(optimizer="sgd"), SpecError, "minibatch AdamW"),
+        (LABELS, TrainSpec(input_noise=0.1), SpecError, "input_noise and input_dropout disturb cached features"),
         (LABELS, TrainSpec(learning_rate=1e30, clip=0.0, warmup=0.0), TrainingError, "lower learning rate"),
     ],
 )

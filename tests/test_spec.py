@@ -98,6 +98,7 @@ OUTSIDE: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adam", 1),
     "learning_rate": (0, -1, float("nan"), float("inf"), "fast"), "weight_decay": (-0.1, None), "momentum": (1, -0.1),
     "schedule": ("step",), "warmup": (1, -0.1), "clip": (-1, None), "patience": (-1, 0.5), "metric": (3,),
+    "input_noise": (-0.1, None), "input_dropout": (1, -0.1),
     "label_smoothing": (1, -0.1), "class_weight": ("even", 3), "standardize": (None, "yes", 1), "l2": (-1, None),
     "seed": (-1, 2**32, 0.5, None), "shuffle_seed": (-1, 2**32, "0"),
 }  # fmt: skip

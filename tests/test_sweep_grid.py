@@ -69,7 +69,7 @@ def test_linear_is_the_optimum_unless_a_setting_of_minibatches_is_named() -> Non
     assert Configuration("mean", HeadSpec(), TrainSpec()).train.solver == "convex"
     old = parse([{"head": "linear", "learning_rate": 0.01, "epochs": 7}], {"mean": SETS["mean"]}).configurations()
     assert [each.id for each in old] == ["2ff054e47dfeabd4"]
-    assert "min_steps" not in old[0].settings
+    assert not {"min_steps", "input_noise", "input_dropout"} & {*old[0].settings}
     assert old[0].label == "linear epochs=7 lr=0.01 wd=0.01 · mean"
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,20 @@ from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, task_named
 from embedcache.train import Masks, TrainingResult, train_head
 from embedcache.train import train_stack as stack_of_rows
-from embedcache.train.batches import DiskBatches, FeatureBatch, RaggedBatches, TensorBatches, block_order, lent, order
+from embedcache.train.batches import (
+    DiskBatches,
+    DisturbedBatches,
+    FeatureBatch,
+    RaggedBatches,
+    TensorBatches,
+    block_order,
+    lent,
+    order,
+)
 from embedcache.train.data import class_weights, fits_in_memory, labelled_rows_of, moments
 from embedcache.train.loop import Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_biases
-from embedcache.train.minibatch import PassOptions, fit_minibatch
+from embedcache.train.minibatch import PassOptions, batches_of, fit_minibatch
 from embedcache.train.stack import HeadStack, schedule_factors
 
 POOLED = FeatureSet("features", "pooled", 7, 1, "float32")
@@ -197,6 +207,7 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
     optimizer = draw(st.sampled_from(["adamw", "sgd"]))
     masked = draw(st.booleans())
     smoothing = draw(st.sampled_from([0.0, 0.1]))
+    disturbed = draw(st.sampled_from([{}, {"input_noise": 0.3}, {"input_noise": 0.2, "input_dropout": 0.25}]))
     heads, specs = [], []
     for seed in range(count):
         rate = draw(st.sampled_from([0.0, 0.1, 0.5]))
@@ -207,6 +218,7 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
                 learning_rate=draw(st.sampled_from([1e-3, 1e-2])), weight_decay=draw(st.sampled_from([0.0, 0.1])),
                 label_smoothing=smoothing * seed / count, schedule=draw(st.sampled_from(["constant", "cosine"])),
                 class_weight=draw(st.sampled_from([None, "balanced"])), clip=draw(st.sampled_from([0.3, 1.0])),
+                **disturbed,
             )
         )  # fmt: skip
     folds = np.arange(67) % 3
@@ -231,6 +243,66 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
             assert a["validation_log_loss"] == pytest.approx(b["validation_log_loss"], abs=1e-4)
         for name, value in alone[0].head.state.items():
             np.testing.assert_allclose(together[place].head.state[name], value, atol=2e-3, rtol=1e-3)
+
+
+class OneByOne:
+    """What a live backbone is to training: features made of each batch's rows when it is asked for."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.steps = source, source.steps
+
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
+        for batch in self.source.epoch(number):
+            yield replace(batch, x=torch.stack([row.clone() for row in batch.x]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "attention-pooling"])
+def test_disturbed_features_are_the_same_cached_and_live(kind: str) -> None:
+    """The draws depend on the seed and the epoch alone; another seed or amount is seen."""
+    x, y = made(61, 21)
+    x = x.reshape(61, 3, 7) if kind == "attention-pooling" else x
+    rows = labelled_rows_of(x, y, task_named("classification"), NAMES)
+    spec = TrainSpec(epochs=2, batch_size=17, input_noise=0.3, input_dropout=0.2)
+
+    def losses(spec: TrainSpec, live: bool) -> list[float]:
+        batches: Any = OneByOne(batches_of(rows.x, spec)) if live else batches_of(rows.x, spec)
+        options = PassOptions(keep_losses=True, progress=False)
+        (fitted,) = fit_minibatch(rows, None, [HeadSpec(kind)], [spec], batches=batches, options=options)
+        return [float(loss) for loss in fitted.losses]
+
+    cached = losses(spec, live=False)
+    assert cached == losses(spec, live=True)
+    assert len(cached) == 8
+
+    for other in (replace(spec, shuffle_seed=1), replace(spec, input_noise=0.3001), replace(spec, input_dropout=0.0)):
+        assert cached != losses(other, live=True)
+
+
+def test_noise_and_dropout_are_in_units_of_the_features() -> None:
+    """Alike whether features are standardised beforehand or by the head; every epoch has draws of its own."""
+    generator = np.random.default_rng(0)
+    x = torch.from_numpy(generator.normal((3, -5), (0.5, 20), (9973, 2)).astype(np.float32))
+    mean, deviation = x.mean(dim=0), x.std(dim=0)
+    whole = TensorBatches(x, 9973, 0)
+    (plain,) = whole.epoch(1)
+
+    def disturbed(source: Any = whole, epoch: int = 1, units: Any = (mean, deviation), **asked: Any) -> Any:
+        return next(DisturbedBatches(source, TrainSpec(**asked), *units).epoch(epoch)).x
+
+    noise = (disturbed(input_noise=0.4) - plain.x) / deviation
+    assert noise.std(dim=0).numpy() == pytest.approx(0.4, rel=0.03)
+    assert noise.mean(dim=0).numpy() == pytest.approx(0, abs=0.02)
+    dropped = (disturbed(input_dropout=0.25) - mean) / (plain.x - mean)
+    gone = dropped.abs() < 1e-3
+    assert gone.float().mean(dim=0).numpy() == pytest.approx(0.25, abs=0.02)
+    assert dropped[~gone].numpy() == pytest.approx(4 / 3, rel=1e-2)
+    standard = TensorBatches((x - mean) / deviation, 9973, 0)
+    both = {"input_noise": 0.4, "input_dropout": 0.25}
+    there = disturbed(standard, units=(0.0, 1.0), **both) * deviation + mean
+    np.testing.assert_allclose(there, disturbed(**both), atol=1e-4)
+    assert not torch.equal(disturbed(**both)[:5], disturbed(**both, seed=1)[:5])
+    again = disturbed(**both, epoch=2)[torch.argsort(next(whole.epoch(2)).rows)]
+    assert not torch.allclose(again, disturbed(**both)[torch.argsort(plain.rows)])
 
 
 def test_a_head_with_another_seed_is_seen_to_differ() -> None:

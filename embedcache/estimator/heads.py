@@ -66,6 +66,8 @@ class _HeadEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     schedule: str = TrainSpec.schedule
     warmup: float = TrainSpec.warmup
     clip: float = TrainSpec.clip
+    input_noise: float = TrainSpec.input_noise
+    input_dropout: float = TrainSpec.input_dropout
     standardize: bool = TrainSpec.standardize
     l2: float = TrainSpec.l2
     early_stopping: bool = False

@@ -289,6 +289,8 @@ def fine_tune(
     """
     if spec.solver == "convex" or spec.optimizer != "adamw":
         raise SpecError(f"a live model is trained by minibatch AdamW, not {spec.solver} {spec.optimizer}")
+    if spec.input_noise or spec.input_dropout:
+        raise SpecError("input_noise and input_dropout disturb cached features: a live model has dropout of its own")
     kind = task_named(task)
     rows = _Labelled.of(contents, y, kind, "training")
     refuse_untrainable(rows.y, kind, class_names)

@@ -254,6 +254,14 @@ class TrainSpec:
         "a number from 0 to below 1",
         solver="minibatch",
     )
+    input_noise: float = _number(
+        0.0, "Add normal noise to features in training: its deviation, in those of the features.",
+        "a number of at least 0", solver="minibatch",
+    )  # fmt: skip
+    input_dropout: float = _number(
+        0.0, "Set this share of features to their mean in training.",
+        "a number from 0 to below 1", solver="minibatch",
+    )  # fmt: skip
     class_weight: Literal["balanced"] | Mapping[str, float] | None = _setting(
         None, 'Weights of classes: balanced, or a number for each class: {"class": weight}.', _is_class_weight,
         "balanced, or a weight for each class", metavar="balanced|JSON", unset="1 each",

@@ -204,7 +204,15 @@ SEEDED = frozenset({"mlp", "hist-gradient-boosting", "random-projection"})
 _CONVEX = ("solver", "l2", "class_weight", "standardize")
 _MINIBATCH = ("solver", *(name for name in MINIBATCH_SETTINGS if name != "momentum"), "class_weight", "standardize")
 _PENALIZED = frozenset({"linear", "logistic-regression", "linear-svm", "ridge", "random-projection"})
-_SHORT = {"learning_rate": "lr", "weight_decay": "wd", "label_smoothing": "smoothing", "batch_size": "batch"}
+_SHORT = {
+    "learning_rate": "lr",
+    "weight_decay": "wd",
+    "label_smoothing": "smoothing",
+    "batch_size": "batch",
+    "input_noise": "noise",
+}
+_ADDED: Mapping[str, object] = {"min_steps": 0, "input_noise": 0, "input_dropout": 0}
+"""Settings that are younger than kept sweeps, and at which value they change nothing."""
 DEFAULTS = TrainSpec()
 TRAIN_FIELDS = tuple(setting.name for setting in fields(TrainSpec))
 
@@ -265,9 +273,9 @@ class Configuration:
         """The settings of training that it reads, without the seed."""
         every = asdict(self.train)
         read = fields_read(self.head, self.train.solver, self.train.optimizer)
-        # Written epochs imply min_steps 0, which is not recorded: configurations from before that setting existed keep
-        # their hash.
-        idle = {"min_steps"} if self.train.min_steps == 0 else set()
+        # Configurations from before a setting existed keep their hash: where it changes nothing, it is not recorded.
+        # Written epochs imply min_steps 0.
+        idle = {name for name, nothing in _ADDED.items() if every[name] == nothing}
         return {name: every[name] for name in read if name not in idle}
 
     def to_json(self, *, seed: bool = True) -> dict[str, object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from embedcache.batching import prefetch
 from embedcache.features import Array, OnDisk, Ragged, Rows
+from embedcache.heads.modules import draw_kept
+from embedcache.spec import TrainSpec
 
 BLOCK_ROWS, BLOCK_BYTES = 64, 96 << 10
 """Rows that block shuffling keeps together on disk, fewer where they are wide; a disk reads them as one."""
@@ -167,3 +169,41 @@ class DiskBatches:
 
     def _batch(self, rows: Rows, x: Tensor) -> FeatureBatch:
         return FeatureBatch(x.to(self._device), None, torch.from_numpy(rows).to(self._device))
+
+
+class DisturbedBatches:
+    """Batches whose features are disturbed: some are dropped, and noise is added, drawn anew for every batch.
+
+    That makes of cached features what augmentation makes of inputs, for the price of the draws. A feature x with mean m
+    and deviation s becomes ``m + k (x - m) + n s e``: k is 0 for a share ``input_dropout`` of the values and
+    1 / (1 - input_dropout) for the others, n is ``input_noise`` and e standard normal. The draws depend on (seed,
+    epoch) and the shapes of the batches alone: they are the same for cached and live features, and for all heads of a
+    stack.
+    """
+
+    def __init__(self, source: Batches, spec: TrainSpec, mean: Tensor | float, deviation: Tensor | float) -> None:
+        self._source, self._spec = source, spec
+        self._mean, self._deviation = mean, deviation
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return self._source.steps
+
+    def epoch(self, number: int) -> Iterator[FeatureBatch]:
+        """Yield the batches of one epoch."""
+        (seed,) = np.random.SeedSequence([self._spec.order_seed, number, 2]).generate_state(1, np.uint64)
+        generator: torch.Generator | None = None
+        for batch in self._source.epoch(number):
+            if generator is None:
+                generator = torch.Generator(batch.x.device).manual_seed(int(seed >> np.uint64(1)))
+            yield replace(batch, x=self._disturbed(batch.x, generator))
+
+    def _disturbed(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        if self._spec.input_dropout:
+            kept = draw_kept(torch.empty_like(x), self._spec.input_dropout, generator)
+            x = (x - self._mean).mul_(kept).add_(self._mean)
+        if self._spec.input_noise:
+            noise = torch.empty_like(x).normal_(generator=generator)
+            x = noise.mul_(self._deviation).mul_(self._spec.input_noise).add_(x)
+        return x

@@ -17,7 +17,15 @@ from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Head, Linear
 from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION, Flags, Floats
-from embedcache.train.batches import Batches, DiskBatches, FeatureBatch, RaggedBatches, TensorBatches, lent
+from embedcache.train.batches import (
+    Batches,
+    DiskBatches,
+    DisturbedBatches,
+    FeatureBatch,
+    RaggedBatches,
+    TensorBatches,
+    lent,
+)
 from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
 from embedcache.train.loop import Scores, Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_at, start_biases
@@ -297,7 +305,7 @@ class _Pass:
         plain = self.batches is None and dense
         applied = (mean, scale) if plain and mean is not None and scale is not None else None
         x = _prepared(rows, applied, device)
-        source = self.batches or batches_of(x, spec, device)
+        source = self._disturbed(self.batches or batches_of(x, spec, device), applied is not None)
         standardisation: Standardisation | None = None
         if mean is not None and scale is not None:
             standardisation = Standardisation(mean, scale, plain)
@@ -338,6 +346,21 @@ class _Pass:
             )
             for state, history, best, own in zip(states, result.history, result.best_epoch, self.specs, strict=True)
         ]  # fmt: skip
+
+    def _disturbed(self, source: Batches, standardised: bool) -> Batches:
+        """Return the batches with noise and dropout, in units of the features as the batches have them.
+
+        Heads on folds share the draws, in units of all rows together: what a batch is must not depend on the head.
+        """
+        spec = self.specs[0]
+        if not spec.input_noise and not spec.input_dropout:
+            return source
+        if standardised:
+            return DisturbedBatches(source, spec, 0.0, 1.0)
+        mean, scale = (
+            torch.from_numpy(part).to(self.options.device) for part in moments(self.rows.x, self.rows.weight)
+        )
+        return DisturbedBatches(source, spec, mean, 1 / scale)
 
     def _class_weights(self) -> Vectors | None:
         """Return the class weights of each head, [K, C], of its own training rows; None where no head has any."""
