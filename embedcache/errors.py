@@ -9,7 +9,8 @@
     │   └── PictureError                     a picture that cannot be decoded: the reason, without its place
     ├── SpecError (ValueError)               a setting has an impossible value
     ├── BackboneError (ValueError)           the model cannot be loaded or cannot do what was asked
-    │   └── PoolingUnavailableError          the model does not give that pooling; names those it gives
+    │   ├── PoolingUnavailableError          the model does not give that pooling; names those it gives
+    │   └── DeviceMemoryError (MemoryError)  the device's memory does not hold a model or a batch of it
     ├── FeatureError (ValueError)            features that must not be used: NaN, inf, overflow, shape
     ├── CacheError (OSError)                 something about a cache directory
     │   ├── CacheNotFoundError (FileNotFoundError)
@@ -106,6 +107,10 @@ class BackboneError(EmbedcacheError, ValueError):
 
 class PoolingUnavailableError(BackboneError):
     """The model does not give that pooling; the message lists those it gives."""
+
+
+class DeviceMemoryError(BackboneError, MemoryError):
+    """The device's memory does not hold the model, or a batch at a canonical shape."""
 
 
 class FeatureError(EmbedcacheError, ValueError):

@@ -191,7 +191,7 @@ def test_frozen(tiny: Callable[[str], Path]) -> None:
     assert_same_bits(first, second)  # dropout would show
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.network.state_dict().items())
     tokens = backbone.prepare(TEXTS[:1])
-    ((running,),) = backbone.forward(tokens, plan(tokens.lengths, backbone.policy).batches[0]).values()
+    ((running,),) = backbone.forward(tokens, plan(tokens.lengths, backbone.policy).batches[0]).sets.values()
     assert not running.requires_grad
     assert running.grad_fn is None
 

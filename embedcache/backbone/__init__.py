@@ -7,7 +7,7 @@ model, and everything that could change a feature is hashed into ``identity``.
 ``folder`` reads a model's folder, ``network`` makes a network of it, ``model`` makes features of its hidden states and
 knows no kind of content. ``text`` prepares texts for it; ``load`` puts the two together and proves that the model
 behaves. ``compute`` runs any backbone over rows at canonical shapes, and over a few built-in rows, to know what this
-machine computes; ``processes`` does so in other processes where there are many cores.
+machine computes; ``processes`` does so in other processes where there are many cores, ``replicas`` on several GPUs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from embedcache.backbone.compute import (
     run_plan,
     vectors_of,
 )
-from embedcache.backbone.device import POSITIONS, choose_device, needs_spare_row, side_by_side, threads
+from embedcache.backbone.device import POSITIONS, choose_device, choose_devices, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
@@ -34,6 +34,7 @@ from embedcache.backbone.folder import (
 from embedcache.backbone.load import LoadedBackbone, load_again, load_backbone
 from embedcache.backbone.model import FrozenModel, Inputs
 from embedcache.backbone.processes import Workers, workers
+from embedcache.backbone.replicas import Replicas, replicas_of
 from embedcache.backbone.text import Tokens, text_inputs
 
 __all__ = [
@@ -44,11 +45,13 @@ __all__ = [
     "Inputs",
     "LoadedBackbone",
     "Prepared",
+    "Replicas",
     "SentenceTransformerSettings",
     "StoredSets",
     "Tokens",
     "Workers",
     "choose_device",
+    "choose_devices",
     "compute_features",
     "contents_hash",
     "kept_for",
@@ -57,6 +60,7 @@ __all__ = [
     "model_name",
     "needs_spare_row",
     "probe_of",
+    "replicas_of",
     "resolve_model",
     "run_plan",
     "side_by_side",

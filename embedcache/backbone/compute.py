@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -143,7 +143,7 @@ def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done |
     collected = Collected(backbone.feature_sets, prepared, done)
     passes = min(backbone.side_by_side(len(batches)), MOST_PASSES)
     running = (
-        _together(backbone, prepared, batches, passes) if passes > 1 else _trailing(backbone, prepared, batches)
+        _together(backbone, prepared, batches, passes) if passes > 1 else trailing(backbone, prepared, batches)
     )  # fmt: skip
     with kept_for(backbone), contextlib.closing(running):
         for batch, features in running:
@@ -178,17 +178,17 @@ def _fetched(backbone: Backbone, running: object) -> StoredSets:
     return features
 
 
-def _trailing(backbone: Backbone, prepared: Prepared, batches: Plan) -> Passes:
+def trailing(backbone: Backbone, prepared: Prepared, batches: Iterable[Batch]) -> Passes:
     """Run one pass after the other; a GPU starts the next one while the last is copied back."""
-    trailing: deque[tuple[Batch, object]] = deque()
+    started: deque[tuple[Batch, object]] = deque()
     # One setting for all passes: changing the number of threads drops the kernels that oneDNN has prepared.
     with threads(backbone.policy.pass_threads):
         for batch in batches:
-            trailing.append((batch, backbone.forward(prepared, batch)))
-            if len(trailing) > 1:
-                batch, running = trailing.popleft()
+            started.append((batch, backbone.forward(prepared, batch)))
+            if len(started) > 1:
+                batch, running = started.popleft()
                 yield batch, _fetched(backbone, running)
-        for batch, running in trailing:
+        for batch, running in started:
             yield batch, _fetched(backbone, running)
 
 

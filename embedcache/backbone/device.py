@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from embedcache.errors import BackboneError, SpecError
+from embedcache.errors import BackboneError, DeviceMemoryError, SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,22 @@ def choose_device(device: str = "auto") -> str:
             f"device {device!r} is not available here: there are {torch.cuda.device_count()} of its kind"
         )
     return device
+
+
+def choose_devices(asked: str) -> list[str]:
+    """Return the devices that ``all`` or a list such as ``cuda:0,cuda:2`` names: ``all`` is every GPU there is.
+
+    Raises ``BackboneError`` for one that is not there, and ``SpecError`` for an empty list.
+    """
+    import torch
+
+    if asked == "all":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [f"cuda:{number}" for number in range(count)] or [choose_device()]
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if not names:
+        raise SpecError(f"devices is {asked!r}: expected all, or names such as cuda:0,cuda:1")
+    return [choose_device(name) for name in names]
 
 
 def needs_spare_row(device: str) -> bool:
@@ -99,6 +116,27 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def has_own_memory(device: str) -> bool:
+    """Whether the device says when its memory is full; a system that runs out ends programs without a word."""
+    return device.split(":")[0] != "cpu"
+
+
+@contextmanager
+def device_memory(what: str, instead: str) -> Iterator[None]:
+    """Turn a device's want of memory into ``DeviceMemoryError``: for ``what`` it is needed, what to do ``instead``."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free = re.search(r"[\d.]+ [KMG]iB is free", str(error))
+        there = f" ({free[0]})" if free else ""
+        raise DeviceMemoryError(
+            f"the device has not enough memory{there} for {what}: {instead}, free memory that other programs hold "
+            "there, or use another device"
+        ) from None
 
 
 # A network run through `torch.compile`.

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone.device import POSITIONS, choose_device, images_a_batch, needs_spare_row, threads
+from embedcache.backbone.device import (
+    POSITIONS,
+    choose_device,
+    device_memory,
+    has_own_memory,
+    images_a_batch,
+    needs_spare_row,
+    threads,
+)
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
@@ -275,7 +283,7 @@ def _load_texts(folder: Path, source: ModelSource, asked: BackboneSettings) -> F
     tokenizer = load_tokenizer(folder, name, source.trust_remote_code)
     dtype = str(asked.compute_dtype)
     network, pooler = load_network(folder, name, dtype, asked.attention, source.trust_remote_code)
-    network.to(device)
+    _move(device, name, network)
     limit = length_limit(network, tokenizer, own, asked.max_length)
     preparation = TextPreparation(limit, str(asked.truncation_side), _prompt(name, asked, own), lower_cases(folder))
     texts = Texts(tokenizer, preparation, network, name)
@@ -306,9 +314,7 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     weights, config = weight_files(folder), config_hash(folder)
     processor = load_processor(folder, name, asked.resize, trust)
     network, pooler, projection = load_tower(folder, name, str(asked.compute_dtype), asked.attention, trust)
-    network.to(device)
-    if projection is not None:
-        projection.to(device)
+    _move(device, name, network, projection)
     pictures = Pictures(processor, network, name)
     outputs = pictures.study(network)
     if pictures.channels_last:
@@ -334,7 +340,9 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
 
 
 def _finished(model: FrozenModel[P], asked: BackboneSettings, recipe: Recipe) -> FrozenModel[P]:
-    """Compile a model where that was asked for, and note how it is made again."""
+    """See whether its batches fit in memory, compile it where that was asked for, and note how it is made again."""
+    if has_own_memory(model.device.type):
+        model.fit_memory(shrink=asked.shapes is None and asked.positions is None)
     if asked.compiled:
         model.compile()
     decided = replace(
@@ -343,6 +351,13 @@ def _finished(model: FrozenModel[P], asked: BackboneSettings, recipe: Recipe) ->
     )  # fmt: skip
     model.recipe = Recipe(recipe.source, decided)
     return model
+
+
+def _move(device: str, name: str, *modules: torch.nn.Module | None) -> None:
+    with device_memory(f"the weights of {name}", "use a half type (--dtype bfloat16)"):
+        for module in modules:
+            if module is not None:
+                module.to(device)
 
 
 def _found_at(folder: Path, device: str, source: ModelSource) -> ModelSource:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from embedcache import pooling
 from embedcache.backbone.compute import PassFeatures, Prepared
-from embedcache.backbone.device import Compiled, side_by_side, threads
+from embedcache.backbone.device import Compiled, device_memory, side_by_side, threads
 from embedcache.batching import Batch, ShapePolicy
-from embedcache.errors import BackboneError, FeatureError, PoolingUnavailableError
+from embedcache.errors import BackboneError, DeviceMemoryError, FeatureError, PoolingUnavailableError, warn
 from embedcache.shard import Array, FeatureSet, Kind
 from embedcache.spec import POOLINGS, BackboneSettings, FeatureSpec, ModelSource
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 P = TypeVar("P", bound=Prepared)
+
+_SMALLER = "make a new cache with smaller batches (extract --batch-size)"
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,20 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """Return the same on a device."""
-        moved = {name: tensor.to(device) for name, tensor in self.arguments.items()}
-        return Inputs(moved, None if self.mask is None else self.mask.to(device), self.skip)
+        moved = {name: _moved(tensor, device) for name, tensor in self.arguments.items()}
+        return Inputs(moved, None if self.mask is None else _moved(self.mask, device), self.skip)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A pass that was started: feature sets as they will be on the CPU, there once ``done`` has happened.
+
+    ``lost`` has how many values of a set became infinite in float16, int64 [].
+    """
+
+    sets: Mapping[str, tuple[Tensor, ...]]
+    lost: Mapping[str, Tensor]
+    done: torch.cuda.Event | None
 
 
 class Content(Protocol[P]):
@@ -213,14 +227,69 @@ class FrozenModel(Generic[P]):
         """Lay rows out at a canonical shape, on the device."""
         return self.content.lay_out(prepared, batch).to(self.device)
 
-    def forward(self, prepared: P, batch: Batch) -> dict[str, tuple[Tensor, ...]]:
-        """Run one canonical pass and pool it. Tensors stay on the device, cut to the real rows."""
+    def forward(self, prepared: P, batch: Batch) -> Running:
+        """Start one canonical pass, pool it and cut it to the real rows.
+
+        On a GPU nothing is waited for: kernels and the copy back are queued, so that the next pass is laid out
+        meanwhile. Raises ``DeviceMemoryError``.
+        """
         import torch
 
-        with torch.inference_mode(), threads(self.policy.pass_threads if self.device.type == "cpu" else None):
+        with (
+            torch.inference_mode(), threads(self.policy.pass_threads if self.device.type == "cpu" else None),
+            device_memory(f"a batch of {batch.rows} rows of length {batch.length}", _SMALLER),
+        ):  # fmt: skip
             inputs = self.lay_out(prepared, batch)
-            outputs = self._outputs(self._run, inputs)
-            return {spec.name: self._pooled(spec, outputs, inputs, len(batch.indices)) for spec in self.specs}
+            return self._started(self._outputs(self._run, inputs), inputs, len(batch.indices))
+
+    def _started(self, outputs: Outputs, inputs: Inputs, real: int) -> Running:
+        import torch
+
+        lost: dict[str, Tensor] = {}
+        sets = {spec.name: self._pooled(spec, outputs, inputs, real, lost) for spec in self.specs}
+        if self.device.type != "cuda":
+            return Running(sets, lost, None)
+        sets, lost = (
+            {name: tuple(part.to("cpu", non_blocking=True) for part in parts) for name, parts in sets.items()},
+            {name: count.to("cpu", non_blocking=True) for name, count in lost.items()},
+        )
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's stubs lack it
+        done.record(torch.cuda.current_stream(self.device))
+        return Running(sets, lost, done)
+
+    def fit_memory(self, *, shrink: bool) -> None:
+        """See whether the device holds what a run does: two passes of the longest rows under way.
+
+        Where it does not, batches get half as many positions until it does, before anything is recorded; a policy that
+        must stay as it is raises ``DeviceMemoryError``, and so does one row that does not fit.
+        """
+        import torch
+
+        longest, before = self.policy.lengths()[-1], self.policy.positions
+        while True:
+            rows = self.policy.rows(longest)
+            what = f"two batches of {rows} rows of length {longest}, a canonical shape of {self.name}"
+            try:
+                with torch.inference_mode(), device_memory(what, _SMALLER):
+                    inputs = [self.content.dummies(rows, longest).to(self.device) for _ in range(2)]
+                    running = [self._started(self._outputs(self.network, some), some, rows) for some in inputs]
+                    for started in running:
+                        self.fetch(started)
+                break
+            except DeviceMemoryError:
+                if not shrink or rows - self.policy.spare <= 1:
+                    raise
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.policy = replace(self.policy, positions=max(1, self.policy.positions // 2))
+        if self.policy.positions < before:
+            self.identity = {**self.identity, "shapes": self.policy.to_json()}
+            warn(
+                [
+                    f"batches have {self.policy.positions:,} positions, as {before:,} do not fit in the device's "
+                    "memory; a cache records it as part of its identity"
+                ]
+            )
 
     def side_by_side(self, batches: int) -> int:
         """Return how many of ``batches`` passes run at a time."""
@@ -244,18 +313,20 @@ class FrozenModel(Generic[P]):
         values = hidden.float()
         return (pooling.normalize(values) if spec.normalize else values), _mask(inputs.mask, hidden).bool()
 
-    def _pooled(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs, real: int) -> tuple[Tensor, ...]:
+    def _pooled(
+        self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs, real: int, lost: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
         """Make a feature set of one pass, cut to its first ``real`` rows and in the storage type.
 
         Returns its vectors, and of a token-level set also how many each row has.
         """
         if spec.pooling != "tokens":
-            return (self._stored(self._vectors(spec, outputs, inputs)[:real], spec),)
+            return (self._stored(self._vectors(spec, outputs, inputs)[:real], spec, lost),)
         hidden = hidden_of(outputs, _layers(spec, outputs)[0])[:real, inputs.skip :]
         kept = _mask(inputs.mask, hidden)[:real].bool()
         values = hidden[kept].float()
         values = pooling.normalize(values) if spec.normalize else values
-        return self._stored(values, spec), kept.sum(dim=1)
+        return self._stored(values, spec, lost), kept.sum(dim=1)
 
     def _vectors(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> Tensor:
         """Pool a pass: float32 [B, D], or [B, L, D] of several layers."""
@@ -271,26 +342,40 @@ class FrozenModel(Generic[P]):
             vectors = torch.stack(layers, dim=1) if spec.multi_layer else layers[0]
         return pooling.normalize(vectors) if spec.normalize else vectors
 
-    def _stored(self, vectors: Tensor, spec: FeatureSpec) -> Tensor:
+    def _stored(self, vectors: Tensor, spec: FeatureSpec, lost: dict[str, Tensor]) -> Tensor:
         if self._storage == "float16":
             half = vectors.half()
             # Rounded to infinity without being infinite: what was infinite already is the caller's to report.
-            if overflow := int((half.isinf() & vectors.isfinite()).sum()):
-                raise FeatureError(
-                    f"{overflow} values of {spec.name} in one batch are beyond float16's largest, 65,504: "
-                    "store as float32 or bfloat16 (extract --store float32)"
-                )
+            lost[spec.name] = (half.isinf() & vectors.isfinite()).sum()
             return half
         return vectors.bfloat16() if self._storage == "bfloat16" else vectors
 
-    def fetch(self, running: Mapping[str, tuple[Tensor, ...]]) -> PassFeatures:
-        """Copy one pass to the CPU as numpy; bfloat16 comes as its bits, uint16."""
-        arrays = {name: tuple(map(_numpy, tensors)) for name, tensors in running.items()}
+    def fetch(self, running: Running) -> PassFeatures:
+        """Wait for a pass and return its features as numpy; bfloat16 comes as its bits, uint16.
+
+        Raises ``FeatureError`` for values beyond float16, where that is how they are stored.
+        """
+        if running.done is not None:
+            running.done.synchronize()
+        for name, count in running.lost.items():
+            if overflow := int(count):
+                raise FeatureError(
+                    f"{overflow} values of {name} in one batch are beyond float16's largest, 65,504: "
+                    "store as float32 or bfloat16 (extract --store float32)"
+                )
+        arrays = {name: tuple(map(_numpy, tensors)) for name, tensors in running.sets.items()}
         return {name: parts if len(parts) > 1 else parts[0] for name, parts in arrays.items()}
 
     def _outputs(self, network: Callable[..., Outputs], inputs: Inputs) -> Outputs:
         options = {"output_hidden_states": True} if self._hidden else {}
         return network(**inputs.to(self.device).arguments, **options)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. From page-locked memory a copy to a GPU is queued behind the passes before it."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _layers(spec: FeatureSpec, outputs: Outputs) -> tuple[int, ...]:

@@ -69,6 +69,10 @@ from embedcache.wording import counted, shown, table
 )
 @device_option
 @click.option(
+    "--devices", metavar="all|NAME,...",
+    help="Run on several: all for every GPU, or names such as cuda:0,cuda:1. Does not change the results.",
+)  # fmt: skip
+@click.option(
     "--threads",
     type=int,
     metavar="N",
@@ -102,6 +106,7 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
         raise click.UsageError("say where the cache goes: -o CACHE")
     from dataclasses import replace
 
+    from embedcache.backbone import choose_devices
     from embedcache.errors import warn
     from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, run
     from embedcache.spec import BackboneSettings, ModelSource
@@ -112,6 +117,8 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
     threads, rows_per_shard, selected = options["threads"], options["shard_rows"], parse_part(options["part"])
     examples = given.examples(f"{output_dir or 'extract'}.quarantine.jsonl")
+    several = choose_devices(options["devices"]) if options["devices"] is not None else []
+    source = replace(source, device=several[0]) if several else source
     backbone = load_for(output_dir, source, replace(asked, content=examples.kind))
     if selected is not None:
         examples = part_of(examples, *selected)
@@ -122,7 +129,7 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
         warn([hint])
     report = run(
-        examples, backbone, output_dir, engine=Here(threads, processes=True), rows_per_shard=rows_per_shard,
+        examples, backbone, output_dir, engine=Here(threads, True, several), rows_per_shard=rows_per_shard,
         keep_inputs=options["keep_inputs"], accept_numerics=options["accept_numerics"],
     )  # fmt: skip
     if as_json:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Protocol
 
-from embedcache.backbone import Backbone, Prepared, StoredSets, kept_for, probe_of, run_plan, workers
+from embedcache.backbone import Backbone, Prepared, StoredSets, kept_for, probe_of, replicas_of, run_plan, workers
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan, prefetch
 from embedcache.errors import SpecError
@@ -84,11 +84,13 @@ class Here:
     """The engine that is this machine: passes side by side on ``threads`` CPU threads, None for all that torch has.
 
     With ``processes``, passes are run in processes of their own where one does not keep all cores busy and the new
-    rows are many; the running program is then imported again in each.
+    rows are many; the running program is then imported again in each. Of several ``devices`` each gets a copy of the
+    backbone, which is on the first of them, and takes batches as it gets free.
     """
 
     threads: int | None = None
     processes: bool = False
+    devices: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -103,9 +105,11 @@ class Here:
         """Read and prepare the next window while the passes of this one run."""
         with torch_threads(self.threads), contextlib.ExitStack() as stack:
             run_batches: RunPlan | None = None
-            if self.processes and watch.total >= PROCESS_ROWS:
+            if self.processes and watch.total >= PROCESS_ROWS and len(self.devices) < 2:
                 others = stack.enter_context(workers(backbone, backbone.side_by_side(watch.total)))
                 run_batches = None if others is None else others.run_plan  # type: ignore[assignment]  # rows to take
+            elif len(self.devices) > 1:
+                run_batches = replicas_of(backbone, self.devices).run_plan  # type: ignore[arg-type]  # it is loaded
             stack.enter_context(kept_for(backbone))
             ready = stack.enter_context(contextlib.closing(prefetch(window.ready(backbone) for window in windows)))
             for window in ready:
