@@ -153,9 +153,21 @@ def test_a_device_that_computes_otherwise_or_fails_is_named(
     two = replicas_of(backbone, ["cpu", "cpu"])
     prepared = backbone.prepare([row["text"].encode() for row in ROWS])
     batches = plan(prepared.lengths, backbone.policy)
-    monkeypatch.setattr(two.backbones[1], "forward", lambda *given: (_ for _ in ()).throw(DeviceMemoryError("full")))
+    failed, forward = threading.Event(), backbone.forward
+
+    def fails(*given: Any) -> Any:
+        failed.set()
+        raise DeviceMemoryError("full")
+
+    def follows(prepared: Any, batch: Any) -> Any:  # or the first device may have done all there is
+        failed.wait(20)
+        return forward(prepared, batch)
+
+    monkeypatch.setattr(two.backbones[0], "forward", follows)
+    monkeypatch.setattr(two.backbones[1], "forward", fails)
     with pytest.raises(DeviceMemoryError, match="full"):
         two.run_plan(prepared, batches)
+    monkeypatch.undo()
     pooled = FrozenModel._vectors
 
     def nudged(self: Any, *given: Any) -> Any:
