@@ -141,7 +141,7 @@ def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
         raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not texts")
     if spec.settings is None:
         raise BackboneMismatchError("this head was trained on features of another sort of backbone than texts have")
-    settings = replace(spec.settings, features=(head.feature.name,))
+    settings = replace(spec.settings, features=(head.feature.name,), views=None, augment=None)
     return load_again(settings, source, ModelSource(head.model, head.revision), "the head was trained on")
 
 

@@ -21,6 +21,7 @@ from embedcache.backbone.compute import (
     probe_of,
     run_plan,
     vectors_of,
+    views_of,
 )
 from embedcache.backbone.device import POSITIONS, choose_device, choose_devices, needs_spare_row, side_by_side, threads
 from embedcache.backbone.folder import (
@@ -67,6 +68,7 @@ __all__ = [
     "text_inputs",
     "threads",
     "vectors_of",
+    "views_of",
     "weight_files",
     "workers",
 ]

@@ -6,6 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +15,11 @@ import numpy.typing as npt
 from embedcache.backbone.device import MOST_PASSES, threads
 from embedcache.batching import Batch, Plan, ShapePolicy, plan
 from embedcache.errors import FeatureError
-from embedcache.features import InMemory, Stored
+from embedcache.features import InMemory, Ragged, Stored
 from embedcache.memory import memory_kept
 from embedcache.numerics import Outcome, Probe
 from embedcache.shard import STORED, Array, FeatureSet
+from embedcache.spec import view_name
 from embedcache.wording import counted
 
 # What extraction needs of a model, and of rows made ready for one. Anything that has these members can be cached.
@@ -35,6 +37,8 @@ class Prepared(Protocol):
 
     ``vectors`` [n] may be there too: how many vectors a token-level set has of each row. Without it they are as many
     as ``lengths``, as a text has one vector for each token. An image costs 1, whatever the number of its patches.
+
+    Rows that have ``views`` have that many more pictures each, behind the plain one: both arrays are then of pictures.
     """
 
     @property
@@ -53,11 +57,17 @@ def vectors_of(prepared: Prepared) -> Numbers:
     return np.asarray(getattr(prepared, "vectors", prepared.lengths), np.int64)
 
 
+def views_of(prepared: object) -> int:
+    """Return how many views of each row there are beside the row itself, in prepared rows or of a backbone."""
+    return int(getattr(prepared, "views", 0))
+
+
 class Backbone(Protocol):
     """What extraction needs of a model. Features of ``fetch`` are in the order of ``batch.indices``.
 
     One that has ``probe_rows`` (contents), ``probe_versions`` (names -> versions of what prepares them) and prepared
-    rows with ``digests()`` (a hash a row) too gets a probe in its caches; see ``probe``.
+    rows with ``digests()`` (a hash a row) too gets a probe in its caches; see ``probe``. One that makes ``views`` of
+    its rows says with ``pass_sets`` which feature sets a pass gives; ``feature_sets`` has those of the views besides.
     """
 
     @property
@@ -105,11 +115,12 @@ Done = Callable[[int, int], None]
 class Collected:
     """Arrays for the features of prepared rows, filled pass by pass in whatever order the passes come."""
 
-    def __init__(self, feature_sets: Sequence[FeatureSet], prepared: Prepared, done: Done | None = None) -> None:
+    def __init__(self, backbone: Backbone, prepared: Prepared, done: Done | None = None) -> None:
+        self._views = views_of(prepared)
         self._lengths, self._vectors, self._done = np.asarray(prepared.lengths, np.int64), vectors_of(prepared), done
         ends = offsets_of(self._vectors)
         self.features: StoredSets = {}
-        for feature in feature_sets:
+        for feature in pass_sets(backbone):
             rows, offsets = (int(ends[-1]), ends) if feature.kind == "tokens" else (len(self._lengths), None)
             values = np.empty((rows, *feature.row_shape), STORED[feature.dtype])
             self.features[feature.name] = Stored(feature, values, offsets)
@@ -134,13 +145,39 @@ class Collected:
         if self._done is not None:
             self._done(len(batch.indices), int(self._lengths[batch.indices].sum()))
 
+    def finished(self) -> StoredSets:
+        """Return the features by set, those of views in sets of their own."""
+        if not self._views:
+            return self.features
+        sets = [
+            _every(stored, view, self._views + 1)
+            for view in range(self._views + 1) for stored in self.features.values()
+        ]  # fmt: skip
+        return {stored.feature.name: stored for stored in sets}
+
+
+def _every(stored: Stored, view: int, step: int) -> Stored:
+    """Return the features of every so many pictures, as the set of that view."""
+    feature = replace(stored.feature, name=view_name(stored.feature.name, view))
+    if stored.offsets is None:
+        return Stored(feature, np.ascontiguousarray(stored.values[view::step]))
+    rows = np.arange(view, len(stored), step)
+    chosen = Ragged(stored.values, stored.offsets, feature).take(rows)
+    return Stored(feature, chosen.values, chosen.offsets)
+
+
+def pass_sets(backbone: Backbone) -> Sequence[FeatureSet]:
+    """Return the feature sets that one pass gives."""
+    sets: Sequence[FeatureSet] = getattr(backbone, "pass_sets", backbone.feature_sets)
+    return sets
+
 
 def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done | None = None) -> StoredSets:
     """Run every batch and put the features in the rows' order, in the storage type.
 
     Raises ``FeatureError`` when the backbone gives another number of token vectors than there are tokens.
     """
-    collected = Collected(backbone.feature_sets, prepared, done)
+    collected = Collected(backbone, prepared, done)
     passes = min(backbone.side_by_side(len(batches)), MOST_PASSES)
     running = (
         _together(backbone, prepared, batches, passes) if passes > 1 else trailing(backbone, prepared, batches)
@@ -148,7 +185,7 @@ def run_plan(backbone: Backbone, prepared: Prepared, batches: Plan, done: Done |
     with kept_for(backbone), contextlib.closing(running):
         for batch, features in running:
             collected.put(batch, features)
-    return collected.features
+    return collected.finished()
 
 
 def kept_for(backbone: Backbone) -> contextlib.AbstractContextManager[None]:
@@ -163,7 +200,7 @@ def offsets_of(counts: npt.ArrayLike) -> Numbers:
 
 def _fetched(backbone: Backbone, running: object) -> StoredSets:
     """Wait for a pass. Raises ``FeatureError`` unless the backbone gives the feature sets that it says it has."""
-    given, sets = backbone.fetch(running), {feature.name: feature for feature in backbone.feature_sets}
+    given, sets = backbone.fetch(running), {feature.name: feature for feature in pass_sets(backbone)}
     if given.keys() != sets.keys():
         raise FeatureError(f"the backbone gave the feature sets {sorted(given)}, expected {sorted(sets)}")
     features = {}

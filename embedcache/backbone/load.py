@@ -42,10 +42,11 @@ from embedcache.backbone.network import has_adapter, identity_of, load_network, 
 from embedcache.backbone.pictures import Pictures, Pixels, refuse_misbehaving
 from embedcache.backbone.processor import load_processor
 from embedcache.backbone.text import TextPreparation, Texts, Tokens, length_limit, load_tokenizer, text_inputs
+from embedcache.backbone.views import NO_VIEWS, Views
 from embedcache.batching import ShapePolicy
 from embedcache.errors import BackboneError, SpecError
 from embedcache.fingerprint import sha256_file
-from embedcache.spec import BackboneSettings, FeatureSpec, ModelSource
+from embedcache.spec import AUGMENT, BackboneSettings, FeatureSpec, ModelSource, augments
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +194,8 @@ def load_backbone(
     pass_threads: int | None = None,
     content: str | None = None,
     resize: str | None = None,
+    views: int | None = None,
+    augment: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedBackbone:
@@ -219,6 +222,11 @@ def load_backbone(
             as CLIP, ``image`` takes the vision tower.
         resize: how images become the size that the network reads: ``crop``, ``pad`` or ``squash``; None does as the
             model's own processor.
+        views: how many augmented views of each image are made beside it, each in a feature set of its own:
+            ``mean:view1``. None for none.
+        augment: what makes a view: ``crop`` (35 % to 100 % of the area), ``flip`` (left to right, every other time; not
+            for what has a left and a right, such as digits or text), ``colour`` (brightness, contrast and saturation
+            between 0.6 and 1.4 times), joined by ``+``; None for ``crop+flip``.
         revision: the hub's branch, tag or commit.
         trust_remote_code: run Python that comes with the model.
 
@@ -229,7 +237,7 @@ def load_backbone(
     """
     asked = BackboneSettings(
         tuple(features), max_length, truncation_side, prompt, compute_dtype, storage_dtype, attention, compiled,
-        policy, positions, pass_threads, content, resize,
+        policy, positions, pass_threads, content, resize, views, augment,
     )  # fmt: skip
     asked.refuse_impossible()
     source = ModelSource(model_name(model), revision, device, trust_remote_code)
@@ -250,7 +258,8 @@ def _content(folder: Path, name: str, asked: BackboneSettings) -> str:
             f"name a model that reads {_PLURAL[kind]} with --model"
         )
     of_texts = {"max_length": asked.max_length, "prompt": asked.prompt}
-    of_others = {"resize": asked.resize} if kind == "text" else of_texts
+    of_images = {"resize": asked.resize, "views": asked.views or None, "augment": asked.augment}
+    of_others = of_images if kind == "text" else of_texts
     if wrong := [setting for setting, value in of_others.items() if value is not None]:
         raise SpecError(f"{wrong[0]} is given, and {name} reads {_PLURAL[kind]}: leave it out")
     return kind
@@ -315,7 +324,8 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     processor = load_processor(folder, name, asked.resize, trust)
     network, pooler, projection = load_tower(folder, name, str(asked.compute_dtype), asked.attention, trust)
     _move(device, name, network, projection)
-    pictures = Pictures(processor, network, name)
+    views = Views(asked.views, augments(asked.augment or AUGMENT)) if asked.views else NO_VIEWS
+    pictures = Pictures(processor, network, name, views)
     outputs = pictures.study(network)
     if pictures.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
@@ -331,8 +341,9 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     refuse_changed(folder, before, name)
     provenance = _provenance(name, source.revision or _commit(folder), device)
     model = FrozenModel(
-        network, pictures, specs, shapes, identity, provenance=provenance, pooler=pooler, projection=projection
-    )
+        network, pictures, specs, shapes, identity, provenance=provenance, pooler=pooler, projection=projection,
+        views=views,
+    )  # fmt: skip
     if outputs is not None:
         pictures.count_patches(specs, outputs)
     refuse_misbehaving(model, pictures)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from embedcache import pooling
 from embedcache.backbone.compute import PassFeatures, Prepared
 from embedcache.backbone.device import Compiled, device_memory, side_by_side, threads
+from embedcache.backbone.views import NO_VIEWS, Views
 from embedcache.batching import Batch, ShapePolicy
 from embedcache.errors import BackboneError, DeviceMemoryError, FeatureError, PoolingUnavailableError, warn
 from embedcache.shard import Array, FeatureSet, Kind
-from embedcache.spec import POOLINGS, BackboneSettings, FeatureSpec, ModelSource
+from embedcache.spec import POOLINGS, BackboneSettings, FeatureSpec, ModelSource, view_name
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +117,7 @@ class FrozenModel(Generic[P]):
     ``network`` is the plain module, also where passes are compiled; ``specs`` are the feature sets as asked for;
     ``identity`` is all of a cache's spec but the feature sets, which are added here. ``pooler`` says whether the
     network's own pooler has trained weights; ``projection`` is what makes CLIP's projected vector of the pooled one.
+    ``pass_sets`` are the feature sets of one pass; with ``views`` of each row, ``feature_sets`` has theirs behind them.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class FrozenModel(Generic[P]):
         provenance: Mapping[str, object],
         pooler: bool = False,
         projection: torch.nn.Module | None = None,
+        views: Views = NO_VIEWS,
     ) -> None:
         self.network, self.content, self.policy, self.projection = network, content, policy, projection
         self.probe_rows: Sequence[bytes] = content.probe_rows
@@ -137,11 +140,20 @@ class FrozenModel(Generic[P]):
         self.name = str(self.provenance.get("model", type(network).__name__))
         self.device = next(network.parameters()).device
         self.recipe: Recipe | None = None
-        self.identity = {**identity, "features": {spec.name: spec.to_json() for spec in specs}}
+        self.views = views.number
         self._storage = str(identity["storage_dtype"])
         self._hidden = any(spec.layers != (-1,) for spec in specs)
         self._run: Callable[..., Outputs] = network
-        self.poolings, self.feature_sets = self._measured(pooler)
+        self.poolings, self.pass_sets = self._measured(pooler)
+        of_views = [replace(spec, view=view) for view in range(1, self.views + 1) for spec in specs]
+        self.feature_sets = (
+            *self.pass_sets,
+            *(replace(feature, name=view_name(feature.name, view))
+              for view in range(1, self.views + 1) for feature in self.pass_sets),
+        )  # fmt: skip
+        features = {spec.name: spec.to_json() for spec in specs}
+        features |= {spec.name: {**spec.to_json(), **views.to_json()} for spec in of_views}
+        self.identity = {**identity, "features": features}
 
     @property
     def probe_versions(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from embedcache.backbone.device import threads
 from embedcache.backbone.model import FrozenModel, Inputs, Outputs, hidden_of
 from embedcache.backbone.network import quiet
 from embedcache.backbone.processor import PictureProcessor, Values, noise
+from embedcache.backbone.views import NO_VIEWS, Views
 from embedcache.batching import Batch
 from embedcache.errors import BackboneError
 from embedcache.fingerprint import sha256_bytes
@@ -23,6 +24,7 @@ from embedcache.spec import FeatureSpec
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
 JPEG = base64.b85decode(
@@ -49,12 +51,14 @@ PNG = base64.b85decode(
 class Pixels:
     """Prepared pictures: ``values`` uint8 [n, 3, H, W], or float32 of a processor whose work is no table.
 
-    Each costs one position of a batch, and has ``patches`` vectors in a token-level set.
+    Each costs one position of a batch, and has ``patches`` vectors in a token-level set. Of a row with ``views`` the
+    plain picture is the first of ``views`` + 1.
     """
 
     values: Values
     patches: int
     truncated: int = 0
+    views: int = 0
 
     @property
     def lengths(self) -> Numbers:
@@ -80,14 +84,16 @@ class Pictures:
 
     ``study`` looks at the network before anything is laid out for it: ``skip`` hidden states at the front are of the
     class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
-    ``patches`` is how many vectors a token-level set has of each picture.
+    ``patches`` is how many vectors a token-level set has of each picture. ``views`` are made of each row.
     """
 
     given = "pixels"
     probe_rows = (JPEG, PNG)
 
-    def __init__(self, processor: PictureProcessor, network: torch.nn.Module, name: str) -> None:
-        self.processor, self.name = processor, name
+    def __init__(
+        self, processor: PictureProcessor, network: torch.nn.Module, name: str, views: Views = NO_VIEWS
+    ) -> None:
+        self.processor, self.name, self.views = processor, name, views
         parameter = next(network.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
         self.skip, self.patches, self.channels_last = 0, 1, False
@@ -99,9 +105,9 @@ class Pictures:
 
     @property
     def prepared_bytes(self) -> int:
-        """The bytes of a picture's pixels."""
+        """The bytes of a picture's pixels, and of its views'."""
         height, width = self.processor.resizing.size
-        return 3 * height * width * (4 if self.processor.table is None else 1)
+        return 3 * height * width * (4 if self.processor.table is None else 1) * (self.views.number + 1)
 
     def to_json(self) -> dict[str, object]:
         """Return how rows are prepared, as a spec holds it."""
@@ -120,20 +126,41 @@ class Pictures:
         return {**versions, jpeg: str(features.version(jpeg))}
 
     def prepare(self, contents: Sequence[bytes]) -> Pixels:
-        """Decode and resize pictures, several at a time.
+        """Decode and resize pictures, several at a time, and make their views.
 
         Raises ``FeatureError`` for one that cannot be decoded.
         """
-        height, width = self.processor.resizing.size
-        values = np.empty(
-            (len(contents), 3, height, width), np.uint8 if self.processor.table is not None else np.float32
-        )
+        values = self._room(len(contents) * (self.views.number + 1))
 
         def put(row: int) -> None:
-            values[row] = self.processor(decode(contents[row]))
+            image, first = decode(contents[row]), row * (self.views.number + 1)
+            for view in range(self.views.number + 1):
+                values[first + view] = self.pixels(image, contents[row], view)
+
+        mapped(put, range(len(contents)))
+        return Pixels(values, self.patches, views=self.views.number)
+
+    def prepare_views(self, contents: Sequence[bytes], views: Numbers) -> Pixels:
+        """Prepare one view of each picture, by its number [n]: 0 is the plain one."""
+        values = self._room(len(contents))
+
+        def put(row: int) -> None:
+            values[row] = self.pixels(decode(contents[row]), contents[row], int(views[row]))
 
         mapped(put, range(len(contents)))
         return Pixels(values, self.patches)
+
+    def pixels(self, image: Image.Image, content: bytes, view: int) -> Values:
+        """Return a decoded picture, or a view of it, as the processor makes it."""
+        if not view:
+            return self.processor(image)
+        (height, width), filter = self.processor.resizing.size, self.processor.resizing.filter
+        made = self.views.make(image, content, view, (width, height), filter)
+        return self.processor.sized(made) if self.views.resizes else self.processor(made)
+
+    def _room(self, pictures: int) -> Values:
+        kind = np.uint8 if self.processor.table is not None else np.float32
+        return np.empty((pictures, 3, *self.processor.resizing.size), kind)
 
     def lay_out(self, prepared: Pixels, batch: Batch) -> Inputs:
         """Lay pictures out at a canonical shape: pixels [batch.rows, 3, H, W]; dummies are zeros."""

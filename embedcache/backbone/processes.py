@@ -57,7 +57,7 @@ class Workers:
 
         Raises ``BackboneError`` when a process dies, or does not compute what this one does.
         """
-        collected = Collected(self._backbone.feature_sets, prepared, done)
+        collected = Collected(self._backbone, prepared, done)
         size = _PASSES * self._passes
         running: deque[tuple[Batch, Future[StoredSets]]] = deque()
 
@@ -79,7 +79,7 @@ class Workers:
                 "a process that ran the backbone has died, perhaps for want of memory: "
                 f"try again with fewer threads, such as extract --threads {MOST_PASSES}"
             ) from None
-        return collected.features
+        return collected.finished()
 
     def close(self) -> None:
         """End the processes, whatever they are at: they hold nothing that is not computed again."""

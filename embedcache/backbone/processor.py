@@ -186,6 +186,13 @@ class PictureProcessor:
             return self._run(image)
         return self._run(_picture(self.resizing.resized(image)), **self._no_resizing)
 
+    def sized(self, image: Image.Image) -> Values:
+        """Return what ``__call__`` does, of a picture that has the network's size already."""
+        if self.table is None:
+            return self._run(image, **self._no_resizing)
+        values: Values = np.asarray(image).transpose(2, 0, 1)
+        return values
+
     def normalized(self, values: Values) -> Values:
         """Return what ``__call__`` gave, [n, 3, H, W], as float32 that the network is given."""
         if self.table is None:

@@ -25,7 +25,7 @@ class Replicas:
 
     def run_plan(self, prepared: Prepared, batches: Plan, done: Done | None = None) -> StoredSets:
         """Run every batch on whichever device is free; see ``compute.run_plan``."""
-        collected = Collected(self.backbones[0].feature_sets, prepared, done)
+        collected = Collected(self.backbones[0], prepared, done)
         waiting, lock, stop = iter(batches), threading.Lock(), threading.Event()
 
         def taken() -> Iterator[Batch]:
@@ -51,7 +51,7 @@ class Replicas:
                     served.result()
             finally:
                 stop.set()
-        return collected.features
+        return collected.finished()
 
 
 def replicas_of(backbone: LoadedBackbone, devices: Sequence[str]) -> Replicas:

@@ -20,7 +20,7 @@ from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheEr
 from embedcache.features import Dense, InMemory, Ragged, Stored
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet
-from embedcache.spec import ExtractionSpec, feature_name, find_name, split_name
+from embedcache.spec import ExtractionSpec, feature_name, find_name, plain_name, split_name
 from embedcache.task import task_named
 from embedcache.wording import counted
 
@@ -102,7 +102,7 @@ class FeatureCache:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.split_sizes().items())
-        return f"FeatureCache({str(self.path)!r}: {sizes}; {', '.join(self.feature_sets)}; task {self.task})"
+        return f"FeatureCache({str(self.path)!r}: {sizes}; {', '.join(self.plain_sets)}; task {self.task})"
 
     def __len__(self) -> int:
         return self.n_rows
@@ -242,13 +242,27 @@ class FeatureCache:
         """Return the features of a split, as ``arrays`` does, labels or not."""
         return self.take(self.places(split), feature)
 
+    @property
+    def plain_sets(self) -> dict[str, FeatureSet]:
+        """The feature sets by name, without those of views, which heads are trained on beside the plain ones."""
+        return {name: feature for name, feature in self.feature_sets.items() if self._plain(name) == name}
+
+    def views(self, feature: FeatureSet) -> list[FeatureSet]:
+        """Return the sets of the views of a feature set, in order, from view 1 on: ``mean:view1``, ..."""
+        found = [other for name, other in self.feature_sets.items() if self._plain(name) == feature.name != name]
+        return sorted(found, key=lambda other: plain_name(other.name)[1])
+
+    def _plain(self, name: str) -> str:
+        plain = plain_name(name)[0]
+        return plain if plain in self.feature_sets else name
+
     def feature(self, name: str | None = None) -> FeatureSet:
         """Return a feature set by name, in any form that ``extract`` takes; None for the first."""
         if name is None:
             return next(iter(self.feature_sets.values()))
         stored = find_name(name, self.feature_sets, feature_name)
         if stored is None:
-            raise FeatureError(f"{self.path} has no feature set {name!r}: it has {', '.join(self.feature_sets)}")
+            raise FeatureError(f"{self.path} has no feature set {name!r}: it has {', '.join(self.plain_sets)}")
         return self.feature_sets[stored]
 
     def places(self, split: str | None = None) -> Rows:

@@ -42,6 +42,16 @@ from embedcache.wording import counted, shown, table
     "Default: as the model's own processor does.",
 )  # fmt: skip
 @click.option(
+    "--views", type=int, metavar="N",
+    help="Also make N augmented views of each image, for training: N more passes and feature sets.  [default: none]",
+)  # fmt: skip
+@click.option(
+    "--augment", metavar="crop+flip+colour",
+    help="What makes a view: a random crop of 35 % to 100 % of the area, a flip from left to right every other time, "
+    "brightness, contrast and saturation from 0.6 to 1.4. Leave flip out where left and right matter, as in digits and "
+    "text.  [default: crop+flip]",
+)  # fmt: skip
+@click.option(
     "--dtype",
     "compute_dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -170,9 +180,12 @@ def describe_text(facts: dict[str, Any]) -> str:
         lines += ["", *table(["class", *splits], rows)]
     else:
         lines += ["", *table(["split", "rows"], [[split, f"{splits[split]['rows']:,}"] for split in splits])]
+    described = facts["spec"].get("features", {})
+    of_views = {name: told for name, told in described.items() if isinstance(told, dict) and "view" in told}
     sets = [
         [feature["name"], feature["kind"], str(feature["dim"]), str(feature["layers"]), feature["dtype"]]
         for feature in facts["feature_sets"]
+        if feature["name"] not in of_views
     ]
     lines += ["", *table(["feature set", "kind", "dim", "layers", "stored as"], sets)]
     backbone = facts["spec"].get("backbone", {})
@@ -181,6 +194,9 @@ def describe_text(facts: dict[str, Any]) -> str:
         lines += ["", shown(f"backbone: {backbone.get('architecture')}, {how}")]
     if seen := preprocessing_text(facts["spec"].get("preprocessing")):
         lines.append(shown(f"images:   {seen}"))
+    if of_views:
+        number, told = max(told["view"] for told in of_views.values()), next(iter(of_views.values()))
+        lines.append(shown(f"views:    {number} of each image beside it ({told.get('augment')}), in every feature set"))
     for ran in facts["provenance"]:
         facts_of_run = (f"{key} {value}" for key, value in ran.items() if value is not None and key != "probe")
         line = shown("ran on:   " + ", ".join(facts_of_run))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from embedcache.backbone import Backbone
+from embedcache.backbone import Backbone, views_of
 from embedcache.cache import CacheWriter
 from embedcache.dataset import Examples
 from embedcache.errors import FeatureError, Interrupted, warn
@@ -83,6 +83,7 @@ def run(
         seconds=time.perf_counter() - start,
         numerics=numerics,
         notes=tuple(notes),
+        views=views_of(backbone),
         **vars(costs),
     )
 

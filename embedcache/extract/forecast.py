@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.backbone import Backbone, run_plan, vectors_of
+from embedcache.backbone import Backbone, run_plan, vectors_of, views_of
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.dataset import evenly_spread
 from embedcache.examples import Examples
 from embedcache.extract.windows import PREPARED_BYTES, Rows, new_rows, row_bytes_of, shard_rows
+from embedcache.spec import plain_name
 from embedcache.wording import counted, duration, listed
 
 SAMPLE = 20_000
@@ -41,6 +42,7 @@ class Forecast:
     bytes: dict[str, int]
     shards: int
     seconds: float | None
+    views: int = 0
 
     @property
     def overhead(self) -> float:
@@ -62,17 +64,31 @@ class Forecast:
         if self.sampled < self.to_extract:
             lines.append(f"sampled     {counted(self.sampled, 'row')}, scaled up below")
         shapes = [f"{shape['rows']}x{shape['length']} ({shape['batches']:,})" for shape in self.shapes]
-        if self.tokens == self.to_extract:  # pictures, each of them one position
+        if self.views:
+            times = self.views + 1
+            lines.append(
+                f"views       {self.views} of each picture: {times} times the passes and the disk of the plain pictures"
+            )
+        if self.tokens == self.to_extract * (self.views + 1):  # pictures, each of them one position
             lines.append(f"batches     rows x 1 (batches): {listed(shapes, 6)}")
         else:
             lines += [*self._histogram(), f"shapes      rows x tokens (batches): {listed(shapes, 6)}"]
             of_each = f"{counted(self.computed, 'position')} for {counted(self.tokens, 'token')}"
             lines.append(f"padding     {of_each}: {self.overhead:.3f}")
-        lines += [f"on disk     {name}: {_size(size)}" for name, size in self.bytes.items()]
+        lines += [f"on disk     {name}: {told}" for name, told in self._on_disk().items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:
             lines.append(f"time        about {duration(self.seconds)}, from a few calibration batches")
         return "\n".join(lines)
+
+    def _on_disk(self) -> dict[str, str]:
+        """Return what each set takes, those of views behind their plain one's."""
+        names = [(name, *plain_name(name)) for name in self.bytes]
+        told = {name: _size(self.bytes[name]) for name, _, view in names if not view}
+        for plain in told:
+            if of_views := sum(self.bytes[name] for name, of, view in names if view and of == plain):
+                told[plain] += f", and {_size(of_views)} for its views"
+        return told
 
     def _histogram(self) -> Iterator[str]:
         most = max(step["rows"] for step in self.histogram)
@@ -113,7 +129,8 @@ def forecast(
     truncated, seconds = 0, None
     if len(sample):
         prepared = backbone.prepare(list(examples.contents(sample)))
-        lengths, vectors, truncated = np.asarray(prepared.lengths, np.int64), vectors_of(prepared), prepared.truncated
+        lengths, truncated = np.asarray(prepared.lengths, np.int64), prepared.truncated
+        vectors = vectors_of(prepared)[:: views_of(prepared) + 1]
         batches = plan(lengths, backbone.policy)
         with torch_threads(threads):
             count = CALIBRATION * backbone.side_by_side(len(batches))
@@ -150,6 +167,7 @@ def forecast(
         bytes=size,
         shards=-(-len(todo) // shard_rows(backbone.feature_sets, rows_per_shard)),
         seconds=seconds,
+        views=views_of(backbone),
     )
 
 

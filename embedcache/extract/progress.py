@@ -79,7 +79,7 @@ class ExtractionReport:
     """What one extraction did. ``tokens`` are real positions, ``computed`` includes padding and dummy rows.
 
     ``numerics`` says how the new rows' machine differs from that of the rows that were there; None where either is not.
-    ``notes`` say what of the cache's former dataset the new one does not have.
+    ``notes`` say what of the cache's former dataset the new one does not have. ``views`` are of each picture.
     """
 
     rows: int
@@ -94,6 +94,7 @@ class ExtractionReport:
     seconds: float
     numerics: Difference | None = None
     notes: tuple[str, ...] = ()
+    views: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Return the report as JSON values."""
@@ -107,7 +108,9 @@ class ExtractionReport:
         ]
         if self.extracted:
             rate = f"{self.extracted / self.seconds:,.0f} rows/s"
-            if self.tokens != self.extracted:  # a picture is one position
+            if self.views:
+                rate += f" of {self.views + 1} pictures each"
+            elif self.tokens != self.extracted:  # a picture is one position
                 rate += f", {self.tokens / self.seconds:,.0f} tokens/s"
             padding = f"{self.computed / max(self.tokens, 1):.3f} positions computed for each real one"
             lines.append(

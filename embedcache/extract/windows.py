@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared, vectors_of
+from embedcache.backbone import Backbone, Prepared, vectors_of, views_of
 from embedcache.dataset import Dataset, Examples, key_values
 from embedcache.errors import SpecError
 from embedcache.shard import STORED, FeatureSet
@@ -100,7 +100,8 @@ def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> It
         if vector_bytes:
             whole = window.ready(backbone)
             assert whole.prepared is not None
-            count = min(count, _fitting(vectors_of(whole.prepared) * vector_bytes, RAGGED_BYTES))
+            vectors = vectors_of(whole.prepared)[:: views_of(whole.prepared) + 1]
+            count = min(count, _fitting(vectors * vector_bytes, RAGGED_BYTES))
             window = whole if count == len(whole) else Window(window.rows[:count], window.contents[:count])
         for _ in range(count):
             waiting.popleft()

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from embedcache.errors import SpecError
 from embedcache.spec.extraction import (
+    AUGMENT,
+    AUGMENTS,
     CONTENTS,
     DTYPES,
     POOLINGS,
@@ -19,12 +21,17 @@ from embedcache.spec.extraction import (
     FeatureSpec,
     FieldDifference,
     ModelSource,
+    augments,
     differences_text,
     feature_name,
+    plain_name,
+    view_name,
 )
 from embedcache.wording import did_you_mean, shortened
 
 __all__ = [
+    "AUGMENT",
+    "AUGMENTS",
     "CONTENTS",
     "DTYPES",
     "MAY_DIFFER",
@@ -43,11 +50,14 @@ __all__ = [
     "ModelSource",
     "TaskName",
     "TrainSpec",
+    "augments",
     "declared",
     "differences_text",
     "feature_name",
     "find_name",
+    "plain_name",
     "split_name",
+    "view_name",
 ]
 
 T = TypeVar("T")

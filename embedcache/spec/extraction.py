@@ -6,10 +6,13 @@ import re
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import SpecError
 from embedcache.fingerprint import differences as json_differences
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 # Feature sets as they are asked for: a pooling at some layers.
 
@@ -18,9 +21,14 @@ POOLINGS = ("cls", "mean", "cls+mean", "max", "pooler", "projected", "last", "to
 CONTENTS = ("text", "image")
 RESIZES = ("crop", "pad", "squash")
 DTYPES = ("float32", "bfloat16", "float16")
+AUGMENTS = ("crop", "flip", "colour")
+"""What makes a view of a picture, in the order in which it is done; FORMAT.md, section 5.4."""
+AUGMENT = "crop+flip"
+MOST_VIEWS = 100
 
 _FEATURE = re.compile(
     r"(?P<l2>l2:)?(?P<pooling>[a-z]+(?:\+[a-z]+)?)(?:@(?P<layers>all|-?\d+(?:\.\.-?\d+)?(?:\+-?\d+(?:\.\.-?\d+)?)*))?"
+    r"(?::view(?P<view>[1-9]\d*))?"
 )
 
 
@@ -35,11 +43,14 @@ class FeatureSpec:
 
     A picture's ``mean``, ``max`` and ``tokens`` are of its patches alone, without the class and register tokens;
     ``cls+mean`` is the class token's vector with the mean behind it; ``projected`` is what CLIP compares with texts.
+
+    ``view`` 1 and up is the same set of an augmented view of each picture: ``mean:view1``. 0 is the plain picture.
     """
 
     pooling: str
     layers: tuple[int, ...] | None = (-1,)
     normalize: bool = False
+    view: int = 0
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -57,7 +68,7 @@ class FeatureSpec:
         match = _FEATURE.fullmatch(text.strip())
         if match is None:
             raise SpecError(
-                f"cannot read the pooling {text!r}: expected [l2:]POOLING[@LAYERS], "
+                f"cannot read the pooling {text!r}: expected [l2:]POOLING[@LAYERS][:viewN], "
                 "such as mean, cls@-2, l2:mean, mean@-4..-1"
             )
         written = match["layers"]
@@ -68,7 +79,7 @@ class FeatureSpec:
             layers = None
         else:
             layers = tuple(layer for part in written.split("+") for layer in _layer_range(part, text))
-        return cls(match["pooling"], layers, match["l2"] is not None)
+        return cls(match["pooling"], layers, match["l2"] is not None, int(match["view"] or 0))
 
     @property
     def name(self) -> str:
@@ -79,17 +90,37 @@ class FeatureSpec:
             where = ""
         else:
             where = "@" + "+".join(str(layer) for layer in self.layers)
-        return f"{'l2:' if self.normalize else ''}{self.pooling}{where}"
+        return view_name(f"{'l2:' if self.normalize else ''}{self.pooling}{where}", self.view)
 
     def to_json(self) -> dict[str, object]:
         """Return the set as it is described in a cache's spec."""
         layers = None if self.layers is None else list(self.layers)
-        return {"pooling": self.pooling, "layers": layers, "normalize": self.normalize}
+        of_view = {"view": self.view} if self.view else {}
+        return {"pooling": self.pooling, "layers": layers, "normalize": self.normalize, **of_view}
 
     @property
     def multi_layer(self) -> bool:
         """Whether the set is ``[n, L, D]``."""
         return self.layers is None or len(self.layers) > 1
+
+
+def view_name(name: str, view: int) -> str:
+    """Return the name of a view's set, given that of the plain pictures', which is view 0."""
+    return f"{name}:view{view}" if view else name
+
+
+def plain_name(name: str) -> tuple[str, int]:
+    """Return the name of the plain pictures' set, and the number of the view, given the name of any set."""
+    plain, _, number = name.rpartition(":view")
+    return (plain, int(number)) if plain and number.isdecimal() and int(number) else (name, 0)
+
+
+def augments(text: str) -> tuple[str, ...]:
+    """Read ``crop+flip``: operations in whatever order, each once. Raises ``SpecError``."""
+    named = text.split("+") if isinstance(text, str) else ()
+    if not named or len({*named}) < len(named) or not {*named} <= {*AUGMENTS}:
+        raise SpecError(f"augment is {text!r}: expected some of {', '.join(AUGMENTS)}, such as {AUGMENT}")
+    return tuple(name for name in AUGMENTS if name in named)
 
 
 def feature_name(written: str) -> str:
@@ -147,7 +178,8 @@ class ModelSource:
 class BackboneSettings:
     """How a backbone is to make features; see ``load_backbone``. None is what nobody has decided yet.
 
-    ``content`` is what it reads. ``max_length``, ``truncation_side`` and ``prompt`` are of texts, ``resize`` of images.
+    ``content`` is what it reads. ``max_length``, ``truncation_side`` and ``prompt`` are of texts; ``resize``, the
+    number of ``views`` and what they ``augment`` are of images.
     ``shapes`` are all canonical shapes, as ``ShapePolicy.to_json`` gives them; ``positions`` and ``pass_threads`` are
     what one may ask of them.
     """
@@ -165,6 +197,8 @@ class BackboneSettings:
     pass_threads: int | None = None
     content: str | None = None
     resize: str | None = None
+    views: int | None = None
+    augment: str | None = None
 
     @classmethod
     def taken_from(cls, options: Options, features: Sequence[str] = ()) -> BackboneSettings:
@@ -185,9 +219,13 @@ class BackboneSettings:
         for name in ("positions", "pass_threads"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise SpecError(f"{name} is {number}: expected at least 1")
+        if self.views is not None and not 0 <= self.views <= MOST_VIEWS:
+            raise SpecError(f"views is {self.views}: expected a whole number from 0 to {MOST_VIEWS}")
+        if self.augment is not None and augments(self.augment) and not self.views:
+            raise SpecError("augment is given without views: say how many views of each picture are made")
         for feature in self.features:
-            if feature != "auto":
-                FeatureSpec.parse(feature)
+            if feature != "auto" and FeatureSpec.parse(feature).view:
+                raise SpecError(f"{feature} is a set of views: ask for {plain_name(feature)[0]} with views (--views N)")
 
     def over(self, recorded: BackboneSettings) -> BackboneSettings:
         """Return these settings, and the recorded ones where these leave something open.
@@ -253,7 +291,15 @@ class ExtractionSpec(dict[str, Any]):
         recorded: Arguments = {"content": self.content, **{name: prepared[name] for name in own}}
         recorded |= {name: self[name] for name in _OF_MODEL}
         compiled = recorded.pop("execution") == "compiled"
-        return BackboneSettings(features=tuple(self.features), compiled=compiled, **recorded)
+        features = tuple(name for name, told in self.features.items() if not _of_view(told))
+        return BackboneSettings(features, compiled=compiled, **recorded, **self._views())
+
+    def _views(self) -> Arguments:
+        """Return how many views of each picture there are, and what they augment; nothing where there are none."""
+        told = [told for told in self.features.values() if _of_view(told)]
+        if not told:
+            return {}
+        return {"views": max(int(view["view"]) for view in told), "augment": told[0].get("augment")}
 
     def only(self, names: Collection[str]) -> ExtractionSpec:
         """Return the spec with these feature sets alone, in this order: others do not matter to who reads these."""
@@ -274,6 +320,10 @@ class ExtractionSpec(dict[str, Any]):
         names = {feature} & {*self.features}
         described, here = ({"features": {}, **spec.only(names)} for spec in (self, now))
         return json_differences(described, here)
+
+
+def _of_view(told: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(told, Mapping) and isinstance(told.get("view"), int)
 
 
 _OF_CONTENT = {"text": ("max_length", "truncation_side", "prompt"), "image": ("resize",)}

@@ -59,7 +59,7 @@ def data_facts(problem: Problem) -> DataFacts:
         unique_rows=problem.strata.groups,
         feature_sets=tuple(
             FeatureSetFacts(feature.name, feature.kind, feature.dim, feature.layers)
-            for feature in cache.feature_sets.values()
+            for feature in cache.plain_sets.values()
         ),
         classes=classes,
     )

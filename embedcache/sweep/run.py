@@ -107,7 +107,7 @@ def sweep(
 
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     value = read_file(grid) if isinstance(grid, Path) or (isinstance(grid, str) and _is_file(grid)) else grid
-    parsed = parse(value, opened.feature_sets, features=features, seeds=seeds)
+    parsed = parse(value, opened.plain_sets, features=features, seeds=seeds)
     asked = Asked(
         folds=folds, repeats=repeats, shots=shots, draws=draws, metric=metric, learning_curve=learning_curve,
         random=random, seed=seed, test_all=test_all,

@@ -18,7 +18,7 @@ from embedcache.heads import TrainedHead
 from embedcache.heads.registry import head_named, kinds_read
 from embedcache.numerics import difference
 from embedcache.shard import FeatureSet
-from embedcache.spec import HeadSpec, TrainSpec, differences_text
+from embedcache.spec import HeadSpec, TrainSpec, differences_text, plain_name
 from embedcache.task import CLASSIFICATION, Flags, task_named
 from embedcache.train.data import fits_in_memory, labelled_rows_of
 from embedcache.train.metrics.measuring import MetricValues
@@ -98,12 +98,16 @@ def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> Featur
     Raises ``FeatureError`` when the cache has none such.
     """
     if name is not None:
-        return cache.feature(name)
+        chosen = cache.feature(name)
+        if chosen.name not in cache.plain_sets:
+            plain = plain_name(chosen.name)[0]
+            raise FeatureError(f"{chosen.name} is a set of views: train on {plain}, which its views go with")
+        return chosen
     takes = kinds_read(head)
-    for feature in cache.feature_sets.values():
+    for feature in cache.plain_sets.values():
         if feature.kind in takes:
             return feature
-    has = ", ".join(f"{feature.name} ({feature.kind})" for feature in cache.feature_sets.values())
+    has = ", ".join(f"{feature.name} ({feature.kind})" for feature in cache.plain_sets.values())
     what = "one vector a row" if "pooled" in takes else "tokens or several layers"
     raise FeatureError(f"the head {head.kind} reads {what}, and {cache.path} has only {has}: extract such a set too")
 
@@ -210,7 +214,7 @@ def refuse_other_cache(head: TrainedHead, cache: FeatureCache) -> None:
     """Raise ``BackboneMismatchError`` unless a cache holds the features that a head was trained on."""
     name = head.feature.name
     if name not in cache.feature_sets:
-        raise FeatureError(f"{cache.path} has no feature set {name!r}: it has {', '.join(cache.feature_sets)}")
+        raise FeatureError(f"{cache.path} has no feature set {name!r}: it has {', '.join(cache.plain_sets)}")
     if head.extraction and (differences := head.extraction.differences_for(name, cache.spec)):
         shown = differences_text(differences, "trained on", "the cache has")
         raise BackboneMismatchError(f"the head was trained on other features than {cache.path} holds ({shown})")
