@@ -20,11 +20,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task
-from embedcache.train.convex import NEVER, Solution, path, path_folds, solve
+from embedcache.train.convex import NEVER, Solution, path, path_folds, solve, walk_folds
 from embedcache.train.convex import descent as descent_module
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.descent import Objective
-from embedcache.train.convex.design import Workers, design
+from embedcache.train.convex.design import Workers, design, segments
 
 Array = np.ndarray[Any, Any]
 N, D = 211, 7
@@ -515,6 +515,58 @@ def test_planted_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     found = solve(x, y, task=CLASSIFICATION, outputs=3, l2=0.3, tolerance=tolerance)
     with pytest.raises(AssertionError):
         same(found, of_sklearn(peer, found))
+
+
+def chosen(x: Array, y: Array, folds: Array, **how: Any) -> tuple[float, float, int]:
+    """The penalty of least log loss out of fold, how far the losses are from the optimum's at most, and the steps."""
+    given: Any = {"task": CLASSIFICATION, "outputs": 5, "standardize": True}
+    l2s = list(np.logspace(1, -2, 7))
+
+    def losses(solved: list[list[Solution]]) -> Array:
+        out = np.zeros((len(l2s), len(y)))
+        for place, by_fold in enumerate(solved):
+            for fold, found in enumerate(by_fold):
+                held = folds == fold
+                z = x[held] @ found.weight.T + found.bias
+                out[place, held] = np.logaddexp.reduce(z, axis=1) - z[np.arange(len(z)), y[held]]
+        return out.mean(axis=1)
+
+    tight, found = (path_folds(x, y, l2s, folds, **given, **options) for options in ({"tolerance": 1e-9}, how))
+    exact, loose = losses(tight), losses(found)
+    assert how or loose.argmin() == exact.argmin()
+    return (
+        l2s[int(loose.argmin())],
+        float(np.abs(loose - exact).max()),
+        sum(s.iterations for each in found for s in each),
+    )
+
+
+def test_folds_stop_where_a_choice_can_no_longer_change_and_a_looser_gap_is_seen() -> None:
+    x, y = rows(5, noise=0.3)  # weak penalties separate them, and the loss goes to zero
+    folds = np.arange(N) % 3
+    _, off, steps = chosen(x, y, folds, gap=1e-6)
+    assert off < 5e-3  # nats, of a loss whose own interval is ten times as wide
+    _, _, tight = chosen(x, y, folds, tolerance=1e-7)
+    assert steps < 0.8 * tight
+    _, wrong, _ = chosen(x, y, folds, gap=1e-2)
+    assert wrong > 5e-3
+
+
+def test_a_walk_gives_each_penalty_as_it_is_solved_and_rows_of_no_problem_cost_nothing() -> None:
+    x, y = rows(5)
+    folds = np.arange(N) % 3
+    given: Any = {"task": CLASSIFICATION, "outputs": 5}
+    walked = list(walk_folds(x, y, [0.1, 3.0, 1.0], folds, **given))
+    assert [l2 for l2, _ in walked] == [3.0, 1.0, 0.1]
+    whole = path_folds(x, y, [0.1, 3.0, 1.0], folds, **given)
+    for l2, solutions in walked:
+        np.testing.assert_array_equal(solutions[1].weight, whole[[0.1, 3.0, 1.0].index(l2)][1].weight)
+    masks = folds[None] != np.arange(3)[:, None]
+    ordered = segments(design(x, y, masks=masks, **given))
+    assert [segment.inside.sum() for segment in ordered[3]] == [2, 2, 2]
+    assert all(segment.plain for segment in ordered[3])
+    weighed = segments(design(x, y, masks=masks, class_weight=[1, 2, 3, 4, 5], **given))
+    assert not any(segment.plain for segment in weighed[3])
 
 
 def test_a_wrong_inverse_costs_steps_and_not_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:

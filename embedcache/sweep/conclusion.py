@@ -52,7 +52,7 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     """
     shots = problem.protocol.shots
     folds = problem.folds if shots is not None else [problem.final]
-    every = [_trained(problem, Job(chosen.first, fold, number)) for number, fold in enumerate(folds)]
+    every = [_trained(problem, Job(chosen.first, fold, number, kept=True)) for number, fold in enumerate(folds)]
     trained = every[0]
     if trained.head is None:
         raise TrainingError(f"{chosen.first.label} could not be trained on all rows: {trained.error}")

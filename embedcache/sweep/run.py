@@ -183,11 +183,12 @@ class Run:
             waiting: list[TrainedJob] = []
             try:
                 for trained in train_batch(self.problem, batch, progress=self.show, title=title):
-                    waiting.append(trained)
-                    # What comes one by one is kept one by one; a stack or a path comes whole.
-                    if batch.how == "sklearn":
+                    # What comes one by one is kept one by one, a path by penalties; a stack comes whole.
+                    other = waiting and trained.job.configuration != waiting[-1].job.configuration
+                    if batch.how == "sklearn" or (batch.how == "convex" and other):
                         self._keep(waiting)
-                        done, waiting = done + 1, []
+                        done, waiting = done + len(waiting), []
+                    waiting.append(trained)
                 self._keep(waiting)
             except (Interruption, KeyboardInterrupt):
                 self._stop(len(wanted) - len(self._missing(wanted)), len(wanted))

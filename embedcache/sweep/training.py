@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +41,16 @@ _WORTH_PROCESSES = 4_000_000
 
 @dataclass(frozen=True)
 class Job:
-    """One head to train: a configuration on one fold. ``number`` is the fold's; ``curve`` a learning curve's point."""
+    """One head to train: a configuration on one fold. ``number`` is the fold's; ``curve`` a learning curve's point.
+
+    ``kept`` is the chosen head, which the convex solver takes to the optimum; folds it takes as far as a choice needs.
+    """
 
     configuration: Configuration
     fold: Fold
     number: int
     curve: int | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,40 +224,49 @@ def _stack(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title
 
 
 def _convex(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title: str) -> Iterator[TrainedJob]:
-    """Solve all penalties on all folds side by side: a path from the strongest penalty to the weakest."""
-    from embedcache.train.convex import path_folds
+    """Solve all penalties on all folds side by side, and yield each penalty's heads: from the strongest to the weakest.
+
+    What was yielded is kept when the walk is stopped, and outputs of one penalty at a time are in memory.
+    """
+    from embedcache.train.convex import walk_folds
 
     first = batch.jobs[0].configuration
     if first.train.class_weight is not None:
         yield from _one_by_one(problem, batch.jobs, x)  # weights by class name are the trainer's business
         return
     begun = time.perf_counter()
-    penalties = list(dict.fromkeys(job.configuration.train.l2 for job in batch.jobs))
+    by_penalty: dict[float, list[Job]] = {}
+    for job in batch.jobs:
+        by_penalty.setdefault(job.configuration.train.l2, []).append(job)
     numbers = list(dict.fromkeys(job.number for job in batch.jobs))
     usable = {job.number: job.fold.usable for job in batch.jobs}
     masks, y = np.stack([usable[number] for number in numbers]), problem.y
     if _alone(problem, batch.jobs[0]):
         rows = masks[0]
         x, y, masks = x.take(np.flatnonzero(rows)), y[rows], np.ones((1, int(rows.sum())), bool)
-    solutions = path_folds(
-        x.values, y, penalties, masks, task=problem.task, outputs=len(problem.class_names),
-        standardize=first.train.standardize,
+    options: dict[str, Any] = {"tolerance": 1e-9} if batch.jobs[0].kept else {}
+    walk = walk_folds(
+        x.values, y, list(by_penalty), masks, task=problem.task, outputs=len(problem.class_names),
+        standardize=first.train.standardize, **options,
     )  # fmt: skip
-    seconds = (time.perf_counter() - begun) / len(batch.jobs)
     feature = problem.cache.feature(first.feature)
-    for job in batch.jobs:
-        solved = solutions[penalties.index(job.configuration.train.l2)][numbers.index(job.number)]
-        head = TrainedHead(
-            job.configuration.head, problem.task.name, problem.class_names, feature,
-            state={"output.weight": solved.weight, "output.bias": solved.bias},
-            training=job.configuration.train.record(), **vars(Origin.of(problem.cache)),
-        )  # fmt: skip
-        entry = {
-            "epoch": solved.iterations,
-            "train_loss": solved.loss / len(y),
-            "gradient_norm": solved.gradient_norm,
-        }
-        yield TrainedJob(job, head, seconds, float(solved.iterations), history=[entry])
+    for l2, solutions in walk:
+        jobs = by_penalty[l2]
+        seconds = (time.perf_counter() - begun) / len(jobs)
+        for job in jobs:
+            solved = solutions[numbers.index(job.number)]
+            head = TrainedHead(
+                job.configuration.head, problem.task.name, problem.class_names, feature,
+                state={"output.weight": solved.weight, "output.bias": solved.bias},
+                training=job.configuration.train.record(), **vars(Origin.of(problem.cache)),
+            )  # fmt: skip
+            entry = {
+                "epoch": solved.iterations,
+                "train_loss": solved.loss / len(y),
+                "gradient_norm": solved.gradient_norm,
+            }
+            yield TrainedJob(job, head, seconds, float(solved.iterations), history=[entry])
+        begun = time.perf_counter()
 
 
 def _learn_and_stop(fold: Fold, stopping: bool) -> tuple[Flags, Flags]:

@@ -8,13 +8,13 @@ two classes the penalty is on the difference of their rows, as scikit-learn has 
 ``design``     rows, targets and weights, checked; blocks of rows on several threads
 ``curvature``  what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty
 ``descent``    losses and gradients of K problems, and limited-memory BFGS for them in lock-step
-``solver``     ``solve``, ``path`` and ``path_folds``; squared errors in closed form
+``solver``     ``solve``, ``path``, ``path_folds`` and ``walk_folds``; squared errors in closed form
 =============  =================================================================================================
 """
 
 from __future__ import annotations
 
 from embedcache.train.convex.design import NEVER, Solution
-from embedcache.train.convex.solver import path, path_folds, solve
+from embedcache.train.convex.solver import path, path_folds, solve, walk_folds
 
-__all__ = ["NEVER", "Solution", "path", "path_folds", "solve"]
+__all__ = ["NEVER", "Solution", "path", "path_folds", "solve", "walk_folds"]

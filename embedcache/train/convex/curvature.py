@@ -90,13 +90,19 @@ class Curvature:
             terms = [self._outputs(part, block, problem) for part, problem in zip(logits, problems, strict=True)]
             return [outer for outer, _ in terms], np.sum([own for _, own in terms], axis=0)
 
-        parts = list(self._workers.each(len(self._x), max(width, len(biases)), outputs))
-        outers = [np.sum(blocks, axis=0) for blocks in zip(*(outer for outer, _ in parts), strict=True)]
-        basis = self._renewed(np.concatenate([own for _, own in parts]))
-        return [
-            _inverse(basis, outer, l2, self._design.softmax, float(self._mass[problem].sum()))
-            for outer, l2, problem in zip(outers, strengths, problems, strict=True)
-        ]
+        outers: list[Floats] = []
+        unsure = []
+        for own, weights in self._workers.each(len(self._x), max(width, len(biases)), outputs):
+            # Added as they come: those of a thousand classes are 8 MB a block and problem.
+            outers = [total + more for total, more in zip(outers, own, strict=True)] if outers else own
+            unsure.append(weights)
+        basis = self._renewed(np.concatenate(unsure))
+
+        def inverse(of: tuple[Floats, float, int]) -> Inverse:
+            outer, l2, problem = of
+            return _inverse(basis, outer, l2, self._design.softmax, float(self._mass[problem].sum()))
+
+        return list(self._workers.run(zip(outers, strengths, problems, strict=True), inverse))
 
     def _outputs(self, logits: Array, rows: slice, problem: int) -> tuple[Floats, Floats]:
         """Return the rows' share of ``B`` [C, C] (its diagonal [C] for sigmoids) and the weight ``tr L_i`` of each."""
@@ -134,7 +140,7 @@ class Curvature:
             rows = (x - centre) * root
             gram = rows @ rows.T
         else:
-            gram = np.sum(list(self._workers.each(len(x), x.shape[1], square)), axis=0)
+            gram = sum(self._workers.each(len(x), x.shape[1], square), np.zeros((x.shape[1],) * 2, np.float32))
         # BLAS has one thread here, which of this size LAPACK is faster with than with two.
         values, vectors = scipy.linalg.eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
         values = np.maximum(values, 0)

@@ -14,13 +14,20 @@ and Zhang (2005), equation 4.1. It ends where half the squared Newton decrement 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from embedcache.task import Array, Floats
 from embedcache.train.convex.curvature import Curvature, Inverse
-from embedcache.train.convex.design import Design, Workers
+from embedcache.train.convex.design import Design, Segment, Workers, blocks, segments
+
+Ordered = tuple[Array, Array, Floats | None, list[Segment]]
+"""What ``segments`` returns."""
+Places = npt.NDArray[np.intp]
+_Part = tuple[slice, Places, Array, Array, Array | None]
 
 # Losses and gradients of K problems over the same rows: one matrix product there, one back.
 
@@ -31,11 +38,14 @@ _SAFE = 60.0  # exp of logits within this range neither overflows nor vanishes i
 class Objective:
     """``sum_i w_i loss_i + l2 / 2 ||W||^2`` of each problem, and its gradient."""
 
-    def __init__(self, design: Design, dtype: type[np.floating], workers: Workers) -> None:
+    def __init__(
+        self, design: Design, dtype: type[np.floating], workers: Workers, ordered: Ordered | None = None
+    ) -> None:
         self.design = design
         self._workers = workers
         self._dtype = np.dtype(dtype)
-        self._x = design.x if dtype is np.float64 else np.ascontiguousarray(design.x, dtype)
+        x, self._y, self._weight, self._segments = ordered or segments(design)
+        self._x = x if dtype is np.float64 else np.ascontiguousarray(x, dtype)
         self._masses: dict[tuple[int, ...], Array] = {}
         self.evaluations = 0
 
@@ -61,30 +71,45 @@ class Objective:
 
     def _pass(self, weight: Array, bias: Array, problems: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
         """Return losses [K], and the residuals' product with the rows [D, K C] and with ones [K C]."""
-        n, width = len(self._x), weight.shape[1]
+        classes = self.design.columns
         mass = self._mass(problems)
         act = self._softmax if self.design.softmax else self._sigmoid
+        parts = []
+        for segment in self._segments:
+            places = np.flatnonzero(segment.inside[list(problems)])
+            if not len(places):
+                continue
+            every = len(places) == len(problems)
+            columns = (places[:, None] * classes + np.arange(classes)).reshape(-1)
+            own = (weight, bias) if every else (np.ascontiguousarray(weight[:, columns]), bias[columns])
+            own_mass = None if segment.plain or mass is None else mass if every else mass[:, places]
+            start = segment.rows.start
+            for block in blocks(segment.rows.stop - start, max(weight.shape)):
+                parts.append((slice(start + block.start, start + block.stop), places, *own, own_mass))
 
-        def part(block: slice) -> tuple[Floats, Array, Array]:
+        def part(piece: _Part) -> tuple[Places, Floats, Array, Array]:
+            block, places, weight, bias, mass = piece
             rows = np.ascontiguousarray(self._x[block], self._dtype)
             logits = rows @ weight
             logits += bias
-            losses = act(logits, self.design.y[block], None if mass is None else mass[block])
-            return losses, rows.T @ logits, np.ones(len(rows), self._dtype) @ logits
+            losses = act(logits, self._y[block], None if mass is None else mass[block])
+            return places, losses, rows.T @ logits, np.ones(len(rows), self._dtype) @ logits
 
-        losses, sums, back = np.zeros(len(problems)), np.zeros(width), np.zeros((len(weight), width))
-        for loss, product, total in self._workers.each(n, max(weight.shape), part):
-            losses += loss
-            back += product
-            sums += total
+        losses, sums, back = np.zeros(len(problems)), np.zeros(weight.shape[1]), np.zeros(weight.shape)
+        for places, loss, product, total in self._workers.run(parts, part):
+            losses[places] += loss
+            for number, place in enumerate(places):
+                to, of = (slice(at * classes, (at + 1) * classes) for at in (place, number))
+                back[:, to] += product[:, of]
+                sums[to] += total[of]
         return losses, back, sums
 
     def _mass(self, problems: tuple[int, ...]) -> Array | None:
-        """Return the weight of each row in each of the problems [N, K]; None where all are 1."""
-        if self.design.weight is None:
+        """Return the weight of each row in each of the problems [N, K]; None where all are 0 or 1 and known."""
+        if self._weight is None or all(segment.plain for segment in self._segments):
             return None
         if problems not in self._masses:
-            self._masses = {problems: np.ascontiguousarray(self.design.weight[list(problems)].T, self._dtype)}
+            self._masses = {problems: np.ascontiguousarray(self._weight[list(problems)].T, self._dtype)}
         return self._masses[problems]
 
     def _softmax(self, logits: Array, y: Array, mass: Array | None) -> Floats:
@@ -130,6 +155,70 @@ def _weighed(losses: Array, mass: Array | None) -> Floats:
 
 
 _MEMORY = 20
+
+
+class Pairs:
+    """The last steps and what they changed of the gradient, and the direction that they and a first inverse give.
+
+    The two loops of the algorithm are written as four products with all steps and changes: one vector after the other
+    they read and write the memory seven times as often, which for five folds of 77 classes took longer than the
+    products with the rows.
+    """
+
+    def __init__(self, size: int, dtype: type[np.floating]) -> None:
+        self._dtype, self._size, self._count = dtype, size, 0
+        self._steps = self._changes = np.empty((0, size), dtype)
+        self._cross = np.empty((0, 0))  # of steps and changes, [m, m]
+
+    def add(self, step: Floats, change: Floats) -> None:
+        """Remember one more, and forget the oldest of more than there is room for."""
+        if not len(self._steps):
+            self._steps, self._changes = np.empty((2, _MEMORY, self._size), self._dtype)
+            self._cross = np.zeros((_MEMORY, _MEMORY))
+        if self._count == _MEMORY:
+            self._steps[:-1], self._changes[:-1] = self._steps[1:], self._changes[1:]
+            self._cross[:-1, :-1] = self._cross[1:, 1:]
+            self._count -= 1
+        last = self._count
+        self._count += 1
+        self._steps[last], self._changes[last] = step.reshape(-1), change.reshape(-1)
+        steps, changes = self._steps[: self._count], self._changes[: self._count]
+        self._cross[last, : self._count] = changes @ steps[last]
+        self._cross[: self._count, last] = steps @ changes[last]
+
+    def clear(self) -> None:
+        self._count = 0
+
+    def stiffen(self, l2: float, columns: int) -> None:
+        """Correct the changes for a penalty that is stronger by ``l2``; the bias, the last ``columns``, has none."""
+        if not self._count:
+            return
+        steps, changes = self._steps[: self._count], self._changes[: self._count]
+        changes[:, :-columns] += self._dtype(l2) * steps[:, :-columns]
+        cross = steps @ changes.T
+        kept = np.flatnonzero(np.diag(cross) > 0)
+        self._count = len(kept)
+        self._steps[: self._count], self._changes[: self._count] = steps[kept], changes[kept]
+        self._cross[: self._count, : self._count] = cross[np.ix_(kept, kept)]
+
+    def direction(self, gradient: Floats, inverse: Inverse) -> Floats:
+        """Return the quasi-Newton direction, uphill."""
+        count = self._count
+        if not count:
+            return inverse(gradient)
+        steps, changes, cross = self._steps[:count], self._changes[:count], self._cross[:count, :count]
+        met = (steps @ gradient.reshape(-1).astype(self._dtype)).astype(np.float64)
+        shares = np.zeros(count)
+        for place in reversed(range(count)):
+            shares[place] = (met[place] - cross[place] @ shares) / cross[place, place]
+        wanted = inverse(gradient - (shares.astype(self._dtype) @ changes).reshape(gradient.shape))
+        met = (changes @ wanted.reshape(-1).astype(self._dtype)).astype(np.float64)
+        left = np.zeros(count)
+        for place in range(count):
+            left[place] = shares[place] - (met[place] + left @ cross[:, place]) / cross[place, place]
+        return np.asarray(wanted + (left.astype(self._dtype) @ steps).reshape(gradient.shape))
+
+
 _DECREASE, _SLOPE, _FLAT = 1e-4, 0.9, 1e-6
 _TRIALS = 30
 _NONE = (math.inf, math.inf)
@@ -140,13 +229,19 @@ _RENEW = frozenset({12, 24, 48, 96, 192, 384, 768})
 class Walk:
     """One problem on its way to the optimum."""
 
-    def __init__(self, problem: int, point: Floats, l2: float, tolerance: float, floor: float) -> None:
-        """Begin at a point [D + 1, C]; where no step is left, a gap below ``floor`` is none."""
-        self.problem, self.point, self.l2, self.tolerance, self.floor = problem, point, l2, tolerance, floor
+    def __init__(self, problem: int, point: Floats, l2: float, tolerance: float, enough: float, floor: float) -> None:
+        """Begin at a point [D + 1, C].
+
+        It ends where the gap is below ``tolerance`` times the loss, or below ``enough``; where no step is left, a gap
+        below ``floor`` is none.
+        """
+        self.problem, self.point, self.l2, self.tolerance = problem, point, l2, tolerance
+        self.enough, self.floor = enough, floor
         self.loss, self.gradient = math.inf, np.zeros_like(point)
         self.iterations = 0
         self.converged = self.stuck = False
-        self._pairs: list[tuple[Floats, Floats, float]] = []
+        # Who wants few digits of the optimum needs few of the direction, and float32 halves what is read for it.
+        self._pairs = Pairs(point.size, np.float32 if enough > 0 else np.float64)
         self._before: tuple[float, Floats] | None = None  # the penalty before this one, and its optimum
         self._inverse: Inverse = np.copy
         self._seen: float | None = None  # the loss where the inverse is of
@@ -170,7 +265,7 @@ class Walk:
 
     def reconsider(self) -> None:
         """Forget steps taken where the curvature was another, and ask again whether this is the optimum."""
-        self._pairs = []
+        self._pairs.clear()
         self.enter(self.loss, self.gradient)
 
     def enter(self, loss: float, gradient: Floats) -> None:
@@ -193,10 +288,7 @@ class Walk:
             gone = math.log(l2 / self.l2) / math.log(self.l2 / self._before[0])
             self.point = here + min(gone, 1.5) * (here - self._before[1])
         self._before = (self.l2, here)
-        for step, change, _ in self._pairs:
-            change[:-1] += (l2 - self.l2) * step[:-1]
-        self._pairs = [(step, change, float(np.vdot(step, change))) for step, change, _ in self._pairs]
-        self._pairs = [pair for pair in self._pairs if pair[2] > 0]
+        self._pairs.stiffen(l2 - self.l2, self.point.shape[1])
         self.l2 = l2
         self.iterations = 0
 
@@ -239,25 +331,16 @@ class Walk:
         inner = float(np.vdot(step, change))
         # A pair whose curvature is lost in rounding would spoil every direction that is computed from it.
         if inner > 1e-12 * float(np.vdot(step, step)) ** 0.5 * float(np.vdot(change, change)) ** 0.5:
-            self._pairs = [*self._pairs[-(_MEMORY - 1) :], (step, change, inner)]
+            self._pairs.add(step, change)
         self._aim()
 
     def _aim(self) -> None:
         """Choose the direction, or end."""
-        wanted = self.gradient.copy()
-        shares = []
-        for step, change, inner in reversed(self._pairs):
-            share = float(np.vdot(step, wanted)) / inner
-            shares.append(share)
-            wanted -= share * change
-        wanted = self._inverse(wanted)
-        for (step, change, inner), share in zip(self._pairs, reversed(shares), strict=True):
-            wanted += (share - float(np.vdot(change, wanted)) / inner) * step
-        self._direction = -wanted
+        self._direction = -self._pairs.direction(self.gradient, self._inverse)
         self._first = float(np.vdot(self.gradient, self._direction))
         self._step, self._tried = 1.0, 0
         self._low, self._high = (0.0, self._first), _NONE
-        if -self._first / 2 <= self.tolerance * abs(self.loss):
+        if -self._first / 2 <= max(self.tolerance * abs(self.loss), self.enough):
             # Rounding may make the slope positive, but only where there is nothing left to gain.
             self.converged = True
 
@@ -276,7 +359,13 @@ class Walk:
 
 
 def descend(
-    objective: Objective, curvature: Curvature, walks: Sequence[Walk], most: int, *, renew: bool = True
+    objective: Objective,
+    curvature: Curvature,
+    walks: Sequence[Walk],
+    most: int,
+    workers: Workers,
+    *,
+    renew: bool = True,
 ) -> None:
     """Walk until every problem has ended, or has taken ``most`` steps; ``renew`` the curvature at the start as well."""
 
@@ -290,8 +379,8 @@ def descend(
 
     if renew:
         look(walks)
-    for walk, (loss, gradient) in zip(walks, values(walks, [walk.point for walk in walks]), strict=True):
-        walk.enter(loss, gradient)
+    first = zip(walks, values(walks, [walk.point for walk in walks]), strict=True)
+    deque(workers.run(first, lambda at: at[0].enter(*at[1])), maxlen=0)
     for turn in range(1, 3 * most + 1):
         if doubtful := [walk for walk in walks if walk.doubtful]:
             look(doubtful)
@@ -304,5 +393,5 @@ def descend(
             curvature.widen(turn)
             look(active)
         results = values(active, [walk.trial() for walk in active])
-        for walk, (loss, gradient) in zip(active, results, strict=True):
-            walk.judge(loss, gradient)
+        # Each walk by itself is vectors of all weights, which would leave all threads but one waiting.
+        deque(workers.run(zip(active, results, strict=True), lambda at: at[0].judge(*at[1])), maxlen=0)

@@ -1,14 +1,15 @@
 """Rows, targets and weights as the solver takes them, standardised by arithmetic; blocks of rows on threads.
 
 Where BLAS splits one product over its threads they wait for each other inside it, which on shared cores costs several
-times the product; and logits of 20,000 rows leave the cache between one step and the next. Blocks of 2,048 rows stay in
-it: 20,000 x 384 with 100 columns take 40 ms of CPU time there and back, and 57 in one piece with two BLAS threads.
+times the product; and logits of 20,000 rows leave the cache between one step and the next. Small blocks of rows stay in
+it: 20,000 x 384 with 100 columns take 40 ms of CPU time there and back, and 57 in one piece with two BLAS threads. Of
+10,000 rows blocks of 2,048 would be five, of which two threads have three and two; so they are of 1,024.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from embedcache.train.data import rounding
 
 
 R = TypeVar("R")
+T = TypeVar("T")
 
-_ROWS = 2048
+_ROWS = 1024
 _NUMBERS = 1 << 22
 
 
@@ -38,12 +40,16 @@ class Workers:
 
     def each(self, rows: int, width: int, work: Callable[[slice], R]) -> Iterator[R]:
         """Yield ``work(block)`` of each block; ``width`` is how many numbers it makes of a row."""
+        return self.run(blocks(rows, width), work)
+
+    def run(self, items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
+        """Yield ``work(item)`` of each item, in their order."""
         waiting: deque[Future[R]] = deque()
-        for block in blocks(rows, width):
+        for item in items:
             if self._pool is None:
-                yield work(block)
+                yield work(item)
                 continue
-            waiting.append(self._pool.submit(work, block))
+            waiting.append(self._pool.submit(work, item))
             if len(waiting) > self._ahead:  # results of a million rows at once would be a million rows in memory
                 yield waiting.popleft().result()
         for future in waiting:
@@ -199,6 +205,43 @@ class Design:
         elif self.columns != self.absent.shape[1]:
             weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         return weight, bias
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Neighbouring rows with a weight in the same problems: bool [K], and whether each weight there is 1."""
+
+    rows: slice
+    inside: Flags
+    plain: bool
+
+
+_WORTH = 0.05  # of the work saved, from which on rows are put in order
+_MOST_COPIED = 1 << 28  # numbers: 1 GB
+
+
+def segments(of: Design) -> tuple[Array, Array, Floats | None, list[Segment]]:
+    """Return features, targets and weights with rows in an order in which those that a problem leaves out are together.
+
+    A fold in five is a fifth of all products: nothing is computed of the rows that a problem leaves out.
+    """
+    n, weight = len(of.x), of.weight
+    if weight is None:
+        return of.x, of.y, None, [Segment(slice(0, n), np.ones(of.problems, bool), True)]
+    weight = np.broadcast_to(weight, (of.problems, n))
+    inside = weight > 0
+    patterns, which = np.unique(np.packbits(inside, axis=0), axis=1, return_inverse=True)
+    which = which.reshape(-1)
+    if 1 - inside.mean() < _WORTH or n < 64 * patterns.shape[1] or of.x.size > _MOST_COPIED:
+        return of.x, of.y, weight, [Segment(slice(0, n), np.ones(of.problems, bool), False)]
+    order = np.argsort(which, kind="stable")
+    ends = np.cumsum(np.bincount(which))
+    weight = weight[:, order]
+    out = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        own = inside[:, order[start]]
+        out.append(Segment(slice(int(start), int(end)), own, bool((weight[own, start:end] == 1).all())))
+    return of.x[order], of.y[order], weight, out
 
 
 def design(

@@ -12,7 +12,7 @@ float32, and the optimum is that of float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -32,6 +32,7 @@ from embedcache.train.convex.design import (
     checked_l2s,
     checked_masks,
     design,
+    segments,
     workers,
 )
 from embedcache.train.data import LabelledRows, class_weights
@@ -141,6 +142,18 @@ _FINEST = 1e-9
 """The tolerance to which float32 is taken: below, its rounding would be walked in until no step is left."""
 
 
+_CHOOSING, _FEW = 1e-6, 10_000
+
+
+def choosing(rows: int) -> float:
+    """Return the gap for each row, in nats, to which folds are solved; see ``pipelines/benchmark.py choices``.
+
+    A millionth moves a fold's mean loss by a few ten-thousandths. Of fewer than 10,000 rows it is less in proportion:
+    they cost little, and the loss out of fold moves by the root of the gap.
+    """
+    return _CHOOSING * min(1.0, rows / _FEW)
+
+
 class _Needed(TypedDict):
     task: Task
     outputs: int
@@ -156,6 +169,7 @@ class Options(_Needed, total=False):
     class_weight: npt.ArrayLike | str | None
     standardize: bool
     tolerance: float
+    gap: float
     max_iterations: int
 
 
@@ -175,13 +189,14 @@ def solve(
         class_weight: float [C], or ``balanced``; for labels, the weight of a row where the label is on.
         standardize: penalise the weights of features scaled to variance 1, as ``StandardScaler`` before the head does.
         tolerance: the estimated gap to the optimal loss, relative to it, at which to stop; 1e-9 unless given.
+        gap: an estimated gap for each row, in nats, at which to stop as well; 0 unless given.
         max_iterations: steps at most, 1000 unless given; ``converged`` tells.
 
     Raises ``FeatureError`` for features that are not finite (naming the row) or not [N, D], ``InputError`` for targets
     that do not fit, ``SpecError`` for a setting that cannot be (``l2=0`` of a logistic loss, whose optimum need not be
     finite, among them), ``TrainingError`` for no rows or one class only.
     """
-    return _solve(x, y, [checked_l2(l2)], options, starts=None if start is None else [start])[0][0]
+    return _all(x, y, [checked_l2(l2)], options, starts=None if start is None else [start])[0][0]
 
 
 def path(x: npt.ArrayLike, y: npt.ArrayLike, l2s: Sequence[float], **options: Unpack[Options]) -> list[Solution]:
@@ -189,7 +204,7 @@ def path(x: npt.ArrayLike, y: npt.ArrayLike, l2s: Sequence[float], **options: Un
 
     Raises what ``solve`` raises.
     """
-    return [solutions[0] for solutions in _solve(x, y, checked_l2s(l2s), options)]
+    return [solutions[0] for solutions in _all(x, y, checked_l2s(l2s), options)]
 
 
 def path_folds(
@@ -203,13 +218,36 @@ def path_folds(
     Args:
         folds: int [N], the fold that holds each row out, 0 to K - 1 (-1: none does); or the training rows, bool [K, N].
 
-    Other arguments and what is raised are as for ``solve``. The tolerance is one for choosing a penalty: 1e-7.
+    Other arguments and what is raised are as for ``solve``. Where neither tolerance nor gap is given, the gap is one
+    for choosing a penalty, a millionth of a nat (see ``choosing``). Relative to the loss it would be ever finer where
+    the loss goes to zero, as where a weak penalty separates the classes; what a fold's score can tell does not become
+    finer with it.
+    """
+    solved = dict(walk_folds(x, y, l2s, folds, **options))
+    return [solved[l2] for l2 in checked_l2s(l2s)]
+
+
+def walk_folds(
+    x: npt.ArrayLike, y: npt.ArrayLike, l2s: Sequence[float], folds: npt.ArrayLike, **options: Unpack[Options]
+) -> Iterator[tuple[float, list[Solution]]]:
+    """Yield what ``path_folds`` returns as it is solved: each penalty, strongest first, and the solutions of K folds.
+
+    Who keeps none of them needs memory for one penalty only. While it waits to go on, BLAS has one thread.
     """
     masks = checked_masks(folds, len(np.asarray(x)))
-    return _solve(x, y, checked_l2s(l2s), {**options, "tolerance": options.get("tolerance", 1e-7)}, masks=masks)
+    if "tolerance" not in options and "gap" not in options:
+        options = {**options, "gap": choosing(masks.shape[1])}
+    return _solved(x, y, checked_l2s(l2s), options, masks=masks)
 
 
-def _solve(
+def _all(
+    x: npt.ArrayLike, y: npt.ArrayLike, l2s: list[float], options: Options, starts: list[Solution] | None = None
+) -> list[list[Solution]]:
+    solved = dict(_solved(x, y, l2s, options, starts=starts))
+    return [solved[l2] for l2 in l2s]
+
+
+def _solved(
     x: npt.ArrayLike,
     y: npt.ArrayLike,
     l2s: list[float],
@@ -217,18 +255,22 @@ def _solve(
     *,
     starts: list[Solution] | None = None,
     masks: Flags | None = None,
-) -> list[list[Solution]]:
-    """Return solutions by penalty and problem."""
+) -> Iterator[tuple[float, list[Solution]]]:
+    """Yield each penalty and the solutions by problem."""
     tolerance, most = options.get("tolerance", 1e-9), options.get("max_iterations", 1000)
     if not tolerance > 0 or most < 1:
         raise SpecError(f"tolerance is {tolerance} and max_iterations {most}: expected positive numbers")
-    rows = {name: value for name, value in options.items() if name not in ("tolerance", "max_iterations")}
+    gap = options.get("gap", 0.0)
+    if not gap >= 0:
+        raise SpecError(f"gap is {gap}: expected a number of nats, 0 or more")
+    rows = {name: value for name, value in options.items() if name not in ("tolerance", "gap", "max_iterations")}
     with workers() as threads:
         checked = design(x, y, masks=masks, **rows)  # type: ignore[arg-type]  # what is left of the options
         if options["task"] is REGRESSION:
             problems = squares(checked, threads)
-            return [[problem.solve(l2) for problem in problems] for l2 in l2s]
-        return _descended(checked, l2s, starts, tolerance, most, threads)
+            yield from ((l2, [problem.solve(l2) for problem in problems]) for l2 in sorted(set(l2s), reverse=True))
+            return
+        yield from _descended(checked, l2s, starts, tolerance, gap, most, threads)
 
 
 def _descended(
@@ -236,46 +278,45 @@ def _descended(
     l2s: list[float],
     starts: list[Solution] | None,
     tolerance: float,
+    gap: float,
     most: int,
     threads: Workers,
-) -> list[list[Solution]]:
+) -> Iterator[tuple[float, list[Solution]]]:
     if min(l2s) == 0:
         raise SpecError(
             "l2 is 0: a logistic loss then has no finite optimum where classes can be separated; "
             "give it a small positive number"
         )
-    curvature, quick = Curvature(checked, threads), Objective(checked, np.float32, threads)
+    ordered = segments(checked)
+    curvature, quick = Curvature(checked, threads), Objective(checked, np.float32, threads, ordered)
     exact: Objective | None = None
     points = [
         checked.start(problem) if starts is None else checked.to_point(starts[problem], problem)
         for problem in range(checked.problems)
     ]
     # What rounding leaves of the losses even in float64: a probability of 1 is told from 1 - 1e-16 by nobody.
-    floors = [float(np.finfo(np.float64).eps * checked.mass(problem).sum()) for problem in range(checked.problems)]
+    masses = [float(checked.mass(problem).sum()) for problem in range(checked.problems)]
+    eps = float(np.finfo(np.float64).eps)
     walks = [
-        Walk(problem, point, max(l2s), tolerance, floor)
-        for problem, (point, floor) in enumerate(zip(points, floors, strict=True))
+        Walk(problem, point, max(l2s), tolerance, gap * mass, eps * mass)
+        for problem, (point, mass) in enumerate(zip(points, masses, strict=True))
     ]
     # How far from the optimum rounding alone can keep float32, were all of its error where only the penalty curves.
     noise = np.finfo(np.float32).eps ** 2 * len(checked.x) * curvature.spread
-    solutions: dict[float, list[Solution]] = {}
     for l2 in sorted(set(l2s), reverse=True):
         for walk in walks:
             walk.again(l2)
             walk.tolerance = max(tolerance, _FINEST)
-        descend(quick, curvature, walks, most)
+        descend(quick, curvature, walks, most, threads)
         for walk in walks:
             walk.tolerance = tolerance
-        if (
-            checked.x.dtype == np.float64
-            or tolerance < _FINEST
-            or noise / l2 > tolerance
-            or any(walk.stuck for walk in walks)
-        ):
-            exact = exact or Objective(checked, np.float64, threads)
-            descend(exact, curvature, walks, most, renew=False)
-        solutions[l2] = [_solution(checked, walk) for walk in walks]
-    return [solutions[l2] for l2 in l2s]
+        felt = checked.x.dtype == np.float64 or tolerance < _FINEST or noise / l2 > tolerance
+        if gap:
+            felt = noise / l2 > gap * min(masses)
+        if felt or any(walk.stuck for walk in walks):
+            exact = exact or Objective(checked, np.float64, threads, ordered)
+            descend(exact, curvature, walks, most, threads, renew=False)
+        yield l2, [_solution(checked, walk) for walk in walks]
 
 
 def _solution(checked: Design, walk: Walk) -> Solution:
