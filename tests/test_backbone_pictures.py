@@ -140,6 +140,20 @@ def test_every_family_pools_its_own_hidden_states(model: Callable[[str], Path], 
     assert widths["mean@0"] == rows_of(outputs.hidden_states[0], 0).shape[-1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "auto"),
+    [
+        ("clip", "pooler"), ("clip-projected", "pooler"), ("tower", "pooler"), ("beit", "pooler"), ("vit", "cls"),
+        ("dinov2", "cls"), ("registers", "cls"), ("deit", "cls"), ("siglip", "pooler"), ("resnet", "pooler"),
+    ],
+)  # fmt: skip
+def test_auto_is_the_vector_that_a_family_was_trained_to_give(
+    model: Callable[[str], Path], kind: str, auto: str
+) -> None:
+    """CLIP's class token is normed once more behind the last layer, in each of its folders; as it is it means less."""
+    assert [spec.pooling for spec in load_backbone(model(kind), device="cpu", content="image").specs] == [auto]
+
+
 # Bits do not depend on anything but the picture.
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from small_configs import small
 
 from embedcache.backbone import LoadedBackbone, load_backbone
 from embedcache.batching import plan
@@ -152,61 +153,6 @@ def text_architectures() -> list[str]:
     known = set(modeling_auto.MODEL_MAPPING_NAMES)
     text |= {name for name in known if name.endswith(("_text", "_text_model"))}
     return sorted(text & known - types("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"))
-
-
-def small(config: Any) -> dict[str, Any]:
-    """Return a config's settings, in so far as they must be other ones in a tiny model."""
-    parts = getattr(type(config), "sub_configs", None) or {}
-    said = config.to_dict()
-    made: dict[str, Any] = {}
-    for key, value in said.items():
-        if key in parts:
-            if getattr(config, key, None) is not None:
-                part = getattr(config, key)
-                made[key] = {"model_type": part.model_type, **small(part)}
-        elif isinstance(value, int) and not isinstance(value, bool) and (size := _size(key.lower(), value)) != value:
-            made[key] = size
-    if "qk_rope_head_dim" in said:  # follows from the others
-        made.pop("head_dim", None)
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = said.get(key)
-        if isinstance(rope, dict) and rope.get("mrope_section"):
-            half = int(made.get("head_dim", 8) * rope.get("partial_rotary_factor", 1.0)) // 2
-            made[key] = {**rope, "mrope_section": [half - 2 * (half // 4), half // 4, half // 4]}
-    return made
-
-
-def _size(key: str, value: int) -> int:
-    ends = key.endswith
-    if ends(("_id", "token_index")):
-        return min(value, 5)
-    if "vocab" in key and "size" in key:
-        return value if key == "type_vocab_size" else min(value, 128)
-    if "experts_per_tok" in key or key in ("top_k", "topk", "moe_topk", "moe_k", "num_selected_experts"):
-        return min(value, 2)
-    if "shared_expert" in key and "size" not in key:
-        return min(value, 1)
-    if "expert" in key and key.startswith(("num", "n_", "moe_num")) and "group" not in key:
-        return 4
-    if key in ("n_group", "topk_group"):
-        return 1
-    if ends("head_dim") or key in ("d_kv", "attention_head_size", "d_head"):
-        return 8
-    if "lora_rank" in key:
-        return 16
-    if "heads" in key or key == "n_head":
-        return 4
-    if "layers" in key or key in ("n_layer", "depth", "num_blocks"):
-        return min(value, 2)
-    if key in ("n_positions", "n_ctx", "seq_length") or ends(("position_embeddings", "seq_len", "_positions")):
-        return 80
-    if key in ("d_model", "n_embd", "dim", "lru_width", "word_embed_proj_dim", "dim_model") or ends(
-        ("hidden_size", "embed_dim", "emb_dim", "embedding_size")
-    ):
-        return min(value, 32)
-    if "intermediate" in key or "ffn" in key or key in ("d_ff", "d_inner", "n_inner", "hidden_dim", "dim_ff"):
-        return min(value, 48)
-    return min(value, 48) if key == "feed_forward_size" else value
 
 
 @pytest.fixture(scope="module")

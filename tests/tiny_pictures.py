@@ -85,6 +85,7 @@ FAMILIES: dict[str, Entry] = {
         "CLIPVisionConfig", "CLIPVisionModelWithProjection", {**VIT, "projection_dim": 13}, "CLIPImageProcessor",
         CROPPED, "cls",
     ),
+    "tower": ("CLIPVisionConfig", "CLIPVisionModel", VIT, "CLIPImageProcessor", CROPPED, "cls"),
     "siglip": (
         "SiglipConfig", "SiglipModel", {"text_config": TEXT, "vision_config": VIT}, "SiglipImageProcessor", PLAIN,
         "patches",

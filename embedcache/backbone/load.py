@@ -205,7 +205,8 @@ def load_backbone(
         model: a local folder, a hub name, or None for the packaged default.
         features: feature sets in the written form of ``FeatureSpec``; ``auto`` follows the folder's own
             sentence-transformers files, and without them is ``mean`` (``last`` for a decoder). For images it is the
-            class token, and without one the network's own pooler, or else ``mean``.
+            class token, and without one the network's own pooler, or else ``mean``; the pooler too where it is no more
+            than a norm, as CLIP's of the class token and BEiT's of the mean are.
         max_length: longest text in tokens; None takes the folder's or the model's own limit.
         truncation_side: ``right`` keeps the beginning of a longer text, ``left`` its end.
         prompt: put before every text; None takes the folder's default prompt, usually none.
@@ -330,7 +331,7 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     if pictures.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     pooled = pooler and getattr(outputs, "pooler_output", None) is not None
-    auto = "cls" if pictures.skip and projection is None else "pooler" if pooled else "mean"
+    auto = "pooler" if pooled and (pictures.normed or not pictures.skip) else "cls" if pictures.skip else "mean"
     specs = _feature_specs(asked.features, FeatureSpec(auto))
     shapes = _shapes(replace(asked, positions=asked.positions or images_a_batch(network, device)), 1, device)
     identity = {

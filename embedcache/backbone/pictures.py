@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,10 @@ PNG = base64.b85decode(
 )
 """7 x 9 pixels with alpha."""
 
+EVEN = 8
+"""Kernels take so many numbers at a time, and compute what is left over in another way: in the last pictures of a batch
+of another size features may differ (seen: SwiftFormer and Kosmos-2, of 3, 5 and 7 pictures, not of 8 or 32)."""
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -84,7 +88,8 @@ class Pictures:
 
     ``study`` looks at the network before anything is laid out for it: ``skip`` hidden states at the front are of the
     class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
-    ``patches`` is how many vectors a token-level set has of each picture. ``views`` are made of each row.
+    ``patches`` is how many vectors a token-level set has of each picture. ``normed`` says that the pooler is no more
+    than a norm (CLIP's of the class token, BEiT's of the mean): the vector that the network was trained to give. ``views`` are made of each row.
     """
 
     given = "pixels"
@@ -96,7 +101,7 @@ class Pictures:
         self.processor, self.name, self.views = processor, name, views
         parameter = next(network.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
-        self.skip, self.patches, self.channels_last = 0, 1, False
+        self.skip, self.patches, self.channels_last, self.normed = 0, 1, False, False
 
     @property
     def poolings(self) -> tuple[str, ...]:
@@ -186,20 +191,43 @@ class Pictures:
         pixels = self.processor.normalized(np.stack(pictures))
         return [self._inputs(pixels[rows]) for rows in ([0, 1], [0, 1], [0, 2])]
 
+    def everywhere(self, rows: int) -> Iterator[Inputs]:
+        """Give batches of one picture in every place."""
+        height, width = self.processor.resizing.size
+        for more in range(4):
+            picture = self.processor.normalized(self.processor(noise(width + more, height))[None])
+            yield self._inputs(np.repeat(picture, rows, axis=0))
+
     def study(self, network: torch.nn.Module) -> Outputs | None:
-        """Run two pictures, and read off the hidden states what they are; see the class. None where it cannot run."""
+        """Run two pictures, and read off the hidden states what they are; see the class. None where it cannot run.
+
+        Raises ``BackboneError`` for a class token that stands behind some layers only.
+        """
         import torch
 
         inputs = self.samples()[0].to(self.device)
+        norms = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
+        given: list[Tensor] = []
+        hooks = [norm.register_forward_hook(lambda _, arguments, output: given.append(output)) for norm in norms]
         try:
             with torch.inference_mode(), quiet(), threads(1 if self.device.type == "cpu" else None):
                 outputs: Outputs = network(**inputs.arguments, output_hidden_states=True)
             last, states = outputs.last_hidden_state, outputs.hidden_states
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, LookupError):
             return None  # what is wrong with it, the first pass of the model says
+        finally:
+            for hook in hooks:
+                hook.remove()
         if last is None or not states:
             return None
         self.channels_last = last.ndim == 4
+        pooled = getattr(outputs, "pooler_output", None)
+        self.normed = any(output is pooled for output in given)
+        if _joined_late(states[0], last):
+            raise BackboneError(
+                f"{self.name}: {type(network).__name__} has a class token in its last layers only, which would count "
+                "as a patch in every mean: use a model that has it from the first layer on, or has none"
+            )
         if states[0].ndim == 3 and states[0].shape == last.shape:
             # What is the same in two pictures before any layer has looked at them is not a patch of either.
             alike = (states[0][0] == states[0][1]).all(dim=-1)
@@ -222,7 +250,7 @@ class Pictures:
 
 
 def refuse_misbehaving(model: FrozenModel[Pixels], pictures: Pictures) -> None:
-    """Run a picture twice, and beside another: the passes must agree to the bit, or ``BackboneError``."""
+    """Run a picture twice, beside another, and in every place of a batch: all must agree, or ``BackboneError``."""
     import torch
 
     kind, on_cpu = type(model.network).__name__, pictures.device.type == "cpu"
@@ -241,6 +269,31 @@ def refuse_misbehaving(model: FrozenModel[Pixels], pictures: Pictures) -> None:
             f"{pictures.name}: {kind} gives other features of a picture when another stands beside it in a batch (by "
             f"{apart:.1e} of their size; batch normalisation in training mode does so): use another model"
         )
+    rows = model.policy.rows(1)
+    if on_cpu and rows > 1 and rows % EVEN and any(_by_place(model, inputs) for inputs in pictures.everywhere(rows)):
+        raise BackboneError(
+            f"{pictures.name}: {kind} gives a picture other features in another place of a batch of {rows}: give "
+            f"batches a multiple of {EVEN} pictures (extract --batch-size)"
+        )
+
+
+def _by_place(model: FrozenModel[Pixels], inputs: Inputs) -> bool:
+    import torch
+
+    with torch.inference_mode(), quiet(), threads(model.policy.pass_threads):
+        last = model.outputs(inputs).last_hidden_state
+    return not bool(((last == last[:1]) | last.isnan()).all())
+
+
+def _joined_late(first: Tensor, last: Tensor) -> bool:
+    """Whether a class token stands before the last vectors [B, T, D] and not before the first ones (PVT).
+
+    Stages make one vector of so many of a stage before: that one vector is too many shows in the division.
+    """
+    if last.ndim != 3:
+        return False
+    positions, vectors = (first[0, 0] if first.ndim == 4 else first[0, :, 0]).numel(), last.shape[1]
+    return 1 < vectors != positions and positions % vectors != 0 and positions % (vectors - 1) == 0
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
