@@ -24,6 +24,8 @@ Pixels = NDArray[Any]
 
 RNG = np.random.default_rng(7)
 RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)
+WRITTEN = set(Image.registered_extensions().values())
+"""The formats that this Pillow writes: AVIF is younger than the oldest that is supported."""
 GREY = RNG.integers(0, 256, (5, 7), np.uint8)
 
 
@@ -61,7 +63,7 @@ def test_other_formats(format: str, options: dict[str, Any]) -> None:
 
 def test_lossy_formats_are_near() -> None:
     flat = np.full((17, 19, 3), (11, 130, 240), np.uint8)
-    for format in ("JPEG", "AVIF"):
+    for format in ("JPEG", "AVIF") if "AVIF" in WRITTEN else ("JPEG",):
         assert np.abs(pixels(saved(flat, format)).astype(int) - flat).max() <= 3
 
 
@@ -101,8 +103,10 @@ def test_broken_exif_is_ignored() -> None:
 def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
     """Clipping would make nearly all of it white (Pillow#2574)."""
     deep = (GREY.astype(np.uint16) << 8) | 77
-    for format in ("PNG", "TIFF", "PPM", "JPEG2000"):
+    for format in ("PNG", "TIFF", "JPEG2000"):
         np.testing.assert_array_equal(pixels(saved(deep, format)), grey(GREY), err_msg=format)
+    ppm = b"P5\n7 5\n65535\n" + deep.astype(">u2").tobytes()
+    np.testing.assert_array_equal(pixels(ppm), grey(GREY))
     big_endian = Image.frombytes("I;16B", (7, 5), deep.astype(">u2").tobytes())
     np.testing.assert_array_equal(pixels(saved(big_endian, "TIFF")), grey(GREY))
 

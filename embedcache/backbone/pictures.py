@@ -89,7 +89,8 @@ class Pictures:
     ``study`` looks at the network before anything is laid out for it: ``skip`` hidden states at the front are of the
     class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
     ``patches`` is how many vectors a token-level set has of each picture. ``normed`` says that the pooler is no more
-    than a norm (CLIP's of the class token, BEiT's of the mean): the vector that the network was trained to give. ``views`` are made of each row.
+    than a norm (CLIP's of the class token, BEiT's of the mean): the vector that the network was trained to give.
+    ``views`` are made of each row.
     """
 
     given = "pixels"
