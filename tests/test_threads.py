@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from tiny_models import WORDS
 
 from embedcache import FeatureCache, extract
 from embedcache.backbone import LoadedBackbone, Workers, compute_features, load_backbone, probe_of, processes, threads
+from embedcache.backbone.compute import run_plan
 from embedcache.backbone.model import Recipe
 from embedcache.batching import plan
 from embedcache.errors import BackboneError
@@ -216,6 +218,34 @@ def test_processes_compute_what_one_does(
     assert len(passes) == 3
     files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")}
     assert {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")} == files
+
+
+def test_few_batches_are_divided_among_all_processes(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of pictures has a few dozen: handed out as many as one process likes, most processes would wait."""
+    backbone = load_backbone(str(folder_of("bert")), features=["mean"], device="cpu", positions=16)
+    handed: list[int] = []
+
+    class Pool:
+        def __init__(self, *settings: Any) -> None:
+            pass
+
+        def submit(self, run: Any, prepared: Any, batches: Any) -> Future[Any]:
+            handed.append(len(batches))
+            future: Future[Any] = Future()
+            future.set_result(run_plan(backbone, prepared, batches))
+            return future
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", Pool)
+    assert backbone.recipe is not None
+    tokens = backbone.prepare(contents_of(texts(61)))
+    batches = plan(tokens.lengths, backbone.policy)
+    together = Workers(backbone, backbone.recipe, 4, 8).run_plan(tokens, batches)
+    assert len(batches) > 12
+    assert len(handed) == 4
+    assert max(handed) - min(handed) <= 3
+    assert together["mean"].values.tobytes() == run_plan(backbone, tokens, batches)["mean"].values.tobytes()
 
 
 def test_a_process_that_would_compute_otherwise_says_so(

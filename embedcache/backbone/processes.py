@@ -28,7 +28,7 @@ from embedcache.errors import BackboneError
 from embedcache.numerics import Probe, difference
 
 _PASSES = 3
-"""Passes, for each that a process runs at a time, that it is handed at once."""
+"""Passes, for each that a process runs at a time, that it is handed at once at most."""
 
 
 class Takeable(Prepared, Protocol):
@@ -46,7 +46,7 @@ class Workers:
         import torch.multiprocessing
 
         self._backbone, self._passes = backbone, passes
-        self._ahead = processes + 1
+        self._processes, self._ahead = processes, processes + 1
         self._pool = ProcessPoolExecutor(
             processes, torch.multiprocessing.get_context("spawn"), _start,
             (recipe, dict(backbone.identity), probe_of(backbone), passes * backbone.policy.pass_threads),
@@ -58,7 +58,8 @@ class Workers:
         Raises ``BackboneError`` when a process dies, or does not compute what this one does.
         """
         collected = Collected(self._backbone, prepared, done)
-        size = _PASSES * self._passes
+        # A window of pictures is few batches: they are for all of the processes, not for the first of them.
+        size = max(1, min(_PASSES * self._passes, -(-len(batches) // self._processes)))
         running: deque[tuple[Batch, Future[StoredSets]]] = deque()
 
         def collect() -> None:
