@@ -41,21 +41,43 @@ ANY_SIZE = (
     "cosmos3_edge_vision", "glm_image_vision", "hunyuan_vl_vision", "inkling2_vision", "minicpm_ocr_vision",
     "minicpmv4_7_vision", "muse_glimmer_vision", "muse_spark_vision", "siglip2_vision_model", "video_llama_3_vision",
 )  # fmt: skip
+WHOLE = (
+    "aimv2", "altclip", "blip", "chinese_clip", "clip", "clipseg", "flava", "gemma3", "git", "groupvit", "idefics",
+    "imagegpt", "internvl", "llava", "metaclip_2", "mllama", "owlv2", "owlvit", "paligemma", "qwen2_vl", "siglip",
+    "siglip2", "tipsv2", "vilt",
+)  # fmt: skip
+"""Architectures of texts and images: their vision towers are tried, from the folder of the whole."""
 PROMPTED = (
     "rf_detr", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "sam3_tracker", "sam3_tracker_video",
     "sam3_video", "seggpt", "vivit", "pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec", "pp_ocrv6_small_det",
 )  # fmt: skip
 REFUSED: dict[str, str] = {
-    **dict.fromkeys((*ANY_SIZE, *PROMPTED), "cannot run on pixels"),
+    **dict.fromkeys((*ANY_SIZE, *PROMPTED, "git", "llava", "paligemma"), "cannot run on pixels"),
     **dict.fromkeys(
-        ("grounding-dino", "lw_detr", "mask2former", "mm-grounding-dino", "yolos", "pixtral", "sam", "sam_hq"),
+        (
+            "gemma3",
+            "internvl",
+            "mllama",
+            "qwen2_vl",
+            "siglip2",
+            "vilt",
+            "grounding-dino",
+            "lw_detr",
+            "mask2former",
+            "mm-grounding-dino",
+            "yolos",
+            "pixtral",
+            "sam",
+            "sam_hq",
+        ),
         "beside the pixels, as for pictures of any size",
     ),
     **dict.fromkeys(("timesformer", "videomae"), "its processor makes [1, 1, 3, 64, 64] of a picture"),
-    **dict.fromkeys(("hgnet_v2", "mgp-str"), "gives no hidden states"),
+    **dict.fromkeys(("flava", "hgnet_v2", "mgp-str"), "gives no hidden states"),
+    "idefics": "its processor makes no pixel_values of a picture",
     **dict.fromkeys(("pvt", "dinov3_convnext"), "has a class token in its last layers only"),
     **dict.fromkeys(("glpn", "swin2sr", "textnet"), "makes pictures of several sizes"),
-    "lightglue": "its processor fails",
+    **dict.fromkeys(("imagegpt", "lightglue"), "its processor fails"),
     "vit_mae": "gives other features of the same picture in each pass",
 }
 """Architectures that cannot be extracted -> what is said."""
@@ -63,10 +85,12 @@ SPECIAL: dict[str, int] = {
     **dict.fromkeys(
         ("beit", "blip-2", "chinese_clip_vision_model", "clip_vision_model", "data2vec-vision", "dinov2", "dinov3_vit",
          "dpt", "instructblip", "instructblipvideo", "internvl_vision", "kosmos-2", "mlcd", "mlcd_vision_model",
-         "qianfan_ocr_vision", "vit", "vit_msn"),
+         "qianfan_ocr_vision", "vit", "vit_msn", "altclip", "blip", "chinese_clip", "clip", "clipseg", "metaclip_2",
+         "owlv2", "owlvit"),
         1,
     ),
-    "deit": 2, "tipsv2_vision_model": 2, "dinov2_with_registers": 5, "pixio": 8, "sapiens2": 9, "radio": 10,
+    **dict.fromkeys(("deit", "tipsv2", "tipsv2_vision_model"), 2),
+    "dinov2_with_registers": 5, "pixio": 8, "sapiens2": 9, "radio": 10,
 }  # fmt: skip
 """Architectures -> class and register tokens before the patches; none in the others."""
 STAGES: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32]}
@@ -85,11 +109,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def vision_architectures() -> list[str]:
-    """Return the model types whose main input is pixels."""
+    """Return the model types whose main input is pixels, and ``WHOLE``."""
     import transformers
 
-    kinds = []
-    for kind in transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES:
+    known = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES
+    kinds = [kind for kind in WHOLE if kind in known]
+    for kind in known:
         with contextlib.suppress(Exception):  # a type of a package that is not here, or that there is no model of
             if getattr(model_class(kind), "main_input_name", "") == "pixel_values":
                 kinds.append(kind)

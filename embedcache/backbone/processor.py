@@ -211,6 +211,8 @@ class PictureProcessor:
         """Run the processor itself: uint8 or float32 [3, H, W]."""
         with one_line(self._name, "as an image model: its processor fails"):
             outputs = self._processor(image, return_tensors="np", **options)
+        if not isinstance(outputs, Mapping):
+            raise BackboneError(f"{self._name}: its processor makes no pixel_values of a picture: use another model")
         if beside := sorted(set(outputs) - {"pixel_values"}):
             raise BackboneError(
                 f"{self._name}: its processor gives {', '.join(beside)} beside the pixels, as for pictures of any size "
