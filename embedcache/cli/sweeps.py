@@ -57,11 +57,16 @@ if TYPE_CHECKING:
 @click.option("--test-all", is_flag=True, default=None, help="Use the test split for every head; the table marks them.")
 @click.option("--rows", type=int, default=12, show_default=True, metavar="N", help="Rows of the table to print.")
 @click.option("--yes", is_flag=True, help="Run more than 10,000 configurations.")
+@click.option(
+    "--minutes", type=float, metavar="N",
+    help="Stop training in time to be done after N minutes; what was left out is named.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print what would be trained and about how long it takes; write nothing.")
 @json_option
 @untrusted_option
 def sweep(
     cache: str, output_dir: str, config: str | None, heads: tuple[str, ...], settings: tuple[str, ...],
-    seeds: str | None, rows: int, as_json: bool, **options: Any,
+    seeds: str | None, rows: int, as_json: bool, dry_run: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train many heads on CACHE, compare them honestly, keep the best in SWEEP/best.
 
@@ -72,17 +77,29 @@ def sweep(
     import sys
     from pathlib import Path
 
+    from embedcache.errors import Interrupted
+    from embedcache.sweep import SweepResult, planned
     from embedcache.sweep import sweep as run
+    from embedcache.sweep.configuration import ASKED, Asked
 
     if config is not None and heads:
         raise click.UsageError("--config and --head contradict each other: name the heads in the file, or by flags")
     if settings and not heads:
         raise click.UsageError("--set goes with --head: which head is it for?")
     grid: Any = Path(config) if config is not None else (_heads(heads, settings) if heads else None)
-    result = run(
-        cache, grid, output_dir=output_dir, seeds=_numbers(seeds),
-        command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
-    )  # fmt: skip
+    if dry_run:
+        asked = Asked(**{name: options[name] for name in ASKED if name in options})
+        which = {name: options[name] for name in ("features", "yes")}
+        return say(planned(cache, grid, output_dir=output_dir, seeds=_numbers(seeds), asked=asked, **which).to_text())
+    try:
+        result = run(
+            cache, grid, output_dir=output_dir, seeds=_numbers(seeds),
+            command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
+        )  # fmt: skip
+    except Interrupted:
+        if not as_json and (Path(output_dir) / "summary.json").is_file():
+            say(SweepResult(output_dir).to_text(rows))  # of what is finished
+        raise
     if as_json:
         return print_json(result.summary)
     say(result.to_text(rows))

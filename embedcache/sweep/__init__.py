@@ -4,7 +4,8 @@
 ``run``            ``sweep``: what is missing is trained, kept, compared, concluded
 ``configuration``  one configuration, and how heads are compared
 ``grid``           a file, values or flags -> configurations
-``cost``           how long a sweep takes, and from which size on it is asked about
+``cost``           how long a head takes, and from which size of a sweep on it is asked about
+``plan``           what is trained, in which order, for about how long; a budget of minutes
 ``problem``        the rows and their division into folds; what makes two sweeps the same
 ``training``       configurations x folds -> heads, in as few passes as can be
 ``store``          the folder: results as they come
@@ -18,7 +19,8 @@
 """
 
 from embedcache.sweep.configuration import Configuration
+from embedcache.sweep.plan import planned
 from embedcache.sweep.result import SweepResult
 from embedcache.sweep.run import sweep
 
-__all__ = ["Configuration", "SweepResult", "sweep"]
+__all__ = ["Configuration", "SweepResult", "planned", "sweep"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -15,16 +16,15 @@ import numpy as np
 
 from embedcache.arguments import checks_arguments
 from embedcache.decoding import to_json
-from embedcache.errors import Interrupted, SweepError, warn
+from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
 from embedcache.features import InMemory, Rows
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
 from embedcache.sweep.configuration import Asked, Configuration
-from embedcache.sweep.cost import refuse_too_many
 from embedcache.sweep.findings import data_facts, machine, notes_on, protocol_facts, versions
-from embedcache.sweep.grid import parse, read_file
+from embedcache.sweep.plan import Budget, Plan, jobs_of, read_asked
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.result import SweepResult, to_text
 from embedcache.sweep.store import Outputs, Result, SweepFolder
@@ -42,7 +42,15 @@ from embedcache.sweep.summary import (
     TestScore,
     read_summary,
 )
-from embedcache.sweep.training import Interruption, Job, TrainedJob, batches, outputs_of, refuse_impossible, train_batch
+from embedcache.sweep.training import (
+    Interruption,
+    Job,
+    JobBatch,
+    TrainedJob,
+    batches,
+    outputs_of,
+    train_batch,
+)
 from embedcache.train.loop import STILL_IMPROVING
 from embedcache.train.metrics import metrics_of, score
 from embedcache.wording import counted, duration
@@ -73,6 +81,7 @@ def sweep(
     learning_curve: bool | None = None,
     test_all: bool | None = None,
     yes: bool = False,
+    minutes: float | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> SweepResult:
@@ -97,47 +106,40 @@ def sweep(
         learning_curve: also train the chosen and the recommended head on shares of the rows.
         test_all: also measure every other head on the test split; they are marked.
         yes: run more than 10,000 configurations.
+        minutes: stop training in time to be done after so many; what was left out stands in the notes.
+        progress: say on stderr what is going to be trained, and on a terminal how far it is.
 
     Raises:
         SweepError: a grid, protocol or folder that cannot be run.
         SpecError: a head, setting or metric that cannot be.
-        Interrupted: Ctrl-C; says what was kept.
+        Interrupted: Ctrl-C; says what was kept. What is finished is compared in the folder.
     """
-    from embedcache.cache import FeatureCache
-
-    opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
-    value = read_file(grid) if isinstance(grid, Path) or (isinstance(grid, str) and _is_file(grid)) else grid
-    parsed = parse(value, opened.plain_sets, features=features, seeds=seeds)
-    asked = Asked(
-        folds=folds, repeats=repeats, shots=shots, draws=draws, metric=metric, learning_curve=learning_curve,
-        random=random, seed=seed, test_all=test_all,
-    ).over(parsed.asked)  # fmt: skip
-    problem = Problem.of(opened, asked.metric, asked.protocol())
-    divided = problem.folds  # refuses what the rows do not allow before anything is made
-    refuse_too_many(problem, parsed, asked.random, yes)
-    configurations = parsed.configurations(asked.random, asked.seed or 0)
-    refuse_impossible(problem, configurations)
+    budget = Budget(minutes)
+    if minutes is not None and not minutes > 0:
+        raise SweepSpecError(f"--minutes {minutes}: expected a number above 0")
+    problem, configurations, asked = read_asked(
+        cache, grid, features, seeds, yes,
+        Asked(
+            folds=folds, repeats=repeats, shots=shots, draws=draws, metric=metric, learning_curve=learning_curve,
+            random=random, seed=seed, test_all=test_all,
+        ),
+    )  # fmt: skip
     path = Path(tempfile.mkdtemp(prefix="embedcache-sweep-") if output_dir is None else output_dir)
     with SweepFolder(path, problem.identity()) as folder:
-        run = Run(problem, folder, Ending(choose, bool(asked.learning_curve), bool(asked.test_all)), command, progress)
-        jobs = [
-            Job(configuration, fold, number) for configuration in configurations for number, fold in enumerate(divided)
-        ]
-        run.train(jobs)
+        ending = Ending(choose, bool(asked.learning_curve), bool(asked.test_all))
+        run = Run(problem, folder, ending, command, progress, budget)
+        jobs = jobs_of(problem, configurations)
+        run.train(jobs, announced=True)
         try:
             run.conclude()
         except (Interruption, KeyboardInterrupt):
             raise Interrupted(
-                f"interrupted: all {len(jobs):,} fits are kept in {path}, and the conclusion is missing: "
+                f"interrupted: all {len(folder.results):,} fits are kept in {path}, and the conclusion is missing: "
                 "run the same command to draw it"
             ) from None
     result = SweepResult(path, temporary=output_dir is None)
     warn(result.notes)
     return result
-
-
-def _is_file(text: str) -> bool:
-    return text.endswith((".yaml", ".yml", ".json"))
 
 
 DIVERGED = "it diverged, and its outputs are not finite: use a lower learning rate"
@@ -161,40 +163,59 @@ class Run:
     ending: Ending
     command: str | None
     progress: bool
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
         self.started = _now()
         self.show = self.progress and sys.stderr.isatty()
+        self.left_out: list[JobBatch] = []
 
-    def train(self, jobs: Iterable[Job]) -> None:
-        """Train the jobs that have no result yet, keeping each batch as it is done.
+    def train(self, jobs: Iterable[Job], announced: bool = False) -> None:
+        """Train the jobs that have no result yet, keeping each batch as it is done, while the budget lasts.
 
         Raises ``Interrupted`` on Ctrl-C.
         """
         wanted = list(jobs)
         missing = self._missing(wanted)
-        work = batches(self.problem, missing)
-        done, begun = 0, time.perf_counter()
-        for number, batch in enumerate(work, 1):
-            rate = (time.perf_counter() - begun) / max(1, done)
-            left = f", about {duration(rate * (len(missing) - done))} left" if done else ""
+        heads = len({job.configuration.candidate for job in wanted})
+        plan = Plan.of(self.problem, heads, len(wanted) - len(missing), batches(self.problem, missing))
+        if announced and self.progress and (self.command is not None or self.show):
+            print(plan.to_text(), file=sys.stderr)
+        done, begun, scale = 0, time.perf_counter(), 1.0
+        for number, (batch, seconds) in enumerate(zip(plan.batches, plan.seconds, strict=True), 1):
+            # A path keeps each penalty and processes each head; a stack that is stopped has nothing to keep.
+            if self.budget.left <= (seconds * scale if batch.how == "stack" else 0):
+                self.left_out.append(batch)
+                continue
+            left = f", about {duration(scale * sum(plan.seconds[number - 1 :]))} left" if done else ""
             title = f"{done}/{counted(len(missing), 'head')}{left}; {batch.title}"
-            waiting: list[TrainedJob] = []
-            try:
-                for trained in train_batch(self.problem, batch, progress=self.show, title=title):
-                    # What comes one by one is kept one by one, a path by penalties; a stack comes whole.
-                    other = waiting and trained.job.configuration != waiting[-1].job.configuration
-                    if batch.how == "sklearn" or (batch.how == "convex" and other):
-                        self._keep(waiting)
-                        done, waiting = done + len(waiting), []
-                    waiting.append(trained)
-                self._keep(waiting)
-            except (Interruption, KeyboardInterrupt):
-                self._stop(len(wanted) - len(self._missing(wanted)), len(wanted))
-            done += len(waiting)
-            if self.show and number < len(work):
+            self._train(batch, title, wanted)
+            done += len(batch.jobs)
+            scale = (time.perf_counter() - begun) / max(1e-9, sum(plan.seconds[:number]))
+            if self.show and number < len(plan.batches):
                 self._show_table()
+
+    def _train(self, batch: JobBatch, title: str, wanted: Sequence[Job]) -> None:
+        waiting: list[TrainedJob] = []
+        folds = Counter(job.configuration for job in batch.jobs)
+        try:
+            for trained in train_batch(self.problem, batch, progress=self.show, title=title, until=self.budget.until):
+                waiting.append(trained)
+                # What comes one by one is kept one by one, a path by penalties; a stack comes whole.
+                if batch.how == "sklearn" or (
+                    batch.how == "convex" and len(waiting) == folds[trained.job.configuration]
+                ):
+                    self._keep(waiting)
+                    waiting = []
+                    if self.budget.left <= 0:
+                        raise Interruption
+            self._keep(waiting)
+        except (Interruption, KeyboardInterrupt) as stop:
+            if isinstance(stop, KeyboardInterrupt) or self.budget.left > 0:
+                self._stop(len(wanted) - len(self._missing(wanted)), len(wanted))
+            if missing := self._missing(batch.jobs):
+                self.left_out.append(replace(batch, jobs=tuple(missing)))
 
     def _stop(self, kept: int, wanted: int) -> NoReturn:
         rows, failures = self._table()
@@ -282,7 +303,7 @@ class Run:
         Raises ``SweepError`` when no head could be trained.
         """
         state = self._state()
-        if self._concluded(state):
+        if self._concluded(state) and not self.left_out:
             return
         by_id = {candidate.id: candidate for candidate in self._candidates()}
         rows, failures = leaderboard(self.problem, self.folder, list(by_id.values()))
@@ -307,6 +328,12 @@ class Run:
         rows = [replace(row, looked_at_test=row.id in tested, test=tested.get(row.id)) for row in rows]
         summary = self._summary(rows, failures)
         notes = [*summary.notes, *notes_on(self.problem, rows)]
+        if self.left_out:
+            names = ", ".join(batch.title for batch in self.left_out)
+            notes.append(
+                f"{counted(sum(len(batch.jobs) for batch in self.left_out), 'fit')} left out, as the "
+                f"{self.budget.minutes:g} minutes were over: {names}; run it again with more --minutes to add them"
+            )
         if final.trained.improving:
             notes.append(f"{chosen.label}: {STILL_IMPROVING}")
         chosen_choice, recommended = self._choices(rows, chosen, plainest)

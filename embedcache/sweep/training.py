@@ -7,11 +7,12 @@ Heads on ragged tokens, few-shot draws and points of learning curves are stacked
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,15 @@ from embedcache.heads.registry import checked_kind
 from embedcache.shard import FeatureSet
 from embedcache.spec import MAY_DIFFER, MIN_STEPS
 from embedcache.sweep.configuration import Configuration
+from embedcache.sweep.cost import seconds_of
 from embedcache.sweep.problem import Fold, Problem
 from embedcache.sweep.store import Outputs
 from embedcache.task import Array, Flags, Task
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
+
+if TYPE_CHECKING:
+    from embedcache.train import PassOptions
 
 _STACK_BYTES = 1 << 30
 _STACK_HEADS = 384
@@ -94,12 +99,17 @@ class Interruption(Exception):
 
 
 def batches(problem: Problem, jobs: Iterable[Job]) -> list[JobBatch]:
-    """Group jobs into what is trained in one go, cheapest kinds first, so that a table fills early."""
+    """Group jobs into what is trained in one go, cheapest first, so that a table fills early."""
     groups: dict[_Group, list[Job]] = {}
     for job in jobs:
         groups.setdefault(_group_of(problem, job), []).append(job)
     out = []
-    for group in sorted(groups, key=lambda group: (_ORDER[group.how], group.name)):
+
+    def cost(group: _Group) -> tuple[float, str]:
+        members = groups[group]
+        return len(members) * seconds_of(problem, members[-1].configuration), group.name
+
+    for group in sorted(groups, key=cost):
         members = groups[group]
         most = _most_in_a_stack(problem, members[0].configuration) if group.how == "stack" else len(members)
         out += [JobBatch(group.how, tuple(members[start : start + most])) for start in range(0, len(members), most)]
@@ -107,7 +117,6 @@ def batches(problem: Problem, jobs: Iterable[Job]) -> list[JobBatch]:
 
 
 How = Literal["convex", "sklearn", "stack"]
-_ORDER: Mapping[How, int] = {"convex": 0, "sklearn": 1, "stack": 2}
 
 
 @dataclass(frozen=True)
@@ -166,32 +175,40 @@ def refuse_impossible(problem: Problem, configurations: Sequence[Configuration])
             metric_named(configuration.train.metric, problem.task)
 
 
-def train_batch(problem: Problem, batch: JobBatch, *, progress: bool = False, title: str = "") -> Iterator[TrainedJob]:
+def train_batch(
+    problem: Problem, batch: JobBatch, *, progress: bool = False, title: str = "", until: float = math.inf
+) -> Iterator[TrainedJob]:
     """Train the jobs of a batch and yield each as it is done; what cannot be trained comes with its error.
 
-    Raises ``Interruption`` after Ctrl-C.
+    Raises ``Interruption`` after Ctrl-C, and where a stack is not done ``until`` then, by ``time.perf_counter``.
     """
     x = problem.features(batch.jobs[0].configuration.feature, problem.rows)
     if batch.how == "sklearn":
         yield from _sklearn(problem, batch, x)
         return
-    together = _convex if batch.how == "convex" else _stack
+    from embedcache.train import PassOptions
+
     try:
-        yield from together(problem, batch, x, progress, title)
+        if batch.how == "convex":
+            yield from _convex(problem, batch, x)
+        else:
+            yield from _stack(
+                problem, batch, x, PassOptions(progress=progress, title=title or batch.title, until=until)
+            )
     except (TrainingError, FeatureError) as error:
         if len(batch.jobs) == 1:
             yield TrainedJob(batch.jobs[0], None, error=str(error))
             return
         # One head spoils what is trained together: each for itself, so that the others keep their place.
         for job in batch.jobs:
-            yield from train_batch(problem, JobBatch(batch.how, (job,)))
+            yield from train_batch(problem, JobBatch(batch.how, (job,)), until=until)
 
 
-def _stack(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title: str) -> Iterator[TrainedJob]:
-    from embedcache.train import Masks, PassOptions, labelled_rows_of, train_stack
+def _stack(problem: Problem, batch: JobBatch, x: InMemory, options: PassOptions) -> Iterator[TrainedJob]:
+    from embedcache.train import Masks, labelled_rows_of, train_stack
 
     jobs = batch.jobs
-    origin, options = Origin.of(problem.cache), PassOptions(progress=progress, title=title or batch.title)
+    origin = Origin.of(problem.cache)
     rows = labelled_rows_of(x, problem.y, problem.task, problem.class_names)
     heads, specs = [job.configuration.head for job in jobs], [job.configuration.train for job in jobs]
     stopping = bool(specs[0].patience)
@@ -223,7 +240,7 @@ def _stack(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title
         )  # fmt: skip
 
 
-def _convex(problem: Problem, batch: JobBatch, x: InMemory, progress: bool, title: str) -> Iterator[TrainedJob]:
+def _convex(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJob]:
     """Solve all penalties on all folds side by side, and yield each penalty's heads: from the strongest to the weakest.
 
     What was yielded is kept when the walk is stopped, and outputs of one penalty at a time are in memory.

@@ -6,6 +6,7 @@ makes inside the step, or a whole model being fine-tuned.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -134,10 +135,12 @@ def fit(
     title: str = "train",
     progress: bool = True,
     keep_losses: bool = False,
+    until: float = math.inf,
 ) -> LoopResult:
     """Train until the loop ends; see ``Stopping``.
 
-    Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set.
+    Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set. So does
+    the first epoch after ``until``, by ``time.perf_counter``.
 
     Raises ``TrainingError`` when a loss becomes NaN or infinite, saying what to lower.
     """
@@ -157,6 +160,8 @@ def fit(
         for epoch in range(stopping.epochs):
             if not learner.alive or (stopping.max_steps is not None and result.steps >= stopping.max_steps):
                 break
+            if time.perf_counter() > until:
+                raise KeyboardInterrupt
             start, total, seen = time.perf_counter(), None, 0
             for batch in batches.epoch(epoch):
                 loss = learner.step(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -70,6 +71,7 @@ class PassOptions:
         keep_losses: keep the loss of each step.
         max_steps: end after this many steps; None for no limit.
         watch: is shown the stack before its first step.
+        until: when to end as Ctrl-C does, after an epoch, by ``time.perf_counter``.
     """
 
     device: str = "cpu"
@@ -78,6 +80,7 @@ class PassOptions:
     keep_losses: bool = False
     max_steps: int | None = None
     watch: Callable[[HeadStack], None] | None = None
+    until: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,7 +334,7 @@ class _Pass:
         with _threads_for(stack, rows, spec) if self.batches is None else nullcontext():
             result = fit(
                 learner, source, stopping, title=options.title, progress=options.progress,
-                keep_losses=options.keep_losses,
+                keep_losses=options.keep_losses, until=options.until,
             )  # fmt: skip
         real = target if rows.task is REGRESSION else None
         states = [
