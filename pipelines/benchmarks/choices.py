@@ -1,7 +1,7 @@
 """What folds that are solved only as far as a choice needs change of the choice: nothing that could be told apart.
 
-The sets are those that ``data/prepare.py`` makes, scikit-learn's digits, and 20,000 made-up rows of 150 classes;
-``EMBEDCACHE_CHOICES`` names folders of more caches, with colons between them.
+The sets are those that ``data/prepare.py`` makes, scikit-learn's digits, and 10,000 made-up rows of 150 classes;
+``EMBEDCACHE_CHOICES`` names caches to use instead of the first, folders with colons between them.
 """
 
 from __future__ import annotations
@@ -29,25 +29,29 @@ def sets() -> dict[str, tuple[Any, Any]]:
     """Features and classes, by name."""
     from sklearn.datasets import load_digits
 
-    from embedcache import FeatureCache, extract
+    from embedcache import FeatureCache
+
+    out = {}
+    folders = [Path(path) for path in os.environ.get("EMBEDCACHE_CHOICES", "").split(":") if path]
+    for cache in [FeatureCache.open(path) for path in folders] or _prepared():
+        out[cache.path.name.removesuffix(".cache")] = (cache.arrays()[0], cache.targets())
+    digits = load_digits()
+    out["digits"] = (digits.data.astype(np.float32), digits.target)
+    out["made up"] = data(10_000, 384, 150, 0.25)
+    return {name: _of_enough_rows(np.asarray(x), np.asarray(y)) for name, (x, y) in out.items()}
+
+
+def _prepared() -> list[Any]:
+    from embedcache import extract
 
     sys.path.insert(0, str(Path(__file__).parents[2] / "data"))
     import prepare
 
-    out = {}
-    for name in ("sms-spam", "movie-reviews", "trec"):
-        cache = extract(prepare.prepare(name), prepare.cache_directory() / f"{name}.cache", label_column="label")
-        out[name] = (cache.arrays()[0], cache.targets())
-    questions = prepare.fetch("trec").decode("utf-8").splitlines()
-    fine = np.unique([line.split(" ", 1)[0] for line in questions], return_inverse=True)[1]
-    out["trec, fine"] = (out["trec"][0], fine)
-    digits = load_digits()
-    out["digits"] = (digits.data.astype(np.float32), digits.target)
-    for path in filter(None, os.environ.get("EMBEDCACHE_CHOICES", "").split(":")):
-        cache = FeatureCache.open(path)
-        out[Path(path).stem] = (cache.arrays()[0], cache.targets())
-    out["made up"] = data(20_000, 384, 150, 0.25)
-    return {name: _of_enough_rows(np.asarray(x), np.asarray(y)) for name, (x, y) in out.items()}
+    where = prepare.cache_directory()
+    return [
+        extract(prepare.prepare(name), output_dir=where / f"{name}.cache", text_column="text", label_column="label")
+        for name in ("sms-spam", "movie-reviews", "trec")
+    ]
 
 
 def _of_enough_rows(x: Any, y: Any) -> tuple[Any, Any]:
