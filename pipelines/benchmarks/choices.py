@@ -179,7 +179,7 @@ def thousand() -> None:
         pass
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row(
-        "peak memory of 5 folds x 1,000 classes, 20,000 x 384, two penalties of a path (each next one needs no more)",
+        "peak memory of 5 folds x 1,000 classes, 20,000 x 384, two penalties of a path",
         f"{(after - before) / 2**20:.1f} GiB beside {before / 2**20:.1f}, {time.perf_counter() - begun:.0f} s",
         "a few GB",
     )
