@@ -15,7 +15,7 @@ type       what it holds                                               where it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -307,6 +307,38 @@ class MappedRows:
     def read(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Return some rows."""
         return np.asarray(np.asarray(self._x).take(rows, axis=0), np.float32)
+
+
+class _JoinedRows:
+    """Rows of several features on disk, one behind the other; see ``Reader``."""
+
+    def __init__(self, parts: Sequence[OnDisk]) -> None:
+        self._parts, self._rows = parts, len(parts[0])
+        self.row_shape = parts[0].feature.row_shape
+
+    def __len__(self) -> int:
+        return self._rows * len(self._parts)
+
+    def read(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return some rows."""
+        out = np.empty((len(rows), *self.row_shape), np.float32)
+        for number, part in enumerate(self._parts):
+            places = np.flatnonzero(rows // self._rows == number)
+            if len(places):
+                out[places] = part.read(rows[places] % self._rows)
+        return out
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """Return features of equally many rows, one behind the other, as one of the type that all of them have."""
+    first = parts[0]
+    if isinstance(first, Dense):
+        return replace(first, values=np.concatenate([part.values for part in parts]))  # type: ignore[attr-defined]
+    if isinstance(first, OnDisk):
+        return OnDisk(_JoinedRows(parts), first.feature)  # type: ignore[arg-type]
+    ragged = [part for part in parts if isinstance(part, Ragged)]
+    ends = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in ragged]))]).astype(np.int64)
+    return Ragged(np.concatenate([part.values for part in ragged]), ends, first.feature, checked=True)
 
 
 def features_of(x: object, feature: FeatureSet | None = None, *, where: str = "") -> Features:

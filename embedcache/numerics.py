@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from embedcache.fingerprint import hash_json, is_count, require, sha256_bytes
 from embedcache.shard import STORED, decoded, encoded, rounded
+from embedcache.spec import plain_name
 
 MOST_VALUES = 8192
 """Values kept of each feature set: of a larger one every k-th, and the hash of all."""
@@ -91,8 +92,10 @@ class Probe:
         return Probe(self.inputs, {}, self.outcomes).hash
 
     def only(self, name: str) -> Probe:
-        """Return the probe of one feature set, which is all that a head needs."""
-        return Probe(self.inputs, self.versions, {name: self.outcomes[name]} if name in self.outcomes else {})
+        """Return the probe of one feature set, which is all that a head needs; views of rows stand behind the rows."""
+        times = 1 + max((plain_name(outcome)[1] for outcome in self.outcomes), default=0)
+        inputs = self.inputs[: len(self.inputs) // times]
+        return Probe(inputs, self.versions, {name: self.outcomes[name]} if name in self.outcomes else {})
 
     def to_json(self) -> dict[str, object]:
         """Return the probe as JSON values."""

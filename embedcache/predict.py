@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, compute_features, load_again, probe_of
-from embedcache.errors import BackboneMismatchError, InputError, warn
+from embedcache.backbone import Backbone, compute_features, load_again, probe_of, run_plan, views_of
+from embedcache.batching import plan
+from embedcache.errors import BackboneMismatchError, InputError, SpecError, warn
 from embedcache.examples import CONTENTS, Content, Examples
 from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
 from embedcache.shard import Array
-from embedcache.spec import ExtractionSpec, ModelSource, differences_text
+from embedcache.spec import ExtractionSpec, ModelSource, differences_text, plain_name
 from embedcache.task import Named, task_named
 from embedcache.wording import shortened
 
@@ -43,7 +44,8 @@ class Predictor:
 
     ``kind`` is what it reads, ``text`` or ``image``. ``numerics`` says whether this machine computes the features that
     the head was trained on to the bit, or how far off they are at most: the probe of the head's cache is run here,
-    which takes a few forward passes.
+    which takes a few forward passes. With ``average_views``, probabilities are the mean over the plain picture and its
+    views, made as those that the head was trained on.
 
     Example::
 
@@ -52,19 +54,24 @@ class Predictor:
     """
 
     @checks_arguments()
-    def __init__(self, head: TrainedHead, backbone: Backbone) -> None:
+    def __init__(self, head: TrainedHead, backbone: Backbone, *, average_views: bool = False) -> None:
+        if average_views and not views_of(backbone):
+            raise SpecError("average_views is given, and the backbone makes no views: load it with views")
+        self.average_views = average_views
         self.head = head
         self.backbone = backbone
         self.kind = ExtractionSpec(backbone.identity).content or "text"
         refuse_other_backbone(head, backbone)
-        self.numerics = difference(head.probe, probe_of(backbone) if head.probe is not None else None)
+        here = probe_of(backbone) if head.probe is not None else None
+        self.numerics = difference(head.probe, here and here.only(head.feature.name))
         warn(self.numerics.notes("what the head was trained on"))
 
     @classmethod
     @checks_arguments()
     def load(
-        cls, run: Path | str, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False
-    ) -> Predictor:
+        cls, run: Path | str, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False,
+        average_views: bool = False,
+    ) -> Predictor:  # fmt: skip
         """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
 
         Raises:
@@ -73,7 +80,7 @@ class Predictor:
         """
         head = TrainedHead.from_pretrained(run)
         source = ModelSource(model, device=device, trust_remote_code=trust_remote_code)
-        return cls(head, backbone_of(head, source))
+        return cls(head, backbone_of(head, source, views=average_views), average_views=average_views)
 
     def __call__(self, rows: Iterable[object]) -> list[Prediction]:
         """Predict texts, or pictures (paths, files' bytes, PIL images, arrays of uint8), in order.
@@ -104,7 +111,7 @@ class Predictor:
         if not contents:
             return []
         places = {content: place for place, content in enumerate(dict.fromkeys(contents))}
-        values = self.head.probabilities(self.features(list(places)))
+        values = self._probabilities(list(places))
         return [self._prediction(values[places[content]]) for content in contents]
 
     def stream_examples(self, examples: Examples) -> Iterator[tuple[str, Prediction]]:
@@ -117,6 +124,15 @@ class Predictor:
             for prediction in self.contents(block):
                 yield examples.ids[row], prediction
                 row += 1
+
+    def _probabilities(self, contents: Sequence[bytes]) -> Array:
+        if not self.average_views:
+            return self.head.probabilities(self.features(contents))
+        prepared = self.backbone.prepare(contents)
+        sets = run_plan(self.backbone, prepared, plan(prepared.lengths, self.backbone.policy))
+        of_head = [stored.decoded() for name, stored in sets.items() if plain_name(name)[0] == self.head.feature.name]
+        of_each = [self.head.probabilities(replace(x, feature=self.head.feature)) for x in of_head]
+        return np.asarray(np.mean(of_each, axis=0))
 
     def features(self, contents: Sequence[bytes]) -> InMemory:
         """Return what the cache would hold for these rows; ``values`` [N, D] or [N, L, D], or of all their tokens."""
@@ -134,14 +150,20 @@ def _row_name(first: int, row: int) -> str:
     return f"row {first + row}"
 
 
-def backbone_of(head: TrainedHead, source: ModelSource) -> Backbone:
-    """Load the backbone a head was trained on, with the settings it was trained with."""
+def backbone_of(head: TrainedHead, source: ModelSource, *, views: bool = False) -> Backbone:
+    """Load the backbone a head was trained on, with the settings it was trained with; with its ``views``, or without.
+
+    Raises ``SpecError`` where there were no views.
+    """
     spec = head.extraction
     if not spec.has_backbone:
         raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not texts")
     if spec.settings is None:
         raise BackboneMismatchError("this head was trained on features of another sort of backbone than texts have")
-    settings = replace(spec.settings, features=(head.feature.name,), views=None, augment=None)
+    settings = replace(spec.settings, features=(head.feature.name,))
+    if views and not settings.views:
+        raise SpecError("the head's cache has no views to average over: train it on one extracted with --views N")
+    settings = settings if views else replace(settings, views=None, augment=None)
     return load_again(settings, source, ModelSource(head.model, head.revision), "the head was trained on")
 
 

@@ -25,10 +25,11 @@ ANOTHER_THING = {
     ("sweep", "metric"): "heads are compared by it, whatever they are trained by",
     ("sweep", "seed"): "of folds and draws; --seeds are those of heads",
     ("compare", "metric"): "approaches are compared by it",
+    ("extract", "views"): "how many are made; train's are how many of them are read",
 }
 OWN_DEFAULT = {("compare", "epochs"): 5, ("check", "kind"): None}
-UNIQUE = {"shuffle_seed", "seed"}
-"""What an estimator has as ``random_state``, scikit-learn's name."""
+UNIQUE = {"shuffle_seed", "seed", "views"}
+"""What an estimator has as ``random_state``, scikit-learn's name, and what it has not: its features have no views."""
 
 
 def options() -> list[tuple[str, click.Option]]:
@@ -100,7 +101,7 @@ OUTSIDE: dict[str, tuple[Any, ...]] = {
     "schedule": ("step",), "warmup": (1, -0.1), "clip": (-1, None), "patience": (-1, 0.5), "metric": (3,),
     "input_noise": (-0.1, None), "input_dropout": (1, -0.1),
     "label_smoothing": (1, -0.1), "class_weight": ("even", 3), "standardize": (None, "yes", 1), "l2": (-1, None),
-    "seed": (-1, 2**32, 0.5, None), "shuffle_seed": (-1, 2**32, "0"),
+    "seed": (-1, 2**32, 0.5, None), "shuffle_seed": (-1, 2**32, "0"), "views": (-1, 0.5),
 }  # fmt: skip
 
 

@@ -262,6 +262,15 @@ def compute_features(backbone: Backbone, contents: Sequence[bytes], name: str) -
     return run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name].decoded()
 
 
+def compute_views(backbone: Backbone, contents: Sequence[bytes], views: Numbers, name: str) -> InMemory:
+    """Make one view of each row, by its number [n], and run the backbone over those alone; 0 is the row itself.
+
+    ``name`` is the plain feature set's. Returns what ``compute_features`` does.
+    """
+    prepared = backbone.prepare_views(contents, views)  # type: ignore[attr-defined]  # only what has views is asked
+    return run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name].decoded()
+
+
 # The probe of a backbone: its built-in rows, of several canonical lengths, prepared and run on this machine.
 
 

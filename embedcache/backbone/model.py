@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from embedcache import pooling
-from embedcache.backbone.compute import PassFeatures, Prepared
+from embedcache.backbone.compute import Numbers, PassFeatures, Prepared
 from embedcache.backbone.device import Compiled, device_memory, side_by_side, threads
 from embedcache.backbone.views import NO_VIEWS, Views
 from embedcache.batching import Batch, ShapePolicy
@@ -234,6 +234,11 @@ class FrozenModel(Generic[P]):
     def prepare(self, contents: Sequence[bytes]) -> P:
         """Decode rows, as their kind of content is."""
         return self.content.prepare(contents)
+
+    def prepare_views(self, contents: Sequence[bytes], views: Numbers) -> P:
+        """Prepare one view of each row, by its number [n]; 0 is the row itself. For content that has views."""
+        prepared: P = self.content.prepare_views(contents, views)  # type: ignore[attr-defined]  # pictures have it
+        return prepared
 
     def lay_out(self, prepared: P, batch: Batch) -> Inputs:
         """Lay rows out at a canonical shape, on the device."""

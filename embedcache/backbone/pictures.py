@@ -79,8 +79,9 @@ class Pixels:
         return Pixels(self.values[rows], self.patches)
 
     def digests(self) -> list[str]:
-        """Return a hash of each picture as it was decoded and resized."""
-        return [sha256_bytes(np.ascontiguousarray(row).tobytes()) for row in self.values]
+        """Return a hash of each picture as it was decoded and resized: of all plain ones, then of each first view."""
+        by_view = [self.values[view :: self.views + 1] for view in range(self.views + 1)]
+        return [sha256_bytes(np.ascontiguousarray(row).tobytes()) for rows in by_view for row in rows]
 
 
 class Pictures:

@@ -135,10 +135,11 @@ def _number(value: object) -> str:
 @click.argument("run", type=click.Path())
 @click.argument("cache", type=click.Path())
 @click.option("--split", default="test", show_default=True, metavar="NAME", help="Split to measure on.")
+@click.option("--average-views", is_flag=True, help="Average probabilities over each picture and its views in CACHE.")
 @click.option("--record", is_flag=True, help="Add the metrics to RUN and its model card.")
 @json_option
 @untrusted_option
-def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> None:
+def evaluate(run: str, cache: str, split: str, average_views: bool, record: bool, as_json: bool) -> None:
     """Measure the head of RUN on a split of CACHE, with 95 % intervals.
 
     CACHE must hold features made as those the head was trained on; it may be another data set.
@@ -152,8 +153,8 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 
     head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
     split = opened.split(split)
-    measured = evaluate_on_cache(head, opened, split)
-    numerics = difference(head.probe, opened.common_probe)
+    measured = evaluate_on_cache(head, opened, split, average_views=average_views)
+    numerics = difference(head.probe, opened.common_probe and opened.common_probe.only(head.feature.name))
     if record:
         from embedcache.heads.folder import record as add
 
@@ -180,6 +181,7 @@ def evaluate(run: str, cache: str, split: str, record: bool, as_json: bool) -> N
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of FILE, else CSV.")
 @text_options
 @click.option("--model", metavar="NAME|FOLDER", help="The head's backbone, if it is no longer where it was.")
+@click.option("--average-views", is_flag=True, help="Average over each picture and views of it, for a head on views.")
 @trust_option
 @device_option
 @json_option

@@ -76,10 +76,13 @@ def compare_features(
     return Outcome(tuple(comparisons), tuple(findings))
 
 
-def train_cached(subject: Subject, *, progress: bool = False) -> Record:
-    """Train on cached tensors."""
+def train_cached(subject: Subject, views: Sequence[FeatureSet] = (), *, progress: bool = False) -> Record:
+    """Train on cached tensors, with ``views`` on one of these or the plain picture for each row and epoch."""
     x, evaluation = _stored(subject)
-    return train(subject.plan, x, subject.cached_targets, evaluation, progress=progress, title="cached")
+    of_views = [subject.cache.of_rows(subject.rows.train, view) for view in views]
+    return train(
+        subject.plan, x, subject.cached_targets, evaluation, views=of_views, progress=progress, title="cached"
+    )  # fmt: skip
 
 
 def _stored(subject: Subject) -> tuple[InMemory, InMemory]:
@@ -92,13 +95,22 @@ def compare_canonical(
     subject: Subject, recomputed: Recomputed, cached: Record, tolerances: Mapping[str, float] | None, *,
     features_agree: bool, progress: bool = False,
 ) -> Outcome:  # fmt: skip
-    """Train with the backbone inside every step, at canonical shapes; without tolerances, bit for bit."""
-    plan, rows = subject.plan, subject.rows
+    """Train with the backbone inside every step, at canonical shapes; without tolerances, bit for bit.
+
+    Where the cache has views, both sides train on them: the one on what is stored, the other on pictures that are
+    decoded, augmented and run in the step.
+    """
+    plan, rows, sets = subject.plan, subject.rows, subject.views
+    cached = train_cached(subject, sets, progress=progress) if sets else cached
+    views = [recomputed.features(rows.train, view) for view in sets]
     x, evaluation = (recomputed.features(part, plan.feature) for part in (rows.train, rows.evaluate))
     batches = LiveBatches(
-        subject.raw.contents(rows.train), subject.backbone, plan.feature, plan.spec.batch_size, plan.spec.order_seed
-    )
-    live = train_live(plan, x, subject.input_targets, evaluation, batches, progress=progress, title="canonical")
+        subject.raw.contents(rows.train), subject.backbone, plan.feature, plan.spec.batch_size, plan.spec.order_seed,
+        len(views),
+    )  # fmt: skip
+    live = train_live(
+        plan, x, subject.input_targets, evaluation, batches, views=views, progress=progress, title="canonical"
+    )  # fmt: skip
     outcome = _compare_training(subject, "canonical", cached, live, tolerances, features_agree)
     if plan.head.kind == "linear" and tolerances is None:
         outcome += _compare_optimum(subject, x)
@@ -130,9 +142,12 @@ def compare_standard(
     subject: Subject, model: StandardModel, cached: Record, feature_tolerances: Mapping[str, Array],
     training_tolerances: Mapping[str, float],
 ) -> Outcome:  # fmt: skip
-    """Train as anyone would, and compare features, training and predictions within the tolerances."""
+    """Train as anyone would, and compare features, training and predictions within the tolerances.
+
+    It is of the plain pictures: nobody else makes these views.
+    """
     plan, rows = subject.plan, subject.rows
-    contents, sets = subject.raw.contents(rows.train), subject.cache.feature_sets
+    contents, sets = subject.raw.contents(rows.train), subject.cache.plain_sets
     train_features = model.features(contents, sets)
     evaluation_features = model.features(subject.raw.contents(rows.evaluate), sets)
     outcome = Outcome()

@@ -11,14 +11,14 @@ from itertools import islice
 import numpy as np
 import torch
 
-from embedcache.backbone import Backbone, compute_features, run_plan
+from embedcache.backbone import Backbone, compute_features, compute_views, run_plan, views_of
 from embedcache.batching import plan
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
 from embedcache.features import Dense, InMemory, Ragged
 from embedcache.shard import FeatureSet, rounded
 from embedcache.spec import ExtractionSpec
-from embedcache.train.batches import FeatureBatch, order
+from embedcache.train.batches import FeatureBatch, drawn_views, order
 
 WINDOW = 2048
 KEPT = 64
@@ -115,27 +115,30 @@ class SetReport:
 class Recomputed:
     """Reports by feature set, the contents of some rows, and the recomputed features of the rows of training.
 
-    ``kind`` is what a content is, such as ``text``; ``vectors`` are of the plan's feature set, by row, before they are
-    rounded to the storage type.
+    ``kind`` is what a content is, such as ``text``; ``vectors`` are of the plan's feature set and its views, by set and
+    row, before they are rounded to the storage type.
     """
 
     reports: Mapping[str, SetReport]
-    vectors: Mapping[int, Array]
+    vectors: Mapping[str, Mapping[int, Array]]
     contents: Mapping[int, bytes]
     kind: str = "text"
 
     def features(self, rows: Rows, feature: FeatureSet) -> InMemory:
         """Return the features of some rows as a set of ``feature.dtype`` stores them, in float32."""
-        values = [rounded(self.vectors[row], feature.dtype) for row in rows.tolist()]
+        values = [rounded(self.vectors[feature.name][row], feature.dtype) for row in rows.tolist()]
         if feature.kind != "tokens":
             return Dense(np.stack(values), feature)
         ends = np.cumsum([0, *map(len, values)]).astype(np.int64)
         return Ragged(np.concatenate(values), ends, feature)
 
 
-def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet) -> InMemory:
-    """Run a backbone over rows at canonical shapes, and round as ``feature`` is stored."""
-    exact = compute_features(backbone, contents, feature.name)
+def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet, views: Rows | None = None) -> InMemory:
+    """Run a backbone over rows, or over a view of each, at canonical shapes, and round as ``feature`` is stored."""
+    if views is None:
+        exact = compute_features(backbone, contents, feature.name)
+    else:
+        exact = compute_views(backbone, contents, views, feature.name)
     return replace(exact, values=np.ascontiguousarray(rounded(exact.values, feature.dtype)), feature=feature)
 
 
@@ -145,7 +148,8 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
 
     cache, backbone, rows = subject.cache, subject.backbone, subject.rows.features
     reports = {name: SetReport(feature) for name, feature in cache.feature_sets.items()}
-    vectors: dict[int, Array] = {}
+    trained = [subject.plan.feature, *cache.views(subject.plan.feature)]
+    vectors: dict[str, dict[int, Array]] = {feature.name: {} for feature in trained}
     contents: dict[int, bytes] = {}
     keep = {*subject.rows.train.tolist(), *subject.rows.evaluate.tolist()}
     reading = subject.raw.stream(rows)
@@ -154,17 +158,19 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
     def done(count: int, _: int) -> None:
         bar.update(count)
 
-    with tqdm(total=len(rows), desc="features", unit="row", disable=None if shown else True) as bar:
+    pictures = len(rows) * (views_of(backbone) + 1)
+    with tqdm(total=pictures, desc="features", unit="row", disable=None if shown else True) as bar:
         for start in range(0, len(rows), WINDOW):
             window = rows[start : start + WINDOW]
             raw = list(islice(reading, len(window)))
             prepared = backbone.prepare(raw)
             features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)
+            lengths = np.asarray(prepared.lengths)[:: views_of(prepared) + 1]
             for name, report in reports.items():
                 live = replace(features[name].decoded(), feature=report.feature)
-                report.add(live, cache.of_rows(window, report.feature), window, np.asarray(prepared.lengths))
-                if name == subject.plan.feature.name:
-                    vectors.update((row, live[place]) for place, row in enumerate(window.tolist()) if row in keep)
+                report.add(live, cache.of_rows(window, report.feature), window, lengths)
+                if name in vectors:
+                    vectors[name].update((row, live[place]) for place, row in enumerate(window.tolist()) if row in keep)
             for row, content in zip(window.tolist(), raw, strict=True):
                 if row in keep or len(contents) < WINDOW:
                     contents[row] = content
@@ -178,12 +184,15 @@ class LiveBatches:
     """Training batches whose features the frozen backbone makes when they are asked for; see ``train.batches``.
 
     ``contents`` are the raw rows [N] and ``feature`` is the set that the head reads. The backbone prepares, plans and
-    runs the rows of one batch and of no other, at the canonical shapes, and rounds as the cache stores.
+    runs the rows of one batch and of no other, at the canonical shapes, and rounds as the cache stores. With ``views``,
+    it decodes, augments and runs the one view of each row that is drawn for the epoch.
     """
 
     def __init__(
-        self, contents: Sequence[bytes], backbone: Backbone, feature: FeatureSet, batch_size: int, seed: int
-    ) -> None:
+        self, contents: Sequence[bytes], backbone: Backbone, feature: FeatureSet, batch_size: int, seed: int,
+        views: int = 0,
+    ) -> None:  # fmt: skip
+        self._views = views
         self._contents, self._backbone, self._feature = contents, backbone, feature
         self._size, self._seed = batch_size, seed
         self.steps = -(-len(contents) // batch_size)
@@ -191,9 +200,11 @@ class LiveBatches:
     def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
         shuffled = order(len(self._contents), self._seed, number)
+        drawn = drawn_views(len(self._contents), self._views, self._seed, number)
         for start in range(0, len(shuffled), self._size):
             rows = shuffled[start : start + self._size]
-            x = computed(self._backbone, [self._contents[row] for row in rows], self._feature)
+            contents = [self._contents[row] for row in rows]
+            x = computed(self._backbone, contents, self._feature, drawn[rows] if self._views else None)
             if isinstance(x, Ragged):
                 values, mask = x.padded(np.arange(len(rows)))
                 yield FeatureBatch(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(rows))

@@ -164,7 +164,8 @@ def load_live(cache: FeatureCache, source: ModelSource, features: Sequence[str] 
         raise BackboneError(
             f"{cache.path} was made by a backbone of one's own, which no name leads to: pass it as backbone=..."
         )
-    settings = replace(settings, features=tuple(features) or tuple(cache.feature_sets), storage_dtype=None)
+    settings = replace(settings, features=tuple(features) or tuple(cache.plain_sets), storage_dtype=None)
+    settings = replace(settings, views=None, augment=None) if features else settings
     return load_again(settings, source, made_with(cache), f"{cache.path} was made with")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from embedcache.backbone import Backbone, FrozenModel, compute_features
+from embedcache.backbone import Backbone, FrozenModel, compute_features, compute_views
 from embedcache.backbone.folder import read_json
 from embedcache.backbone.pictures import Pictures, Pixels
 from embedcache.backbone.processor import FILTERS
+from embedcache.backbone.views import Views
 from embedcache.equivalence.bits import Array
 from embedcache.equivalence.standard import StandardModel, load_quietly
 from embedcache.pictures import decode
-from embedcache.spec import FeatureSpec
+from embedcache.spec import AUGMENTS, FeatureSpec, plain_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -130,11 +131,32 @@ def other_preparations(backbone: Backbone, contents: Sequence[bytes], feature: s
     if not isinstance(backbone, FrozenModel) or not isinstance(backbone.content, Pictures):
         return {}
     made = {}
+    plain, view = plain_name(feature)
+    if view:
+        for what, changed, number in _wrong_views(backbone.content, view):
+            other = copy.copy(backbone)
+            other.content = changed
+            made[what] = compute_views(other, contents, np.full(len(contents), number), plain).values
+        return made
     for what, changed in _wrong_ways(backbone.content):
         other = copy.copy(backbone)
         other.content = changed
         made[what] = compute_features(other, contents, feature).values
     return made
+
+
+def _wrong_views(pictures: Pictures, view: int) -> Iterator[tuple[str, Pictures, int]]:
+    """Yield what else may stand in the place of a view, in words, and how it is made."""
+    yield "that are plain, in the place of a view", pictures, 0
+    for other in {view - 1, view + 1} - {0}:
+        yield f"of view {other}, in the place of view {view}: another seed", pictures, other
+    asked = pictures.views.augment
+    for changing in AUGMENTS:  # each left out where it is asked for, and added where it is not
+        augment = tuple(name for name in AUGMENTS if (name in asked) != (name == changing))
+        changed = copy.copy(pictures)
+        changed.views = Views(pictures.views.number, augment)
+        made_by = " and ".join(augment) or "nothing"
+        yield f"whose views are made by {made_by}, not by {' and '.join(asked)}", changed, view
 
 
 def _wrong_ways(pictures: Pictures) -> list[tuple[str, Pictures]]:

@@ -302,8 +302,13 @@ class Subject:
 
     @property
     def feature_specs(self) -> list[FeatureSpec]:
-        """What each feature set of the cache is made by."""
-        return [FeatureSpec.parse(name) for name in self.cache.feature_sets]
+        """What each feature set of the cache is made by, those of views left out."""
+        return [FeatureSpec.parse(name) for name in self.cache.plain_sets]
+
+    @property
+    def views(self) -> list[FeatureSet]:
+        """The views of the feature set that is trained on."""
+        return self.cache.views(self.plan.feature)
 
     @property
     def cached_targets(self) -> Array:

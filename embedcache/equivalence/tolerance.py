@@ -62,6 +62,7 @@ from embedcache.equivalence.rows import Subject
 from embedcache.equivalence.standard import StandardModel
 from embedcache.equivalence.training import TOLERATED, Record, differences_of, parts, train
 from embedcache.features import InMemory
+from embedcache.spec import plain_name
 from embedcache.task import CLASSIFICATION, Flags, Task
 
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -153,7 +154,7 @@ def feature_tolerances(subject: Subject, standard: StandardModel, recomputed: Re
     longest, compute = longest_axis(network), str(subject.cache.spec["compute_dtype"])
     tolerances = {}
     for name, report in recomputed.reports.items():
-        computed = feature_tolerance(kappa[name], longest, compute, report.total.values)
+        computed = feature_tolerance(kappa[plain_name(name)[0]], longest, compute, report.total.values)
         tolerances[name] = computed + storage_tolerance(report.largest, computed, report.feature.dtype)
     return tolerances
 

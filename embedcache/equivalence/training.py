@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from embedcache.equivalence.bits import Array, Difference, difference
 from embedcache.equivalence.result import Comparison, judged
 from embedcache.equivalence.rows import TrainingPlan
-from embedcache.features import InMemory
+from embedcache.features import InMemory, joined
 from embedcache.heads import TrainedHead
 from embedcache.heads.modules import Dropout
 from embedcache.train.batches import Batches, FeatureBatch
@@ -88,15 +89,16 @@ class _Watched(Batches):
 
 def train(
     plan: TrainingPlan, x: InMemory, y: Array, evaluation: InMemory, batches: Batches | None = None, *,
-    progress: bool = False, title: str = "train",
+    views: Sequence[InMemory] = (), progress: bool = False, title: str = "train",
 ) -> Record:  # fmt: skip
     """Train one head as planned and write down what happens.
 
     Standardisation is computed from ``x``; ``batches`` of raw features are made of it where none are given.
-    ``evaluation`` are the features of the rows whose logits are recorded.
+    ``views`` are those of the rows. ``evaluation`` are the features of the rows whose logits are recorded.
     """
-    watched = _Watched(batches or batches_of(x, plan.spec))
-    rows = LabelledRows(x, y, plan.task, plan.class_names)
+    every: Any = joined([x, *views]) if views else x
+    watched = _Watched(batches or batches_of(every, plan.spec, views=len(views)))
+    rows = LabelledRows(x, y, plan.task, plan.class_names, views=every if views else None)
     options = PassOptions(progress=progress, title=title, keep_losses=True, max_steps=plan.steps, watch=watched.start)
     (fitted,) = fit_minibatch(rows, None, [plan.head], [plan.spec], batches=watched, options=options)
     stack = watched.stacks[0]

@@ -288,6 +288,10 @@ class TrainSpec:
     shuffle_seed: int | None = _whole(
         None, "Seed of the order of rows alone.", most=2**32 - 1, unset="that of seed", solver="minibatch"
     )
+    views: int | None = _whole(
+        None, "Train on the first N views of each picture beside the plain one, where the cache has views. 0 for none.",
+        unset="all that the cache has",
+    )  # fmt: skip
 
     def __new__(cls, *arguments: object, **given: object) -> TrainSpec:
         """Remember which settings are given: whoever names one of minibatches wants them, also at its default."""
@@ -337,6 +341,14 @@ class TrainSpec:
         plain = all(getattr(self, name) == getattr(TrainSpec, name) for name in MINIBATCH_SETTINGS)
         return "convex" if plain and in_memory and (head.kind, head.engine) == ("linear", "torch") else "minibatch"
 
+    def of_views(self, there: int) -> int:
+        """Return how many of the views that are there are trained on. Raises ``SpecError`` for more."""
+        if self.views is None:
+            return there
+        if self.views > there:
+            raise SpecError(f"views is {self.views}: the features have {there}; extract more with --views {self.views}")
+        return self.views
+
     @property
     def least_steps(self) -> int:
         """The least number of steps that training takes."""
@@ -353,7 +365,7 @@ class TrainSpec:
         values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         if isinstance(self.class_weight, Mapping):
             values["class_weight"] = dict(self.class_weight)
-        unread = MINIBATCH_SETTINGS if self.solver == "convex" else ()
+        unread = (*(MINIBATCH_SETTINGS if self.solver == "convex" else ()), *(("views",) if self.views is None else ()))
         return {name: value for name, value in values.items() if name not in unread}
 
     @property

@@ -201,8 +201,14 @@ def number(where: str, value: object) -> float:
 SEEDED = frozenset({"mlp", "hist-gradient-boosting", "random-projection"})
 """Heads of scikit-learn whose result a seed changes."""
 
-_CONVEX = ("solver", "l2", "class_weight", "standardize")
-_MINIBATCH = ("solver", *(name for name in MINIBATCH_SETTINGS if name != "momentum"), "class_weight", "standardize")
+_CONVEX = ("solver", "l2", "class_weight", "standardize", "views")
+_MINIBATCH = (
+    "solver",
+    *(name for name in MINIBATCH_SETTINGS if name != "momentum"),
+    "class_weight",
+    "standardize",
+    "views",
+)
 _PENALIZED = frozenset({"linear", "logistic-regression", "linear-svm", "ridge", "random-projection"})
 _SHORT = {
     "learning_rate": "lr",
@@ -211,7 +217,7 @@ _SHORT = {
     "batch_size": "batch",
     "input_noise": "noise",
 }
-_ADDED: Mapping[str, object] = {"min_steps": 0, "input_noise": 0, "input_dropout": 0}
+_ADDED: Mapping[str, object] = {"min_steps": 0, "input_noise": 0, "input_dropout": 0, "views": None}
 """Settings that are younger than kept sweeps, and at which value they change nothing."""
 DEFAULTS = TrainSpec()
 TRAIN_FIELDS = tuple(setting.name for setting in fields(TrainSpec))
@@ -224,7 +230,8 @@ def fields_read(head: HeadSpec, solver: str, optimizer: str = "adamw") -> tuple[
 
         kind = KINDS[head.kind]
         asked = (kind.weights is not False, kind.scaled, head.kind in _PENALIZED)
-        return tuple(name for name, reads in zip(("class_weight", "standardize", "l2"), asked, strict=True) if reads)
+        reads = tuple(name for name, read in zip(("class_weight", "standardize", "l2"), asked, strict=True) if read)
+        return (*reads, "views")
     if solver == "convex":
         return _CONVEX
     return _MINIBATCH + (("momentum",) if optimizer == "sgd" else ())

@@ -18,6 +18,7 @@ from embedcache.dataset import key_values, mixed
 from embedcache.errors import SweepError, SweepSpecError
 from embedcache.features import InMemory, Rows
 from embedcache.fingerprint import sha256_bytes
+from embedcache.spec import TrainSpec
 from embedcache.sweep.configuration import Protocol
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Flags, Task, task_named
 from embedcache.train.metrics import metric_named
@@ -357,6 +358,11 @@ class Problem:
     def features(self, name: str, rows: Rows) -> InMemory:
         """Return a feature set of some rows in memory: a map where they lie together."""
         return self.cache.of_rows(rows, self.cache.feature(name))
+
+    def views(self, name: str, train: TrainSpec) -> list[InMemory]:
+        """Return the features of those views of ``rows`` that are trained on."""
+        sets = self.cache.views(self.cache.feature(name))
+        return [self.cache.of_rows(self.rows, view) for view in sets[: train.of_views(len(sets))]]
 
     @cached_property
     def dataset_hash(self) -> str:

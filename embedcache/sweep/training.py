@@ -18,17 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
-from embedcache.features import InMemory, features_of
+from embedcache.features import InMemory, features_of, joined
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
 from embedcache.shard import FeatureSet
-from embedcache.spec import MAY_DIFFER, MIN_STEPS
+from embedcache.spec import MAY_DIFFER, MIN_STEPS, TrainSpec
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.cost import seconds_of
 from embedcache.sweep.problem import Fold, Problem
 from embedcache.sweep.store import Outputs
 from embedcache.task import Array, Flags, Task
+from embedcache.train.data import LabelledRows
 from embedcache.train.metrics import metric_named
 from embedcache.train.result import Origin
 
@@ -139,7 +140,7 @@ def _group_of(problem: Problem, job: Job) -> _Group:
     train = asdict(configuration.train)
     alone = (job.number, job.curve) if _alone(problem, job) else ()
     if configuration.train.solver == "convex":
-        alike = canonical_json({name: train[name] for name in ("class_weight", "standardize")})
+        alike = canonical_json({name: train[name] for name in ("class_weight", "standardize", "views")})
         return _Group("convex", (configuration.feature, alike, *alone))
     alike = canonical_json({name: value for name, value in train.items() if name not in MAY_DIFFER})
     clipped = bool(configuration.train.clip)
@@ -209,8 +210,10 @@ def _stack(problem: Problem, batch: JobBatch, x: InMemory, options: PassOptions)
 
     jobs = batch.jobs
     origin = Origin.of(problem.cache)
-    rows = labelled_rows_of(x, problem.y, problem.task, problem.class_names)
     heads, specs = [job.configuration.head for job in jobs], [job.configuration.train for job in jobs]
+    views = problem.views(jobs[0].configuration.feature, specs[0])
+    specs = [replace(spec, views=len(views)) for spec in specs] if views else specs
+    rows = labelled_rows_of(x, problem.y, problem.task, problem.class_names, views=views)
     stopping = bool(specs[0].patience)
     begun = time.perf_counter()
     if _alone(problem, jobs[0]):
@@ -258,13 +261,15 @@ def _convex(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJ
     numbers = list(dict.fromkeys(job.number for job in batch.jobs))
     usable = {job.number: job.fold.usable for job in batch.jobs}
     masks, y = np.stack([usable[number] for number in numbers]), problem.y
+    views = problem.views(first.feature, first.train)
+    learned = LabelledRows(x, y, problem.task, problem.class_names, views=joined([x, *views]) if views else None)
     if _alone(problem, batch.jobs[0]):
-        rows = masks[0]
-        x, y, masks = x.take(np.flatnonzero(rows)), y[rows], np.ones((1, int(rows.sum())), bool)
+        learned, masks = learned.take(np.flatnonzero(masks[0])), np.ones((1, int(masks[0].sum())), bool)
+    rows = learned.every_view()
     options: dict[str, Any] = {"tolerance": 1e-9} if batch.jobs[0].kept else {}
     walk = walk_folds(
-        x.values, y, list(by_penalty), masks, task=problem.task, outputs=len(problem.class_names),
-        standardize=first.train.standardize, **options,
+        rows.matrix("the convex solver"), rows.y, list(by_penalty), np.tile(masks, rows.repeats), task=problem.task,
+        outputs=len(problem.class_names), sample_weight=rows.weight, standardize=first.train.standardize, **options,
     )  # fmt: skip
     feature = problem.cache.feature(first.feature)
     for l2, solutions in walk:
@@ -272,14 +277,16 @@ def _convex(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJ
         seconds = (time.perf_counter() - begun) / len(jobs)
         for job in jobs:
             solved = solutions[numbers.index(job.number)]
+            train = job.configuration.train
+            recorded = replace(train, views=len(views)) if views else train
             head = TrainedHead(
                 job.configuration.head, problem.task.name, problem.class_names, feature,
                 state={"output.weight": solved.weight, "output.bias": solved.bias},
-                training=job.configuration.train.record(), **vars(Origin.of(problem.cache)),
+                training=recorded.record(), **vars(Origin.of(problem.cache)),
             )  # fmt: skip
             entry = {
                 "epoch": solved.iterations,
-                "train_loss": solved.loss / len(y),
+                "train_loss": solved.loss / len(learned),
                 "gradient_norm": solved.gradient_norm,
             }
             yield TrainedJob(job, head, seconds, float(solved.iterations), history=[entry])
@@ -304,8 +311,8 @@ class _Fitting:
     def on(cls, problem: Problem, feature: str) -> _Fitting:
         return cls(problem.task, problem.class_names, problem.cache.feature(feature), Origin.of(problem.cache))
 
-    def fit(self, job: Job, x: object, y: Array) -> TrainedJob:
-        """Train one head by itself, on features of its own rows."""
+    def fit(self, job: Job, x: object, y: Array, views: Sequence[object] = ()) -> TrainedJob:
+        """Train one head by itself, on features of its own rows and of their views."""
         from embedcache.train import train_head
 
         begun = time.perf_counter()
@@ -313,7 +320,7 @@ class _Fitting:
             with quiet():
                 result = train_head(
                     x, y, None, None, job.configuration.head, job.configuration.train, task=self.task.name,
-                    class_names=self.class_names, feature=self.feature, progress=False, calibrate=False,
+                    class_names=self.class_names, feature=self.feature, progress=False, calibrate=False, views=views,
                     **vars(self.origin),
                 )  # fmt: skip
         except EmbedcacheError as error:
@@ -321,17 +328,19 @@ class _Fitting:
         return TrainedJob(job, result.head, time.perf_counter() - begun, history=result.history)
 
     def fit_elsewhere(
-        self, number: int, job: Job, x: npt.NDArray[np.float32], y: Array
+        self, number: int, job: Job, x: npt.NDArray[np.float32], y: Array, views: Sequence[npt.NDArray[np.float32]] = ()
     ) -> tuple[int, TrainedHead | None, float, str | None]:
         """Train one head in a process of its own; ``number`` says which, for they come back in any order."""
-        trained = self.fit(job, x[job.fold.usable], y[job.fold.usable])
+        usable = job.fold.usable
+        trained = self.fit(job, x[usable], y[usable], [view[usable] for view in views])
         return number, trained.head, trained.seconds, trained.error
 
 
 def _one_by_one(problem: Problem, jobs: Sequence[Job], x: InMemory) -> Iterator[TrainedJob]:
     for job in jobs:
         rows = np.flatnonzero(job.fold.usable)
-        yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(rows), problem.y[rows])
+        views = [view.take(rows) for view in problem.views(job.configuration.feature, job.configuration.train)]
+        yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(rows), problem.y[rows], views)
 
 
 def _sklearn(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJob]:
@@ -345,9 +354,12 @@ def _sklearn(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[Trained
 
     # joblib hands arrays over 1 MB to its processes as one memory map.
     array = np.ascontiguousarray(x.values)
+    views = [np.ascontiguousarray(view.values) for view in problem.views(jobs[0].configuration.feature, TrainSpec())]
     run = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1, prefer="processes")
     fit = delayed(_Fitting.on(problem, jobs[0].configuration.feature).fit_elsewhere)
-    for number, head, seconds, error in run(fit(number, job, array, problem.y) for number, job in enumerate(jobs)):
+    for number, head, seconds, error in run(
+        fit(number, job, array, problem.y, views) for number, job in enumerate(jobs)
+    ):
         yield TrainedJob(jobs[number], head, seconds, error=error)
 
 

@@ -6,7 +6,7 @@ The order of the rows depends on (rows, seed, epoch) alone, so cached and live t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from embedcache.batching import prefetch
+from embedcache.dataset import mixed
 from embedcache.features import Array, OnDisk, Ragged, Rows
 from embedcache.heads.modules import draw_kept
 from embedcache.spec import TrainSpec
@@ -71,6 +72,37 @@ def order(rows: int, seed: int, epoch: int) -> Rows:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
+def drawn_views(rows: int, views: int, seed: int, epoch: int) -> Rows:
+    """Return which view each row has in an epoch: int64 [N], from 0 (the plain picture) to ``views``, uniformly.
+
+    A row's draw depends on (seed, epoch, row) alone: it is the same whatever else is trained on, and in which batch.
+    """
+    step = 0x9E3779B97F4A7C15
+    start = int(mixed(np.array([(seed * step + epoch * 0xD1B54A32D192ED03 + 1) % 2**64], np.uint64))[0])
+    numbers = mixed(np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(step) + np.uint64(start))
+    drawn: Rows = ((numbers >> np.uint64(32)) * np.uint64(views + 1) >> np.uint64(32)).astype(np.int64)
+    return drawn
+
+
+@dataclass(frozen=True)
+class ViewPlaces:
+    """Where the features of N rows are among those of all their views, which stand one view after the other."""
+
+    rows: int
+    views: int
+    seed: int
+
+    @classmethod
+    def of(cls, x: Sized, views: int, seed: int) -> ViewPlaces:
+        """Return the places for features ``x`` of rows with so many views each."""
+        return cls(len(x) // (views + 1), views, seed)
+
+    def of_epoch(self, number: int) -> Rows:
+        """Return each row's place in an epoch, int64 [N]."""
+        places = np.arange(self.rows)
+        return places + self.rows * drawn_views(self.rows, self.views, self.seed, number) if self.views else places
+
+
 def block_order(rows: int, seed: int, epoch: int, window: int, block: int) -> Iterator[tuple[Rows, Rows]]:
     """Yield the rows of an epoch window by window: blocks drawn at random, ascending, and the order to train in.
 
@@ -100,33 +132,39 @@ def lent(x: Array) -> Tensor:
 
 
 class TensorBatches:
-    """Features in memory as one tensor [N, ...], rows picked out by index."""
+    """Features in memory as one tensor [N, ...], or with ``views`` [(V + 1) N, ...], rows picked out by index."""
 
-    def __init__(self, x: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(self, x: Tensor, batch_size: int, seed: int, views: int = 0) -> None:
         self._x, self._size, self._seed = x, batch_size, seed
-        self.steps = -(-len(x) // batch_size)
+        self._places = ViewPlaces.of(x, views, seed)
+        self.steps = -(-self._places.rows // batch_size)
 
     def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
-        shuffled = torch.from_numpy(order(len(self._x), self._seed, number)).to(self._x.device)
+        ordered = order(self._places.rows, self._seed, number)
+        shuffled = torch.from_numpy(ordered).to(self._x.device)
+        places = shuffled
+        if self._places.views:
+            places = torch.from_numpy(self._places.of_epoch(number)[ordered]).to(self._x.device)
         for start in range(0, len(shuffled), self._size):
-            rows = shuffled[start : start + self._size]
-            yield FeatureBatch(self._x.index_select(0, rows), None, rows)
+            part = slice(start, start + self._size)
+            yield FeatureBatch(self._x.index_select(0, places[part]), None, shuffled[part])
 
 
 class RaggedBatches:
     """Token-level features in memory, padded batch by batch."""
 
-    def __init__(self, x: Ragged, batch_size: int, seed: int, device: str) -> None:
+    def __init__(self, x: Ragged, batch_size: int, seed: int, device: str, views: int = 0) -> None:
         self._x, self._size, self._seed, self._device = x, batch_size, seed, device
-        self.steps = -(-len(x) // batch_size)
+        self._places = ViewPlaces.of(x, views, seed)
+        self.steps = -(-self._places.rows // batch_size)
 
     def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
-        shuffled = order(len(self._x), self._seed, number)
+        shuffled, places = order(self._places.rows, self._seed, number), self._places.of_epoch(number)
         for start in range(0, len(shuffled), self._size):
             rows = shuffled[start : start + self._size]
-            x, mask = (torch.from_numpy(part).to(self._device) for part in self._x.padded(rows))
+            x, mask = (torch.from_numpy(part).to(self._device) for part in self._x.padded(places[rows]))
             yield FeatureBatch(x, mask, torch.from_numpy(rows).to(self._device))
 
 
@@ -134,17 +172,20 @@ class DiskBatches:
     """Features that stay on disk: block-shuffled windows, one trained on while the next is read."""
 
     def __init__(
-        self, x: OnDisk, batch_size: int, seed: int, device: str = "cpu", *, window_bytes: int = WINDOW_BYTES
-    ) -> None:
+        self, x: OnDisk, batch_size: int, seed: int, device: str = "cpu", views: int = 0, *,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:  # fmt: skip
         self._x, self._size, self._seed, self._device = x, batch_size, seed, device
         self._block = max(1, min(BLOCK_ROWS, BLOCK_BYTES // x.row_bytes))
         self._window = max(1, window_bytes // x.row_bytes // self._block) * self._block
-        self.steps = -(-len(x) // batch_size)
+        self._places = ViewPlaces.of(x, views, seed)
+        self.steps = -(-self._places.rows // batch_size)
 
     def epoch(self, number: int) -> Iterator[FeatureBatch]:
         """Yield the batches of one epoch."""
-        order_of_rows = block_order(len(self._x), self._seed, number, self._window, self._block)
-        read = ((rows, shuffled, lent(self._x.read(rows))) for rows, shuffled in order_of_rows)
+        order_of_rows = block_order(self._places.rows, self._seed, number, self._window, self._block)
+        places_of = self._places.of_epoch(number)
+        read = ((rows, shuffled, lent(self._x.read(places_of[rows]))) for rows, shuffled in order_of_rows)
         left: tuple[Rows, Tensor] | None = None
         with contextlib.closing(prefetch(read)) as windows:
             for rows, shuffled, x in windows:

@@ -75,12 +75,16 @@ def train_on_cache(
     if not allow_unseen:
         refuse_unseen(cache, train)
     origin = Origin.of(cache)
+    spec = TrainSpec.of(spec)
+    views = cache.views(chosen)
+    views = views[: spec.of_views(len(views))]
     result = train_head(
-        rows_of(cache, train, chosen), targets[train],
+        rows_of(cache, train, chosen, 1 + len(views)), targets[train],
         rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
         head, spec, task=cache.task or CLASSIFICATION.name, class_names=cache.class_names, feature=chosen,
         extraction=origin.extraction, model=origin.model, revision=origin.revision, probe=origin.probe,
         device=device, progress=progress, notes=notes,
+        views=[rows_of(cache, train, view, 1 + len(views)) for view in views],
     )  # fmt: skip
     facts = {"features": f"{chosen.name} of a cache with spec {cache.spec_hash[:16]}", **result.facts}
     return replace(result, facts=facts)
@@ -133,14 +137,14 @@ class CachedRows:
         return self._cache.take(self._places[rows], self._feature.name)
 
 
-def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet) -> Features:
-    """Return the features of some rows of a cache, on disk where they do not fit in memory.
+def rows_of(cache: FeatureCache, rows: Rows, feature: FeatureSet, copies: int = 1) -> Features:
+    """Return the features of some rows of a cache, on disk where they and others as large do not fit in memory.
 
     Raises ``FeatureError`` naming the row that holds NaN or infinity.
     """
     places = cache.places()[rows]
     together = len(places) > 0 and bool((np.diff(places) == 1).all())
-    size = 4 * len(rows) * int(np.prod(feature.row_shape))
+    size = 4 * len(rows) * int(np.prod(feature.row_shape)) * copies
     # Training makes a standardised copy, so a mapped array has to fit as much as one that is read.
     if feature.kind != "tokens" and not fits_in_memory(size * (1 if together else 2)):
         return OnDisk(CachedRows(cache, places, feature), feature)
@@ -168,9 +172,13 @@ def refuse_unseen(cache: FeatureCache, train: Rows) -> None:
 
 @checks_arguments()
 def evaluate_on_cache(
-    head: TrainedHead, cache: FeatureCache | Path | str, split: str = "test", *, intervals: bool = True
-) -> MetricValues:
+    head: TrainedHead, cache: FeatureCache | Path | str, split: str = "test", *, intervals: bool = True,
+    average_views: bool = False,
+) -> MetricValues:  # fmt: skip
     """Return the metrics of a head on a split of a cache, with bootstrap intervals of the most looked-at ones.
+
+    With ``average_views``, a row's probabilities are the mean of those of its plain picture and of all views that the
+    cache has of it; temperature and thresholds are as fitted on plain pictures.
 
     Raises:
         BackboneMismatchError: the cache was made by another backbone or other settings than the head was trained on.
@@ -178,13 +186,20 @@ def evaluate_on_cache(
     """
     cache = _opened(cache)
     refuse_other_cache(head, cache)
-    warn(difference(head.probe, cache.common_probe).notes("what the head was trained on"))
+    common = cache.common_probe and cache.common_probe.only(head.feature.name)
+    warn(difference(head.probe, common).notes("what the head was trained on"))
     rows = cache.rows(split)
     if not len(rows):
         raise InputError(f"the split {split} of {cache.path} is empty")
-    x = rows_of(cache, rows, cache.feature(head.feature.name))
+    feature = cache.feature(head.feature.name)
+    views = cache.views(feature) if average_views else []
+    if average_views and not views:
+        raise FeatureError(f"{cache.path} has no views of {feature.name} to average over: extract it with --views N")
+    x, *of_views = (rows_of(cache, rows, part, 1 + len(views)) for part in (feature, *views))
     targets = targets_for(head, cache)[rows]
-    labelled = labelled_rows_of(x, targets, task_named(head.task), head.class_names, feature=head.feature, where=split)
+    labelled = labelled_rows_of(
+        x, targets, task_named(head.task), head.class_names, feature=head.feature, where=split, views=of_views
+    )  # fmt: skip
     if not len(labelled):
         raise InputError(f"no row of the split {split} of {cache.path} has a label")
     return measured(head, labelled, intervals=intervals)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
-from embedcache.features import Features, OnDisk, Rows, features_of
+from embedcache.features import Features, OnDisk, Rows, features_of, joined
 from embedcache.shard import FeatureSet
 from embedcache.spec import TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Flags, Floats, Task
@@ -65,6 +65,9 @@ class LabelledRows:
         task: what is to be learned.
         class_names: the C classes or labels, or the names of the R targets.
         weight: float32 [N], how much each row counts; None for equal.
+        views: features of the rows and, behind them, of their views, one view after the other: (V + 1) N rows. None
+            where there are no views. Whatever trains reads these, whatever judges reads ``x``.
+        repeats: how many of the N rows stand for one, as ``every_view`` makes them.
     """
 
     x: Features
@@ -72,6 +75,8 @@ class LabelledRows:
     task: Task
     class_names: tuple[str, ...]
     weight: npt.NDArray[np.float32] | None = None
+    views: Features | None = None
+    repeats: int = 1
 
     def __len__(self) -> int:
         return len(self.y)
@@ -89,7 +94,37 @@ class LabelledRows:
     def take(self, rows: Rows) -> LabelledRows:
         """Return some rows, int64 [n]."""
         weight = None if self.weight is None else self.weight[rows]
-        return replace(self, x=self.x.take(rows), y=self.y[rows], weight=weight)
+        views = None
+        if self.views is not None:
+            views = self.views.take(np.concatenate([rows + view * len(self) for view in range(self.of_views + 1)]))
+        return replace(self, x=self.x.take(rows), y=self.y[rows], weight=weight, views=views)
+
+    @property
+    def of_views(self) -> int:
+        """How many views each row has."""
+        return 0 if self.views is None else len(self.views) // len(self) - 1
+
+    @property
+    def trained(self) -> Features:
+        """The features that are trained on: of the rows, and of their views behind them."""
+        return self.x if self.views is None else self.views
+
+    @property
+    def trained_weight(self) -> npt.NDArray[np.float32] | None:
+        """The weights of ``trained``."""
+        return None if self.weight is None else np.tile(self.weight, self.of_views + 1)
+
+    def every_view(self) -> LabelledRows:
+        """Return rows and views as so many rows, each with its share of the row's weight.
+
+        Training that reads all rows at once has these: what drawing a view in each epoch comes to in the mean.
+        """
+        times = self.of_views + 1
+        if self.views is None:
+            return self
+        weight = np.tile(np.ones(len(self), np.float32) if self.weight is None else self.weight, times) / times
+        y = np.tile(self.y, (times, *(1,) * (self.y.ndim - 1)))
+        return replace(self, x=self.views, y=y, weight=weight.astype(np.float32), views=None, repeats=times)
 
     def spread(self, most: int) -> LabelledRows:
         """Return at most this many rows, spread evenly."""
@@ -115,8 +150,9 @@ _SMALLEST = 1e-37
 def labelled_rows_of(
     x: object, y: npt.ArrayLike, task: Task, class_names: Sequence[str], *,
     feature: FeatureSet | None = None, weight: npt.ArrayLike | None = None, where: str = "training",
+    views: Sequence[object] = (),
 ) -> LabelledRows:  # fmt: skip
-    """Check features and targets, and return the rows that have a label.
+    """Check features and targets, and return the rows that have a label. ``views`` are features of the same rows.
 
     Raises ``FeatureError`` for features that do not fit or are not finite (naming the row), ``InputError`` for targets
     or weights that do not fit the task or the rows.
@@ -125,7 +161,13 @@ def labelled_rows_of(
     names = tuple(class_names)
     targets, kept = checked_targets(y, len(features), task, where=where, outputs=len(names))
     weights = None if weight is None else _checked_weights(weight, len(features), where)
-    rows = LabelledRows(features, targets, task, names, weights)
+    together: Features | None = None
+    if views:
+        parts = [features_of(view, features.feature, where=where) for view in views]
+        if wrong := [len(part) for part in parts if len(part) != len(features) or type(part) is not type(features)]:
+            raise InputError(f"{where}: {counted(len(features), 'row')} of features, and {wrong[0]} of a view of them")
+        together = joined([features, *parts])
+    rows = LabelledRows(features, targets, task, names, weights, together)
     return rows if kept.all() else rows.take(np.flatnonzero(kept))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embedcache.errors import SpecError
-from embedcache.features import Array, Dense, OnDisk, Ragged
+from embedcache.features import Array, Dense, Features, OnDisk, Ragged
 from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Head, Linear
 from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
@@ -302,20 +302,21 @@ class _Pass:
         y = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
         weights = self._class_weights()
         self._set_biases(modules, y, weights)
-        mean, scale = moments(rows.x, rows.weight) if spec.standardize else (None, None)
+        trained = rows.trained
+        mean, scale = moments(trained, rows.trained_weight) if spec.standardize else (None, None)
         # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
-        dense = isinstance(rows.x, Dense) and (self.judged is None or isinstance(self.judged.x, Dense))
+        dense = isinstance(trained, Dense) and (self.judged is None or isinstance(self.judged.x, Dense))
         plain = self.batches is None and dense
         applied = (mean, scale) if plain and mean is not None and scale is not None else None
-        x = _prepared(rows, applied, device)
-        source = self._disturbed(self.batches or batches_of(x, spec, device), applied is not None)
+        x = _prepared(trained, applied, device)
+        source = self._disturbed(self.batches or batches_of(x, spec, device, rows.of_views), applied is not None)
         standardisation: Standardisation | None = None
         if mean is not None and scale is not None:
             standardisation = Standardisation(mean, scale, plain)
             if self.masks is not None:
                 if not isinstance(x, Tensor) or not plain:
                     raise SpecError("heads that share a pass over different rows need arrays in memory as features")
-                own_mean, own_scale = _masked_moments(x, self.masks)
+                own_mean, own_scale = _masked_moments(x, np.tile(self.masks.train, rows.of_views + 1))
                 standardisation = replace(standardisation, masks=self.masks, own_mean=own_mean, own_scale=own_scale)
         loss = Loss(rows.task, rows.outputs, [own.label_smoothing for own in self.specs], weights, device=device)
         stopping = Stopping.of(spec, rows.task, source.steps, options.max_steps)
@@ -326,7 +327,10 @@ class _Pass:
             options.watch(stack)
         judge = None
         if self.judged is not None and len(self.judged):
-            judged_x = x if self.judged is rows else _prepared(self.judged, applied, device)
+            if self.judged is not rows:
+                judged_x = _prepared(self.judged.x, applied, device)
+            else:  # by the rows themselves, which stand in front of their views
+                judged_x = x[: len(rows)] if isinstance(x, Tensor) else _prepared(rows.x, None, device)
             judge = Judge(self.judged, judged_x, stopping.metric, self.masks, target, device)
         weight = None if rows.weight is None else torch.from_numpy(rows.weight).to(device)
         targets = torch.from_numpy(y if rows.task is CLASSIFICATION else np.asarray(y, np.float32)).to(device)
@@ -360,9 +364,8 @@ class _Pass:
             return source
         if standardised:
             return DisturbedBatches(source, spec, 0.0, 1.0)
-        mean, scale = (
-            torch.from_numpy(part).to(self.options.device) for part in moments(self.rows.x, self.rows.weight)
-        )
+        both = moments(self.rows.trained, self.rows.trained_weight)
+        mean, scale = (torch.from_numpy(part).to(self.options.device) for part in both)
         return DisturbedBatches(source, spec, mean, 1 / scale)
 
     def _class_weights(self) -> Vectors | None:
@@ -407,20 +410,19 @@ def _threads_for(stack: HeadStack, rows: LabelledRows, spec: TrainSpec) -> Itera
         torch.set_num_threads(before)
 
 
-def batches_of(x: Prepared | Dense, spec: TrainSpec, device: str = "cpu") -> Batches:
-    """Return the batches that training on features has."""
+def batches_of(x: Prepared | Dense, spec: TrainSpec, device: str = "cpu", views: int = 0) -> Batches:
+    """Return the batches that training on features has; with ``views``, ``x`` is of rows and their views."""
     if isinstance(x, Dense):
         x = lent(np.ascontiguousarray(x.values, np.float32))
     if isinstance(x, Tensor):
-        return TensorBatches(x, spec.batch_size, spec.order_seed)
+        return TensorBatches(x, spec.batch_size, spec.order_seed, views)
     if isinstance(x, Ragged):
-        return RaggedBatches(x, spec.batch_size, spec.order_seed, device)
-    return DiskBatches(x, spec.batch_size, spec.order_seed, device)
+        return RaggedBatches(x, spec.batch_size, spec.order_seed, device, views)
+    return DiskBatches(x, spec.batch_size, spec.order_seed, device, views)
 
 
-def _prepared(rows: LabelledRows, standardise: tuple[Vectors, Vectors] | None, device: str) -> Prepared:
+def _prepared(x: Features, standardise: tuple[Vectors, Vectors] | None, device: str) -> Prepared:
     """Return an array as a tensor, standardised where moments are given; ragged rows and rows on disk as they are."""
-    x = rows.x
     if isinstance(x, Ragged | OnDisk):
         return x
     assert isinstance(x, Dense)
@@ -432,10 +434,10 @@ def _prepared(rows: LabelledRows, standardise: tuple[Vectors, Vectors] | None, d
     return torch.from_numpy(out).to(device)
 
 
-def _masked_moments(x: Tensor, masks: Masks) -> tuple[Vectors, Vectors]:
-    """Return the moments of standardised features over the training rows of each mask, by two matrix products."""
+def _masked_moments(x: Tensor, train: Flags) -> tuple[Vectors, Vectors]:
+    """Return the moments of standardised features over the rows of each mask [M, N], by two matrix products."""
     flat = x.reshape(len(x), -1, x.shape[-1])
-    chosen = torch.from_numpy(masks.train.astype(np.float32)).to(x.device)
+    chosen = torch.from_numpy(train.astype(np.float32)).to(x.device)
     rows = chosen.sum(dim=1, keepdim=True).double() * flat.shape[1]
     total = (chosen @ flat.sum(dim=1)).double()
     squares = (chosen @ flat.square().sum(dim=1)).double()

@@ -159,6 +159,7 @@ def train_head(
     task: TaskName = "classification",
     class_names: Sequence[str] | Sequence[int],
     sample_weight: npt.ArrayLike | None = None,
+    views: Sequence[object] = (),
     feature: FeatureSet | None = None,
     extraction: Mapping[str, object] | None = None,
     model: str | None = None,
@@ -181,6 +182,9 @@ def train_head(
         task: ``classification``, ``multilabel`` or ``regression``.
         class_names: the C classes (whole numbers become their digits), or the names of the R targets.
         sample_weight: [N] weights of the training rows, None for equal.
+        views: features of augmented views of the same N rows, each as ``x`` is. Minibatches draw one of ``x`` and the
+            first ``spec.views`` for each row and epoch; what reads all rows at once reads all of them, each weighing
+            as much as its part of the row. Features are standardised over all of them. Validation has none.
         feature: what the features are; None to go by their shape.
         extraction, model, revision, probe: the spec of the cache, the backbone's name and what its machine computed,
             recorded in the head.
@@ -201,7 +205,11 @@ def train_head(
         from embedcache.backbone import choose_device
 
         device = choose_device(device)
-    rows = labelled_rows_of(x, y, kind, names, feature=feature, weight=sample_weight)
+    number = spec.of_views(len(views))
+    spec = replace(spec, views=number) if len(views) else spec
+    rows = labelled_rows_of(
+        x, y, kind, names, feature=feature, weight=sample_weight, views=[*views][:number]
+    )  # fmt: skip
     remarks = [*notes, *refuse_untrainable(rows.y, rows.task, names)]
     if len(rows) < (total := np.shape(y)[0]):
         remarks.append(f"{total - len(rows):,} of {total:,} training rows have no label and are left out")
@@ -219,13 +227,13 @@ def train_head(
     if head.engine == "sklearn":
         from embedcache.train.sklearn_engine import fit_sklearn
 
-        fitted = fit_sklearn(rows, head, spec)
+        fitted = fit_sklearn(rows.every_view(), head, spec)
     elif spec.solver == "convex":
         from embedcache.train.convex.solver import fit_convex
 
         if device != "cpu":
             remarks.append("the convex solver runs on the CPU")
-        fitted = fit_convex(rows, head, spec)
+        fitted = fit_convex(rows.every_view(), head, spec)
     else:
         from embedcache.train.minibatch import PassOptions, fit_minibatch
 
@@ -242,10 +250,12 @@ def train_head(
     if judged is not None and calibrate:
         trained = calibrated(trained, judged)
     seconds = time.perf_counter() - begun
-    metrics = {"train": measured(trained, rows.spread(_MEASURED), intervals=False)}
+    plain = replace(rows, views=None)
+    metrics = {"train": measured(trained, plain.spread(_MEASURED), intervals=False)}
     if judged is not None:
         metrics["validation"] = measured(trained, judged.spread(_MEASURED), intervals=intervals)
-    facts = {"training rows": f"{len(rows):,}", "validation rows": f"{len(judged) if judged else 0:,}"}
+    beside = f", with {counted(number, 'view')} each" if number else ""
+    facts = {"training rows": f"{len(rows):,}{beside}", "validation rows": f"{len(judged) if judged else 0:,}"}
     warn(remarks)
     return TrainingResult(trained, fitted, metrics, tuple(remarks), seconds, facts)
 
@@ -288,8 +298,9 @@ def calibrated(trained: TrainedHead, rows: LabelledRows) -> TrainedHead:
 
 
 def measured(trained: TrainedHead, rows: LabelledRows, *, intervals: bool) -> MetricValues:
-    """Return the metrics of a head on labelled rows; see ``measure``."""
-    outputs, thresholds = trained.probabilities(rows.x), trained.thresholds
+    """Return the metrics of a head on labelled rows, averaged over their views where they have any; see ``measure``."""
+    outputs, thresholds = trained.probabilities(rows.trained), trained.thresholds
+    outputs = outputs.reshape(rows.of_views + 1, len(rows), -1).mean(axis=0) if rows.of_views else outputs
     return measure(rows.task, rows.y, outputs, trained.class_names, intervals=intervals, thresholds=thresholds)
 
 

@@ -349,7 +349,7 @@ def fit_convex(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
         notes = (f"the solver stopped after {solution.iterations} iterations, short of the optimum",)
     entry = {
         "epoch": solution.iterations,
-        "train_loss": solution.loss / len(rows),
+        "train_loss": solution.loss * rows.repeats / len(rows),
         "gradient_norm": solution.gradient_norm,
     }
     return Fitted({"output.weight": solution.weight, "output.bias": solution.bias}, history=[entry], notes=notes)
