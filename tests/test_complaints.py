@@ -226,9 +226,9 @@ def test_a_batch_that_leaves_pictures_over_is_tried_at_load(vit: Path, monkeypat
         return network, *others
 
     monkeypatch.setattr(loading, "load_tower", uneven)
-    with pytest.raises(BackboneError, match=r"in another place of a batch of 3: .*multiple of 8 .*--batch-size"):
+    with pytest.raises(BackboneError, match=r"in another place of a batch of 3: .*multiple of 32 .*--batch-size"):
         load_backbone(vit, device="cpu", positions=3)
-    assert load_backbone(vit, device="cpu", positions=8).policy.rows(1) == 8
+    assert load_backbone(vit, device="cpu", positions=32).policy.rows(1) == 32
 
 
 def resident() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.metadata
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedcache.backbone.compute import Numbers
-from embedcache.backbone.device import threads
+from embedcache.backbone.device import WHOLE, threads
 from embedcache.backbone.model import FrozenModel, Inputs, Outputs, hidden_of
 from embedcache.backbone.network import quiet
 from embedcache.backbone.processor import PictureProcessor, Values, noise
@@ -45,10 +46,6 @@ PNG = base64.b85decode(
     "bH&6vRfPgwOhsj0_PVbPWT-s01FEVP7vna{|fgK0O|}9vfdu)0Y$%Rrc$jA<^TWy07*qoM6N<$f&"
 )
 """7 x 9 pixels with alpha."""
-
-EVEN = 8
-"""Kernels take so many numbers at a time, and compute what is left over in another way: in the last pictures of a batch
-of another size features may differ (seen: SwiftFormer and Kosmos-2, of 3, 5 and 7 pictures, not of 8 or 32)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,8 @@ class Pictures:
     class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
     ``patches`` is how many vectors a token-level set has of each picture. ``normed`` says that the pooler is no more
     than a norm (CLIP's of the class token, BEiT's of the mean): the vector that the network was trained to give.
-    ``views`` are made of each row.
+    ``views`` are made of each row. ``values`` divides the number of values that
+    any layer gives of a picture, see ``device.WHOLE``.
     """
 
     given = "pixels"
@@ -103,7 +101,7 @@ class Pictures:
         self.processor, self.name, self.views = processor, name, views
         parameter = next(network.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
-        self.skip, self.patches, self.channels_last, self.normed = 0, 1, False, False
+        self.skip, self.patches, self.channels_last, self.normed, self.values = 0, 1, False, False, 1
 
     @property
     def poolings(self) -> tuple[str, ...]:
@@ -208,9 +206,20 @@ class Pictures:
         import torch
 
         inputs = self.samples()[0].to(self.device)
-        norms = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
-        given: list[Tensor] = []
-        hooks = [norm.register_forward_hook(lambda _, arguments, output: given.append(output)) for norm in norms]
+        # What these give of a number is the same however many are taken at a time.
+        exact = (torch.nn.Conv2d, torch.nn.ReLU, torch.nn.ReLU6, torch.nn.ZeroPad2d)
+        normed: list[Tensor] = []
+        counts: list[int] = []
+
+        def note(module: torch.nn.Module, _: object, output: object) -> None:
+            if not isinstance(output, torch.Tensor) or not output.ndim:
+                return
+            if not isinstance(module, exact):
+                counts.append(output[0].numel())
+            if isinstance(module, torch.nn.LayerNorm):
+                normed.append(output)
+
+        hooks = [module.register_forward_hook(note) for module in network.modules()]
         try:
             with torch.inference_mode(), quiet(), threads(1 if self.device.type == "cpu" else None):
                 outputs: Outputs = network(**inputs.arguments, output_hidden_states=True)
@@ -224,7 +233,8 @@ class Pictures:
             return None
         self.channels_last = last.ndim == 4
         pooled = getattr(outputs, "pooler_output", None)
-        self.normed = any(output is pooled for output in given)
+        self.normed = any(output is pooled for output in normed)
+        self.values = math.gcd(*counts) or 1
         if _joined_late(states[0], last):
             raise BackboneError(
                 f"{self.name}: {type(network).__name__} has a class token in its last layers only, which would count "
@@ -272,10 +282,11 @@ def refuse_misbehaving(model: FrozenModel[Pixels], pictures: Pictures) -> None:
             f"{apart:.1e} of their size; batch normalisation in training mode does so): use another model"
         )
     rows = model.policy.rows(1)
-    if on_cpu and rows > 1 and rows % EVEN and any(_by_place(model, inputs) for inputs in pictures.everywhere(rows)):
+    whole = rows * pictures.values % WHOLE == 0
+    if on_cpu and rows > 1 and not whole and any(_by_place(model, inputs) for inputs in pictures.everywhere(rows)):
         raise BackboneError(
             f"{pictures.name}: {kind} gives a picture other features in another place of a batch of {rows}: give "
-            f"batches a multiple of {EVEN} pictures (extract --batch-size)"
+            f"batches a multiple of {WHOLE} pictures (extract --batch-size)"
         )
 
 
@@ -283,8 +294,10 @@ def _by_place(model: FrozenModel[Pixels], inputs: Inputs) -> bool:
     import torch
 
     with torch.inference_mode(), quiet(), threads(model.policy.pass_threads):
-        last = model.outputs(inputs).last_hidden_state
-    return not bool(((last == last[:1]) | last.isnan()).all())
+        outputs = model.outputs(inputs)
+    pooled = any(spec.pooling in ("pooler", "projected") for spec in model.specs)
+    read = (outputs.last_hidden_state, *([outputs.pooler_output] if pooled else []))
+    return not all(bool(((each == each[:1]) | each.isnan()).all()) for each in read)
 
 
 def _joined_late(first: Tensor, last: Tensor) -> bool:
