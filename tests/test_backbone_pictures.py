@@ -299,7 +299,33 @@ def test_pixels_are_those_of_the_plain_processor(tmp_path: Path, name: str, opti
     for width, height in ODD_SHAPES:
         image = decode(tiny_pictures.picture(width + height, size=(width, height)))
         expected = theirs(image, return_tensors="np")["pixel_values"]
-        np.testing.assert_array_equal(ours.normalized(ours(image)[None]), expected, f"{width} x {height}")
+        pixels = ours(image)
+        table = [ours.table[channel][pixels[channel]] for channel in range(3)]
+        np.testing.assert_array_equal([table], expected, f"{width} x {height}")
+        for last in (False, True):  # where the channels stand in memory, before and after
+            given = np.moveaxis(np.moveaxis(pixels, 0, -1).copy(), -1, 0) if last else pixels.copy()
+            shape = (1, *pixels.shape[1:], 3) if last else (1, *pixels.shape)
+            out = np.empty(shape, np.float32).transpose(0, 3, 1, 2) if last else np.empty(shape, np.float32)
+            for each in (given, pixels.copy()):
+                out[...] = 7
+                assert ours.normalized([each], out) is out
+                np.testing.assert_array_equal(out, expected, f"{width} x {height}")
+
+
+def test_rescaling_in_steps_is_held_to_every_number_of_the_table(tmp_path: Path) -> None:
+    """One number of 768 that the steps make otherwise, by its last bit, and they are not taken."""
+    tiny_pictures.save_processor(tmp_path, "ViTImageProcessor", **tiny_pictures.PLAIN, image_std=[0.3, 0.5, 0.7])
+    processor = load_processor(tmp_path, "it", None, False)
+    table = processor.table
+    assert table is not None
+    assert processor._steps is not None
+    changed = table.copy()
+    changed[1, 201] = np.nextafter(changed[1, 201], np.float32(9))
+    processor.table = changed
+    assert processor._steps is None
+    pixels = processor(decode(PICTURES[0]))
+    expected = [[changed[channel][pixels[channel]] for channel in range(3)]]
+    np.testing.assert_array_equal(processor.normalized([pixels]), expected)
 
 
 @pytest.mark.parametrize("resize", [None, "crop"])

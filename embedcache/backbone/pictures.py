@@ -165,17 +165,26 @@ class Pictures:
 
     def _room(self, pictures: int) -> Values:
         kind = np.uint8 if self.processor.table is not None else np.float32
-        return np.empty((pictures, 3, *self.processor.resizing.size), kind)
+        # Channels last, as Pillow has them and convolutional networks read them.
+        room: Values = np.empty((pictures, *self.processor.resizing.size, 3), kind).transpose(0, 3, 1, 2)
+        return room
 
     def lay_out(self, prepared: Pixels, batch: Batch) -> Inputs:
         """Lay pictures out at a canonical shape: pixels [batch.rows, 3, H, W]; dummies are zeros."""
-        values = np.zeros((batch.rows, *prepared.values.shape[1:]), np.float32)
-        values[: len(batch.indices)] = self.processor.normalized(prepared.values[batch.indices])
+        values, real = self._blank(batch.rows), len(batch.indices)
+        self.processor.normalized([prepared.values[row] for row in batch.indices], values[:real])
         return self._inputs(values)
 
     def dummies(self, rows: int, length: int) -> Inputs:
         """Lay out zeros."""
-        return self._inputs(np.zeros((rows, 3, *self.processor.resizing.size), np.float32))
+        return self._inputs(self._blank(rows))
+
+    def _blank(self, rows: int) -> Values:
+        """Return zeros, float32 [rows, 3, H, W], in memory as the network wants them."""
+        height, width = self.processor.resizing.size
+        shape = (rows, height, width, 3) if self.channels_last else (rows, 3, height, width)
+        blank: Values = np.zeros(shape, np.float32)
+        return blank.transpose(0, 3, 1, 2) if self.channels_last else blank
 
     def _inputs(self, values: Values) -> Inputs:
         import torch
