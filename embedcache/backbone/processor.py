@@ -109,8 +109,8 @@ class Resizing:
                 f"a picture of {image.width:,} x {image.height:,} pixels would be resized to {across:,} x {down:,}: "
                 f"expected at most {MOST_RESIZED:,} pixels; leave it out, or extract --resize squash"
             )
-        # Leaving out rows and columns that the box cuts off would save a sixth of this, and change bits: Pillow 13 resizes
-        # rows or columns first, by a rule of its own, and rounds in between (seen November 2026).
+        # Leaving out what the box cuts off would save a sixth of this, and change bits: Pillow 13 resizes rows or
+        # columns first, by a rule of its own, and rounds in between (seen November 2026).
         resized = image.resize((across, down), self.filter)
         if box is not None and self.how == "pad":
             from PIL import Image
@@ -255,7 +255,7 @@ class PictureProcessor:
     def normalized(self, pictures: Sequence[Values] | Values, out: Values | None = None) -> Values:
         """Return what ``__call__`` gave of n pictures, [n, 3, H, W], as float32 that the network is given.
 
-        It is put in ``out`` where that is given: one picture at a time, as each then stays in the processor's cache.
+        It is put in ``out`` where that is given: one picture at a time, as each then stays in the CPU's cache.
         """
         out = np.empty((len(pictures), *pictures[0].shape), np.float32) if out is None else out
         for picture, into in zip(pictures, out, strict=True):
