@@ -162,7 +162,7 @@ def backbone_of(head: TrainedHead, source: ModelSource, *, views: bool = False) 
         raise BackboneMismatchError("this head was trained on features of another sort of backbone than texts have")
     settings = replace(spec.settings, features=(head.feature.name,))
     if views and not settings.views:
-        raise SpecError("the head's cache has no views to average over: train it on one extracted with --views N")
+        raise SpecError("the head's cache has no views to average over: train it on one made by extract --views N")
     settings = settings if views else replace(settings, views=None, augment=None)
     return load_again(settings, source, ModelSource(head.model, head.revision), "the head was trained on")
 

@@ -106,7 +106,7 @@ def test_what_reads_all_rows_at_once_reads_every_view(head: Any) -> None:
 
 
 def test_wrong_views_are_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="views is 3: the features have 2; extract more with --views 3"):
+    with pytest.raises(SpecError, match="views is 3: the features have 2; make them by extract --views 3"):
         fitted(spec=replace(SPEC, views=3), views=VIEWS)
     with pytest.raises(SpecError, match="views is 1: the features have 0"):
         fitted(spec=TrainSpec(views=1))

@@ -367,7 +367,7 @@ def _finished(model: FrozenModel[P], asked: BackboneSettings, recipe: Recipe) ->
 
 
 def _move(device: str, name: str, *modules: torch.nn.Module | None) -> None:
-    with device_memory(f"the weights of {name}", "use a half type (--dtype bfloat16)"):
+    with device_memory(f"the weights of {name}", "use a half type (extract --dtype bfloat16)"):
         for module in modules:
             if module is not None:
                 module.to(device)

@@ -73,7 +73,7 @@ def replicas_of(backbone: LoadedBackbone, devices: Sequence[str]) -> Replicas:
         if expected is not None and probe is not None and not (other := difference(expected, probe)).same_bits:
             raise BackboneError(
                 f"{device} computes otherwise than {devices[0]} ({other.to_text()}): "
-                "rows of both would not mix; name devices of one kind with --devices"
+                "rows of both would not mix; name devices of one kind (extract --devices)"
             )
         copies.append(copy)
     return Replicas(copies)

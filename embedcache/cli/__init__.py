@@ -120,7 +120,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
-        click.echo("error: the device is out of memory: use smaller batches, or --device cpu", err=True)
+        click.echo("error: the device is out of memory: use smaller batches, or another device such as cpu", err=True)
         return 1
     except OSError as error:
         click.echo(shown(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)

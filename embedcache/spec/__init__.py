@@ -346,7 +346,9 @@ class TrainSpec:
         if self.views is None:
             return there
         if self.views > there:
-            raise SpecError(f"views is {self.views}: the features have {there}; extract more with --views {self.views}")
+            raise SpecError(
+                f"views is {self.views}: the features have {there}; make them by extract --views {self.views}"
+            )
         return self.views
 
     @property

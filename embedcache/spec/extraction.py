@@ -225,7 +225,7 @@ class BackboneSettings:
             raise SpecError("augment is given without views: say how many views of each picture are made")
         for feature in self.features:
             if feature != "auto" and FeatureSpec.parse(feature).view:
-                raise SpecError(f"{feature} is a set of views: ask for {plain_name(feature)[0]} with views (--views N)")
+                raise SpecError(f"{feature} is a set of views: ask for {plain_name(feature)[0]} by extract --views N")
 
     def over(self, recorded: BackboneSettings) -> BackboneSettings:
         """Return these settings, and the recorded ones where these leave something open.
