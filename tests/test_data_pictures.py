@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
+import os
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +62,13 @@ def small(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "train_lables.json": b"[3, 0, 3]", "test_lables.json": b"[9, 0]",
         },
         "emoji": {"emoji.json": json.dumps(emoji).encode(), "img/twitter/64/1.png": b"one"},
+        "fashion-mnist": {
+            f"datasets/fashion-mnist/{name}-{kind}-ubyte.gz": gzip.compress(header + GREY[name][kind].tobytes())
+            for name in ("train", "t10k") for kind, header in (("images-idx3", b"h" * 16), ("labels-idx1", b"h" * 8))
+        },
+        "tuxpaint": {"tuxpaint/stamps/town/flags/f.png": b"flag", "tuxpaint/stamps/town/f.ogg": b"sound"},
     }  # fmt: skip
-    monkeypatch.setattr(pictures, "CIFAR10_ROWS", {"train": 3, "test": 2})
+    monkeypatch.setattr(pictures, "ROWS", {"train": 3, "test": 2})
     for name, package in packages.items():
         known = pictures.PICTURE_SETS[name]
         small = replace(known, sha256=pictures.hash_of(list(known.files(package))))
@@ -73,6 +81,15 @@ def small(pictures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(pictures, "download", download)
     return downloaded
+
+
+GREY = {
+    name: {
+        "images-idx3": np.random.default_rng(7).integers(0, 256, (rows, 28, 28), np.uint8),
+        "labels-idx1": np.array([9, 0, 9][:rows], np.uint8),
+    }
+    for name, rows in (("train", 3), ("t10k", 2))
+}
 
 
 def files(folder: Path) -> list[str]:
@@ -92,6 +109,39 @@ def test_a_folder_a_class(pictures: ModuleType, small: list[str], tmp_path: Path
             assert np.array_equal(np.asarray(picture), sheet(3, 2)[1][row].reshape(32, 32, 3))
     assert pictures.main(["cifar10", "-o", str(tmp_path)]) == 0
     assert small == ["cifar10", "emoji"]  # made once
+
+
+def test_sets_of_debian(pictures: ModuleType, small: list[str], tmp_path: Path) -> None:
+    assert pictures.main(["fashion-mnist", "tuxpaint", "-o", str(tmp_path)]) == 0
+    assert files(tmp_path / "fashion-mnist") == [
+        "test/Ankle boot/00000.png", "test/T-shirt/00001.png",
+        "train/Ankle boot/00000.png", "train/Ankle boot/00002.png", "train/T-shirt/00001.png",
+    ]  # fmt: skip
+    with Image.open(tmp_path / "fashion-mnist/train/Ankle boot/00002.png") as picture:
+        assert picture.mode == "L"
+        assert np.array_equal(np.asarray(picture), GREY["train"]["images-idx3"][2])
+    assert files(tmp_path / "tuxpaint") == ["town/flags/f.png"]
+
+
+def test_a_package_of_debian_is_unpacked(
+    pictures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs of our own in the place of apt-get and dpkg-deb, so that no network is needed."""
+    archive = tmp_path / "data.tar"
+    with tarfile.open(archive, "w") as tar:
+        for path in ("./usr/share/tuxpaint/stamps/town/x.png", "./usr/share/doc/x"):
+            tar.addfile(tarfile.TarInfo(path))
+    for name, line in (("apt-get", "touch x_all.deb"), ("dpkg-deb", f"cat {archive}")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert pictures.download("tuxpaint") == {"tuxpaint/stamps/town/x.png": b""}
+    (tmp_path / "apt-get").write_text("#!/bin/sh\necho E: Unable to locate package >&2; exit 100\n")
+    assert pictures.main(["tuxpaint", "-o", str(tmp_path / "sets")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: apt-get could not download tuxpaint-stamps-default=2022.06.04-1 (E: Unable to locate package): "
+        "check the network and apt-get's settings, and run apt-get update"
+    )
 
 
 def test_what_is_not_the_set_is_kept_and_named(
@@ -121,14 +171,16 @@ def test_a_package_with_other_bytes_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_npm_it_is_one_line(
+def test_without_npm_or_apt_it_is_one_line(
     pictures: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert pictures.main(["emoji", "-o", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == (
-        "error: emoji comes out of an npm package: install npm (Node.js), or use a folder of your own\n"
-    )
+    assert pictures.main(["tuxpaint", "-o", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: emoji comes out of an npm package: install npm (Node.js), or use a folder of your own",
+        "error: tuxpaint comes out of a Debian package: run this on Debian or Ubuntu, or use a folder of your own",
+    ]
 
 
 def test_the_cards_have_what_the_program_checks(pictures: ModuleType) -> None:
