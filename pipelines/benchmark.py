@@ -27,6 +27,13 @@ def sections() -> dict[str, Any]:
     return {section.__name__: section for module in modules for section in getattr(module, "SECTIONS", ())}
 
 
+def chosen(names: list[str], found: dict[str, Any]) -> list[str]:
+    """Return the sections named, where the name of a module, such as ``images``, stands for all of its sections."""
+    modules = {name: section.__module__.removeprefix("benchmarks.") for name, section in found.items()}
+    several = {name: [each for each in found if modules[each] == name] for name in set(modules.values()) - set(found)}
+    return [each for name in names for each in several.get(name, [name])]
+
+
 def machine() -> dict[str, Any]:
     """Say what the figures were taken on."""
     import torch
@@ -48,11 +55,12 @@ def main() -> None:
         for name, section in found.items():
             print(f"{name:16} {(section.__doc__ or '').splitlines()[0]}")
         return
-    if unknown := [name for name in arguments.sections if name not in found]:
+    sections_asked = chosen(arguments.sections, found)
+    if unknown := [name for name in sections_asked if name not in found]:
         parser.error(f"no section {unknown[0]!r}: expected {', '.join(found)}")
     SETTINGS["rows"] = arguments.rows
     print("| figure | measured | bar |\n|---|---|---|")
-    for name in arguments.sections or found:
+    for name in sections_asked or found:
         found[name]()
         if arguments.json:  # after each section, so that an interrupted run keeps its figures
             arguments.json.write_text(json.dumps({"machine": machine(), "figures": TABLE}, indent=2) + "\n")
