@@ -20,7 +20,7 @@ def small(config: Any) -> dict[str, Any]:
                 made[key] = {"model_type": part.model_type, **small(part)}
         elif key in ("image_size", "img_size", "input_size"):
             made[key] = [SIDE] * len(value) if isinstance(value, (list, tuple)) else SIDE
-        elif _is_of_stages(key) and isinstance(value, (list, tuple)) and all(type(depth) is int for depth in value):
+        elif _is_of_stages(key) and isinstance(value, (list, tuple)) and _are_depths(value):
             made[key] = [1] * len(value)
         elif isinstance(value, int) and not isinstance(value, bool) and (size := _size(key.lower(), value)) != value:
             made[key] = size
@@ -36,6 +36,11 @@ def small(config: Any) -> dict[str, Any]:
 
 def _is_of_stages(key: str) -> bool:
     return "feature" not in key and any(word in key for word in ("depth", "num_blocks", "layers"))
+
+
+def _are_depths(values: list[Any] | tuple[Any, ...]) -> bool:
+    # A list with an entry for each of many layers says which of them are of a kind, and goes with their number.
+    return len(values) <= 8 and all(type(depth) is int for depth in values)
 
 
 def _size(key: str, value: int) -> int:

@@ -182,7 +182,7 @@ def test_what_cannot_be_is_refused_in_one_line(vit: Path, tmp_path: Path) -> Non
         load_backbone(vit, views=1, augment="crop+blur")
     with pytest.raises(SpecError, match="augment is given without views"):
         load_backbone(vit, augment="crop")
-    with pytest.raises(SpecError, match="mean:view1 is a set of views: ask for mean with views"):
+    with pytest.raises(SpecError, match="mean:view1 is a set of views: ask for mean by extract --views N"):
         load_backbone(vit, features=["mean:view1"], views=1)
     with pytest.raises(SpecError, match="views is 101"):
         load_backbone(vit, views=101)

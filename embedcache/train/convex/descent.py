@@ -123,7 +123,10 @@ class Objective:
             own -= own.max(axis=1, keepdims=True)
         of_label = flat[label]
         np.exp(own, out=own)
-        total = own @ np.ones(classes, own.dtype)  # a matrix product adds short rows faster than sum(axis=1)
+        # A matrix product adds short rows faster than sum(axis=1). Its kernel may read lanes behind a row and so raise
+        # the flag of an invalid operation that no result has; a loss that is not finite is seen where a step is judged.
+        with np.errstate(invalid="ignore"):
+            total = own @ np.ones(classes, own.dtype)
         losses = (np.log(total) - of_label).reshape(len(y), problems)
         share = np.reciprocal(total) if mass is None else mass.reshape(-1) / total
         own *= share[:, None]
