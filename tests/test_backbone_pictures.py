@@ -196,7 +196,9 @@ def test_a_picture_is_computed_alike_in_every_run(
     assert bits(cache) == {key: WHOLE[kind][key] for key in map(row_key, order[:count])}
 
 
-def test_convolutional_networks_have_half_the_pictures_a_batch(model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_batches_on_a_cpu_have_sixteen_pictures_where_nothing_is_left_over(
+    model: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Where layers give so many values of each that none of a batch are left over; a picture's place changes no bit."""
     for width in (14, 13):
         sizes = {"embedding_size": 7, "hidden_sizes": [11, width], "depths": [1, 1], "layer_type": "basic"}

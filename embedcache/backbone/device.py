@@ -19,25 +19,22 @@ POSITIONS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
 """Positions a batch, by device: on 2 CPU cores 1,024 is as fast as more and wastes least on dummy rows."""
 
 IMAGES = {"cpu": 32, "cuda": 128, "mps": 32}
-"""Images a batch, by device."""
-LARGE_NETWORK = 150_000_000
-"""Parameters from which on a batch on CPU has half as many: ViT-L and its like take seconds for each pass."""
+"""Images a batch, by device; on a CPU half as many where that leaves nothing over, see ``images_a_batch``."""
 WHOLE = 32
 """Kernels take so many numbers at a time, and compute what is left over in another way: where a layer's values of a
 whole batch are not a multiple of it, features may depend on a picture's place (seen in SwiftFormer and Kosmos-2 of 3, 5
 and 7 pictures; in SigLIP's pooler, 37 wide, of 16)."""
 
 
-def images_a_batch(network: torch.nn.Module, device: str, convolutional: bool, values: int) -> int:
+def images_a_batch(device: str, values: int) -> int:
     """Return how many images are a batch, where nobody has said; each layer gives a multiple of ``values`` of each.
 
-    On a CPU half as many for large networks, and for convolutional ones, where what a layer writes is still in the
-    processor's cache for the next: with two passes side by side and 32 MB of it, ResNet-50 took 47 ms in the place of
-    61 for a picture, EfficientNet-Lite0 13.5 in the place of 15, ViT-S as long as before.
+    On a CPU 16 where nothing is left over: what a layer of a convolutional network writes is then still in the cache
+    for the next (with two passes side by side and 32 MB of it, ResNet-50 took 47 ms in the place of 61 for a picture),
+    other networks are as fast as with 32, and fewer dummies are computed for few pictures.
     """
     kind = device.split(":")[0]
-    large = sum(parameter.numel() for parameter in network.parameters()) >= LARGE_NETWORK
-    half = kind == "cpu" and (convolutional or large) and IMAGES[kind] // 2 * values % WHOLE == 0
+    half = kind == "cpu" and IMAGES[kind] // 2 * values % WHOLE == 0
     return IMAGES[kind] // 2 if half else IMAGES[kind]
 
 

@@ -333,7 +333,7 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     pooled = pooler and getattr(outputs, "pooler_output", None) is not None
     auto = "pooler" if pooled and (pictures.normed or not pictures.skip) else "cls" if pictures.skip else "mean"
     specs = _feature_specs(asked.features, FeatureSpec(auto))
-    usual = images_a_batch(network, device, pictures.channels_last, pictures.values)
+    usual = images_a_batch(device, pictures.values)
     shapes = _shapes(replace(asked, positions=asked.positions or usual), 1, device)
     identity = {
         "backbone": _network_identity(folder, network, config, weights, code=trust),

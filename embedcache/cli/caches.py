@@ -139,8 +139,9 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     if (hint := compile_hint(examples, backbone, output_dir)) is not None:
         warn([hint])
     report = run(
-        examples, backbone, output_dir, engine=Here(threads, True, several), rows_per_shard=rows_per_shard,
-        keep_inputs=options["keep_inputs"], accept_numerics=options["accept_numerics"],
+        examples, backbone, output_dir, rows_per_shard=rows_per_shard,
+        engine=Here(threads, processes=True, devices=several), keep_inputs=options["keep_inputs"],
+        accept_numerics=options["accept_numerics"],
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())

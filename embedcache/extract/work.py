@@ -108,7 +108,7 @@ class Here:
             if self.processes and watch.total >= PROCESS_ROWS and len(self.devices) < 2:
                 others = stack.enter_context(workers(backbone, backbone.side_by_side(watch.total)))
                 run_batches = None if others is None else others.run_plan  # type: ignore[assignment]  # rows to take
-            elif len(self.devices) > 1:
+            elif len(self.devices) > 1 and watch.total:
                 run_batches = replicas_of(backbone, self.devices).run_plan  # type: ignore[arg-type]  # it is loaded
             stack.enter_context(kept_for(backbone))
             ready = stack.enter_context(contextlib.closing(prefetch(window.ready(backbone) for window in windows)))

@@ -28,7 +28,7 @@ from embedcache.pictures import decode
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS = ("EfficientNet-Lite0", "ResNet-50", "ViT-S/16")
-PICTURES = 96
+PICTURES = 128
 BATCH = 32
 STEPS = 10
 PATHS = 100_000

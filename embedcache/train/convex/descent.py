@@ -123,8 +123,9 @@ class Objective:
             own -= own.max(axis=1, keepdims=True)
         of_label = flat[label]
         np.exp(own, out=own)
-        # A matrix product adds short rows faster than sum(axis=1). Its kernel may read lanes behind a row and so raise
-        # the flag of an invalid operation that no result has; a loss that is not finite is seen where a step is judged.
+        # A matrix product adds short rows faster than sum(axis=1). Here the flag of an invalid operation was raised
+        # once, on a loaded machine, and never again in trying; a total that is not finite makes a loss that is not, and
+        # such a step is refused (``Walk.judge``).
         with np.errstate(invalid="ignore"):
             total = own @ np.ones(classes, own.dtype)
         losses = (np.log(total) - of_label).reshape(len(y), problems)
