@@ -72,6 +72,35 @@ def test_a_folder_is_extracted_trained_and_predicted(run_folder: Path, pets: Pat
     assert sum(name.split("/")[1] == label for name, label in predicted) > 8
 
 
+def test_probabilities_are_averaged_over_views_where_a_head_has_them(
+    vit: Path, pets: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    """The commands give what Python gives; without views they refuse. What is said of a run is for pictures."""
+    cache, head = tmp_path / "c", tmp_path / "r"
+    command("extract", pets, "-o", cache, "--model", vit, "--device", "cpu", "--views", 2)
+    said = command("train", cache, "-o", head, "--device", "cpu")
+    assert f"try  embedcache predict {head} picture.jpg" in said
+    card = (head / "README.md").read_text("utf-8")
+    assert "embedcache predict RUN picture.jpg" in card
+    assert "--text" not in card
+    picture = pets / "test" / "cat" / "3.jpg"
+    written = [command("predict", head, picture, "--device", "cpu", *more) for more in ((), ("--average-views",))]
+    plain, averaged = (probabilities_of(line) for line in written)
+    predictor = ec.Predictor.load(head, device="cpu", average_views=True)
+    assert averaged == pytest.approx(list(predictor([picture])[0].probabilities.values()), abs=1e-5)
+    assert plain != pytest.approx(averaged, abs=1e-4)
+    told = command("evaluate", head, cache, "--json")
+    assert told != command("evaluate", head, cache, "--json", "--average-views")
+    refused = command("predict", run_folder / "r", picture, "--average-views", "--device", "cpu", code=2)
+    assert "no views to average over: train it on one made by extract --views N" in refused
+
+
+def probabilities_of(table: str) -> list[float]:
+    """Return the probabilities of the one row of a table that ``predict`` wrote."""
+    (row,) = (line for line in table.splitlines() if line.split(",")[0].endswith(".jpg"))
+    return [float(cell) for cell in row.split(",")[3:]]
+
+
 def test_files_are_predicted_by_their_names(run_folder: Path, pets: Path, tmp_path: Path) -> None:
     files = sorted(pets.glob("test/*/*"))[:3]
     command("predict", run_folder / "r", *files, "-o", tmp_path / "p.jsonl")

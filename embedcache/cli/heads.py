@@ -55,6 +55,7 @@ def train(
     from embedcache.cache import FeatureCache
     from embedcache.errors import Interrupted
     from embedcache.heads.folder import RunFolder
+    from embedcache.heads.record import predict_command
     from embedcache.spec import TrainSpec
     from embedcache.train import train_on_cache
 
@@ -73,7 +74,8 @@ def train(
     else:
         say(metrics_text(result.metrics))
         predicts = result.head.extraction.has_backbone
-        say(f"saved in {output_dir}" + (f': try  embedcache predict {output_dir} --text "..."' * predicts))
+        trial = predict_command(result.head).replace("RUN", output_dir)
+        say(f"saved in {output_dir}" + f": try  {trial}" * predicts)
     if result.interrupted:
         raise Interrupted(
             f"stopped after {counted(len(result.history), 'epoch')}: the best head so far is saved in {output_dir}"

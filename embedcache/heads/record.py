@@ -103,13 +103,11 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
     if splits:
         lines += ["", "## Metrics", "", *_metrics(splits)]
     lines += ["", "## Use", "", "```python", *_use(head), "```", ""]
+    if head.extraction.has_backbone:
+        lines += ["```", predict_command(head), "```", ""]
     lines += [
-        "```",
-        'embedcache predict RUN --text "..."',
-        "```",
-        "",
-        "The head is only good for the features of the very backbone, tokenizer and settings in `config.json`; loading",
-        "checks that.",
+        "The head is only good for the features of the very backbone, preparation and settings in `config.json`;",
+        "loading checks that.",
         "",
         f"Written by embedcache {__version__}.",
         "",
@@ -123,9 +121,17 @@ def _calibration(head: HeadRecord) -> str:
     return "thresholds " + ", ".join(f"{threshold:.3g}" for threshold in head.thresholds[:_MOST])
 
 
+def predict_command(head: HeadRecord) -> str:
+    """Return a command that predicts with a head that has a backbone, saved in the folder ``RUN``."""
+    if head.extraction.content == "image":
+        return "embedcache predict RUN picture.jpg"
+    return 'embedcache predict RUN --text "..."'
+
+
 def _use(head: HeadRecord) -> list[str]:
     if head.extraction.has_backbone:
-        return ["from embedcache import Predictor", "", 'Predictor.load("RUN")(["a text"])']
+        row = "picture.jpg" if head.extraction.content == "image" else "a text"
+        return ["from embedcache import Predictor", "", f'Predictor.load("RUN")(["{row}"])']
     return ["from embedcache import TrainedHead", "", 'TrainedHead.from_pretrained("RUN").predict(features)']
 
 
