@@ -21,11 +21,16 @@ SIZES = {"movie-reviews": (10605, 10603), "sms-spam": (4837, 4522), "trec": (154
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare", DATA / "prepare.py")
+    return module_of("prepare")
+
+
+def module_of(name: str) -> ModuleType:
+    """Import a program of the folder."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -196,10 +201,13 @@ def test_the_card_has_what_the_program_checks(prepare: ModuleType, name: str) ->
 
 
 def test_every_set_has_a_card_and_is_listed(prepare: ModuleType) -> None:
+    """Of texts and of pictures, which have a program each."""
     cards = {path.stem for path in DATA.glob("*.md")} - {"README"}
-    assert set(prepare.DATA_SETS) == set(SIZES) == cards - {"cifar10", "emoji"}
+    of_pictures = set(module_of("prepare_pictures").PICTURE_SETS)
+    assert set(prepare.DATA_SETS) == set(SIZES)
+    assert cards == set(SIZES) | of_pictures
     listed = (DATA / "README.md").read_text(encoding="utf-8")
-    assert all(f"[{name}.md]({name}.md)" in listed for name in SIZES)
+    assert all(f"[{name}.md]({name}.md)" in listed for name in cards)
 
 
 def test_the_sample_is_what_the_readme_says() -> None:
