@@ -18,6 +18,7 @@ from embedcache.errors import SpecError
 from embedcache.heads import build_head, head_named
 from embedcache.heads.modules import Dropout
 from embedcache.spec import HeadSpec
+from embedcache.wording import counted
 
 
 def live_head(head: HeadSpec | str, options: Mapping[str, object] | None = None) -> HeadSpec:
@@ -57,7 +58,7 @@ class FeatureBasedModel(nn.Module):
         head: a module ``forward(x)``, or ``forward(x, mask)`` for token-level features, -> logits [B, C].
         freeze_backbone: whether only the head is trained.
 
-    Raises ``SpecError`` for a backbone with several feature sets.
+    Raises ``SpecError`` for a backbone with several feature sets, or one that makes views of its pictures.
     """
 
     def __init__(self, backbone: FrozenModel[Any], head: nn.Module, *, freeze_backbone: bool = True) -> None:
@@ -66,6 +67,11 @@ class FeatureBasedModel(nn.Module):
             raise SpecError(
                 f"a live model reads one feature set, got {', '.join(spec.name for spec in backbone.specs)}: "
                 "load the backbone with one of them"
+            )
+        if backbone.views:
+            raise SpecError(
+                f"a live model reads plain pictures, and this backbone makes {counted(backbone.views, 'view')} of each "
+                "besides: load it without views"
             )
         self.extractor = backbone
         self.backbone: nn.Module = backbone.network

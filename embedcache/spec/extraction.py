@@ -231,7 +231,7 @@ class BackboneSettings:
         """Return these settings, and the recorded ones where these leave something open.
 
         The same feature sets in another order are those of the record in its order. Settings recorded of another kind
-        of content decide nothing.
+        of content decide nothing. No views, ``views=0``, leave nothing to augment.
         """
         if None not in (self.content, recorded.content) and self.content != recorded.content:
             return self
@@ -245,6 +245,8 @@ class BackboneSettings:
             asked = {"max_length": self.max_length, "positions": self.positions, "threads": self.pass_threads}
             changed = {name: number for name, number in asked.items() if number is not None}
             merged["shapes"] = {**(self.shapes or recorded.shapes), **changed}
+        if self.views == 0:
+            merged["augment"] = self.augment
         features = recorded.features if same or not self.features else self.features
         return BackboneSettings(**{**merged, "features": features})
 
