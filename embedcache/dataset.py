@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from embedcache.errors import InputError
 from embedcache.fingerprint import KEY_BYTES, row_key
 from embedcache.shard import Array
-from embedcache.spec import TaskName
+from embedcache.spec import PixelRange, TaskName
 from embedcache.task import task_named
 from embedcache.wording import counted
 
@@ -272,7 +272,8 @@ class Examples(Dataset):
     """The usable rows of an input, N of them: a dataset and its contents.
 
     ``kind`` is what a content is, such as ``text``. ``notes`` are one-line facts to print: what was guessed, leaks,
-    contradicting labels, classes a split lacks. ``n_unique`` counts different contents. See ``Dataset`` for the rest.
+    contradicting labels, classes a split lacks. ``n_unique`` counts different contents.
+    ``pixel_range`` is that of pictures whose pixels have none of their own. See ``Dataset`` for the rest.
     """
 
     ids: IdColumn
@@ -280,6 +281,7 @@ class Examples(Dataset):
     packed_contents: Contents
     n_unique: int
     notes: tuple[str, ...] = ()
+    pixel_range: PixelRange | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.split_sizes().items())

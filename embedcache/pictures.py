@@ -1,15 +1,19 @@
 """The one rule of decoding: an image file's bytes -> RGB pixels. ``FORMAT.md`` states it; ``DECODING`` numbers it.
 
 The size is read from the header before anything is decoded. Of several frames the first counts. The EXIF orientation is
-applied; a broken one is ignored. 16-bit grey keeps its upper byte; floating-point and 32-bit integer pixels, which have
-no range of their own, are refused. Whatever has transparency is laid over white. The result is RGB.
+applied; a broken one is ignored. Grey of 16 bits (of 12 in a TIFF) keeps its upper 8. Floating-point and 32-bit integer
+pixels have no range of their own: they are refused, or a range that is given becomes 0 to 255. Whatever has
+transparency is laid over white. The result is RGB.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import io
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -47,7 +51,7 @@ _PLUGINS = {
     "JPEG2000": "Jpeg2KImagePlugin",
     "AVIF": "AvifImagePlugin",
 }
-_ORIENTATION = 0x0112
+_ORIENTATION, _BITS = 0x0112, 0x0102
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -59,8 +63,8 @@ _TURNS = {
 }
 _TRANSPARENT = ("P", "PA", "LA", "La", "RGBA", "RGBa")
 _LOADING = [threading.Lock() for _ in range(31)]
-_PREFIX = 16
-"""Bytes of a file that its format is told by."""
+_PREFIX = 32
+"""Bytes of a file that its format is told by, and of WebP the size."""
 
 
 def size_of(content: bytes) -> tuple[int, int]:
@@ -72,32 +76,34 @@ def size_of(content: bytes) -> tuple[int, int]:
         return picture.width, picture.height
 
 
-def decode(content: bytes) -> Image.Image:
+def decode(content: bytes, pixel_range: tuple[float, float] | None = None) -> Image.Image:
     """Return an image file as a picture of mode RGB, by the rule that this module states.
 
     Raises ``PictureError`` with a short reason for what cannot be decoded whole, ``MissingExtraError`` without Pillow.
     """
     with _explained(), _opened(content) as picture:
         picture.load()
-        return _rgb(_upright(picture))
+        return _upright(_rgb(picture, pixel_range), picture)
 
 
-def canonical(value: object) -> bytes:
+def canonical(value: object, pixel_range: tuple[float, float] | None = None) -> bytes:
     """Return the content of a row: bytes as they are, pixels as a binary PPM of RGB, which no library version changes.
 
-    ``value`` is the bytes of an image file, a PIL image, or an array of uint8 [H, W], [H, W, 3] or [H, W, 4].
+    ``value`` is the bytes of an image file, a PIL image, or an array of uint8 [H, W], [H, W, 3] or [H, W, 4]; with a
+    range, an array [H, W] or [H, W, 3] of other numbers too.
     Raises ``PictureError`` for anything else.
     """
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     with _explained():
-        picture = _rgb(_upright(_from_pixels(value)))
+        given = _from_pixels(value, pixel_range)
+        picture = _upright(_rgb(given, pixel_range), given)
         return b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
 
 
-def thumbnail(content: bytes, side: int) -> bytes:
+def thumbnail(content: bytes, side: int, pixel_range: tuple[float, float] | None = None) -> bytes:
     """Return a picture in at most ``side`` x ``side`` pixels, as a PNG. Raises what ``decode`` does."""
-    picture = decode(content)
+    picture = decode(content, pixel_range)
     picture.thumbnail((side, side))
     file = io.BytesIO()
     # Made anew, as the file's own comments and colour profile need no room on a page.
@@ -111,7 +117,7 @@ def _from_bytes(picture: Image.Image) -> Image.Image:
     return Image.frombytes("RGB", picture.size, picture.tobytes())
 
 
-def _from_pixels(value: object) -> Image.Image:
+def _from_pixels(value: object, pixel_range: tuple[float, float] | None) -> Image.Image:
     import numpy as np
     from PIL import Image
 
@@ -125,6 +131,10 @@ def _from_pixels(value: object) -> Image.Image:
             f"is of type {type(value).__name__}: expected an image file's bytes, a PIL image or an array"
         )
     shape = value.shape
+    numbers = value.dtype != np.uint8 and value.dtype.kind in "iuf" and 0 not in shape
+    if numbers and pixel_range is not None and (value.ndim == 2 or shape[2:] == (3,)):
+        _check_size((shape[1], shape[0]))
+        value = _scaled(value, pixel_range)
     if value.dtype != np.uint8 or not (value.ndim == 2 or (value.ndim == 3 and shape[2] in (3, 4))) or 0 in shape:
         raise PictureError(
             f"is an array of {value.dtype} of shape {shape}: expected uint8 [height, width], [height, width, 3] or "
@@ -178,7 +188,24 @@ def _openers() -> list[tuple[Callable[..., Any], Callable[[bytes], bool | str]]]
         opener, accepts = Image.OPEN[name]
         assert accepts is not None
         found.append((opener, accepts))
+    _silence()
     return found
+
+
+def _silence() -> None:
+    """Keep libtiff and Pillow's logger from writing to stderr about broken files, of which we tell in a line.
+
+    Pillow leaves libtiff its own handler of errors, which prints. The copy of the library that is loaded by now can be
+    told to have none, for the whole process; where it is not found among what is mapped (not Linux), it goes on.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with contextlib.suppress(OSError, AttributeError):
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+            paths = {line.split(maxsplit=5)[-1].rstrip("\n") for line in file if "libtiff" in line}
+        for path in paths:
+            handler = ctypes.CDLL(path).TIFFSetErrorHandler
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
 
 
 def _opened(content: bytes) -> Any:
@@ -190,10 +217,24 @@ def _opened(content: bytes) -> Any:
         raise PictureError("is empty")
     for opener, accepts in _openers():
         if accepts(content[:_PREFIX]) is True:
+            _check_size(_webp_size(content[:_PREFIX]))  # Pillow has room for all of it made before it tells its size
             picture = opener(io.BytesIO(content), "")
             _check_size(picture.size)
             return picture
     raise PictureError(f"is not a picture in a format that is read ({', '.join(_PLUGINS)})")
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Return the size that the header of a WebP states (RFC 9649, 2.5 to 2.7), 1 x 1 for anything else."""
+    kind, number = head[12:16] if head[8:12] == b"WEBP" else b"", functools.partial(int.from_bytes, byteorder="little")
+    if kind == b"VP8X":
+        return 1 + number(head[24:27]), 1 + number(head[27:30])
+    if kind == b"VP8L":
+        bits = number(head[21:25])
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return max(1, number(head[26:28]) & 0x3FFF), max(1, number(head[28:30]) & 0x3FFF)
+    return 1, 1
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -208,18 +249,19 @@ def _check_size(size: tuple[int, int]) -> None:
         )
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, which is read after loading, as a PNG has it behind the pixels."""
+def _upright(picture: Image.Image, given: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of ``given``, read after it is loaded, as a PNG has it behind the pixels."""
     from PIL import Image
 
     try:
-        turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+        turn = _TURNS.get(given.getexif().get(_ORIENTATION, 1))
     except Exception:  # what follows a picture's pixels is no reason to lose the picture
         turn = None
     return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, pixel_range: tuple[float, float] | None) -> Image.Image:
+    import numpy as np
     from PIL import Image
 
     if picture.mode == "RGB" and "transparency" not in picture.info:
@@ -227,8 +269,13 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return Image.fromarray(_upper_bytes(picture)).convert("RGB")
     if picture.mode in ("F", "I"):
+        if pixel_range is not None:
+            return Image.fromarray(_scaled(np.asarray(picture), pixel_range)).convert("RGB")
         kind = "floating-point" if picture.mode == "F" else "32-bit integer"
-        raise PictureError(f"has {kind} pixels, whose range is not known: save it with 8 or 16 bits")
+        raise PictureError(
+            f"has {kind} pixels, whose range is not known: say which values are black and white (extract --pixel-range "
+            "LOW HIGH, pixel_range=(LOW, HIGH)), or save it with 8 or 16 bits"
+        )
     if picture.mode in _TRANSPARENT or "transparency" in picture.info:
         with_alpha = picture.convert("RGBA")
         white = Image.new("RGB", picture.size, "white")
@@ -238,6 +285,22 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _upper_bytes(picture: Image.Image) -> NDArray[np.uint8]:
+    """Return the upper 8 bits of grey of 16, or of the 12 that a TIFF states; other formats scale theirs to 16."""
     import numpy as np
 
-    return (np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8)
+    bits = 12 if getattr(picture, "tag_v2", {}).get(_BITS) == (12,) else 16
+    return (np.asarray(picture).clip(0, 2**bits - 1) >> bits - 8).astype(np.uint8)
+
+
+def _scaled(values: NDArray[Any], pixel_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """Scale a range to 0 to 255, linearly and in float64, to nearest, halves up; what is beyond is clipped."""
+    import numpy as np
+
+    low, high = pixel_range
+    scaled = values.astype(np.float64)
+    if np.isnan(scaled).any():
+        raise PictureError("has pixels that are not numbers (NaN): fill them in")
+    with np.errstate(over="ignore"):
+        for step, number in ((np.subtract, low), (np.divide, high - low), (np.multiply, 255), (np.add, 0.5)):
+            step(scaled, number, out=scaled)
+    return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)

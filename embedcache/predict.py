@@ -15,7 +15,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, compute_features, load_again, probe_of, run_plan, views_of
 from embedcache.batching import plan
 from embedcache.errors import BackboneMismatchError, InputError, SpecError, warn
-from embedcache.examples import CONTENTS, Content, Examples
+from embedcache.examples import Content, Examples, content_of
 from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
@@ -42,7 +42,8 @@ class Prediction:
 class Predictor:
     """A trained head and the backbone that its features come from.
 
-    ``kind`` is what it reads, ``text`` or ``image``. ``numerics`` says whether this machine computes the features that
+    ``kind`` is what it reads, ``text`` or ``image``, and ``pixel_range`` what its cache recorded of pictures whose
+    pixels have no range of their own. ``numerics`` says whether this machine computes the features that
     the head was trained on to the bit, or how far off they are at most: the probe of the head's cache is run here,
     which takes a few forward passes. With ``average_views``, probabilities are the mean over the plain picture and its
     views, made as those that the head was trained on.
@@ -60,7 +61,8 @@ class Predictor:
         self.average_views = average_views
         self.head = head
         self.backbone = backbone
-        self.kind = ExtractionSpec(backbone.identity).content or "text"
+        extraction = ExtractionSpec(backbone.identity)
+        self.kind, self.pixel_range = extraction.content or "text", extraction.pixel_range
         refuse_other_backbone(head, backbone)
         here = probe_of(backbone) if head.probe is not None else None
         self.numerics = difference(head.probe, here and here.only(head.feature.name))
@@ -102,9 +104,7 @@ class Predictor:
 
     @property
     def _content(self) -> Content:
-        if (content := CONTENTS.get(self.kind)) is None:
-            raise InputError(f"rows of the kind {self.kind!r} cannot be read here: give their contents, as bytes")
-        return content
+        return content_of(self.kind, self.pixel_range)
 
     def contents(self, contents: Sequence[bytes]) -> list[Prediction]:
         """Predict rows by their canonical content, as ``Examples.contents`` gives it; equal rows are computed once."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import tiny_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.backbone import load_backbone
 from embedcache.cli import run as command_line
 from embedcache.compare import APPROACHES, break_even, compare_training_approaches
 from embedcache.compare import run as running
@@ -39,8 +37,6 @@ from embedcache.errors import (
     TrainingError,
 )
 from embedcache.examples import load_examples
-from embedcache.extract import extract
-from embedcache.finetune import FeatureBasedModel, LinearClassifier
 from embedcache.spec import BackboneSettings, HeadSpec, ModelSource
 from embedcache.task import CLASSIFICATION
 from embedcache.train.metrics import interval
@@ -665,20 +661,3 @@ def test_image_models_are_compared_too(tmp_path: Path, jobs: list[Job], kind: st
     assert [type(job).__name__ for job in jobs].count("ExtractionJob") == 1
     assert found.row("full").total_seconds > 0
     assert all(0 <= found.row(name).test <= 1 for name in ("cached", "frozen", "full", "lp-ft"))
-
-
-def test_a_live_model_reads_plain_pictures_where_the_cache_has_views(tmp_path: Path, jobs: list[Job]) -> None:
-    """The folder's cache has views, and another feature set: a live model is loaded without either."""
-    model = tiny_pictures.build("vit", tmp_path / "model")
-    examples = tiny_pictures.examples_of(tiny_pictures.pictures(24), splits=("train", "train", "validation", "test"))
-    options: dict[str, Any] = {"inputs": examples, "pooling": "mean", "epochs": 1, "seeds": [3]}
-    plain = compare(str(model), tmp_path / "plain", approaches=["cached", "frozen"], **options)
-    compare(str(model), tmp_path / "c", approaches=["cached"], **options)
-    (cache,) = (tmp_path / "c" / "caches").iterdir()
-    shutil.rmtree(cache)
-    extract(examples, output_dir=cache, model=model, pooling=["mean", "cls"], views=2, device="cpu", keep_inputs=True)
-    found = compare(str(model), tmp_path / "c", approaches=["cached", "frozen"], **options)
-    assert [type(job).__name__ for job in jobs].count("ExtractionJob") == 2
-    assert found.row("frozen").test == plain.row("frozen").test
-    with pytest.raises(SpecError, match="makes 2 views of each besides: load it without views"):
-        FeatureBasedModel(load_backbone(model, features=("mean",), views=2, device="cpu"), LinearClassifier(22, 2))

@@ -27,6 +27,7 @@ from embedcache.examples import content as reading
 from embedcache.examples import load_examples
 from embedcache.extract import extract
 from embedcache.pictures import decode
+from embedcache.spec import PixelRange
 
 HERE = Path(__file__).parent
 COMPLAINTS: dict[str, tuple[str, ...]] = {
@@ -125,8 +126,8 @@ def test_pixels_of_another_decoder_are_not_mixed_in(vit: Path, tmp_path: Path, m
     options: dict[str, Any] = {"output_dir": tmp_path / "c", "model": vit, "device": "cpu"}
     before = extract(tiny_pictures.examples_of(contents[:7]), **options).features()[:]
 
-    def nudged(content: bytes) -> Image.Image:
-        image = decode(content)
+    def nudged(content: bytes, pixel_range: PixelRange | None = None) -> Image.Image:
+        image = decode(content, pixel_range)
         if content.startswith(b"\xff\xd8"):
             values = np.asarray(image).copy()
             values[::5, ::3, 1] ^= 1
@@ -264,9 +265,9 @@ def test_a_bad_jpeg_costs_the_others_nothing(vit: Path, tmp_path: Path, monkeypa
             path.write_bytes(content[:200] if (name, number) == ("bad", 9) else content)
     decoded: list[bytes] = []
 
-    def counted(content: bytes) -> Image.Image:
+    def counted(content: bytes, pixel_range: PixelRange | None = None) -> Image.Image:
         decoded.append(content)
-        return decode(content)
+        return decode(content, pixel_range)
 
     monkeypatch.setattr(reading.pictures, "decode", counted)
     monkeypatch.setattr(preparing, "decode", counted)

@@ -324,7 +324,7 @@ def test_paths_and_bytes_in_one_column(folder: Path, monkeypatch: pytest.MonkeyP
 def test_memory_over_many_paths_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = put(tmp_path / "a.png", FILES[0])
     monkeypatch.setattr(content, "_file", lambda path: file.read_bytes() + path.encode()[-12:])
-    monkeypatch.setattr(content.pictures, "decode", lambda content: None)
+    monkeypatch.setattr(content.pictures, "decode", lambda content, _: None)
 
     def peak(number: int) -> int:
         path = put(tmp_path / "a.csv", "image,label\n" + "".join(f"{row:08}.png,{row % 2}\n" for row in range(number)))
@@ -440,7 +440,7 @@ def test_files_among_the_inputs(folder: Path) -> None:
 
 def test_each_file_is_read_and_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[bytes] = []
-    monkeypatch.setattr(content.pictures, "decode", decoded.append)
+    monkeypatch.setattr(content.pictures, "decode", lambda content, _: decoded.append(content))
     load_examples(folder)
     load_examples(rows("image", FILES))
     assert sorted(decoded) == sorted(FILES * 2)

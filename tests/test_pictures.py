@@ -119,8 +119,82 @@ def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
     ],
 )
 def test_pixels_without_a_range_are_refused(values: Pixels, reason: str) -> None:
-    with pytest.raises(PictureError, match=reason):
+    with pytest.raises(PictureError, match=f"{reason}.*extract --pixel-range LOW HIGH"):
         decode(saved(values, "TIFF"))
+
+
+def test_a_range_becomes_0_to_255() -> None:
+    """Linearly, to the nearest, halves up; what is beyond is clipped. By hand: -3 is black and 7 white."""
+    values = np.array([[-np.inf, -4, -3, 2, 7, 9, np.inf], [-2.99, -2.98, 0.5, 0, 6.98, 6.99, 1.23]], np.float32)
+    expected = [[0, 0, 0, 128, 255, 255, 255], [0, 1, 89, 77, 254, 255, 108]]
+    np.testing.assert_array_equal(np.asarray(decode(saved(values, "TIFF"), (-3, 7)))[..., 1], expected)
+    whole = np.array([[-(2**31), 0, 2**30, 2**31 - 1]], np.int32)
+    shown = np.asarray(decode(saved(whole, "TIFF"), (0, 2.0**31)))
+    assert shown[0].tolist() == [[0] * 3, [0] * 3, [128] * 3, [255] * 3]
+    for value in (values, Image.fromarray(values), np.dstack([values] * 3)):
+        np.testing.assert_array_equal(pixels(canonical(value, (-3, 7)))[..., 2], expected)
+    with pytest.raises(PictureError, match="array of float32 of shape"):
+        canonical(values)
+    values[1, 1] = np.nan
+    with pytest.raises(PictureError, match="not numbers"):
+        decode(saved(values, "TIFF"), (-3, 7))
+
+
+def test_a_range_is_only_of_pixels_that_have_none() -> None:
+    deep = (GREY.astype(np.uint16) << 8) | 77
+    for content in (saved(RGB), saved(GREY), saved(deep), saved(deep, "TIFF"), b"P5\n7 5\n65535\n" + deep.tobytes()):
+        np.testing.assert_array_equal(np.asarray(decode(content, (0.0, 1.0))), pixels(content))
+
+
+def test_twelve_bits_are_scaled() -> None:
+    """A TIFF by hand, two pixels of 12 bits in three bytes; it was dark. Turned, as tags are lost on the way."""
+    twelve = [[0x000, 0x7F0, 0x80F, 0xFFF], [0x010, 0xFEF, 0x123, 0xABC]]
+    data = b"".join(
+        bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255])
+        for row in twelve
+        for a, b in zip(row[::2], row[1::2], strict=True)
+    )
+    for turn, expected in ((1, [[0x00, 0x7F, 0x80, 0xFF], [0x01, 0xFE, 0x12, 0xAB]]),
+                           (3, [[0xAB, 0x12, 0xFE, 0x01], [0xFF, 0x80, 0x7F, 0x00]])):  # fmt: skip
+        entries = [
+            (256, 4),
+            (257, 2),
+            (258, 12),
+            (259, 1),
+            (262, 1),
+            (273, 8),
+            (274, turn),
+            (277, 1),
+            (278, 2),
+            (279, 12),
+        ]
+        table = struct.pack("<H", len(entries)) + b"".join(
+            struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries
+        )
+        content = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + table + bytes(4)
+        np.testing.assert_array_equal(pixels(content), grey(np.array(expected)))
+
+
+def test_libraries_print_nothing_of_broken_files(capfd: pytest.CaptureFixture[str]) -> None:
+    """libtiff has a handler of its own for that, which knows nothing of Python's stderr."""
+    grain = RNG.integers(0, 256, (41, 43, 3), np.uint8)
+    content = bytearray(saved(grain, "TIFF", compression="tiff_adobe_deflate"))
+    content[2000:2040] = bytes(40)
+    with pytest.raises(PictureError, match="broken picture"):
+        decode(bytes(content))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_webp_over_the_limit_is_told_by_its_header() -> None:
+    for chunk in (
+        b"VP8L\0\0\0\0/" + struct.pack("<I", 16382 | 16382 << 14) + bytes(9),
+        b"VP8X\0\0\0\0" + bytes(4) + b"\xfe\x3f\0\xfe\x3f\0" + bytes(4),
+        b"VP8 \0\0\0\0\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 16383, 16383) + bytes(4),
+    ):
+        with pytest.raises(
+            PictureError, match=r"^is 16,383 x 16,383 pixels, more than 64 megapixels: make it smaller$"
+        ):
+            decode(b"RIFF\0\0\0\0WEBP" + chunk)
 
 
 def over_white(colours: Pixels, alpha: Pixels) -> Pixels:

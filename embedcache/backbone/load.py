@@ -46,7 +46,7 @@ from embedcache.backbone.views import NO_VIEWS, Views
 from embedcache.batching import ShapePolicy
 from embedcache.errors import BackboneError, SpecError
 from embedcache.fingerprint import sha256_file
-from embedcache.spec import AUGMENT, BackboneSettings, FeatureSpec, ModelSource, augments
+from embedcache.spec import AUGMENT, BackboneSettings, FeatureSpec, ModelSource, augments, checked_range
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +196,7 @@ def load_backbone(
     resize: str | None = None,
     views: int | None = None,
     augment: str | None = None,
+    pixel_range: Sequence[float] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedBackbone:
@@ -228,6 +229,8 @@ def load_backbone(
         augment: what makes a view: ``crop`` (35 % to 100 % of the area), ``flip`` (left to right, every other time; not
             for what has a left and a right, such as digits or text), ``colour`` (brightness, contrast and saturation
             between 0.6 and 1.4 times), joined by ``+``; None for ``crop+flip``.
+        pixel_range: the values of floating-point and 32-bit integer pixels that are black and white: what is between
+            is scaled linearly, what is beyond is clipped. Without it such images are refused.
         revision: the hub's branch, tag or commit.
         trust_remote_code: run Python that comes with the model.
 
@@ -239,6 +242,7 @@ def load_backbone(
     asked = BackboneSettings(
         tuple(features), max_length, truncation_side, prompt, compute_dtype, storage_dtype, attention, compiled,
         policy, positions, pass_threads, content, resize, views, augment,
+        None if pixel_range is None else checked_range(pixel_range),
     )  # fmt: skip
     asked.refuse_impossible()
     source = ModelSource(model_name(model), revision, device, trust_remote_code)
@@ -258,8 +262,9 @@ def _content(folder: Path, name: str, asked: BackboneSettings) -> str:
             f"{name} reads {_PLURAL[there[0]]}, not {_PLURAL[kind]}, as its folder has no {needed}: "
             f"name a model that reads {_PLURAL[kind]} with --model"
         )
-    of_texts = {"max_length": asked.max_length, "prompt": asked.prompt}
-    of_images = {"resize": asked.resize, "views": asked.views or None, "augment": asked.augment}
+    of_texts: dict[str, object] = {"max_length": asked.max_length, "prompt": asked.prompt}
+    of_images: dict[str, object] = {"resize": asked.resize, "views": asked.views or None, "augment": asked.augment}
+    of_images["pixel_range"] = asked.pixel_range
     of_others = of_images if kind == "text" else of_texts
     if wrong := [setting for setting, value in of_others.items() if value is not None]:
         raise SpecError(f"{wrong[0]} is given, and {name} reads {_PLURAL[kind]}: leave it out")
@@ -326,7 +331,7 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     network, pooler, projection = load_tower(folder, name, str(asked.compute_dtype), asked.attention, trust)
     _move(device, name, network, projection)
     views = Views(asked.views, augments(asked.augment or AUGMENT)) if asked.views else NO_VIEWS
-    pictures = Pictures(processor, network, name, views)
+    pictures = Pictures(processor, network, name, views, asked.pixel_range)
     outputs = pictures.study(network)
     if pictures.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it

@@ -21,7 +21,7 @@ from embedcache.batching import Batch
 from embedcache.errors import BackboneError
 from embedcache.fingerprint import sha256_bytes
 from embedcache.pictures import DECODING, decode, mapped
-from embedcache.spec import FeatureSpec
+from embedcache.spec import FeatureSpec, PixelRange
 
 if TYPE_CHECKING:
     import torch
@@ -88,17 +88,18 @@ class Pictures:
     class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
     ``patches`` is how many vectors a token-level set has of each picture. ``normed`` says that the pooler is no more
     than a norm (CLIP's of the class token, BEiT's of the mean): the vector that the network was trained to give.
-    ``views`` are made of each row. ``values`` divides the number of values that
-    any layer gives of a picture, see ``device.WHOLE``.
+    ``views`` are made of each row; ``pixel_range`` is that of pixels that have none of their own. ``values`` divides
+    the number of values that any layer gives of a picture, see ``device.WHOLE``.
     """
 
     given = "pixels"
     probe_rows = (JPEG, PNG)
 
     def __init__(
-        self, processor: PictureProcessor, network: torch.nn.Module, name: str, views: Views = NO_VIEWS
-    ) -> None:
-        self.processor, self.name, self.views = processor, name, views
+        self, processor: PictureProcessor, network: torch.nn.Module, name: str, views: Views = NO_VIEWS,
+        pixel_range: PixelRange | None = None,
+    ) -> None:  # fmt: skip
+        self.processor, self.name, self.views, self.pixel_range = processor, name, views, pixel_range
         parameter = next(network.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
         self.skip, self.patches, self.channels_last, self.normed, self.values = 0, 1, False, False, 1
@@ -117,9 +118,11 @@ class Pictures:
     def to_json(self) -> dict[str, object]:
         """Return how rows are prepared, as a spec holds it."""
         resizing = self.processor.resizing
+        ranged = {} if self.pixel_range is None else {"pixel_range": list(self.pixel_range)}
         return {
             "kind": "image", "decoding": DECODING, "processor": self.processor.settings, "resize": resizing.how,
             "size": list(resizing.size), "memory_format": "channels_last" if self.channels_last else "contiguous",
+            **ranged,
         }  # fmt: skip
 
     def versions(self) -> dict[str, str]:
@@ -138,7 +141,7 @@ class Pictures:
         values = self._room(len(contents) * (self.views.number + 1))
 
         def put(row: int) -> None:
-            image, first = decode(contents[row]), row * (self.views.number + 1)
+            image, first = decode(contents[row], self.pixel_range), row * (self.views.number + 1)
             for view in range(self.views.number + 1):
                 values[first + view] = self.pixels(image, contents[row], view)
 
@@ -150,7 +153,7 @@ class Pictures:
         values = self._room(len(contents))
 
         def put(row: int) -> None:
-            values[row] = self.pixels(decode(contents[row]), contents[row], int(views[row]))
+            values[row] = self.pixels(decode(contents[row], self.pixel_range), contents[row], int(views[row]))
 
         mapped(put, range(len(contents)))
         return Pixels(values, self.patches)

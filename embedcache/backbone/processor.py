@@ -144,6 +144,9 @@ def preprocessing_text(prepared: object) -> str | None:
             if settings.get("do_normalize") and key in settings
         ]
         seen = f"{width} x {height}, {how}: {resizing.shown(640, 480):.0%} of it is seen"
+        if "pixel_range" in prepared:
+            low, high = (float(number) for number in prepared["pixel_range"])
+            scaled.append(f"float and 32-bit pixels from {low:g} (black) to {high:g} (white)")
         return "; ".join([seen, *scaled])
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return "prepared in a way that is not known here"

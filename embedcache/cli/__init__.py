@@ -78,7 +78,8 @@ def _notes() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if not issubclass(category, EmbedcacheWarning):
-                usual(message, category, *where, **more)
+                if "PIL" not in str(where[0]).split(os.sep):  # of broken files we tell ourselves
+                    usual(message, category, *where, **more)
             elif (note := str(message)) not in told:
                 told.add(note)
                 click.echo(f"note: {note}", err=True)

@@ -12,6 +12,7 @@ from embedcache.cli.options import (
     device_option,
     input_options,
     json_option,
+    pixel_range_option,
     print_json,
     say,
     trust_option,
@@ -41,6 +42,7 @@ from embedcache.wording import counted, shown, table
     help="How images get the size that the model reads: cut the edges off, put them on the mean colour, or stretch. "
     "Default: as the model's own processor does.",
 )  # fmt: skip
+@pixel_range_option
 @click.option(
     "--views", type=int, metavar="N",
     help="Also make N augmented views of each image, for training: N more passes and feature sets.  [default: none]",
@@ -118,7 +120,7 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
 
     from embedcache.backbone import choose_devices
     from embedcache.errors import warn
-    from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, run
+    from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, recorded_range, run
     from embedcache.spec import BackboneSettings, ModelSource
 
     poolings = list(options.pop("poolings"))
@@ -126,10 +128,12 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
         poolings = [*(poolings or ["auto"]), "tokens"]
     source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
     threads, rows_per_shard, selected = options["threads"], options["shard_rows"], parse_part(options["part"])
-    examples = given.examples(f"{output_dir or 'extract'}.quarantine.jsonl")
+    examples = given.examples(
+        f"{output_dir or 'extract'}.quarantine.jsonl", pixel_range=asked.pixel_range or recorded_range(output_dir)
+    )
     several = choose_devices(options["devices"]) if options["devices"] is not None else []
     source = replace(source, device=several[0]) if several else source
-    backbone = load_for(output_dir, source, replace(asked, content=examples.kind))
+    backbone = load_for(output_dir, source, replace(asked, content=examples.kind, pixel_range=examples.pixel_range))
     if selected is not None:
         examples = part_of(examples, *selected)
     if dry_run:
@@ -275,8 +279,10 @@ def _repair(cache: str) -> None:
 def relabel(cache: str, given: Input) -> None:
     """Replace the labels and splits of CACHE by those of INPUT, without a forward pass. Every row must be in CACHE."""
     from embedcache.cache import relabel as relabel_cache
+    from embedcache.extract import recorded_range
 
-    opened = relabel_cache(cache, given.examples(f"{cache}.quarantine.jsonl"))
+    examples = given.examples(f"{cache}.quarantine.jsonl", pixel_range=recorded_range(cache))
+    opened = relabel_cache(cache, examples)
     say(f"{counted(opened.n_rows, 'row')} relabelled in {cache}; no forward pass")
 
 

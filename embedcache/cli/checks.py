@@ -12,6 +12,7 @@ from embedcache.cli.options import (
     head_options,
     input_options,
     json_option,
+    pixel_range_option,
     print_json,
     say,
     setting_option,
@@ -64,7 +65,9 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     opened, split = FeatureCache.open(cache), given.options["split"]
     if split is not None and "/" not in split:
         given.options["split"], options["split"] = None, split
-    examples = given.examples(f"{cache}.quarantine.jsonl") if given.named else None
+    examples = None
+    if given.named:
+        examples = given.examples(f"{cache}.quarantine.jsonl", pixel_range=opened.spec.pixel_range)
     result = check_equivalence(opened, examples, head=head, **options)
     if as_json:
         print_json(result.to_json())
@@ -103,6 +106,7 @@ for parameter in check.params:  # the option of the other commands, which names 
     "--approaches", default="cached,frozen,full,lp-ft", show_default=True, metavar="NAME,NAME",
     help="Which to compare: cached features, frozen end to end, full fine-tuning, LP-FT.",
 )  # fmt: skip
+@pixel_range_option
 @click.option("--max-rows", type=int, metavar="N", help="Use at most N rows, drawn by content.")
 @click.option("--metric", metavar="NAME", help="Metric to compare by. Default: accuracy, f1_macro or rmse.")
 @setting_option("seed", default=0, more="The first of --seeds.")
@@ -113,7 +117,7 @@ for parameter in check.params:  # the option of the other commands, which names 
 @json_option
 def compare(
     given: Input, output_dir: str | None, fractions: str, approaches: str, seed: int, seeds: int, as_json: bool,
-    **options: Any,
+    pixel_range: tuple[float, float] | None, **options: Any,
 ) -> None:  # fmt: skip
     """Compare cached features with frozen, full and LP-FT training on INPUT: time, memory, metric, break-even.
 
@@ -127,7 +131,7 @@ def compare(
     from embedcache.compare import compare_training_approaches
 
     comparison = compare_training_approaches(
-        given.examples(f"{where}.quarantine.jsonl"), where, approaches=names, fractions=shares,
+        given.examples(f"{where}.quarantine.jsonl", pixel_range=pixel_range), where, approaches=names, fractions=shares,
         seeds=range(seed, seed + seeds), **options,
     )  # fmt: skip
     if as_json:

@@ -216,7 +216,9 @@ def predict(
         rows: Iterable[Named] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
         total = len(texts)
     else:
-        examples = given.examples(f"{output or run}.quarantine.jsonl", labels="none", kind=predictor.kind)
+        examples = given.examples(
+            f"{output or run}.quarantine.jsonl", labels="none", kind=predictor.kind, pixel_range=predictor.pixel_range
+        )
         rows, total = predictor.stream_examples(examples), len(examples)
     if as_json:
         predictions = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]

@@ -122,11 +122,15 @@ class Input:
         return [*self.files, *(file for split in SPLITS for file in self.options.get(split, ()))]
 
     def examples(
-        self, quarantine: str, labels: Literal["required", "none"] = "required", kind: str | None = None
+        self,
+        quarantine: str,
+        labels: Literal["required", "none"] = "required",
+        kind: str | None = None,
+        pixel_range: tuple[float, float] | None = None,
     ) -> Examples:
         """Read the rows; those that cannot be used go to ``quarantine`` unless the options name another file.
 
-        ``kind`` is the kind of content, guessed for None.
+        ``kind`` is the kind of content, guessed for None; ``pixel_range`` as in ``load_examples``.
         """
         from embedcache.examples import load_examples
 
@@ -139,7 +143,7 @@ class Input:
             options["quarantine"] = quarantine
         if options.pop("no_labels", False):
             labels = "none"
-        return load_examples(list(self.files) or None, labels=labels, kind=kind, **options)
+        return load_examples(list(self.files) or None, labels=labels, kind=kind, pixel_range=pixel_range, **options)
 
 
 def _input_options(*options: Decorator) -> Callable[[Function], Function]:
@@ -212,6 +216,13 @@ accept_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs."
 )
+
+
+pixel_range_option = click.option(
+    "--pixel-range", type=float, nargs=2, metavar="LOW HIGH",
+    help="Values of floating-point and 32-bit integer pixels that are black and white: what is between is scaled "
+    "linearly, what is beyond is clipped.  [default: such images are refused]",
+)  # fmt: skip
 
 
 def named_values(flag: str, written: Sequence[str], expected: str, read: Callable[[str], object]) -> dict[str, object]:

@@ -26,7 +26,7 @@ from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memo
 from embedcache.compare.rows import Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
-from embedcache.spec import BackboneSettings, ExtractionSpec, TrainSpec, differences_text
+from embedcache.spec import BackboneSettings, TrainSpec, differences_text
 from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def extraction(job: ExtractionJob) -> Extraction:
     memory = Peak(job.source.device)
     examples = read_rows(job.rows)
     begun = time.perf_counter()
-    backbone = load_for(job.cache, job.source, BackboneSettings((job.pooling,), content=examples.kind))
+    asked = BackboneSettings((job.pooling,), content=examples.kind, pixel_range=examples.pixel_range)
+    backbone = load_for(job.cache, job.source, asked)
     setup = time.perf_counter() - begun
     try:
         report = run(examples, backbone, job.cache, keep_inputs=True)
@@ -249,9 +250,8 @@ def _live(problem: Problem, memory: Peak) -> Trained:
         [kept[row] for row in rows.tolist()] for rows in (split.train, split.validation, split.test)
     )
     begun = time.perf_counter()
-    # What the head reads and nothing else: a cache may have other feature sets, and views of its pictures.
-    backbone = load_for(cache.path, job.source, BackboneSettings((problem.feature.name,), views=0))
-    refuse_changed(cache, problem.feature, backbone.identity)
+    backbone = load_for(cache.path, job.source, BackboneSettings())
+    refuse_changed(cache, backbone.identity)
     setup = time.perf_counter() - begun
     probe = None
     if approach.name == "lp-ft":
@@ -300,9 +300,9 @@ def into_standard_units(module: Head, y: Array) -> None:
         bias.copy_((bias - mean) / deviation)
 
 
-def refuse_changed(cache: FeatureCache, feature: FeatureSet, identity: Mapping[str, object]) -> None:
-    """Raise ``BackboneMismatchError`` where the backbone is no longer the one that a feature set is from."""
-    if differences := cache.spec.differences_for(feature.name, ExtractionSpec(identity)):
+def refuse_changed(cache: FeatureCache, identity: Mapping[str, object]) -> None:
+    """Raise ``BackboneMismatchError`` where the backbone is no longer the one that the features are from."""
+    if differences := cache.spec.differences(identity):
         raise BackboneMismatchError(
             f"the backbone changed during the comparison ({differences_text(differences[:1], 'it was', 'it is')}): "
             "choose another output directory"

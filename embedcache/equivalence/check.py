@@ -342,7 +342,11 @@ def check_equivalence(
     source = ModelSource(model_name(model), revision, device, trust_remote_code)
     spec = _head_for(opened, head)
     chosen = feature_for(opened, spec, feature)
-    examples = inputs if isinstance(inputs, Examples) or inputs is None else load_examples(inputs, **reading)
+    examples = (
+        inputs
+        if isinstance(inputs, Examples) or inputs is None
+        else load_examples(inputs, **{"pixel_range": opened.spec.pixel_range, **reading})
+    )
     raw = matched(opened, examples)
     sampled = sample(
         raw, rows=rows, train_rows=TRAIN_ROWS, evaluation_rows=EVALUATION_ROWS, split=split, everything=everything,

@@ -26,6 +26,7 @@ FIELDS = (
     ("preprocessing.truncation_side", "truncation: longer texts are cut at the other end"),
     ("preprocessing.prompt", "prompt: another text is put before each row"),
     ("preprocessing.decoding", "decoding: images are decoded by another rule"),
+    ("preprocessing.pixel_range", "range of pixels: floating-point and 32-bit pixels are scaled otherwise"),
     ("preprocessing.processor", "processor: images are resized, cropped or normalised with other settings"),
     ("preprocessing.resize", "resizing: images are brought to the network's size in another way"),
     ("preprocessing.memory_format", "memory format: pixels lie in memory in another order, for other kernels"),

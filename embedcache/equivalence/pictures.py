@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class StandardPictures(StandardModel):
         self.model, self.device = getattr(whole, "vision_model", whole), device
         self.projection = getattr(whole, "visual_projection", None)
         self.resize, self.size = spec["preprocessing"]["resize"], tuple(spec["preprocessing"]["size"])
+        self.pixel_range = spec["preprocessing"].get("pixel_range")
         noise = torch.rand((2, 3, *self.size), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             out = self.model(**self._moved(noise), output_hidden_states=True)
@@ -50,7 +52,7 @@ class StandardPictures(StandardModel):
 
     def inputs(self, contents: Sequence[bytes]) -> dict[str, Tensor]:
         """Decode and process some images: pixels [B, 3, H, W]."""
-        pictures = [plain_picture(content) for content in contents]
+        pictures = [plain_picture(content, self.pixel_range) for content in contents]
         options = {}
         if self.resize is not None:
             pictures = [self._resized(picture) for picture in pictures]
@@ -106,9 +108,9 @@ class StandardPictures(StandardModel):
         return by_name[pooling]() if pooling in by_name else patches
 
 
-def plain_picture(content: bytes) -> Image.Image:
-    """Open an image as anyone careful would: turned as its EXIF says, alpha over white, 16 bits scaled to 8."""
-    from PIL import Image, ImageOps
+def plain_picture(content: bytes, pixel_range: Sequence[float] | None = None) -> Image.Image:
+    """Open an image as anyone careful would: turned as its EXIF says, alpha over white, scaled to 8 bits."""
+    from PIL import Image, ImageOps, TiffImagePlugin
 
     picture: Image.Image = Image.open(io.BytesIO(content))
     try:
@@ -116,7 +118,12 @@ def plain_picture(content: bytes) -> Image.Image:
     except Exception:  # whatever Pillow trips over in broken EXIF; the picture itself may be whole
         turned = picture
     if turned.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8)).convert("RGB")
+        bits = picture.tag_v2[258][0] if isinstance(picture, TiffImagePlugin.TiffImageFile) else 16
+        return Image.fromarray((np.asarray(turned) >> bits - 8).astype(np.uint8)).convert("RGB")
+    if turned.mode in ("F", "I") and pixel_range is not None:
+        low, high = pixel_range
+        share = (np.asarray(turned, np.float64) - low) / (high - low)
+        return Image.fromarray(np.floor(share.clip(0, 1) * 255 + 0.5).astype(np.uint8)).convert("RGB")
     if turned.has_transparency_data:
         over = turned.convert("RGBA")
         turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
@@ -196,11 +203,11 @@ class _Changed(Pictures):
     """The same content, one step of its preparation changed."""
 
     def __init__(
-        self, pictures: Pictures, *, opened: Callable[[bytes], Image.Image] = decode,
+        self, pictures: Pictures, *, opened: Callable[[bytes], Image.Image] | None = None,
         after: Callable[[Array], Array] = lambda pixels: pixels, table: Array | None = None, resizing: Any = None,
     ) -> None:  # fmt: skip
         vars(self).update(vars(pictures))
-        self._opened, self._after = opened, after
+        self._opened, self._after = opened or partial(decode, pixel_range=pictures.pixel_range), after
         self.processor = copy.copy(pictures.processor)
         if table is not None:
             self.processor.table = table

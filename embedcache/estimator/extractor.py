@@ -26,11 +26,11 @@ from embedcache.errors import (
     quiet,
     warn,
 )
-from embedcache.examples import CONTENTS, Content, Examples, load_examples
+from embedcache.examples import Content, Examples, content_of, load_examples
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, hash_json
 from embedcache.numerics import Probe, difference
-from embedcache.spec import BackboneSettings, ExtractionSpec, ModelSource, differences_text
+from embedcache.spec import BackboneSettings, ExtractionSpec, ModelSource, checked_range, differences_text
 from embedcache.wording import counted, shortened
 
 LOCK_PATIENCE = 600.0
@@ -47,7 +47,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
         pooling: one feature set, such as ``"auto"``, ``"mean"`` or ``"cls@-2"``.
         cache_dir: where features are kept; None for ``embedcache`` in the user's cache directory.
-        max_length, compute_dtype, device, content: as in ``load_backbone``.
+        max_length, compute_dtype, device, content, pixel_range: as in ``load_backbone``.
 
     There is one cache folder for each content of a backbone, each setting, and each kind of machine, told by its probe.
     Several processes may use it at once: one extracts while the others wait. Fitting stores the backbone's identity,
@@ -70,6 +70,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         compute_dtype: str = "float32",
         device: str = "auto",
         content: str | None = None,
+        pixel_range: tuple[float, float] | None = None,
     ) -> None:
         self.model = model
         self.pooling = pooling
@@ -78,6 +79,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         self.compute_dtype = compute_dtype
         self.device = device
         self.content = content
+        self.pixel_range = pixel_range
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
         """Load the backbone. Nothing is learned from the rows."""
@@ -96,7 +98,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         Raises ``BackboneMismatchError`` when the model is not the one this was fitted with.
         """
         check_is_fitted(self, "identity_")
-        examples = _examples(X, self.identity_.content or "text")
+        examples = _examples(X, self.identity_)
         backbone = self._fitted_backbone()
         warn(difference(self.probe_, _probe_of(backbone)).notes("what FeatureExtractor was fitted on"))
         path = self._folder(backbone)
@@ -128,8 +130,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
     def _backbone(self, shapes: object = None) -> LoadedBackbone:
         source = ModelSource(model_name(self.model), device=self.device)
         asked = BackboneSettings(
-            (self.pooling,), max_length=self.max_length, compute_dtype=self.compute_dtype, content=self.content
-        )
+            (self.pooling,), max_length=self.max_length, compute_dtype=self.compute_dtype, content=self.content,
+            pixel_range=None if self.pixel_range is None else checked_range(self.pixel_range),
+        )  # fmt: skip
         return _loaded(source, asked, None if shapes is None else canonical_json(shapes))
 
     def _fitted_backbone(self) -> LoadedBackbone:
@@ -187,15 +190,18 @@ def _column(X: Any, content: Content) -> list[object]:
     return list(X)
 
 
-def _examples(X: Any, kind: str) -> Examples:
-    """Return rows of X as an input, checked as its kind of content is."""
-    content = CONTENTS[kind]
+def _examples(X: Any, extraction: ExtractionSpec) -> Examples:
+    """Return rows of X as an input, checked as their kind of content is."""
+    kind, pixel_range = extraction.content or "text", extraction.pixel_range
+    content = content_of(kind, pixel_range)
     values = _column(X, content)
     if not values:
         raise InputError(f"there are no {content.noun}s: expected at least one")
     try:
         with quiet():  # that contents repeat is what they are kept for
-            return load_examples([{content.noun: value} for value in values], kind=kind, labels="none")
+            return load_examples(
+                [{content.noun: value} for value in values], kind=kind, labels="none", pixel_range=pixel_range
+            )
     except BadRowsError:  # which knows rows by the number alone
         content.encode_all(values, lambda row: f"X[{row}] is {shortened(values[row])}")
         raise

@@ -12,7 +12,7 @@ from embedcache.examples.content import CONTENTS, Content
 from embedcache.examples.formats import FORMATS, Format
 from embedcache.examples.source import Source
 from embedcache.examples.splits import is_standard, parse_split
-from embedcache.spec import TaskName
+from embedcache.spec import PixelRange, TaskName, checked_range
 from embedcache.wording import did_you_mean
 
 # What `load_examples` is asked to do, checked once.
@@ -44,6 +44,7 @@ class ReadingOptions:
     format: Format | None = None
     quoting: Literal["minimal", "none"] = "minimal"
     allow_outside: bool = False
+    pixel_range: PixelRange | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in (None, *CONTENTS):
@@ -52,6 +53,8 @@ class ReadingOptions:
             raise SpecError(f"unknown format {self.format!r}: expected one of {', '.join(FORMATS)}")
         if self.class_names is not None and len(set(self.class_names)) != len(self.class_names):
             raise SpecError(f"class_names holds a name twice: {', '.join(self.class_names)}")
+        if self.pixel_range is not None:
+            object.__setattr__(self, "pixel_range", checked_range(self.pixel_range))
         if self.split is not None:
             parse_split(self.split)
         if not 0 <= self.split_seed < 2**64:

@@ -20,6 +20,7 @@ from embedcache.errors import InputError, PictureError
 from embedcache.examples.packing import MOST_HELD, Packing
 from embedcache.examples.source import Faults, Kind, Parsed, Source, is_missing, parsed, unicode_fault
 from embedcache.fingerprint import KEY_BYTES, row_key
+from embedcache.spec import PixelRange
 
 PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
@@ -151,8 +152,12 @@ class TextContent(Content):
 class ImageContent(Content):
     """Pictures: the bytes of their files, or pixels as a PPM. What cannot be decoded is a fault.
 
-    A cell is a path, an image file's bytes, both as ``{"bytes", "path"}``, a PIL image, or an array of uint8.
+    A cell is a path, an image file's bytes, both as ``{"bytes", "path"}``, a PIL image, or an array of uint8. With a
+    ``pixel_range``, floating-point and 32-bit integer pixels are no fault.
     """
+
+    def __init__(self, pixel_range: PixelRange | None = None) -> None:
+        self._range = pixel_range
 
     noun, one = "image", "path"
     stacked = (3, 4)
@@ -170,13 +175,13 @@ class ImageContent(Content):
         return kind == "image" or (kind != "number" and _are_picture_names(cells))
 
     def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
-        read = pictures.mapped(partial(_read, _Place(None, True), column), values)
+        read = pictures.mapped(partial(_read, _Place(None, True, self._range), column), values)
         contents = [picture.content if isinstance(picture, _Picture) else b"" for picture in read]
         return contents, {row: picture for row, picture in enumerate(read) if isinstance(picture, str)}
 
     def preview(self, content: bytes) -> tuple[str | None, bytes | None]:
         try:
-            return None, pictures.thumbnail(content, _SIDE)
+            return None, pictures.thumbnail(content, _SIDE, self._range)
         except InputError:  # of a damaged cache, or a Pillow that reads fewer formats
             return None, None
 
@@ -185,19 +190,19 @@ class ImageContent(Content):
         return f"a picture of {width} x {height} pixels"
 
     def collector(self, column: str, allow_outside: bool) -> ContentCollector:
-        return _PictureCollector(self, column, allow_outside)
+        return _PictureCollector(self, column, allow_outside, self._range)
 
 
 class _PictureCollector(ContentCollector):
     """Collects pictures: of one that has a file of its own, the path."""
 
-    def __init__(self, content: Content, column: str, allow_outside: bool) -> None:
+    def __init__(self, content: Content, column: str, allow_outside: bool, pixel_range: PixelRange | None) -> None:
         super().__init__(content, column)
-        self._allow_outside = allow_outside
+        self._allow_outside, self._range = allow_outside, pixel_range
         self._in_file = bytearray()
 
     def parse(self, values: Sequence[object], source: Source) -> Parsed:
-        place = _Place(source.folder, self._allow_outside)
+        place = _Place(source.folder, self._allow_outside, self._range)
         judged = pictures.mapped(partial(_judged, place, self._column), values)
         faults = {row: picture for row, picture in enumerate(judged) if isinstance(picture, str)}
         return parsed(judged, faults, self._append_judged)
@@ -205,7 +210,7 @@ class _PictureCollector(ContentCollector):
     def _append_judged(self, judged: Sequence[_Judged | str]) -> None:
         for picture in judged:
             assert isinstance(picture, _Judged)
-            self._packing.append([picture.path or pictures.canonical(picture.value)])
+            self._packing.append([picture.path or pictures.canonical(picture.value, self._range)])
             self._in_file.append(picture.path is not None)
             self.keys += picture.key
 
@@ -219,9 +224,13 @@ class _PictureCollector(ContentCollector):
 
 
 class _Place:
-    """Where relative paths begin; None stands for the current directory, outside of which everything may lie."""
+    """Where relative paths begin; None stands for the current directory, outside of which everything may lie.
 
-    def __init__(self, folder: Path | None, allow_outside: bool) -> None:
+    ``pixel_range`` is that of the pictures there.
+    """
+
+    def __init__(self, folder: Path | None, allow_outside: bool, pixel_range: PixelRange | None) -> None:
+        self.pixel_range = pixel_range
         self._folder, self._anywhere = folder, folder is None or allow_outside
         self._root = os.path.abspath(folder or "")
 
@@ -276,9 +285,9 @@ def _read(place: _Place, column: str, value: object) -> _Picture | str:
     what = repr(column)
     try:
         if not isinstance(value, (str, os.PathLike)):
-            content = pictures.canonical(value)
+            content = pictures.canonical(value, place.pixel_range)
             if isinstance(value, (bytes, bytearray, memoryview)):
-                pictures.decode(content)
+                pictures.decode(content, place.pixel_range)
             return _Picture(content, None)
         written = os.fspath(value)
         what = os.fsdecode(written)
@@ -286,7 +295,7 @@ def _read(place: _Place, column: str, value: object) -> _Picture | str:
             return fault
         path = place.path(what)
         content = _file(path)
-        pictures.decode(content)
+        pictures.decode(content, place.pixel_range)
         return _Picture(content, os.fsencode(path))
     except PictureError as error:
         return f"{what} {error}"
@@ -318,6 +327,16 @@ def _are_picture_names(cells: Sequence[object]) -> bool:
 
 
 CONTENTS: dict[str, Content] = {"text": TextContent(), "image": ImageContent()}
+
+
+def content_of(kind: str, pixel_range: PixelRange | None = None) -> Content:
+    """Return a kind of content, pictures with the range of pixels that have none of their own.
+
+    Raises ``InputError`` for a kind that is not known here.
+    """
+    if kind not in CONTENTS:
+        raise InputError(f"rows of the kind {kind!r} cannot be read here: give their contents, as bytes")
+    return CONTENTS[kind] if pixel_range is None or kind != "image" else ImageContent(pixel_range)
 
 
 def text_fault(column: str, value: object) -> str | None:

@@ -27,7 +27,7 @@ from embedcache.examples.columns import (
     kind_and_column,
     quarantine_file,
 )
-from embedcache.examples.content import CONTENTS
+from embedcache.examples.content import content_of
 from embedcache.examples.inputs import GivenSource, open_inputs
 from embedcache.examples.labels import Classes, KnownClasses, Labels, Numbers, Targets
 from embedcache.examples.packing import IdCollector
@@ -120,6 +120,7 @@ def load_examples(
     quoting: Literal["minimal", "none"] = "minimal",
     kind: str | None = None,
     allow_outside: bool = False,
+    pixel_range: Sequence[float] | None = None,
 ) -> Examples:
     """Read an input once and return its usable rows.
 
@@ -133,7 +134,9 @@ def load_examples(
     The ``kind`` of content is ``"text"`` or ``"image"``, guessed unless given; ``text_column`` or ``image_column``
     names its column. A cell of an image column is a path (in a file, relative to its folder, and outside of that only
     with ``allow_outside``), an image file's bytes, both as the library ``datasets`` has them, a PIL image, or an array
-    of uint8. Pictures that are files stay where they are, and must stay there as long as their contents are wanted.
+    of uint8. Floating-point and 32-bit integer pixels (also arrays of other numbers) need a ``pixel_range``, the values
+    of black and white: what is between is scaled linearly, what is beyond is clipped. Pictures that are files stay
+    where they are, and must stay there as long as their contents are wanted.
 
     Splits come from ``train``, ``validation`` and ``test`` (``inputs`` counts as train beside them), from a mapping,
     from ``split_column``, or by content hash from ``split`` such as ``80/10/10`` with ``split_seed``. Without any of
@@ -171,6 +174,7 @@ def load_examples(
         format=format,  # type: ignore[arg-type]  # refused there unless it is one
         quoting=quoting,
         allow_outside=allow_outside,
+        pixel_range=pixel_range,  # type: ignore[arg-type]  # made one there
     )
     examples = read(inputs, {"train": train, "validation": validation, "test": test}, options)
     warn(examples.notes)
@@ -246,7 +250,7 @@ class _Pass:
         self._quarantine = quarantine
         self._ids = IdCollector(roles.id) if roles.id is not None else None
         self._splits = SplitColumn(roles.split) if roles.split is not None else None
-        self._contents = CONTENTS[roles.kind].collector(roles.content, options.allow_outside)
+        self._contents = content_of(roles.kind, options.pixel_range).collector(roles.content, options.allow_outside)
         self._rows_given: list[tuple[str, int]] = []
         self._bad: list[tuple[str, str]] = []
         self._n_bad = 0
@@ -338,6 +342,7 @@ class _Pass:
             kind=self._roles.kind,
             packed_contents=self._contents.finish(),
             n_unique=groups.number,
+            pixel_range=self._options.pixel_range,
         )
 
         def show(wanted: Sequence[int]) -> list[str]:

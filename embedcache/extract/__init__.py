@@ -25,7 +25,7 @@ from embedcache.extract.forecast import Forecast, compile_hint, forecast
 from embedcache.extract.progress import Bar, ExtractionReport, Progress
 from embedcache.extract.windows import Window, new_rows
 from embedcache.extract.work import Computed, Engine, Here, work
-from embedcache.spec import BackboneSettings, ModelSource
+from embedcache.spec import BackboneSettings, ModelSource, PixelRange
 
 if TYPE_CHECKING:
     from embedcache.backbone import LoadedBackbone
@@ -46,6 +46,7 @@ __all__ = [
     "new_rows",
     "parse_part",
     "part_of",
+    "recorded_range",
     "run",
     "work",
 ]
@@ -62,6 +63,12 @@ def load_for(output_dir: Path | str | None, source: ModelSource, asked: Backbone
         source = source.or_else(made_with.get("model"), made_with.get("revision"))
         asked = asked.over(spec.settings or BackboneSettings())
     return load_backbone(**source.arguments(), **asked.arguments())
+
+
+def recorded_range(cache: Path | str | None) -> PixelRange | None:
+    """Return the range of pixels that a cache's pictures are read with; None where there is no cache, or no range."""
+    recorded = read_spec(cache) if cache is not None else None
+    return None if recorded is None else recorded[0].pixel_range
 
 
 def parse_part(text: str | None) -> tuple[int, int] | None:
@@ -140,9 +147,15 @@ def extract(
     source = replace(source, device=several[0]) if several else source
     poolings = [pooling] if isinstance(pooling, str) else list(pooling)
     asked = BackboneSettings.taken_from(options, poolings)
-    examples = inputs if isinstance(inputs, Examples) else load_examples(inputs, **options)
+    if isinstance(inputs, Examples):
+        examples = inputs
+    else:
+        examples = load_examples(inputs, pixel_range=asked.pixel_range or recorded_range(output_dir), **options)
     if backbone is None:
-        backbone = load_for(output_dir, source, replace(asked, content=asked.content or examples.kind))
+        asked = replace(
+            asked, content=asked.content or examples.kind, pixel_range=asked.pixel_range or examples.pixel_range
+        )
+        backbone = load_for(output_dir, source, asked)
     selected = parse_part(part)
     if selected is not None:
         examples = part_of(examples, *selected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from embedcache.errors import SpecError
 from embedcache.heads import build_head, head_named
 from embedcache.heads.modules import Dropout
 from embedcache.spec import HeadSpec
-from embedcache.wording import counted
 
 
 def live_head(head: HeadSpec | str, options: Mapping[str, object] | None = None) -> HeadSpec:
@@ -58,7 +57,7 @@ class FeatureBasedModel(nn.Module):
         head: a module ``forward(x)``, or ``forward(x, mask)`` for token-level features, -> logits [B, C].
         freeze_backbone: whether only the head is trained.
 
-    Raises ``SpecError`` for a backbone with several feature sets, or one that makes views of its pictures.
+    Raises ``SpecError`` for a backbone with several feature sets.
     """
 
     def __init__(self, backbone: FrozenModel[Any], head: nn.Module, *, freeze_backbone: bool = True) -> None:
@@ -67,11 +66,6 @@ class FeatureBasedModel(nn.Module):
             raise SpecError(
                 f"a live model reads one feature set, got {', '.join(spec.name for spec in backbone.specs)}: "
                 "load the backbone with one of them"
-            )
-        if backbone.views:
-            raise SpecError(
-                f"a live model reads plain pictures, and this backbone makes {counted(backbone.views, 'view')} of each "
-                "besides: load it without views"
             )
         self.extractor = backbone
         self.backbone: nn.Module = backbone.network
@@ -102,6 +96,7 @@ class FeatureBasedModel(nn.Module):
         seed: int = 0,
         max_length: int | None = None,
         content: str | None = None,
+        pixel_range: Sequence[float] | None = None,
         **head_options: object,
     ) -> FeatureBasedModel:
         """Load a backbone by hub name or folder (None: the packaged all-MiniLM-L6-v2) and put a new head on it.
@@ -126,7 +121,9 @@ class FeatureBasedModel(nn.Module):
         """
         if num_classes < 1:
             raise SpecError(f"num_classes is {num_classes}: expected at least 1")
-        backbone = load_backbone(name, features=(pooling,), device=device, max_length=max_length, content=content)
+        backbone = load_backbone(
+            name, features=(pooling,), device=device, max_length=max_length, content=content, pixel_range=pixel_range
+        )
         module = build_head(live_head(head, head_options), backbone.feature_sets[0], num_classes, seed=seed)
         return cls(backbone, module, freeze_backbone=freeze_backbone)
 

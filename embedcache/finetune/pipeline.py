@@ -18,7 +18,7 @@ from torch import Tensor
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import compute_features
 from embedcache.errors import FeatureError, InputError, SpecError
-from embedcache.examples import CONTENTS
+from embedcache.examples import content_of
 from embedcache.features import InMemory
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
@@ -26,7 +26,7 @@ from embedcache.heads import TrainedHead
 from embedcache.heads.attention import SelfAttention
 from embedcache.heads.modules import MLP, Linear, ResidualMLP
 from embedcache.shard import FeatureSet, Kind
-from embedcache.spec import TrainSpec
+from embedcache.spec import ExtractionSpec, TrainSpec
 from embedcache.task import Floats
 from embedcache.train import TrainingResult, train_head
 from embedcache.wording import shortened
@@ -221,7 +221,7 @@ class _ClassificationPipeline:
         return compute_features(extractor, contents, extractor.feature_sets[0].name)
 
     def _contents(self, rows: Rows, name: str) -> list[bytes]:
-        content = CONTENTS[self._kind]
+        content = content_of(self._kind, ExtractionSpec(self.model.extractor.identity).pixel_range)
         if isinstance(rows, (str, os.PathLike)) or not len(rows):
             given = f"one {self._kind}" if isinstance(rows, os.PathLike) or len(rows) else "none"
             raise InputError(f"{name}: expected a list of {self._kind}s, got {given}")

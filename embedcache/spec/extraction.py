@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -123,6 +124,21 @@ def augments(text: str) -> tuple[str, ...]:
     return tuple(name for name in AUGMENTS if name in named)
 
 
+PixelRange = tuple[float, float]
+"""The values that become black and white where pixels have no range of their own; FORMAT.md, section 5.3."""
+
+
+def checked_range(given: Sequence[float]) -> PixelRange:
+    """Return a range of pixels as it is recorded. Raises ``SpecError`` unless it is two numbers, the lower first."""
+    try:
+        low, high = map(float, given)
+        if low < high and math.isfinite(high - low):
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise SpecError(f"pixel_range is {given!r}: expected two numbers, that of black and a larger one of white")
+
+
 def feature_name(written: str) -> str:
     """Return the name of a feature set as a cache has it: ``mean@-2..-1`` is ``mean@-2+-1``. Raises ``SpecError``."""
     return FeatureSpec.parse(written).name
@@ -179,7 +195,7 @@ class BackboneSettings:
     """How a backbone is to make features; see ``load_backbone``. None is what nobody has decided yet.
 
     ``content`` is what it reads. ``max_length``, ``truncation_side`` and ``prompt`` are of texts; ``resize``, the
-    number of ``views`` and what they ``augment`` are of images.
+    ``pixel_range``, the number of ``views`` and what they ``augment`` are of images.
     ``shapes`` are all canonical shapes, as ``ShapePolicy.to_json`` gives them; ``positions`` and ``pass_threads`` are
     what one may ask of them.
     """
@@ -199,6 +215,7 @@ class BackboneSettings:
     resize: str | None = None
     views: int | None = None
     augment: str | None = None
+    pixel_range: PixelRange | None = None
 
     @classmethod
     def taken_from(cls, options: Options, features: Sequence[str] = ()) -> BackboneSettings:
@@ -219,6 +236,8 @@ class BackboneSettings:
         for name in ("positions", "pass_threads"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise SpecError(f"{name} is {number}: expected at least 1")
+        if self.pixel_range is not None:
+            checked_range(self.pixel_range)
         if self.views is not None and not 0 <= self.views <= MOST_VIEWS:
             raise SpecError(f"views is {self.views}: expected a whole number from 0 to {MOST_VIEWS}")
         if self.augment is not None and augments(self.augment) and not self.views:
@@ -231,7 +250,7 @@ class BackboneSettings:
         """Return these settings, and the recorded ones where these leave something open.
 
         The same feature sets in another order are those of the record in its order. Settings recorded of another kind
-        of content decide nothing. No views, ``views=0``, leave nothing to augment.
+        of content decide nothing.
         """
         if None not in (self.content, recorded.content) and self.content != recorded.content:
             return self
@@ -245,8 +264,6 @@ class BackboneSettings:
             asked = {"max_length": self.max_length, "positions": self.positions, "threads": self.pass_threads}
             changed = {name: number for name, number in asked.items() if number is not None}
             merged["shapes"] = {**(self.shapes or recorded.shapes), **changed}
-        if self.views == 0:
-            merged["augment"] = self.augment
         features = recorded.features if same or not self.features else self.features
         return BackboneSettings(**{**merged, "features": features})
 
@@ -291,10 +308,20 @@ class ExtractionSpec(dict[str, Any]):
         if not {*_OF_MODEL} <= {*self}:
             return None
         recorded: Arguments = {"content": self.content, **{name: prepared[name] for name in own}}
+        recorded["pixel_range"] = self.pixel_range
         recorded |= {name: self[name] for name in _OF_MODEL}
         compiled = recorded.pop("execution") == "compiled"
         features = tuple(name for name, told in self.features.items() if not _of_view(told))
         return BackboneSettings(features, compiled=compiled, **recorded, **self._views())
+
+    @property
+    def pixel_range(self) -> PixelRange | None:
+        """The range of floating-point and 32-bit integer pixels; None where none was given."""
+        prepared = self.get("preprocessing")
+        try:
+            return checked_range(prepared["pixel_range"]) if isinstance(prepared, Mapping) else None
+        except (LookupError, SpecError):
+            return None
 
     def _views(self) -> Arguments:
         """Return how many views of each picture there are, and what they augment; nothing where there are none."""

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.dataset import evenly_spread
-from embedcache.examples import CONTENTS
+from embedcache.examples import CONTENTS, content_of
 from embedcache.features import Rows
+from embedcache.spec import ExtractionSpec
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.summary import (
     Bin,
@@ -127,7 +128,7 @@ def mistakes(
     for place in worst.tolist():
         row = int(rows[place])
         true, predicted, probability = _decision(problem, y[place], outputs[place], limits)
-        text, image = _content(problem.cache.spec.content or "text", None if contents is None else contents[row])
+        text, image = _content(problem.cache.spec, None if contents is None else contents[row])
         error = float(weight[place]) if problem.task is REGRESSION else None
         shown.append(Mistake(row, names[row], true, predicted, probability, error, text, image))
     return Mistakes(split, len(wrong), tuple(shown))
@@ -157,11 +158,12 @@ def _decision(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> 
     return true, predicted, float(outputs[column])
 
 
-def _content(kind: str, data: bytes | None) -> tuple[str | None, str | None]:
+def _content(spec: ExtractionSpec, data: bytes | None) -> tuple[str | None, str | None]:
     """Return a row's content as a text, or as the data: URI of a small picture."""
+    kind = spec.content or "text"
     if data is None or kind not in CONTENTS:
         return None, None
-    text, image = CONTENTS[kind].preview(data)
+    text, image = content_of(kind, spec.pixel_range).preview(data)
     return text, None if image is None else f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
