@@ -330,15 +330,18 @@ class _JoinedRows:
 
 
 def joined(parts: Sequence[Features]) -> Features:
-    """Return features of equally many rows, one behind the other, as one of the type that all of them have."""
+    """Return features, one behind the other, as one of the type that all of them have; on disk of equally many rows."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if isinstance(first, Dense):
         return replace(first, values=np.concatenate([part.values for part in parts]))  # type: ignore[attr-defined]
     if isinstance(first, OnDisk):
         return OnDisk(_JoinedRows(parts), first.feature)  # type: ignore[arg-type]
     ragged = [part for part in parts if isinstance(part, Ragged)]
     ends = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in ragged]))]).astype(np.int64)
-    return Ragged(np.concatenate([part.values for part in ragged]), ends, first.feature, checked=True)
+    checked = all(part.checked for part in ragged)
+    return Ragged(np.concatenate([part.values for part in ragged]), ends, first.feature, checked)
 
 
 def features_of(x: object, feature: FeatureSet | None = None, *, where: str = "") -> Features:

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, compute_features, load_again, probe_of, run_plan, views_of
-from embedcache.batching import plan
+from embedcache.backbone import Backbone, compute_features, compute_sets, load_again, probe_of, views_of
 from embedcache.errors import BackboneMismatchError, InputError, SpecError, warn
 from embedcache.examples import Content, Examples, content_of
 from embedcache.features import InMemory
@@ -128,10 +127,10 @@ class Predictor:
     def _probabilities(self, contents: Sequence[bytes]) -> Array:
         if not self.average_views:
             return self.head.probabilities(self.features(contents))
-        prepared = self.backbone.prepare(contents)
-        sets = run_plan(self.backbone, prepared, plan(prepared.lengths, self.backbone.policy))
-        of_head = [stored.decoded() for name, stored in sets.items() if plain_name(name)[0] == self.head.feature.name]
-        of_each = [self.head.probabilities(replace(x, feature=self.head.feature)) for x in of_head]
+        names = [feature.name for feature in self.backbone.feature_sets]
+        of_head = [name for name in names if plain_name(name)[0] == self.head.feature.name]
+        sets = compute_sets(self.backbone, contents, of_head)
+        of_each = [self.head.probabilities(replace(x, feature=self.head.feature)) for x in sets.values()]
         return np.asarray(np.mean(of_each, axis=0))
 
     def features(self, contents: Sequence[bytes]) -> InMemory:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from embedcache.backbone import Backbone, FrozenModel, compute_features, load_backbone, probe_of
+from embedcache.backbone import Backbone, FrozenModel, compute, compute_features, load_backbone, probe_of
 from embedcache.backbone import load as loading
 from embedcache.backbone import pictures as preparing
 from embedcache.backbone.processor import Resizing, load_processor, preprocessing_text
@@ -247,7 +247,7 @@ def test_windows_hold_so_many_pictures_as_their_pixels_allow(
     assert backbone.prepared_bytes == 3 * 32 * 32
     examples = tiny_pictures.examples_of(MANY)
     for pictures, expected in ((8, [6, 6, 5]), (2, [2] * 8 + [1]), (1000, [17])):
-        monkeypatch.setattr(cutting, "PREPARED_BYTES", pictures * backbone.prepared_bytes + 1)
+        monkeypatch.setattr(compute, "PREPARED_BYTES", pictures * backbone.prepared_bytes + 1)
         cut = [len(window) for window in cutting.windows(examples, np.arange(17), backbone, 1000)]
         assert cut == expected
         again = [len(window) for window in cutting.windows(examples, np.arange(cut[0], 17), backbone, 1000)]
@@ -586,7 +586,6 @@ def test_a_dry_run_prepares_no_more_pictures_than_a_window_holds(
     model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = load_backbone(model("vit"), device="cpu", positions=3)
-    module = sys.modules["embedcache.extract.forecast"]
-    monkeypatch.setattr(module, "PREPARED_BYTES", 5 * backbone.prepared_bytes)
+    monkeypatch.setattr(compute, "PREPARED_BYTES", 5 * backbone.prepared_bytes)
     plan = forecast(tiny_pictures.examples_of(MANY), backbone, None)
-    assert (plan.to_extract, plan.sampled, plan.tokens) == (17, 5, 17)
+    assert (plan.to_extract, plan.sampled, plan.tokens) == (17, 3, 17)

@@ -11,14 +11,13 @@ import pytest
 import tiny_pictures
 from PIL import Image, ImageEnhance
 
-from embedcache.backbone import FrozenModel, compute_features, load_backbone, probe_of
+from embedcache.backbone import FrozenModel, compute, compute_features, load_backbone, probe_of
 from embedcache.backbone.pictures import Pictures
 from embedcache.backbone.views import Draws, View, Views, coloured
 from embedcache.cache import FeatureCache, merge
 from embedcache.cli.caches import describe_text
 from embedcache.errors import SpecError, SpecMismatchError
 from embedcache.extract import extract, forecast, run
-from embedcache.extract import windows as cutting
 from embedcache.fingerprint import row_key
 from embedcache.pictures import decode
 from embedcache.spec import ExtractionSpec, FeatureSpec, augments, plain_name
@@ -144,7 +143,7 @@ def test_every_set_has_its_views_and_no_bit_of_the_plain_ones_changes(vit: Path,
 
 def test_growing_resuming_and_merging_keep_views(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(vit, views=2)
-    monkeypatch.setattr(cutting, "PREPARED_BYTES", 5 * backbone.prepared_bytes + 1)
+    monkeypatch.setattr(compute, "PREPARED_BYTES", 5 * backbone.prepared_bytes + 1)
     whole = tiny_pictures.examples_of(PICTURES)
     report = run(whole, backbone, tmp_path / "whole")
     assert (report.extracted, report.tokens, report.views, report.shards) == (11, 33, 2, 3)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from embedcache.backbone.device import MOST_PASSES, threads
 from embedcache.batching import Batch, Plan, ShapePolicy, plan
 from embedcache.errors import FeatureError
-from embedcache.features import InMemory, Ragged, Stored
+from embedcache.features import InMemory, Ragged, Stored, joined
 from embedcache.memory import memory_kept
 from embedcache.numerics import Outcome, Probe
 from embedcache.shard import STORED, Array, FeatureSet
@@ -253,22 +253,67 @@ def _together(backbone: Backbone, prepared: Prepared, batches: Plan, passes: int
             workers.shutdown(wait=True, cancel_futures=True)
 
 
-def compute_features(backbone: Backbone, contents: Sequence[bytes], name: str) -> InMemory:
-    """Run a backbone over rows at canonical shapes: the very bits that a cache would hold, of the feature set ``name``.
+class Readable(Protocol):
+    """The contents of N rows: a list, or what reads each when it is asked for."""
 
-    Returns them in float32, not looked through for NaN.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> bytes: ...
+
+
+PREPARED_BYTES = 128 << 20
+"""Pictures are small as files and large as pixels: so many bytes of them are prepared at once."""
+
+
+def rows_at_once(backbone: Backbone) -> int | None:
+    """Return how many rows are prepared at once: whole batches of pictures. None for any number, as of texts."""
+    if not (row_bytes := getattr(backbone, "prepared_bytes", 0)):
+        return None
+    batch, fitting = max(1, backbone.policy.rows(1) - backbone.policy.spare), max(1, PREPARED_BYTES // row_bytes)
+    return fitting // batch * batch or fitting
+
+
+def compute_sets(backbone: Backbone, contents: Readable, names: Sequence[str]) -> dict[str, InMemory]:
+    """Run a backbone over rows at canonical shapes: the very bits that a cache would hold, of some feature sets.
+
+    Returns them in float32, not looked through for NaN. No more rows are read and prepared than ``rows_at_once`` says.
     """
-    prepared = backbone.prepare(contents)
-    return run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name].decoded()
+    return _by_blocks(backbone, contents, names, lambda rows: backbone.prepare([contents[row] for row in rows]))
 
 
-def compute_views(backbone: Backbone, contents: Sequence[bytes], views: Numbers, name: str) -> InMemory:
+def compute_features(backbone: Backbone, contents: Readable, name: str) -> InMemory:
+    """Return the feature set ``name`` as ``compute_sets`` does."""
+    return compute_sets(backbone, contents, (name,))[name]
+
+
+def compute_views(backbone: Backbone, contents: Readable, views: Numbers, name: str) -> InMemory:
     """Make one view of each row, by its number [n], and run the backbone over those alone; 0 is the row itself.
 
     ``name`` is the plain feature set's. Returns what ``compute_features`` does.
     """
-    prepared = backbone.prepare_views(contents, views)  # type: ignore[attr-defined]  # only what has views is asked
-    return run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))[name].decoded()
+    prepare = backbone.prepare_views  # type: ignore[attr-defined]  # only what has views is asked
+    prepare_some = lambda rows: prepare([contents[row] for row in rows], views[rows.start : rows.stop])  # noqa: E731
+    return _by_blocks(backbone, contents, (name,), prepare_some)[name]
+
+
+def _by_blocks(
+    backbone: Backbone, contents: Readable, names: Sequence[str], prepare: Callable[[range], Prepared]
+) -> dict[str, InMemory]:
+    parts: dict[str, list[InMemory]] = {name: [] for name in names}
+    for rows in _blocks(len(contents), rows_at_once(backbone)):
+        prepared = prepare(rows)
+        features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy))
+        del prepared  # before the next block is prepared
+        for name in names:
+            parts[name].append(features[name].decoded())
+    return {name: cast("InMemory", joined(parts[name])) for name in names}
+
+
+def _blocks(count: int, size: int | None) -> Iterator[range]:
+    """Yield the numbers of ``count`` rows, ``size`` of them at a time; of no rows, one block of none."""
+    size = size or max(count, 1)
+    for start in range(0, max(count, 1), size):
+        yield range(start, min(start + size, count))
 
 
 # The probe of a backbone: its built-in rows, of several canonical lengths, prepared and run on this machine.

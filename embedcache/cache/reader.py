@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -224,7 +224,7 @@ class FeatureCache:
         """Return the row numbers, int64 [N], in the input; those of the whole for a part of a larger dataset."""
         return np.asarray(self._columns["number"]) if "number" in self._columns else np.arange(self.n_rows)
 
-    def inputs(self, split: str | None = None) -> Sequence[bytes] | None:
+    def inputs(self, split: str | None = None) -> Packed | None:
         """Return the rows' contents, where they were kept (``keep_inputs``), else None."""
         if not self._entry.has_inputs:
             return None

@@ -246,9 +246,7 @@ def _live(problem: Problem, memory: Peak) -> Trained:
     spec = problem.train_spec(approach)
     kept = cache.inputs()
     assert kept is not None  # by the extraction
-    train, validation, test = (
-        [kept[row] for row in rows.tolist()] for rows in (split.train, split.validation, split.test)
-    )
+    train, validation, test = (kept.select(rows) for rows in (split.train, split.validation, split.test))
     begun = time.perf_counter()
     backbone = load_for(cache.path, job.source, BackboneSettings())
     refuse_changed(cache, backbone.identity)

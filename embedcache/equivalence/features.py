@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from embedcache.backbone import Backbone, compute_features, compute_views, run_plan, views_of
+from embedcache.backbone import Backbone, compute_features, compute_views, rows_at_once, run_plan, views_of
 from embedcache.batching import plan
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
@@ -160,8 +160,9 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
 
     pictures = len(rows) * (views_of(backbone) + 1)
     with tqdm(total=pictures, desc="features", unit="row", disable=None if shown else True) as bar:
-        for start in range(0, len(rows), WINDOW):
-            window = rows[start : start + WINDOW]
+        size = min(WINDOW, rows_at_once(backbone) or WINDOW)
+        for start in range(0, len(rows), size):
+            window = rows[start : start + size]
             raw = list(islice(reading, len(window)))
             prepared = backbone.prepare(raw)
             features = run_plan(backbone, prepared, plan(prepared.lengths, backbone.policy), done)

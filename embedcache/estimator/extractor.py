@@ -19,14 +19,13 @@ from embedcache.backbone import LoadedBackbone, contents_hash, load_backbone, mo
 from embedcache.cache import FeatureCache
 from embedcache.errors import (
     BackboneMismatchError,
-    BadRowsError,
     CacheLockedError,
     FeatureError,
     InputError,
     quiet,
     warn,
 )
-from embedcache.examples import Content, Examples, content_of, load_examples
+from embedcache.examples import Content, Examples, content_of, examples_of
 from embedcache.extract import run
 from embedcache.fingerprint import canonical_json, hash_json
 from embedcache.numerics import Probe, difference
@@ -197,14 +196,7 @@ def _examples(X: Any, extraction: ExtractionSpec) -> Examples:
     values = _column(X, content)
     if not values:
         raise InputError(f"there are no {content.noun}s: expected at least one")
-    try:
-        with quiet():  # that contents repeat is what they are kept for
-            return load_examples(
-                [{content.noun: value} for value in values], kind=kind, labels="none", pixel_range=pixel_range
-            )
-    except BadRowsError:  # which knows rows by the number alone
-        content.encode_all(values, lambda row: f"X[{row}] is {shortened(values[row])}")
-        raise
+    return examples_of(values, kind, lambda row: f"X[{row}] is {shortened(values[row])}", pixel_range)
 
 
 def _places(path: Path, keys: npt.NDArray[np.uint8]) -> tuple[FeatureCache, npt.NDArray[np.int64]] | None:

@@ -22,7 +22,17 @@ splits) and the contents, in memory as long as they are few, else in a temporary
 
 from embedcache.dataset import Examples, IdColumn
 from embedcache.examples.content import CONTENTS, Content, content_of
-from embedcache.examples.load import load_examples
+from embedcache.examples.load import examples_of, load_examples
 from embedcache.examples.splits import assign_splits, parse_split
 
-__all__ = ["CONTENTS", "Content", "Examples", "IdColumn", "assign_splits", "content_of", "load_examples", "parse_split"]
+__all__ = [
+    "CONTENTS",
+    "Content",
+    "Examples",
+    "IdColumn",
+    "assign_splits",
+    "content_of",
+    "examples_of",
+    "load_examples",
+    "parse_split",
+]

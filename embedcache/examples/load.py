@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embedcache.arguments import checks_arguments
 from embedcache.dataset import Examples, IdColumn
-from embedcache.errors import BadRowsError, InputError, SpecError, warn
+from embedcache.errors import BadRowsError, InputError, SpecError, quiet, warn
 from embedcache.examples import findings
 from embedcache.examples.class_sets import ClassSets
 from embedcache.examples.columns import (
@@ -35,7 +35,7 @@ from embedcache.examples.source import BadRow, Block, Faults, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES, strict_json
 from embedcache.journal import commit, explained, replacing
-from embedcache.spec import TaskName
+from embedcache.spec import PixelRange, TaskName
 from embedcache.wording import counted
 
 # The file that bad rows are set aside in.
@@ -179,6 +179,25 @@ def load_examples(
     examples = read(inputs, {"train": train, "validation": validation, "test": test}, options)
     warn(examples.notes)
     return examples
+
+
+def examples_of(
+    values: Sequence[object], kind: str, name: Callable[[int], str], pixel_range: PixelRange | None = None
+) -> Examples:
+    """Read values of one ``kind`` of content, without labels; nothing is warned of.
+
+    Raises ``InputError`` that calls the first faulty one by ``name`` of its row.
+    """
+    content = content_of(kind, pixel_range)
+    try:
+        with quiet():  # that contents repeat is what they are kept for
+            rows = [{content.noun: value} for value in values]
+            return load_examples(rows, kind=kind, labels="none", pixel_range=pixel_range)
+    except BadRowsError:  # which knows rows by their numbers alone
+        for start in range(0, len(values), content.window):
+            block = values[start : start + content.window]
+            content.encode_all(block, lambda row: name(start + row))  # noqa: B023  # it is called at once
+        raise
 
 
 def read(inputs: object, by_split: Mapping[str, object], options: ReadingOptions) -> Examples:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.backbone import Backbone, run_plan, vectors_of, views_of
+from embedcache.backbone import Backbone, rows_at_once, run_plan, vectors_of, views_of
 from embedcache.backbone import threads as torch_threads
 from embedcache.batching import Plan, plan
 from embedcache.cache import known_rows
 from embedcache.dataset import evenly_spread
 from embedcache.examples import Examples
-from embedcache.extract.windows import PREPARED_BYTES, Rows, new_rows, row_bytes_of, shard_rows
+from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows
 from embedcache.spec import plain_name
 from embedcache.wording import counted, duration, listed
 
@@ -122,8 +122,7 @@ def forecast(
     """
     known = known_rows(output_dir, backbone.identity, backbone.feature_sets, examples.keys)
     todo = new_rows(examples, known)
-    prepared_bytes = getattr(backbone, "prepared_bytes", 0)
-    sample = todo[evenly_spread(len(todo), min(SAMPLE, max(1, PREPARED_BYTES // max(1, prepared_bytes))))]
+    sample = todo[evenly_spread(len(todo), rows_at_once(backbone) or SAMPLE)]
     scale = len(todo) / max(len(sample), 1)
     lengths = vectors = np.zeros(0, np.int64)
     truncated, seconds = 0, None

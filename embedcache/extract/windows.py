@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.backbone import Backbone, Prepared, vectors_of, views_of
+from embedcache.backbone import Backbone, Prepared, rows_at_once, vectors_of, views_of
 from embedcache.dataset import Dataset, Examples, key_values
 from embedcache.errors import SpecError
 from embedcache.shard import STORED, FeatureSet
@@ -17,8 +17,6 @@ from embedcache.shard import STORED, FeatureSet
 SHARD_ROWS = 16384
 SHARD_BYTES = 64 << 20
 CONTENT_BYTES = 64 << 20
-PREPARED_BYTES = 128 << 20
-"""Pictures are small as files and large as pixels: three windows of them are in memory."""
 RAGGED_BYTES = 256 << 20
 """Token-level windows may be larger than a pooled shard: small ones have too few rows of a length to fill batches."""
 
@@ -82,10 +80,7 @@ def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> It
     rest exactly as the interrupted one would have. Rows are prepared here only where a token-level set must be
     measured.
     """
-    if prepared_bytes := getattr(backbone, "prepared_bytes", 0):
-        batch = max(1, backbone.policy.rows(1) - backbone.policy.spare)
-        fitting = max(1, PREPARED_BYTES // prepared_bytes)
-        most = min(most, fitting // batch * batch or fitting)
+    most = min(most, rows_at_once(backbone) or most)
     vector_bytes = sum(row_bytes_of(feature) for feature in backbone.feature_sets if feature.kind == "tokens")
     contents = examples.contents(rows)
     waiting: deque[bytes] = deque()

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedcache.backbone import Inputs, Prepared
+from embedcache import dataset
+from embedcache.backbone import FrozenModel, Inputs, Prepared, Readable, rows_at_once
 from embedcache.batching import Batch
 from embedcache.errors import InputError, SpecError, warn
 from embedcache.features import Rows
@@ -44,23 +46,41 @@ class ContentBatch:
 class ContentBatches:
     """Batches of contents, padded to the longest of each batch, in the order that a cache's rows are trained in."""
 
-    def __init__(self, model: FeatureBasedModel, prepared: Prepared, batch_size: int, seed: int) -> None:
-        self._model, self._prepared, self._size, self._seed = model, prepared, batch_size, seed
-        self.steps = -(-len(prepared.lengths) // batch_size)
+    def __init__(self, rows: RawRows, batch_size: int, seed: int) -> None:
+        self._rows, self._size, self._seed = rows, batch_size, seed
+        self.steps = -(-len(rows.lengths) // batch_size)
 
     def epoch(self, number: int) -> Iterator[ContentBatch]:
         """Yield the batches of one epoch."""
-        rows = order(len(self._prepared.lengths), self._seed, number)
+        rows = order(len(self._rows.lengths), self._seed, number)
         for start in range(0, len(rows), self._size):
             batch_rows = rows[start : start + self._size]
-            inputs = laid_out(self._model, self._prepared, batch_rows)
-            yield ContentBatch(inputs, torch.from_numpy(batch_rows).to(self._model.extractor.device))
+            inputs = self._rows.laid_out(batch_rows)
+            yield ContentBatch(inputs, torch.from_numpy(batch_rows).to(self._rows.device))
 
 
-def laid_out(model: FeatureBasedModel, prepared: Prepared, rows: Rows) -> Inputs:
-    """Return the inputs of the network for some rows, padded to the longest of them, on the model's device."""
-    longest = int(prepared.lengths[rows].max())
-    return model.extractor.lay_out(prepared, Batch(longest, len(rows), rows))
+class RawRows:
+    """Rows of contents that a network reads, whichever of them at a time.
+
+    They are prepared once where they are few or small, as tokens are. The pixels of many pictures are too large for
+    that: these are decoded again each time that they are wanted. ``lengths`` int64 [N] are in positions.
+    """
+
+    def __init__(self, backbone: FrozenModel[Any], contents: Readable) -> None:
+        self._backbone, self._contents = backbone, contents
+        self._prepared: Prepared | None = None
+        self.device, self.lengths = backbone.device, np.ones(len(contents), np.int64)  # a picture is one position
+        if len(contents) <= (rows_at_once(backbone) or len(contents)):
+            self._prepared = backbone.prepare([contents[row] for row in range(len(contents))])
+            self.lengths = self._prepared.lengths
+
+    def laid_out(self, rows: Rows) -> Inputs:
+        """Return the inputs of the network for some rows, padded to the longest of them, on the model's device."""
+        prepared, places = self._prepared, rows
+        if prepared is None:
+            prepared = self._backbone.prepare([self._contents[row] for row in rows.tolist()])
+            places = np.arange(len(rows))
+        return self._backbone.lay_out(prepared, Batch(int(self.lengths[rows].max()), len(rows), places))
 
 
 @dataclass(frozen=True)
@@ -165,7 +185,8 @@ class LiveLearner:
         self.model.eval()
 
 
-Contents = Sequence[str] | Sequence[bytes]
+Contents = Sequence[str] | Sequence[bytes] | dataset.Contents
+"""Texts, contents in memory, or contents that are read when they are wanted."""
 
 FINE_TUNING = TrainSpec(
     epochs=3, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="linear", warmup=0.1, clip=1.0, patience=0
@@ -193,12 +214,12 @@ class TunedModel:
 
     def probabilities(self, contents: Contents) -> Floats:
         """Return probabilities float64 [N, C]; for regression, the values."""
-        return self.probabilities_of(self.model.extractor.prepare(_bytes(contents)))
+        return self.probabilities_of(RawRows(self.model.extractor, _readable(contents)))
 
-    def probabilities_of(self, prepared: Prepared) -> Floats:
-        """Return the same for contents that were prepared already."""
+    def probabilities_of(self, rows: RawRows) -> Floats:
+        """Return the same for rows that are ready."""
         mean, deviation = self.target
-        return np.asarray(task_named(self.task).probabilities(_outputs(self.model, prepared)) * deviation + mean)
+        return np.asarray(task_named(self.task).probabilities(_outputs(self.model, rows)) * deviation + mean)
 
 
 def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np.float32]:
@@ -206,11 +227,11 @@ def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np
 
     Rows of similar length are batched together. The model returns to the mode (train or eval) that it was in.
     """
-    return _outputs(model, model.extractor.prepare(_bytes(contents)))
+    return _outputs(model, RawRows(model.extractor, _readable(contents)))
 
 
-def _outputs(model: FeatureBasedModel, prepared: Prepared) -> npt.NDArray[np.float32]:
-    lengths = prepared.lengths
+def _outputs(model: FeatureBasedModel, raw: RawRows) -> npt.NDArray[np.float32]:
+    lengths = raw.lengths
     by_length = np.argsort(-lengths, kind="stable")
     positions = model.extractor.policy.positions
     parts, start, training = [], 0, model.training
@@ -219,7 +240,7 @@ def _outputs(model: FeatureBasedModel, prepared: Prepared) -> npt.NDArray[np.flo
         with torch.no_grad():
             while start < len(by_length):
                 rows = by_length[start : start + max(1, positions // int(lengths[by_length[start]]))]
-                logits, _ = model.run(laid_out(model, prepared, rows))
+                logits, _ = model.run(raw.laid_out(rows))
                 parts.append(logits.float().cpu().numpy())
                 start += len(rows)
     finally:
@@ -230,7 +251,9 @@ def _outputs(model: FeatureBasedModel, prepared: Prepared) -> npt.NDArray[np.flo
     return outputs
 
 
-def _bytes(contents: Contents) -> list[bytes]:
+def _readable(contents: Contents) -> Readable:
+    if isinstance(contents, (dataset.Packed, dataset.InFiles)):
+        return contents
     return [content.encode("utf-8") if isinstance(content, str) else content for content in contents]
 
 
@@ -238,7 +261,7 @@ def _bytes(contents: Contents) -> list[bytes]:
 class _Labelled:
     """Contents that have a label, and their targets."""
 
-    contents: list[bytes]
+    contents: Readable
     y: Array
 
     @classmethod
@@ -246,9 +269,12 @@ class _Labelled:
         """Raise ``InputError`` for targets that do not fit."""
         if isinstance(contents, (str, bytes)):
             raise InputError(f"{where}: expected a list of texts, got one text")
-        rows = _bytes(contents)
-        targets, labelled = checked_targets(y, len(rows), task, where=where)
-        return cls([rows[row] for row in np.flatnonzero(labelled).tolist()], targets[labelled])
+        readable = _readable(contents)
+        targets, labelled = checked_targets(y, len(readable), task, where=where)
+        rows = np.flatnonzero(labelled)
+        if isinstance(readable, (dataset.Packed, dataset.InFiles)):
+            return cls(readable.select(rows), targets[labelled])
+        return cls([readable[row] for row in rows.tolist()], targets[labelled])
 
 
 def fine_tune(
@@ -273,7 +299,8 @@ def fine_tune(
 
     Args:
         model: unfrozen for full fine-tuning; with a head trained on a cache this is LP-FT (Kumar et al. 2022).
-        contents: what the backbone reads: texts, or their UTF-8 bytes.
+        contents: what the backbone reads: texts or their UTF-8 bytes, the bytes of image files, or
+            ``Examples.packed_contents``, which are read when a batch needs them.
         y: int64 [N] class indices (-1: no label), uint8 [N, C], or float [N, R].
         eval_contents, y_eval: validation rows: early stopping, best weights. None for none.
         spec: how to train; ``learning_rate`` is the head's, ``standardize`` is not looked at.
@@ -300,9 +327,9 @@ def fine_tune(
     tuned = TunedModel(model, task, tuple(class_names), target_moments(rows.y, kind))
     metrics = {}
     with _seeded(spec.seed, model):
-        batches = ContentBatches(model, model.extractor.prepare(rows.contents), spec.batch_size, spec.order_seed)
+        batches = ContentBatches(RawRows(model.extractor, rows.contents), spec.batch_size, spec.order_seed)
         stopping = Stopping.of(spec, kind, batches.steps)
-        judge = _Judge(tuned, judged, stopping.metric) if judged is not None and judged.contents else None
+        judge = _Judge(tuned, judged, stopping.metric) if judged is not None and len(judged.y) else None
         learner = LiveLearner(
             model, spec, backbone_learning_rate, _loss(tuned, rows.y, spec, new_head), stopping.epochs * batches.steps,
             judge,
@@ -323,14 +350,14 @@ def fine_tune(
 
 
 class _Judge:
-    """The validation metric of a model in training; its validation rows are prepared once."""
+    """The validation metric of a model in training."""
 
     def __init__(self, tuned: TunedModel, rows: _Labelled, metric: str) -> None:
         self._tuned, self._metric, self.y = tuned, metric, rows.y
-        self._prepared = tuned.model.extractor.prepare(rows.contents)
+        self._rows = RawRows(tuned.model.extractor, rows.contents)
 
     def outputs(self) -> Floats:
-        return self._tuned.probabilities_of(self._prepared)
+        return self._tuned.probabilities_of(self._rows)
 
     def __call__(self) -> float:
         return float(scores(self._metric, task_named(self._tuned.task), self.y, self.outputs()[None])[0])

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import compute_features
+from embedcache.dataset import Contents
 from embedcache.errors import FeatureError, InputError, SpecError
-from embedcache.examples import content_of
+from embedcache.examples import examples_of
 from embedcache.features import InMemory
 from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
@@ -124,7 +125,7 @@ Rows = Sequence[object]
 class _Labelled:
     """Contents and their labels, with their features where the backbone is frozen."""
 
-    contents: list[bytes]
+    contents: Contents
     labels: Labels
     features: InMemory | None
 
@@ -216,16 +217,20 @@ class _ClassificationPipeline:
         checked = self._labels(labels, len(rows))
         return _Labelled(contents, checked, self._features(contents) if self.model.freeze_backbone else None)
 
-    def _features(self, contents: Sequence[bytes]) -> InMemory:
+    def _features(self, contents: Contents) -> InMemory:
         extractor = self.model.extractor
         return compute_features(extractor, contents, extractor.feature_sets[0].name)
 
-    def _contents(self, rows: Rows, name: str) -> list[bytes]:
-        content = content_of(self._kind, ExtractionSpec(self.model.extractor.identity).pixel_range)
+    def _contents(self, rows: Rows, name: str) -> Contents:
         if isinstance(rows, (str, os.PathLike)) or not len(rows):
             given = f"one {self._kind}" if isinstance(rows, os.PathLike) or len(rows) else "none"
             raise InputError(f"{name}: expected a list of {self._kind}s, got {given}")
-        return content.encode_all(rows, lambda row: f"{name}: {self._kind} {row} is {shortened(rows[row])}")
+
+        def called(row: int) -> str:
+            return f"{name}: {self._kind} {row} is {shortened(rows[row])}"
+
+        pixel_range = ExtractionSpec(self.model.extractor.identity).pixel_range
+        return examples_of(rows, self._kind, called, pixel_range).packed_contents
 
     def _labels(self, labels: Sequence[int], count: int) -> Labels:
         array = np.asarray(labels)
