@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,8 +40,8 @@ class Contents(Protocol):
         """Return the contents at ``rows``, int64, without copying them."""
         ...
 
-    def columns(self) -> tuple[NDArray[np.uint8], Rows]:
-        """Return a buffer of just these contents, u1, and the offsets into it, int64 [N + 1]."""
+    def lengths(self) -> Rows:
+        """Return how many bytes each content has, int64 [N], without reading one."""
         ...
 
 
@@ -92,11 +93,16 @@ class Packed(Sequence[bytes]):
         """Return the strings at ``rows``, int64, without copying them."""
         return Packed(self._data, self._offsets, rows if self._rows is None else self._rows[rows])
 
+    def lengths(self) -> Rows:
+        """Return how many bytes each string has, int64 [N]."""
+        lengths = np.diff(self._offsets)
+        return lengths if self._rows is None else lengths[self._rows]
+
     def columns(self) -> tuple[NDArray[np.uint8], Rows]:
         """Return a buffer of just these strings, u1, and the offsets into it, int64 [N + 1]."""
         if self._rows is None:
             return self._data, self._offsets
-        lengths = np.diff(self._offsets)[self._rows]
+        lengths = self.lengths()
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         # The places of all bytes at once: each string's start in the old buffer, and on from there.
         places = np.repeat(self._offsets[self._rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -128,9 +134,14 @@ class InFiles:
         """Return the contents at ``rows``, int64, without reading them."""
         return InFiles(self._held.select(rows), self._in_file[rows], self._keys[rows])
 
-    def columns(self) -> tuple[NDArray[np.uint8], Rows]:
-        """Read all contents into one buffer, u1, and return it with the offsets into it, int64 [N + 1]."""
-        return Packed.of(self).columns()
+    def lengths(self) -> Rows:
+        """Return how many bytes each content has, int64 [N]: of a file what the system says."""
+        lengths = self._held.lengths()
+        for row in np.flatnonzero(self._in_file).tolist():
+            path = os.fsdecode(self._held[row])
+            with _readable(path):
+                lengths[row] = os.stat(path).st_size
+        return lengths
 
     def path(self, row: int) -> str | None:
         """Return the file that the content of a row is, None where it lies in none of its own."""
@@ -140,14 +151,47 @@ class InFiles:
         if not self._in_file[row]:
             return held
         path = os.fsdecode(held)
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read any more: {error.strerror or error}") from None
+        with _readable(path), open(path, "rb") as file:
+            content = file.read()
         if row_key(content) != self._keys[row].tobytes():
             raise InputError(f"{path}: its bytes changed since the input was read: read the input again")
         return content
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read any more: {error.strerror or error}") from None
+
+
+class Behind:
+    """The contents of several, one behind the other; ``rows``, int64 [N], chooses among them all, None takes each."""
+
+    def __init__(self, parts: Sequence[Contents], rows: Rows | None = None) -> None:
+        self._parts, self._ends = parts, np.cumsum([0, *map(len, parts)])
+        self._rows = np.arange(self._ends[-1]) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> bytes:
+        row = int(self._rows[place])
+        part = int(np.searchsorted(self._ends, row, side="right")) - 1
+        return self._parts[part][row - int(self._ends[part])]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[place] for place in range(len(self)))
+
+    def select(self, rows: Rows) -> Behind:
+        """Return the contents at ``rows``, int64, without reading them."""
+        return Behind(self._parts, self._rows[rows])
+
+    def lengths(self) -> Rows:
+        """Return how many bytes each content has, int64 [N], without reading one."""
+        every: Rows = np.concatenate([part.lengths() for part in self._parts])
+        return every[self._rows]
 
 
 class IdColumn(Sequence[str]):

@@ -45,8 +45,10 @@ def commit(path: Path, data: bytes, kind: Kind = CacheError) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, kind: Kind = CacheError) -> Iterator[IO[bytes]]:
+def replacing(path: Path, kind: Kind = CacheError, *, named: Callable[[], str] | None = None) -> Iterator[IO[bytes]]:
     """Open a new file that takes the place of ``path`` once the block is done; if that fails, nothing has changed.
+
+    ``named`` gives the name in its folder that the file is to have, where that depends on what was written.
 
     Temporary in the same directory (``O_EXCL``) -> write -> fsync -> replace -> fsync(directory). A failed fsync is
     never retried: the kernel may have dropped the pages, and a second call would report success.
@@ -70,7 +72,7 @@ def replacing(path: Path, kind: Kind = CacheError) -> Iterator[IO[bytes]]:
             with explained(f"cannot write {path}", kind):
                 os.close(descriptor)
         with explained(f"cannot write {path}", kind):
-            os.replace(temporary, path)
+            os.replace(temporary, path if named is None else path.with_name(named()))
     except BaseException:
         _unlink(temporary)
         raise

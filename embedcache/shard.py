@@ -15,7 +15,8 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -32,6 +33,7 @@ Kind = Literal["pooled", "layers", "tokens"]
 
 ALIGNMENT = 4096
 _MAP_FIXED = 0x10
+_PIECE = 1 << 20
 STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 # "." is not a name in HDF5 but the group itself, so a name starts with a letter or a digit.
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9@:+._-]{0,99}")
@@ -218,28 +220,72 @@ def build(arrays: Mapping[str, Array], attributes: Mapping[str, Mapping[str, str
     Root-level, contiguous, uncompressed, little-endian, in the order given; an array of 4,096 bytes or more starts at
     a multiple of 4,096. ``attributes`` are ASCII strings by array and name.
     """
+    buffer = io.BytesIO()
+    _write(buffer, arrays, attributes or {})
+    return buffer.getvalue()
+
+
+def pieces(arrays: Mapping[str, Array], large: str, contents: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what ``build`` returns piece by piece, for an array of bytes that need not fit in memory.
+
+    ``arrays`` has it by the name ``large`` as nothing but its shape (see ``stand_in``); its bytes are those of
+    ``contents``, one behind the other.
+    """
+    length = len(arrays[large])
+    # What HDF5 writes around the array, with a hole in its place, which takes no room.
+    with explained(f"cannot write in {tempfile.gettempdir()}"), tempfile.TemporaryFile(prefix="embedcache-") as file:
+        start = _write(file, arrays, {}, large)
+        file.seek(0)
+        before = file.read(start)
+        file.seek(start + length)
+        behind = file.read()
+    yield before
+    piece, left = bytearray(), length
+    for content in contents:
+        piece += content
+        if len(piece) >= _PIECE:
+            left -= len(piece)
+            yield bytes(piece)
+            piece.clear()
+    if left != len(piece):
+        raise ValueError(f"{large} has {length - left + len(piece)} bytes, expected {length}")
+    yield bytes(piece)
+    yield behind
+
+
+def stand_in(length: int) -> Array:
+    """Return an array u1 [length] that takes no memory."""
+    return np.broadcast_to(np.uint8(0), (length,))
+
+
+def _write(
+    into: IO[bytes], arrays: Mapping[str, Array], attributes: Mapping[str, Mapping[str, str]], hole: str | None = None
+) -> int:
+    """Write an HDF5 file, but for the values of the array ``hole``, and return where these begin, 0 for none."""
     import h5py
 
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
+    start = 0
+    with h5py.File(into, "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
         for name, array in arrays.items():
-            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            kind = array.dtype.newbyteorder("<")
             layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             layout.set_layout(h5py.h5d.CONTIGUOUS)
             layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             layout.set_obj_track_times(False)  # a time would make equal arrays different bytes
-            space = h5py.h5s.create_simple(little.shape)
-            dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(little.dtype), space, layout)
-            if little.size:
-                dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, little)
-            for key, value in (attributes or {}).get(name, {}).items():
+            space = h5py.h5s.create_simple(array.shape)
+            dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(kind), space, layout)
+            if name == hole:
+                start = int(dataset.get_offset() or 0)
+            elif array.size:
+                dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(array, kind))
+            for key, value in attributes.get(name, {}).items():
                 text = h5py.h5t.C_S1.copy()
                 text.set_size(len(value))
                 text.set_strpad(h5py.h5t.STR_NULLPAD)
                 attribute = h5py.h5a.create(dataset, key.encode(), text, h5py.h5s.create(h5py.h5s.SCALAR))
                 attribute.write(np.array(value.encode("ascii")), mtype=text)
-    return buffer.getvalue()
+    return start
 
 
 def place(path: Path, expected: Mapping[str, Column], file: IO[bytes] | None = None) -> dict[str, Placed]:

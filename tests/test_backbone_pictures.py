@@ -534,7 +534,7 @@ def test_another_decoder_is_noticed(vit: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [decode(row).size for row in backbone.probe_rows] == [(45, 37), (7, 9)]
     assert {"pillow", "transformers"} < set(before.versions)
 
-    def brighter(content: bytes) -> Any:
+    def brighter(content: bytes, _: object) -> Any:
         image = decode(content)
         red, green, blue = image.getpixel((3, 3))
         image.putpixel((3, 3), (red ^ 1, green, blue))

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.dataset import Dataset, Examples, IdColumn, Packed, Whole, evenly_spread, key_values, mixed, renumbered
+from embedcache.dataset import (
+    Behind,
+    Dataset,
+    Examples,
+    IdColumn,
+    Packed,
+    Whole,
+    evenly_spread,
+    key_values,
+    mixed,
+    renumbered,
+)
 from embedcache.errors import InputError
 
 STRINGS = st.lists(st.binary(max_size=7), max_size=13)
@@ -31,9 +42,21 @@ def test_packed_strings_are_a_sequence(strings: list[bytes], data: st.DataObject
     again = data.draw(st.lists(st.integers(0, max(len(rows) - 1, 0)), max_size=5 if rows else 0))
     for chosen, wanted in ((some, rows), (some.select(np.array(again, np.int64)), [rows[row] for row in again])):
         assert list(chosen) == [chosen[place] for place in range(len(wanted))] == [strings[row] for row in wanted]
+        assert chosen.lengths().tolist() == [len(strings[row]) for row in wanted]
         values, offsets = chosen.columns()
         assert list(Packed(values, offsets)) == [strings[row] for row in wanted]
         assert (values.dtype, offsets.dtype, len(values)) == (np.uint8, np.int64, offsets[-1])
+
+
+@given(st.lists(st.lists(st.binary(max_size=5), max_size=3), min_size=1, max_size=3), st.data())
+def test_contents_behind_one_another_are_those_of_each(parts: list[list[bytes]], data: st.DataObject) -> None:
+    every = [content for part in parts for content in part]
+    whole = Behind([Packed.of(part) for part in parts])
+    rows = data.draw(st.lists(st.integers(0, len(every) - 1), max_size=5)) if every else []
+    some = whole.select(np.array(rows, np.int64))
+    for chosen, wanted in ((whole, every), (some, [every[row] for row in rows])):
+        assert list(chosen) == [chosen[place] for place in range(len(chosen))] == wanted
+        assert chosen.lengths().tolist() == [len(content) for content in wanted]
 
 
 def test_iterating_goes_over_the_edges_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

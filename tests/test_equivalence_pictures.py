@@ -132,7 +132,7 @@ def test_another_processor_under_the_same_name(
 def test_channels_in_another_order(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swapped(content: bytes) -> Any:
+    def swapped(content: bytes, _: object) -> Any:
         red, green, blue = decode(content).split()
         return Image.merge("RGB", (blue, green, red))
 
@@ -149,7 +149,7 @@ def test_pictures_that_were_not_turned(
     """Only those with EXIF differ, and what they lack is said."""
     contents = [*PICTURES, *map(turned, range(90, 96))]
     decode = preparing.decode
-    monkeypatch.setattr(preparing, "decode", lambda content: Image.open(io.BytesIO(content)).convert("RGB"))
+    monkeypatch.setattr(preparing, "decode", lambda content, _: Image.open(io.BytesIO(content)).convert("RGB"))
     cache = made(tmp_path / "c", models("vit"), contents)
     monkeypatch.setattr(preparing, "decode", decode)
     finds(checked(cache, contents), "6 of 30 rows differ", "images that are not turned as their EXIF says")
@@ -158,7 +158,7 @@ def test_pictures_that_were_not_turned(
 def test_one_pixel(models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One channel of one pixel of one picture."""
 
-    def brighter(content: bytes) -> Any:
+    def brighter(content: bytes, _: object) -> Any:
         image = decode(content)
         if content == PICTURES[7]:
             red, green, blue = image.getpixel((5, 5))

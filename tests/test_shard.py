@@ -17,7 +17,7 @@ from small_caches import SETS, arrays
 
 from embedcache import shard
 from embedcache.errors import SpecError
-from embedcache.shard import Column, FeatureSet, build, place, refuse_colliding
+from embedcache.shard import Column, FeatureSet, build, pieces, place, refuse_colliding, stand_in
 
 KEYS = np.arange(7 * 16, dtype=np.uint8).reshape(7, 16)
 
@@ -52,6 +52,21 @@ def test_golden_bytes_of_every_type() -> None:
         )
         found[each.name] = hashlib.sha256(data).hexdigest()[:16]
     assert found == GOLDEN
+
+
+@given(st.lists(st.integers(0, 4999), max_size=7), st.integers(0, 613), st.sampled_from([1, 100, 1 << 20]))
+def test_a_file_in_pieces_has_the_same_bytes(lengths: list[int], rows: int, piece: int) -> None:
+    """An array below a page and above it, before and behind others that are either."""
+    contents = [bytes([at]) * length for at, length in enumerate(lengths)]
+    values = np.frombuffer(b"".join(contents), np.uint8)
+    before = {"row": np.arange(rows), "split": np.zeros(rows, np.uint8)}
+    behind = {"offsets": np.cumsum([0, *lengths]), "number": np.arange(rows)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("embedcache.shard._PIECE", piece)
+        made = list(pieces({**before, "x": stand_in(len(values)), **behind}, "x", contents))
+    assert b"".join(made) == build({**before, "x": values, **behind})
+    with pytest.raises(ValueError, match="x has"):
+        list(pieces({"x": stand_in(len(values) + 1)}, "x", contents))
 
 
 def test_superblock_is_the_oldest() -> None:

@@ -15,7 +15,7 @@ from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter
-from embedcache.dataset import Dataset, Examples, IdColumn, Packed, renumbered
+from embedcache.dataset import Behind, Dataset, Examples, IdColumn, Packed, renumbered
 from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
 from embedcache.journal import explained
 from embedcache.spec import SPLITS
@@ -83,8 +83,7 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
         given = Packed.of(ids[row].encode("utf-8") for row in order.tolist())
         dataset = replace(dataset, ids=IdColumn(len(dataset), given))
     if all(manifest.examples is not None and manifest.examples.has_inputs for manifest in part_manifests):
-        contents = [content for cache in caches for content in (cache.inputs() or ())]
-        inputs = Packed.of(contents[row] for row in order.tolist())
+        inputs = Behind([kept for cache in caches if (kept := cache.inputs()) is not None], order)
     with CacheWriter(output_dir, first.spec, first.feature_sets) as writer:
         writer.admit_kinds(together.kinds, accept=accept_numerics)
         for lacking in _missing(part_manifests, [cache.stored_keys() for cache in caches], writer):

@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 from embedcache.decoding import FLAT, fields_to_json, from_json
@@ -17,7 +18,7 @@ from embedcache.errors import (
     NumericsMismatchError,
     SpecMismatchError,
 )
-from embedcache.fingerprint import differences, hash_json, is_count, require, sha256_bytes, strict_json
+from embedcache.fingerprint import differences, hash_json, is_count, require, strict_json
 from embedcache.journal import commit, explain, explained
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, refuse_colliding
@@ -54,8 +55,27 @@ class ShardFile:
 
 def file_of(number: int, data: bytes) -> ShardFile:
     """Return what a file of these bytes is called: ``NUMBER-<first 16 digits of its sha256>.h5``."""
-    digest = sha256_bytes(data)
-    return ShardFile(f"{number:06d}-{digest[:16]}.h5", len(data), digest)
+    hashed = Hashed(number)
+    hashed.add(data)
+    return hashed.file()
+
+
+class Hashed:
+    """What a file is called whose bytes come piece by piece."""
+
+    def __init__(self, number: int) -> None:
+        self._number, self._digest, self._size = number, sha256(), 0
+
+    def add(self, piece: bytes) -> bytes:
+        """Take the next bytes into account, and return them."""
+        self._digest.update(piece)
+        self._size += len(piece)
+        return piece
+
+    def file(self) -> ShardFile:
+        """Return the file that has the bytes until now."""
+        digest = self._digest.hexdigest()
+        return ShardFile(f"{self._number:06d}-{digest[:16]}.h5", self._size, digest)
 
 
 @dataclass(frozen=True)

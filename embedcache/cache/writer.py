@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, stored_keys
 from embedcache.cache.gather import Keys, RowIndex, Rows
-from embedcache.cache.manifest import FILE_NAME, DatasetEntry, Manifest, Numerics, Shard, ShardFile, file_of
+from embedcache.cache.manifest import FILE_NAME, DatasetEntry, Hashed, Manifest, Numerics, Shard, ShardFile, file_of
 from embedcache.dataset import Contents, Dataset
 from embedcache.errors import (
     CacheError,
@@ -24,9 +25,9 @@ from embedcache.errors import (
 )
 from embedcache.features import Stored
 from embedcache.fingerprint import canonical_json
-from embedcache.journal import commit, explained, refuse_foreign, writing
+from embedcache.journal import commit, explained, refuse_foreign, replacing, writing
 from embedcache.numerics import Difference, Probe, difference
-from embedcache.shard import Array, FeatureSet, build
+from embedcache.shard import Array, FeatureSet, build, pieces, stand_in
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
 
@@ -195,17 +196,20 @@ class CacheWriter:
         if dataset.targets is not None:
             contents["target"] = dataset.targets
         given_ids = None if dataset.ids is None else dataset.ids.given
-        for name, packed in (("id", given_ids), ("input", inputs)):
-            if packed is not None:
-                contents[f"{name}.values"], contents[f"{name}.offsets"] = packed.columns()
+        if given_ids is not None:
+            contents["id.values"], contents["id.offsets"] = given_ids.columns()
+        if inputs is not None:
+            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(inputs.lengths())])
+            contents["input.values"], contents["input.offsets"] = stand_in(int(ends[-1])), ends
         whole = dataset.whole
         if whole is not None:
             contents["number"] = whole.numbers
         # A second generation is numbered by how many there were, so that a resumed run names its file alike.
         number = self._manifest.generation
-        data = build(contents)
+        # A name and a hash until the bytes are written, which decide both.
+        unwritten = replace(file_of(number, b"-"), bytes=1 + sum(column.nbytes for column in contents.values()))
         entry = DatasetEntry(
-            file=file_of(number, data),
+            file=unwritten,
             rows=len(rows),
             task=dataset.task,
             class_names=dataset.class_names,
@@ -220,11 +224,11 @@ class CacheWriter:
             raise InputError(fault)
         former = self._manifest.examples
         same = former is not None and former == replace(entry, file=former.file) and self._manifest.complete
-        if former is not None and same and former.file.sha256 == entry.file.sha256:
+        if former is not None and same and former.file.sha256 == _hash(_pieces(contents, inputs)):
             with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
                 check(self.path / "examples" / former.file.name, former.file)
                 return
-        self._publish("examples", entry.file, data)
+        entry = replace(entry, file=self._publish_dataset(number, _pieces(contents, inputs)))
         self._commit(replace(self._manifest, examples=entry, complete=True, generation=number + 1))
         if former is not None and former.file.name != entry.file.name:
             with contextlib.suppress(OSError):  # a reader that still maps it keeps its pages
@@ -233,6 +237,15 @@ class CacheWriter:
     def _publish(self, folder: str, file: ShardFile, data: bytes) -> None:
         with self._fatal():
             commit(self.path / folder / file.name, data)
+
+    def _publish_dataset(self, number: int, pieces: Iterator[bytes]) -> ShardFile:
+        """Publish an examples file, whose name its bytes decide: they are hashed as they are written."""
+        hashed = Hashed(number)
+        unnamed = self.path / "examples" / f"{number:06d}.h5"
+        with self._fatal(), replacing(unnamed, named=lambda: hashed.file().name) as file:
+            for piece in pieces:
+                file.write(hashed.add(piece))
+        return hashed.file()
 
     def _commit(self, manifest: Manifest) -> None:
         with self._fatal():
@@ -281,6 +294,18 @@ class CacheWriter:
                     f"{self.path} holds {folder} but no {manifests.NAME}: "
                     "restore that from a copy, or choose another directory"
                 )
+
+
+def _pieces(columns: Mapping[str, Array], inputs: Contents | None) -> Iterator[bytes]:
+    """Yield the bytes of an examples file. Contents come one after the other: they may be more than memory holds."""
+    return iter([build(columns)]) if inputs is None else pieces(columns, "input.values", inputs)
+
+
+def _hash(pieces: Iterator[bytes]) -> str:
+    digest = sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def known_rows(
