@@ -13,7 +13,7 @@ from planted import Planted, planted_cache, planted_rows
 
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli
-from embedcache.errors import Interrupted, SpecError, SweepError
+from embedcache.errors import Interrupted, SpecError, SweepError, TrainingError
 from embedcache.extract import extract
 from embedcache.heads import TrainedHead
 from embedcache.spec import HeadSpec, TrainSpec
@@ -24,6 +24,7 @@ from embedcache.sweep.configuration import Protocol
 from embedcache.sweep.cost import refuse_too_many
 from embedcache.sweep.problem import Problem
 from embedcache.task import CLASSIFICATION
+from embedcache.train import train_head
 from embedcache.train.metrics import score
 
 FAST = {"head": "linear", "learning_rate": [0.003, 0.03], "epochs": 6, "seeds": [0, 1]}
@@ -86,8 +87,9 @@ def test_a_seed_is_a_repetition_not_a_choice(swept: SweepResult) -> None:
 def test_the_score_of_a_fold_is_on_rows_no_head_of_it_saw(cache: FeatureCache, swept: SweepResult) -> None:
     problem = Problem.of(cache)
     features = problem.features("mean", problem.rows)
-    best = [each for each in swept.results if each.candidate == swept.leaderboard[0].id]
-    configuration = Configuration.from_json({name: getattr(best[0], name) for name in ("feature", "head", "train")})
+    first = next(each for each in swept.results if each.candidate == swept.leaderboard[0].id)
+    best = {each.fold: each for each in swept.results if each.id == first.id}
+    configuration = Configuration.from_json({name: getattr(first, name) for name in ("feature", "head", "train")})
     for fold, division in enumerate(problem.folds):
         job = training.Job(configuration, division, fold)
         (alone,) = training.train_batch(problem, training.JobBatch("stack", (job,)))
@@ -157,9 +159,44 @@ def test_the_same_sweep_again_trains_nothing_and_changes_nothing(
     assert [row.score for row in whole.leaderboard] == pytest.approx([row.score for row in third.leaderboard], abs=0.01)
 
 
+def test_each_fold_is_trained_as_its_rows_alone_would_be(cache: FeatureCache) -> None:
+    """Bit for bit, whatever trains beside it; and no row of another part of the fold is looked at."""
+    problem = Problem.of(cache)
+    head, spec = HeadSpec("mlp", options={"hidden": [5]}), TrainSpec(epochs=3, patience=0, solver="minibatch")
+    jobs = [training.Job(Configuration("mean", head, spec), fold, number) for number, fold in enumerate(problem.folds)]
+    trained = list(training.train_batch(problem, training.JobBatch("stack", tuple(jobs))))
+    assert sorted(each.job.number for each in trained) == list(range(5))
+    x = problem.features("mean", problem.rows)
+    for each in trained:
+        rows = np.flatnonzero(each.job.fold.usable)
+        own = train_head(
+            x.take(rows), problem.y[rows], head=head, spec=spec, class_names=problem.class_names, progress=False
+        )
+        assert all(np.array_equal(each.head.state[name], value) for name, value in own.head.state.items())
+
+
+def test_a_fold_that_cannot_be_trained_costs_the_others_nothing(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem.of(cache)
+    configuration = Configuration("mean", HeadSpec("mlp", options={"hidden": [5]}), TrainSpec(epochs=2))
+    jobs = [training.Job(configuration, fold, number) for number, fold in enumerate(problem.folds)]
+    real = training._stack
+
+    def failing(problem: Any, jobs: Any, *rest: Any) -> Any:
+        if jobs[0].number == 2:
+            raise TrainingError("no such fold")
+        return real(problem, jobs, *rest)
+
+    monkeypatch.setattr(training, "_stack", failing)
+    trained = {each.job.number: each for each in training.train_batch(problem, training.JobBatch("stack", tuple(jobs)))}
+    assert {number: each.error for number, each in trained.items() if each.head is None} == {2: "no such fold"}
+    assert len(trained) == 5
+
+
 def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = [{**FAST, "seeds": [0]}, GRID[2]]
-    monkeypatch.setattr(training, "_STACK_HEADS", 6)
+    monkeypatch.setattr(training, "_STACK_HEADS", 1)
     real, calls = training.train_batch, []
 
     def stopping(problem: Any, batch: Any, **options: Any) -> Any:
@@ -179,7 +216,7 @@ def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatc
     file = tmp_path / "s/results.jsonl"
     file.write_bytes(file.read_bytes()[:-7])
     whole = sweep(cache, grid, output_dir=tmp_path / "s", progress=False)
-    assert sum(calls) == 6 + 4 + 6 + (1 + 6 + 4)
+    assert sum(calls) == 5 + 5 + 5 + (1 + 5 + 5)
     assert whole.summary["complete"]
     assert any("half written" in note for note in whole.summary["notes"])
     monkeypatch.undo()
@@ -320,7 +357,7 @@ def test_regression_and_many_labels(tmp_path: Path) -> None:
 
 def test_tokens_are_trained_fold_by_fold(tmp_path: Path) -> None:
     cache = planted_cache(tmp_path / "c", planted_rows(91, test=17), tokens=True, noise=0.5)
-    grid = [{"head": "attention-pooling", "width": 4, "heads": 1, "epochs": 4, "learning_rate": 0.05}, "majority"]
+    grid = [{"head": "attention-pooling", "width": 4, "heads": 1, "epochs": 40, "learning_rate": 0.05}, "majority"]
     result = sweep(cache, grid, folds=3, progress=False)
     assert result.leaderboard[0].feature == "tokens"
     assert result.leaderboard[0].score > result.summary["baseline"] + 0.2

@@ -23,7 +23,7 @@ from embedcache.heads import build_head
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, task_named
-from embedcache.train import Masks, TrainingResult, train_head
+from embedcache.train import TrainingResult, train_head
 from embedcache.train import train_stack as stack_of_rows
 from embedcache.train.batches import (
     DiskBatches,
@@ -205,7 +205,6 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
     x, y = made(67, 21 if layers else 7)
     x = x.reshape(67, 3, 7) if layers else x
     optimizer = draw(st.sampled_from(["adamw", "sgd"]))
-    masked = draw(st.booleans())
     smoothing = draw(st.sampled_from([0.0, 0.1]))
     disturbed = draw(st.sampled_from([{}, {"input_noise": 0.3}, {"input_noise": 0.2, "input_dropout": 0.25}]))
     heads, specs = [], []
@@ -221,21 +220,10 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
                 **disturbed,
             )
         )  # fmt: skip
-    folds = np.arange(67) % 3
-    train = np.stack([folds != fold for fold in range(3)])
-    of = np.array([draw(st.integers(0, 2)) for _ in range(count)])
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
-    if not masked:
-        options |= {"x_eval": x[:20], "y_eval": y[:20]}
-
-    def masks(which: np.ndarray) -> dict[str, Any]:
-        return {"masks": Masks(train, ~train, which)} if masked else {}
-
-    together = train_stack(x, y, heads, specs, **options, **masks(of))
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "x_eval": x[:20], "y_eval": y[:20]}
+    together = train_stack(x, y, heads, specs, **options)
     for place in range(count):
-        alone = train_stack(
-            x, y, heads[place : place + 1], specs[place : place + 1], **options, **masks(of[place : place + 1])
-        )
+        alone = train_stack(x, y, heads[place : place + 1], specs[place : place + 1], **options)
         mine, other = together[place].history, alone[0].history
         assert len(mine) == len(other)
         for a, b in zip(mine, other, strict=True):
@@ -318,20 +306,6 @@ def test_a_head_with_another_seed_is_seen_to_differ() -> None:
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
-def test_a_fold_is_trained_as_on_its_own_rows() -> None:
-    """Rows of weight zero are as good as absent: with one batch an epoch, a mask equals a selection."""
-    x, y = made(60)
-    train = (np.arange(60) % 4 != 0)[None]
-    spec = [TrainSpec(epochs=5, batch_size=64, weight_decay=0.0, patience=0, clip=0.0)]
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
-    masked = train_stack(x, y, [HeadSpec()], spec, masks=Masks(train, ~train, np.array([0])), **options)
-    chosen = train_stack(x[train[0]], y[train[0]], [HeadSpec()], spec, **options)
-    for a, b in zip(masked[0].history, chosen[0].history, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-6)
-    # The folded mean multiplies what differs in the weights.
-    np.testing.assert_allclose(masked[0].head.logits(x), chosen[0].head.logits(x), atol=1e-4)
-
-
 def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
     x, y = made(300)
     specs = [TrainSpec(epochs=40, patience=2, learning_rate=rate, shuffle_seed=0) for rate in (3.0, 1e-3)]
@@ -347,14 +321,11 @@ def test_stopped_heads_leave_the_stack_and_keep_their_best() -> None:
     assert measured == pytest.approx(min(each["validation_log_loss"] for each in found[0].history), rel=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_stack_too_large_for_the_cache_is_trained_in_parts(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+def test_a_stack_too_large_for_the_cache_is_trained_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = made(90)
     heads = [HeadSpec("mlp", "torch", {"hidden": [5]})] * 5
     specs = [TrainSpec(epochs=3, seed=seed, shuffle_seed=0, learning_rate=1e-3 * (1 + seed)) for seed in range(5)]
-    train = np.stack([np.arange(90) % 2 != fold for fold in range(2)])
-    options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
-    options |= {"masks": Masks(train, ~train, np.arange(5) % 2)} if masked else {"x_eval": x, "y_eval": y}
+    options: dict[str, Any] = {"task": "classification", "class_names": NAMES, "x_eval": x, "y_eval": y}
     whole = train_stack(x, y, heads, specs, **options)
     monkeypatch.setattr("embedcache.train.minibatch.STACK_NUMBERS", 2 * whole[0].head.parameters)
     stacks: list[int] = []
@@ -785,37 +756,28 @@ def test_what_never_occurs_has_a_finite_bias() -> None:
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_heads_start_alike_alone_in_a_stack_on_folds_and_on_disk(task: TaskName, kind: str) -> None:
+def test_heads_start_alike_alone_in_a_stack_and_on_disk(task: TaskName, kind: str) -> None:
     x, classes = made(90)
     y: Any = {
         "classification": classes, "multilabel": np.eye(3, dtype=np.uint8)[classes],
         "regression": x[:, :3].astype(float),
     }[task]  # fmt: skip
-    folds = np.stack([np.arange(90) % 3 != fold for fold in range(3)])
     seen: list[dict[str, Any]] = []
 
     def watch(stack: HeadStack) -> None:
         seen.extend(stack.state(place) for place in range(len(stack.alive)))
 
-    def start(rows: Any, heads: int, source: Any = None, masks: Masks | None = None) -> list[dict[str, Any]]:
+    def start(heads: int, source: Any = x) -> list[dict[str, Any]]:
         seen.clear()
-        weight = np.float32(np.arange(90) % 4 + 1)[rows]
-        data = labelled_rows_of(x[rows] if source is None else source, y[rows], task_named(task), NAMES, weight=weight)
+        data = labelled_rows_of(source, y, task_named(task), NAMES, weight=np.float32(np.arange(90) % 4 + 1))
         spec = TrainSpec(label_smoothing=0.1, class_weight=None if task == "regression" else "balanced", epochs=1)
         options = PassOptions(max_steps=1, progress=False, watch=watch)
-        fit_minibatch(data, None, [HeadSpec(kind)] * heads, [spec] * heads, masks=masks, options=options)
+        fit_minibatch(data, None, [HeadSpec(kind)] * heads, [spec] * heads, options=options)
         return list(seen)
 
-    everything = np.ones(90, bool)
-    alone = start(everything, 1)[0]
-    for other in [*start(everything, 2), *start(everything, 1, MappedRows(x))]:
+    alone = start(1)[0]
+    for other in [*start(2), *start(1, MappedRows(x))]:
         assert all(torch.equal(alone[name], other[name]) for name in alone)
-    together = start(everything, 3, masks=Masks(folds, ~folds, np.arange(3)))
-    if task != "regression":  # whose unit is that of all rows, where folds share a pass
-        for fold, rows in enumerate(folds):
-            other = start(rows, 1)[0]
-            assert all(torch.equal(together[fold][name], other[name]) for name in other)
-        assert not torch.equal(together[0]["output.bias"], together[1]["output.bias"])
 
 
 def rare(rows: int = 359, labels: int = 20) -> tuple[np.ndarray, np.ndarray]:

@@ -19,10 +19,10 @@ _FLOPS = 1e11
 """What two modest cores do in a second, in products of the size that heads need."""
 _STEPS = 8
 """What the convex solver takes for a penalty and a fold: 3 for a strong one, 30 for a weak one that separates much."""
-_MINIBATCH = 0.4
+_MINIBATCH = 0.75
 """The share of that speed that is left in training by minibatches."""
-_STEP = 2e-5
-"""Seconds of a step of a head in a stack beside its products."""
+_STEP = 1e-4
+"""Seconds of a step of a head in a small stack beside its products."""
 
 
 def refuse_too_many(problem: Problem, grid: Grid, random: int | None, yes: bool) -> None:
@@ -49,6 +49,7 @@ def seconds_of(problem: Problem, configuration: Configuration) -> float:
         return 0.002 + 4 * _STEPS * rows * feature.dim * outputs / _FLOPS
     size = sum(parameter.numel() for parameter in build_head(configuration.head, feature, outputs).parameters())
     vectors = {"pooled": 1, "layers": feature.layers, "tokens": 32}[feature.kind]
+    rows = int(problem.mean_train_rows)
     steps = -(-rows // configuration.train.batch_size)
     epochs = configuration.train.epochs_of(steps)
     return epochs * (6 * rows * size * vectors / (_MINIBATCH * _FLOPS) + steps * _STEP)

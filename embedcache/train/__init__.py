@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embedcache.train.cached import evaluate_on_cache, train_on_cache
     from embedcache.train.data import LabelledRows, labelled_rows_of
-    from embedcache.train.minibatch import Masks, PassOptions
+    from embedcache.train.minibatch import PassOptions
     from embedcache.train.result import Origin, TrainingResult
     from embedcache.train.run import train_head, train_stack
 
 _WHERE = {
     "LabelledRows": "data",
-    "Masks": "minibatch",
     "PassOptions": "minibatch",
     "Origin": "result",
     "TrainingResult": "result",
@@ -43,7 +42,7 @@ _WHERE = {
 }
 
 __all__ = [
-    "LabelledRows", "Masks", "Origin", "PassOptions", "TrainingResult", "evaluate_on_cache", "labelled_rows_of",
+    "LabelledRows", "Origin", "PassOptions", "TrainingResult", "evaluate_on_cache", "labelled_rows_of",
     "train_head", "train_on_cache", "train_stack",
 ]  # fmt: skip
 

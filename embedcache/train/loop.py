@@ -6,10 +6,9 @@ makes inside the step, or a whole model being fine-tuned.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -135,12 +134,12 @@ def fit(
     title: str = "train",
     progress: bool = True,
     keep_losses: bool = False,
-    until: float = math.inf,
+    each_step: Callable[[], object] | None = None,
 ) -> LoopResult:
     """Train until the loop ends; see ``Stopping``.
 
     Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set. So does
-    the first epoch after ``until``, by ``time.perf_counter``.
+    ``each_step``, which is called before every step, where it raises ``KeyboardInterrupt``.
 
     Raises ``TrainingError`` when a loss becomes NaN or infinite, saying what to lower.
     """
@@ -160,10 +159,10 @@ def fit(
         for epoch in range(stopping.epochs):
             if not learner.alive or (stopping.max_steps is not None and result.steps >= stopping.max_steps):
                 break
-            if time.perf_counter() > until:
-                raise KeyboardInterrupt
             start, total, seen = time.perf_counter(), None, 0
             for batch in batches.epoch(epoch):
+                if each_step is not None:
+                    each_step()
                 loss = learner.step(batch)
                 if keep_losses:
                     result.losses.append(loss.clone())

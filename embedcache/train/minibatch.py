@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from embedcache.features import Array, Dense, Features, OnDisk, Ragged
 from embedcache.heads import build_head, stack_key
 from embedcache.heads.modules import Head, Linear
 from embedcache.spec import MAY_DIFFER, HeadSpec, TrainSpec
-from embedcache.task import CLASSIFICATION, REGRESSION, Flags, Floats
+from embedcache.task import CLASSIFICATION, REGRESSION, Floats
 from embedcache.train.batches import (
     Batches,
     DiskBatches,
@@ -48,18 +47,6 @@ _EVALUATED_ROWS, _EVALUATED_TOKENS = 8192, 1 << 17
 """How much is judged at once."""
 
 
-@dataclass(frozen=True, eq=False)
-class Masks:
-    """Which rows each head trains on and is judged by, for heads that share one pass: folds, or subsets.
-
-    ``train`` and ``evaluate`` are bool [M, N]; head k uses row ``of[k]`` of both.
-    """
-
-    train: Flags
-    evaluate: Flags
-    of: npt.NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class PassOptions:
     """How a pass is carried out, beside what it trains.
@@ -71,7 +58,7 @@ class PassOptions:
         keep_losses: keep the loss of each step.
         max_steps: end after this many steps; None for no limit.
         watch: is shown the stack before its first step.
-        until: when to end as Ctrl-C does, after an epoch, by ``time.perf_counter``.
+        each_step: is called before each step; where it raises ``KeyboardInterrupt``, training ends as by Ctrl-C.
     """
 
     device: str = "cpu"
@@ -80,42 +67,7 @@ class PassOptions:
     keep_losses: bool = False
     max_steps: int | None = None
     watch: Callable[[HeadStack], None] | None = None
-    until: float = math.inf
-
-
-@dataclass(frozen=True, eq=False)
-class Standardisation:
-    """What features are standardised by: mean and scale of all training rows, float32 [D].
-
-    Heads on folds each have training rows of their own. Their features are standardised by all rows together, once, and
-    what is left is each head's difference: ``own_mean`` and ``own_scale``, float32 [M, D], of what is standardised.
-    ``applied`` says that the features are standardised already; otherwise the heads' first layers do it.
-    """
-
-    mean: Vectors
-    scale: Vectors
-    applied: bool
-    masks: Masks | None = None
-    own_mean: Vectors | None = None
-    own_scale: Vectors | None = None
-
-    def of(self, head: int) -> tuple[Vectors, Vectors]:
-        """Return mean and scale of one head, [D]."""
-        if self.masks is None or self.own_mean is None or self.own_scale is None:
-            return self.mean, self.scale
-        mask = int(self.masks.of[head])
-        return self.mean + self.own_mean[mask] / self.scale, self.scale * self.own_scale[mask]
-
-    def tell(self, stack: HeadStack, device: str) -> None:
-        """Set what the first layers of the heads still have to standardise."""
-        if self.masks is not None and self.own_mean is not None and self.own_scale is not None:
-            of = self.masks.of if stack.stacked else self.masks.of[0]
-            mean, scale = self.own_mean[of], self.own_scale[of]
-        elif not self.applied:
-            mean, scale = self.mean, self.scale
-        else:
-            return
-        stack.module.standardize(torch.from_numpy(mean).to(device), torch.from_numpy(scale).to(device))
+    each_step: Callable[[], object] | None = None
 
 
 Prepared = Tensor | Ragged | OnDisk
@@ -125,13 +77,9 @@ Prepared = Tensor | Ragged | OnDisk
 class HeadLearner:
     """K heads learning from batches of features; see ``loop.Learner``."""
 
-    def __init__(
-        self, stack: HeadStack, y: Tensor, weight: Tensor | None, masks: Masks | None, judge: Judge | None
-    ) -> None:
+    def __init__(self, stack: HeadStack, y: Tensor, weight: Tensor | None, judge: Judge | None) -> None:
         self.stack = stack
         self._y, self._weight, self._judge = y, weight, judge
-        self._masks = masks
-        self._train = None if masks is None else torch.from_numpy(masks.train.astype(np.float32)).to(y.device)
 
     @property
     def alive(self) -> Sequence[int]:
@@ -140,16 +88,8 @@ class HeadLearner:
 
     def step(self, batch: FeatureBatch) -> Tensor:
         """Take one step."""
-        return self.stack.step(batch.x, batch.mask, self._y.index_select(0, batch.rows), self._weights(batch.rows))
-
-    def _weights(self, rows: Tensor) -> Tensor | None:
-        weight = None if self._weight is None else self._weight[rows]
-        if self._train is None or self._masks is None:
-            return weight
-        # Heads on folds read the same batches: the rows that a head's fold holds out weigh nothing in its loss.
-        by_head = self._train[:, rows][torch.from_numpy(self._masks.of[self.stack.alive])]
-        by_head = by_head if weight is None else by_head * weight
-        return by_head if self.stack.stacked else by_head[0]
+        weight = None if self._weight is None else self._weight[batch.rows]
+        return self.stack.step(batch.x, batch.mask, self._y.index_select(0, batch.rows), weight)
 
     def evaluate(self) -> Scores | None:
         """Return the validation metric of each head still in training."""
@@ -166,7 +106,7 @@ class HeadLearner:
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """The validation metric of every head in a stack, on rows of its own.
+    """The validation metric of every head in a stack.
 
     ``x`` are the features of the ``rows``, prepared; ``target`` mean and deviation of the targets that were trained on.
     """
@@ -174,36 +114,22 @@ class Judge:
     rows: LabelledRows
     x: Prepared
     metric: str
-    masks: Masks | None
     target: tuple[Floats, Floats]
     device: str
 
     def __call__(self, stack: HeadStack) -> Scores:
         """Return [K]."""
-        if self.masks is None:
-            return self._scores(stack, None, self.x, self.rows.y)
-        out = np.empty(len(stack))
-        of = self.masks.of[stack.alive]
-        for mask in np.unique(of):
-            places = np.flatnonzero(of == mask)
-            rows = np.flatnonzero(self.masks.evaluate[mask])
-            x = self.x[torch.from_numpy(rows)] if isinstance(self.x, Tensor) else self.x.take(rows)
-            heads = torch.from_numpy(places) if stack.stacked else None
-            out[places] = self._scores(stack, heads, x, self.rows.y[rows])
-        return out
-
-    def _scores(self, stack: HeadStack, heads: Tensor | None, x: Prepared, y: Array) -> Scores:
-        outputs = outputs_of(stack, x, heads, self.device)
+        outputs = outputs_of(stack, self.x, self.device)
         if self.rows.task is REGRESSION:
             outputs = outputs * self.target[1] + self.target[0]
-        return scores(self.metric, self.rows.task, y, outputs)
+        return scores(self.metric, self.rows.task, self.rows.y, outputs)
 
 
-def outputs_of(stack: HeadStack, x: Prepared, heads: Tensor | None = None, device: str = "cpu") -> Array:
+def outputs_of(stack: HeadStack, x: Prepared, device: str = "cpu") -> Array:
     """Return probabilities (values for a regression) of K heads on rows of features, float32 [K, N, C]."""
     parts = []
     for batch, mask in _evaluation_batches(x):
-        z = stack.logits(batch.to(device), None if mask is None else mask.to(device), heads)
+        z = stack.logits(batch.to(device), None if mask is None else mask.to(device))
         if stack.loss.task.link == "softmax":
             z = z.softmax(dim=-1)
         elif stack.loss.task.link == "sigmoid":
@@ -254,13 +180,12 @@ def fit_minibatch(
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
     *,
-    masks: Masks | None = None,
     batches: Batches | None = None,
     options: PassOptions = PassOptions(),
 ) -> list[Fitted]:
     """Train K heads of one shape in one pass or, where they outgrow the processor's cache, a few.
 
-    ``judged`` are validation rows; with ``masks`` they must be ``rows`` itself. ``batches`` replaces the source of
+    ``judged`` are validation rows. ``batches`` replaces the source of
     features; ``rows`` then gives only targets and moments.
     """
     refuse_unstackable(heads, specs)
@@ -269,10 +194,7 @@ def fit_minibatch(
     results: list[Fitted] = []
     for begin in range(0, len(heads), most):
         part = slice(begin, begin + most)
-        results += _Pass(
-            rows, judged, heads[part], specs[part],
-            None if masks is None else replace(masks, of=masks.of[part]), batches, options,
-        ).run()  # fmt: skip
+        results += _Pass(rows, judged, heads[part], specs[part], batches, options).run()
         if results[-1].interrupted and begin + most < len(heads):
             raise KeyboardInterrupt  # some heads have not begun
     return results
@@ -286,7 +208,6 @@ class _Pass:
     judged: LabelledRows | None
     heads: Sequence[HeadSpec]
     specs: Sequence[TrainSpec]
-    masks: Masks | None
     batches: Batches | None
     options: PassOptions
 
@@ -300,7 +221,7 @@ class _Pass:
         ]
         target = target_moments(rows.y, rows.task)
         y = (rows.y - target[0]) / target[1] if rows.task is REGRESSION else rows.y
-        weights = self._class_weights()
+        weights = class_weights(self.specs, rows.y, rows.task, rows.class_names)
         self._set_biases(modules, y, weights)
         trained = rows.trained
         mean, scale = moments(trained, rows.trained_weight) if spec.standardize else (None, None)
@@ -310,41 +231,28 @@ class _Pass:
         applied = (mean, scale) if plain and mean is not None and scale is not None else None
         x = _prepared(trained, applied, device)
         source = self._disturbed(self.batches or batches_of(x, spec, device, rows.of_views), applied is not None)
-        standardisation: Standardisation | None = None
-        if mean is not None and scale is not None:
-            standardisation = Standardisation(mean, scale, plain)
-            if self.masks is not None:
-                if not isinstance(x, Tensor) or not plain:
-                    raise SpecError("heads that share a pass over different rows need arrays in memory as features")
-                own_mean, own_scale = _masked_moments(x, np.tile(self.masks.train, rows.of_views + 1))
-                standardisation = replace(standardisation, masks=self.masks, own_mean=own_mean, own_scale=own_scale)
         loss = Loss(rows.task, rows.outputs, [own.label_smoothing for own in self.specs], weights, device=device)
         stopping = Stopping.of(spec, rows.task, source.steps, options.max_steps)
         stack = HeadStack(modules, self.specs, loss, stopping.epochs * source.steps)
-        if standardisation is not None:
-            standardisation.tell(stack, device)
+        if mean is not None and scale is not None and applied is None:
+            stack.module.standardize(torch.from_numpy(mean).to(device), torch.from_numpy(scale).to(device))
         if options.watch is not None:
             options.watch(stack)
         judge = None
         if self.judged is not None and len(self.judged):
-            if self.judged is not rows:
-                judged_x = _prepared(self.judged.x, applied, device)
-            else:  # by the rows themselves, which stand in front of their views
-                judged_x = x[: len(rows)] if isinstance(x, Tensor) else _prepared(rows.x, None, device)
-            judge = Judge(self.judged, judged_x, stopping.metric, self.masks, target, device)
+            judged_x = _prepared(self.judged.x, applied, device)
+            judge = Judge(self.judged, judged_x, stopping.metric, target, device)
         weight = None if rows.weight is None else torch.from_numpy(rows.weight).to(device)
         targets = torch.from_numpy(y if rows.task is CLASSIFICATION else np.asarray(y, np.float32)).to(device)
-        learner = HeadLearner(stack, targets, weight, self.masks, judge)
+        learner = HeadLearner(stack, targets, weight, judge)
         with _threads_for(stack, rows, spec) if self.batches is None else nullcontext():
             result = fit(
                 learner, source, stopping, title=options.title, progress=options.progress,
-                keep_losses=options.keep_losses, until=options.until,
+                keep_losses=options.keep_losses, each_step=options.each_step,
             )  # fmt: skip
         real = target if rows.task is REGRESSION else None
-        states = [
-            _in_real_units(state, modules[0], None if standardisation is None else standardisation.of(head), real)
-            for head, state in enumerate(stack.finish())
-        ]
+        standardised = None if mean is None or scale is None else (mean, scale)
+        states = [_in_real_units(state, modules[0], standardised, real) for state in stack.finish()]
         return [
             Fitted(
                 state, history=history, epochs=stopping.epochs, best_epoch=best, steps=result.steps,
@@ -355,10 +263,7 @@ class _Pass:
         ]  # fmt: skip
 
     def _disturbed(self, source: Batches, standardised: bool) -> Batches:
-        """Return the batches with noise and dropout, in units of the features as the batches have them.
-
-        Heads on folds share the draws, in units of all rows together: what a batch is must not depend on the head.
-        """
+        """Return the batches with noise and dropout, in units of the features as the batches have them."""
         spec = self.specs[0]
         if not spec.input_noise and not spec.input_dropout:
             return source
@@ -368,29 +273,13 @@ class _Pass:
         mean, scale = (torch.from_numpy(part).to(self.options.device) for part in both)
         return DisturbedBatches(source, spec, mean, 1 / scale)
 
-    def _class_weights(self) -> Vectors | None:
-        """Return the class weights of each head, [K, C], of its own training rows; None where no head has any."""
-        y, task, names = self.rows.y, self.rows.task, self.rows.class_names
-        if self.masks is None:
-            return class_weights(self.specs, y, task, names)
-        by_head = [
-            class_weights([spec], y[self.masks.train[self.masks.of[head]]], task, names)
-            for head, spec in enumerate(self.specs)
-        ]
-        if all(weights is None for weights in by_head):
-            return None
-        ones = np.ones((1, len(names)), np.float32)
-        return np.concatenate([ones if weights is None else weights for weights in by_head])
-
     def _set_biases(self, modules: Sequence[Head], y: Array, weights: Vectors | None) -> None:
-        """Give each head the output biases of its own training rows, as if it were alone."""
+        """Give each head the output biases that are best without features."""
         rows = self.rows
         for head, (module, spec) in enumerate(zip(modules, self.specs, strict=True)):
-            own = slice(None) if self.masks is None else self.masks.train[self.masks.of[head]]
             biases = start_biases(
-                y[own], rows.task, rows.outputs, smoothing=spec.label_smoothing,
-                class_weight=None if weights is None else weights[head if len(weights) > 1 else 0],
-                rows=None if rows.weight is None else rows.weight[own],
+                y, rows.task, rows.outputs, smoothing=spec.label_smoothing,
+                class_weight=None if weights is None else weights[head], rows=rows.weight,
             )  # fmt: skip
             start_at(module, biases)
 
@@ -432,19 +321,6 @@ def _prepared(x: Features, standardise: tuple[Vectors, Vectors] | None, device: 
     out = np.subtract(x.values, mean, dtype=np.float32)
     out *= scale
     return torch.from_numpy(out).to(device)
-
-
-def _masked_moments(x: Tensor, train: Flags) -> tuple[Vectors, Vectors]:
-    """Return the moments of standardised features over the rows of each mask [M, N], by two matrix products."""
-    flat = x.reshape(len(x), -1, x.shape[-1])
-    chosen = torch.from_numpy(train.astype(np.float32)).to(x.device)
-    rows = chosen.sum(dim=1, keepdim=True).double() * flat.shape[1]
-    total = (chosen @ flat.sum(dim=1)).double()
-    squares = (chosen @ flat.square().sum(dim=1)).double()
-    mean = total / rows
-    deviation = (squares / rows - mean.square()).clamp_min(0).sqrt()
-    scale = torch.where(deviation > 1e-4, 1 / deviation.clamp_min(1e-4), torch.ones_like(deviation))
-    return mean.float().cpu().numpy(), scale.float().cpu().numpy()
 
 
 def _in_real_units(

@@ -26,7 +26,7 @@ from embedcache.train.result import Fitted, Origin, TrainingResult
 from embedcache.wording import counted
 
 if TYPE_CHECKING:
-    from embedcache.train.minibatch import Masks, PassOptions
+    from embedcache.train.minibatch import PassOptions
 
 
 # What is fitted on validation after a head is trained: its temperature, or from which probability a label is on.
@@ -310,7 +310,6 @@ def train_stack(
     heads: Sequence[HeadSpec],
     specs: Sequence[TrainSpec],
     *,
-    masks: Masks | None = None,
     origin: Origin | None = None,
     options: PassOptions | None = None,
 ) -> list[TrainingResult[TrainedHead]]:
@@ -321,8 +320,6 @@ def train_stack(
         judged: validation rows for early stopping, None for none.
         heads: they may differ in dropout only.
         specs: one for each head; they may differ in what ``spec.MAY_DIFFER`` names.
-        masks: head k trains on ``masks.train[masks.of[k]]`` and is judged on ``masks.evaluate[masks.of[k]]`` of the
-            same rows; each then standardises features by its own training rows. ``judged`` is not looked at.
         origin: where the features come from, recorded in the heads.
         options: device, progress, and whatever else does not change which heads come out.
 
@@ -331,12 +328,8 @@ def train_stack(
     """
     from embedcache.train.minibatch import PassOptions, fit_minibatch
 
-    if masks is not None:
-        if len(rows) != masks.train.shape[1]:
-            raise SpecError(f"the masks are for {counted(masks.train.shape[1], 'row')}, and {len(rows)} are labelled")
-        judged = rows if masks.evaluate.any() else None
     refuse_untrainable(rows.y, rows.task, rows.class_names)
-    fitted = fit_minibatch(rows, judged, heads, specs, masks=masks, options=options or PassOptions())
+    fitted = fit_minibatch(rows, judged, heads, specs, options=options or PassOptions())
     return [
         TrainingResult(_head_of(own, head, spec, rows, origin or Origin()), own, seconds=own.seconds)
         for own, head, spec in zip(fitted, heads, specs, strict=True)

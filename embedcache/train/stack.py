@@ -257,12 +257,11 @@ class HeadStack:
                 )  # fmt: skip
         return groups
 
-    def logits(self, x: Tensor, mask: Tensor | None, heads: Tensor | None = None) -> Tensor:
-        """Return the logits of all heads, or of some by their place on the K axis, [K, B, C]."""
-        module = self.module if heads is None else choose_heads(self.module, heads)
-        module.eval()
+    def logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the logits of all heads, [K, B, C]."""
+        self.module.eval()
         with torch.no_grad():
-            logits: Tensor = module(x, mask)
+            logits: Tensor = self.module(x, mask)
         self.module.train()
         return logits if self.stacked else logits.unsqueeze(0)
 
