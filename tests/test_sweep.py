@@ -17,11 +17,12 @@ from embedcache.errors import Interrupted, SpecError, SweepError, TrainingError
 from embedcache.extract import extract
 from embedcache.heads import TrainedHead
 from embedcache.spec import HeadSpec, TrainSpec
-from embedcache.sweep import Configuration, SweepResult, conclusion, sweep, training
+from embedcache.sweep import Configuration, SweepResult, conclusion, stacks, sweep, training
 from embedcache.sweep import run as running
 from embedcache.sweep.comparison import Resampler, Scored
 from embedcache.sweep.configuration import Protocol
 from embedcache.sweep.cost import refuse_too_many
+from embedcache.sweep.jobs import Job, JobBatch
 from embedcache.sweep.problem import Problem
 from embedcache.task import CLASSIFICATION
 from embedcache.train import train_head
@@ -91,8 +92,8 @@ def test_the_score_of_a_fold_is_on_rows_no_head_of_it_saw(cache: FeatureCache, s
     best = {each.fold: each for each in swept.results if each.id == first.id}
     configuration = Configuration.from_json({name: getattr(first, name) for name in ("feature", "head", "train")})
     for fold, division in enumerate(problem.folds):
-        job = training.Job(configuration, division, fold)
-        (alone,) = training.train_batch(problem, training.JobBatch("stack", (job,)))
+        job = Job(configuration, division, fold)
+        ((alone,),) = training.train_batch(problem, JobBatch("stack", (job,)))
         assert alone.head is not None
         said = training.outputs_of(alone.head, features.take(np.flatnonzero(division.score)))
         expected = score("accuracy", CLASSIFICATION, problem.y[division.score], said)
@@ -163,8 +164,8 @@ def test_each_fold_is_trained_as_its_rows_alone_would_be(cache: FeatureCache) ->
     """Bit for bit, whatever trains beside it; and no row of another part of the fold is looked at."""
     problem = Problem.of(cache)
     head, spec = HeadSpec("mlp", options={"hidden": [5]}), TrainSpec(epochs=3, patience=0, solver="minibatch")
-    jobs = [training.Job(Configuration("mean", head, spec), fold, number) for number, fold in enumerate(problem.folds)]
-    trained = list(training.train_batch(problem, training.JobBatch("stack", tuple(jobs))))
+    jobs = [Job(Configuration("mean", head, spec), fold, number) for number, fold in enumerate(problem.folds)]
+    (trained,) = training.train_batch(problem, JobBatch("stack", tuple(jobs)))
     assert sorted(each.job.number for each in trained) == list(range(5))
     x = problem.features("mean", problem.rows)
     for each in trained:
@@ -180,30 +181,31 @@ def test_a_fold_that_cannot_be_trained_costs_the_others_nothing(
 ) -> None:
     problem = Problem.of(cache)
     configuration = Configuration("mean", HeadSpec("mlp", options={"hidden": [5]}), TrainSpec(epochs=2))
-    jobs = [training.Job(configuration, fold, number) for number, fold in enumerate(problem.folds)]
-    real = training._stack
+    jobs = [Job(configuration, fold, number) for number, fold in enumerate(problem.folds)]
+    real = stacks._stack
 
     def failing(problem: Any, jobs: Any, *rest: Any) -> Any:
         if jobs[0].number == 2:
             raise TrainingError("no such fold")
         return real(problem, jobs, *rest)
 
-    monkeypatch.setattr(training, "_stack", failing)
-    trained = {each.job.number: each for each in training.train_batch(problem, training.JobBatch("stack", tuple(jobs)))}
+    monkeypatch.setattr(stacks, "_stack", failing)
+    (done,) = training.train_batch(problem, JobBatch("stack", tuple(jobs)))
+    trained = {each.job.number: each for each in done}
     assert {number: each.error for number, each in trained.items() if each.head is None} == {2: "no such fold"}
     assert len(trained) == 5
 
 
 def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = [{**FAST, "seeds": [0]}, GRID[2]]
-    monkeypatch.setattr(training, "_STACK_HEADS", 1)
     real, calls = training.train_batch, []
 
     def stopping(problem: Any, batch: Any, **options: Any) -> Any:
         calls.append(len(batch.jobs))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(problem, batch, **options)
+        for done in real(problem, batch, **options):
+            yield done
+            if len(calls) == 1:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(running, "train_batch", stopping)
     with pytest.raises(Interrupted, match=r"10 of 20 fits are kept in .*: run the same command to go on"):
@@ -216,7 +218,7 @@ def test_a_stopped_sweep_goes_on(cache: FeatureCache, tmp_path: Path, monkeypatc
     file = tmp_path / "s/results.jsonl"
     file.write_bytes(file.read_bytes()[:-7])
     whole = sweep(cache, grid, output_dir=tmp_path / "s", progress=False)
-    assert sum(calls) == 5 + 5 + 5 + (1 + 5 + 5)
+    assert calls == [20, 1 + 10]
     assert whole.summary["complete"]
     assert any("half written" in note for note in whole.summary["notes"])
     monkeypatch.undo()

@@ -7,7 +7,9 @@
 ``cost``           how long a head takes, and from which size of a sweep on it is asked about
 ``plan``           what is trained, in which order, for about how long; a budget of minutes
 ``problem``        the rows and their division into folds; what makes two sweeps the same
-``training``       configurations x folds -> heads, in as few passes as can be
+``jobs``           configurations x folds, and what of them is trained in one go
+``stacks``         torch heads, stacked fold by fold, the stacks side by side
+``training``       jobs -> heads, by stacks, the convex solver or scikit-learn
 ``store``          the folder: results as they come
 ``comparison``     the leaderboard
 ``statistics``     intervals and tests of differences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,11 @@ from embedcache.journal import exists, explained, make_folder
 from embedcache.sweep import statistics
 from embedcache.sweep.comparison import DRAWS, Candidate, Resampler, Scored, row_interval
 from embedcache.sweep.findings import measured, mistakes
+from embedcache.sweep.jobs import Job, TrainedJob, batches
 from embedcache.sweep.problem import Problem, subset
 from embedcache.sweep.store import SweepFolder
 from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
-from embedcache.sweep.training import Job, TrainedJob, batches, outputs_of, train_batch
+from embedcache.sweep.training import outputs_of, train_batch
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train.metrics import score
 
@@ -83,7 +85,7 @@ def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: InM
 
 def _trained(problem: Problem, job: Job) -> TrainedJob:
     (batch,) = batches(problem, [job])
-    (trained,) = train_batch(problem, batch)
+    ((trained,),) = train_batch(problem, batch)
     return trained
 
 
@@ -132,7 +134,7 @@ def test_all(problem: Problem, others: Sequence[Candidate], known: Collection[st
         return by_id
     for batch in batches(problem, jobs):
         x = problem.features(batch.jobs[0].configuration.feature, problem.test_rows)
-        for trained in train_batch(problem, batch):
+        for trained in itertools.chain.from_iterable(train_batch(problem, batch)):
             if trained.head is not None:
                 tested, _ = _tested(problem, outputs_of(trained.head, x), trained.head.thresholds)
                 by_id[trained.job.configuration.candidate] = tested

@@ -15,9 +15,10 @@ from embedcache.journal import exists
 from embedcache.sweep.configuration import NOTHING_ASKED, Asked, Configuration
 from embedcache.sweep.cost import refuse_too_many, seconds_of, speed
 from embedcache.sweep.grid import parse, read_file
+from embedcache.sweep.jobs import Job, JobBatch, batches
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.store import IDENTITY, read_results
-from embedcache.sweep.training import Job, JobBatch, batches, refuse_impossible
+from embedcache.sweep.training import refuse_impossible
 from embedcache.wording import counted, duration
 
 if TYPE_CHECKING:

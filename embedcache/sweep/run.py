@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ from embedcache.sweep import conclusion
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
 from embedcache.sweep.configuration import Asked, Configuration
 from embedcache.sweep.findings import data_facts, machine, notes_on, protocol_facts, versions
+from embedcache.sweep.jobs import Interruption, Job, JobBatch, TrainedJob, batches
 from embedcache.sweep.plan import Budget, Plan, jobs_of, read_asked
 from embedcache.sweep.problem import Problem
 from embedcache.sweep.result import SweepResult, to_text
@@ -42,15 +42,7 @@ from embedcache.sweep.summary import (
     TestScore,
     read_summary,
 )
-from embedcache.sweep.training import (
-    Interruption,
-    Job,
-    JobBatch,
-    TrainedJob,
-    batches,
-    outputs_of,
-    train_batch,
-)
+from embedcache.sweep.training import outputs_of, train_batch
 from embedcache.train.loop import STILL_IMPROVING
 from embedcache.train.metrics import metrics_of, score
 from embedcache.wording import counted, duration
@@ -183,9 +175,8 @@ class Run:
         if announced and self.progress and (self.command is not None or self.show):
             print(plan.to_text(), file=sys.stderr)
         done, begun, scale = 0, time.perf_counter(), 1.0
-        for number, (batch, seconds) in enumerate(zip(plan.batches, plan.seconds, strict=True), 1):
-            # A path keeps each penalty and processes each head; a stack that is stopped has nothing to keep.
-            if self.budget.left <= (seconds * scale if batch.how == "stack" else 0):
+        for number, batch in enumerate(plan.batches, 1):
+            if self.budget.left <= 0:
                 self.left_out.append(batch)
                 continue
             left = f", about {duration(scale * sum(plan.seconds[number - 1 :]))} left" if done else ""
@@ -197,20 +188,11 @@ class Run:
                 self._show_table()
 
     def _train(self, batch: JobBatch, title: str, wanted: Sequence[Job]) -> None:
-        waiting: list[TrainedJob] = []
-        folds = Counter(job.configuration for job in batch.jobs)
         try:
-            for trained in train_batch(self.problem, batch, progress=self.show, title=title, until=self.budget.until):
-                waiting.append(trained)
-                # What comes one by one is kept one by one, a path by penalties; a stack comes whole.
-                if batch.how == "sklearn" or (
-                    batch.how == "convex" and len(waiting) == folds[trained.job.configuration]
-                ):
-                    self._keep(waiting)
-                    waiting = []
-                    if self.budget.left <= 0:
-                        raise Interruption
-            self._keep(waiting)
+            for done in train_batch(self.problem, batch, progress=self.show, title=title, until=self.budget.until):
+                self._keep(done)
+                if self.budget.left <= 0:
+                    raise Interruption
         except (Interruption, KeyboardInterrupt) as stop:
             if isinstance(stop, KeyboardInterrupt) or self.budget.left > 0:
                 self._stop(len(wanted) - len(self._missing(wanted)), len(wanted))

@@ -39,8 +39,8 @@ Vectors = npt.NDArray[np.float32]
 STACK_NUMBERS = 1_600_000
 """The most parameters of a stack: beyond about 6 MB, its weights no longer fit in the processor's cache."""
 
-SMALL_STEP = 3e7
-"""Floating-point operations of a step up to which one thread is enough: about a fifth of a millisecond."""
+SMALL_STEP = 1e8
+"""Floating-point operations of a step up to which one thread is enough: about half a millisecond."""
 
 
 _EVALUATED_ROWS, _EVALUATED_TOKENS = 8192, 1 << 17
