@@ -144,16 +144,23 @@ def _from_pixels(value: object, pixel_range: tuple[float, float] | None) -> Imag
     return Image.fromarray(np.ascontiguousarray(value))
 
 
-def mapped(function: Callable[[Given], Result], values: Iterable[Given]) -> list[Result]:
+def mapped(
+    function: Callable[[Given], Result], values: Iterable[Given], done: Callable[[int], object] | None = None
+) -> list[Result]:
     """Return ``function`` of every value, on all cores: Pillow lets go of Python's lock while it decodes.
 
-    An interrupt does not wait for what has not begun.
+    ``done`` is told of each value that it is one more. An interrupt does not wait for what has not begun.
     """
     share_memory_among_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(cores, "embedcache-decode")
     try:
-        return list(pool.map(function, values))
+        results = []
+        for result in pool.map(function, values):
+            results.append(result)
+            if done is not None:
+                done(1)
+        return results
     finally:
         pool.shutdown(cancel_futures=True)
 

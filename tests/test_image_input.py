@@ -10,7 +10,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -333,6 +333,47 @@ def test_memory_over_many_paths_stays_flat(tmp_path: Path, monkeypatch: pytest.M
             tracemalloc.stop()
 
     assert (peak(20_000) - peak(5_000)) / 15_000 < 320, "bytes a row: its path, its key and transients"
+
+
+# While pictures are read, a bar counts them.
+
+
+class Drawn:
+    """Stands for tqdm, and keeps what it was told."""
+
+    made: ClassVar[list[Drawn]] = []
+
+    def __init__(self, **options: object) -> None:
+        self.options, self.counted = options, 0
+        self.made.append(self)
+
+    def __enter__(self) -> Drawn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.counted *= 1000  # it was closed
+
+    def update(self, count: int) -> None:
+        self.counted += count
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_counts_the_pictures_that_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    paths = [{"image": str(folder / name)} for name in NAMES]
+    given = put(tmp_path / "rows.csv", "image\n" + "".join(f"{row['image']}\n" for row in paths))
+    monkeypatch.setattr("tqdm.tqdm", Drawn)
+    monkeypatch.setattr(Drawn, "made", [])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    load_examples(folder)
+    load_examples(paths[:3], labels="none", allow_outside=True)
+    load_examples(given, labels="none", allow_outside=True)
+    load_examples([{"text": "a"}], labels="none")
+    shown = [(bar.options["total"], bar.counted) for bar in Drawn.made]
+    count = len(NAMES)
+    assert shown == ([(count, 1000 * count), (3, 3000), (None, 1000 * count)] if terminal else [])
+    assert all((bar.options["unit"], bar.options["delay"]) == (" pictures", 1) for bar in Drawn.made)
 
 
 # Bad pictures are bad rows.

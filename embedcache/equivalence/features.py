@@ -158,8 +158,9 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
     def done(count: int, _: int) -> None:
         bar.update(count)
 
-    pictures = len(rows) * (views_of(backbone) + 1)
-    with tqdm(total=pictures, desc="features", unit="row", disable=None if shown else True) as bar:
+    kind, pictures = ExtractionSpec(cache.spec).content or "text", len(rows) * (views_of(backbone) + 1)
+    unit = " pictures" if kind == "image" else "row"
+    with tqdm(total=pictures, desc="features", unit=unit, disable=None if shown else True) as bar:
         size = min(WINDOW, rows_at_once(backbone) or WINDOW)
         for start in range(0, len(rows), size):
             window = rows[start : start + size]
@@ -175,7 +176,7 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
             for row, content in zip(window.tolist(), raw, strict=True):
                 if row in keep or len(contents) < WINDOW:
                     contents[row] = content
-    return Recomputed(reports, vectors, contents, ExtractionSpec(cache.spec).content or "text")
+    return Recomputed(reports, vectors, contents, kind)
 
 
 # The backbone in the loop: raw rows -> features, in canonical batches, inside every step.

@@ -46,6 +46,8 @@ class Content(ABC):
     """What a string in place of a list is called, as it could be taken for a list."""
     stacked: tuple[int, ...] = ()
     """The dimensions of an array whose first is the rows, where a row is an array itself."""
+    unit: str | None = None
+    """What a progress bar counts while rows are read; None where that takes no time."""
     window = 2048
     """Rows that are held, prepared and batched together: enough to fill batches, few enough to stay small in memory."""
 
@@ -92,6 +94,8 @@ class ContentCollector:
     def __init__(self, content: Content, column: str) -> None:
         self.keys = bytearray()
         """The row keys, ``KEY_BYTES`` each, one after the other."""
+        self.done: Callable[[int], object] | None = None
+        """What is told of each cell that is read, where reading takes time."""
         self._content, self._column = content, column
         self._packing = Packing(MOST_HELD)
 
@@ -161,6 +165,7 @@ class ImageContent(Content):
 
     noun, one = "image", "path"
     stacked = (3, 4)
+    unit = " pictures"
     window = 256
     column_kind: Kind = "image"
     column_names = frozenset(["image", "img", "picture", "photo", "file_name", "filename", "path", "image_path"])
@@ -203,7 +208,7 @@ class _PictureCollector(ContentCollector):
 
     def parse(self, values: Sequence[object], source: Source) -> Parsed:
         place = _Place(source.folder, self._allow_outside, self._range)
-        judged = pictures.mapped(partial(_judged, place, self._column), values)
+        judged = pictures.mapped(partial(_judged, place, self._column), values, self.done)
         faults = {row: picture for row, picture in enumerate(judged) if isinstance(picture, str)}
         return parsed(judged, faults, self._append_judged)
 

@@ -76,6 +76,7 @@ class FilesSource(Source):
 
     def _hold(self, paths: Sequence[str]) -> None:
         self._paths = Packed.of(map(os.fsencode, paths))
+        self.rows = len(paths)
         some = paths[:: max(1, len(paths) // SAMPLE_ROWS)]
         self.sample = dict(zip(self.columns, self._cells(some, self.columns), strict=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -68,6 +68,7 @@ class RecordsSource(Source):
                 f"{name}: a generator can be read only once, and its first rows are read twice: pass a list"
             )
         self.name = name
+        self.rows = len(records) if isinstance(records, Sized) else None
         self._records = records
         first = [record for record in itertools.islice(records, SAMPLE_ROWS) if isinstance(record, Mapping)]
         if not first:
@@ -120,6 +121,7 @@ class _SlicedSource(Source):
     def _take_sample(self, columns: Sequence[str]) -> None:
         if not self._rows:
             raise InputError(f"{self.name}: there are no rows")
+        self.rows = self._rows
         self.sample = {column: [] for column in self.columns}
         self.sample |= zip(columns, self._slice(columns, 0, min(SAMPLE_ROWS, self._rows)), strict=True)
 

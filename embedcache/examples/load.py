@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -217,9 +218,10 @@ def read(inputs: object, by_split: Mapping[str, object], options: ReadingOptions
         if options.quarantine is not None:
             quarantine = stack.enter_context(Quarantine(options.quarantine, sources))
         reading = _Pass(roles, options, labels, quarantine)
-        for split, source in given:
-            reading.read(source, split or "train")
-            source.close()
+        with reading.shown(sources):
+            for split, source in given:
+                reading.read(source, split or "train")
+                source.close()
         known = KnownClasses(options.class_names, options.extend_classes, _declared(sources, roles))
         return reading.finish(known)
 
@@ -269,10 +271,26 @@ class _Pass:
         self._quarantine = quarantine
         self._ids = IdCollector(roles.id) if roles.id is not None else None
         self._splits = SplitColumn(roles.split) if roles.split is not None else None
-        self._contents = content_of(roles.kind, options.pixel_range).collector(roles.content, options.allow_outside)
+        content = content_of(roles.kind, options.pixel_range)
+        self._unit = content.unit
+        self._contents = content.collector(roles.content, options.allow_outside)
         self._rows_given: list[tuple[str, int]] = []
         self._bad: list[tuple[str, str]] = []
         self._n_bad = 0
+
+    @contextmanager
+    def shown(self, sources: Sequence[Source]) -> Iterator[None]:
+        """Draw a bar on a terminal while rows are read that take time: of how many, if all sources know it."""
+        if self._unit is None or not sys.stderr.isatty():
+            yield
+            return
+        from tqdm import tqdm
+
+        rows = [source.rows for source in sources if source.rows is not None]
+        total = sum(rows) if len(rows) == len(sources) else None
+        with tqdm(total=total, desc="read", unit=self._unit, delay=1, mininterval=0.2) as bar:
+            self._contents.done = bar.update
+            yield
 
     def read(self, source: Source, split: str) -> None:
         """Read one source to its end; ``split`` is that of its rows unless a column or the options say otherwise."""

@@ -63,7 +63,8 @@ class ParquetSource(Source):
             self._schema = table.schema_arrow
             self.columns = unique_columns(self.name, self._schema.names)
             self._features = self._declared_features()
-            if table.metadata.num_rows == 0:
+            self.rows = table.metadata.num_rows
+            if not self.rows:
                 raise InputError(f"{self.name}: there are columns but no rows")
         small = [column for column in self.columns if self.declared_type(column).kind != "image"]
         self.sample = {column: [] for column in self.columns}

@@ -111,6 +111,8 @@ class Source(ABC):
     """The file that is read; None for an object, and for standard input, which cannot be opened again."""
     folder: Path | None = None
     """Where relative paths in its cells begin; None for an object, whose paths begin in the current directory."""
+    rows: int | None = None
+    """How many records there are; None where they have to be read to be counted."""
     columns: tuple[str, ...]
     sample: dict[str, list[object]]
     content_kind: str | None = None

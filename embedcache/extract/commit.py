@@ -50,7 +50,7 @@ def run(
     provenance = dict(backbone.provenance)
     with (
         CacheWriter(Path(output_dir), backbone.identity, backbone.feature_sets) as writer,
-        contextlib.closing(Bar() if progress is None else progress) as display,
+        contextlib.closing(Bar(pictures=examples.kind == "image") if progress is None else progress) as display,
     ):
         known = writer.lookup(examples.keys)
         todo = new_rows(examples, known)

@@ -26,14 +26,19 @@ class Progress(Protocol):
 
 
 class Bar:
-    """A tqdm bar on stderr, only on a terminal: tokens done of tokens expected, tokens/s, time left, rows/s."""
+    """A tqdm bar on stderr, only on a terminal: tokens done of tokens expected, tokens/s, time left, rows/s.
 
-    def __init__(self, title: str = "extract") -> None:
+    Of ``pictures``, each of which is one position, it counts these and no rows: a row may have views.
+    """
+
+    def __init__(self, title: str = "extract", *, pictures: bool = False) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            desc=title, unit="tok", unit_scale=True, disable=None if sys.stderr.isatty() else True, mininterval=0.2
-        )
+            desc=title, unit=" pictures" if pictures else "tok", unit_scale=not pictures,
+            disable=None if sys.stderr.isatty() else True, mininterval=0.2,
+        )  # fmt: skip
+        self._pictures = pictures
         self._rows = 0
         self._start = time.perf_counter()
 
@@ -45,10 +50,10 @@ class Bar:
         """Move the bar."""
         self._rows += rows
         if not self._bar.disable:
-            self._bar.unit = "row" if rows == tokens else "tok"  # a picture is one position
-            self._bar.set_postfix_str(
-                f"{self._rows / max(time.perf_counter() - self._start, 1e-9):,.0f} rows/s", refresh=False
-            )
+            if not self._pictures:
+                self._bar.unit = "row" if rows == tokens else "tok"  # a backbone of one's own may read one position
+                rate = self._rows / max(time.perf_counter() - self._start, 1e-9)
+                self._bar.set_postfix_str(f"{rate:,.0f} rows/s", refresh=False)
             self._bar.update(tokens)
 
     def close(self) -> None:
