@@ -13,11 +13,14 @@ import importlib
 import json
 import pkgutil
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import benchmarks
 from benchmarks.table import SETTINGS, TABLE
+
+from embedcache.cli import reported
 
 
 def sections() -> dict[str, Any]:
@@ -67,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported(main))

@@ -8,20 +8,27 @@ it goes on after the last measurement.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import embedcache as ec
+from embedcache.cli import reported
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample.csv"
 
 
-def main(source: str, folder: Path, max_rows: int | None) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default=str(SAMPLE), metavar="INPUT.csv")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("comparison"), metavar="FOLDER")
+    parser.add_argument("max_rows", nargs="?", type=int, metavar="MAX_ROWS")
+    arguments = parser.parse_args()
     found = ec.compare_training_approaches(
-        source,
-        folder,
+        arguments.source,
+        arguments.folder,
         split="80/10/10",
-        max_rows=max_rows,
+        max_rows=arguments.max_rows,
         approaches=("cached", "frozen", "full", "lp-ft"),
         fractions=(0.25, 1.0),
         epochs=3,
@@ -37,9 +44,4 @@ def main(source: str, folder: Path, max_rows: int | None) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(
-        arguments[0] if arguments else str(SAMPLE),
-        Path(arguments[1] if len(arguments) > 1 else "comparison"),
-        int(arguments[2]) if len(arguments) > 2 else None,
-    )
+    sys.exit(reported(main))

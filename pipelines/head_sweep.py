@@ -7,17 +7,25 @@ Without INPUT it takes the sample that lies in data/. Run it again and nothing i
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import embedcache as ec
+from embedcache.cli import reported
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample.csv"
 
 
-def main(source: str, work: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default=str(SAMPLE), metavar="INPUT.csv")
+    parser.add_argument("work", nargs="?", type=Path, default=Path("head_sweep_work"), metavar="WORK_FOLDER")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+
     # Once, and on the machine that has the GPU: the backbone runs over every text.
-    cache = ec.extract(source, output_dir=work / "texts.cache", split="80/10/10", keep_inputs=True)
+    cache = ec.extract(arguments.source, output_dir=work / "texts.cache", split="80/10/10", keep_inputs=True)
     print(cache)
 
     # As often as you like, on a laptop. A list is a choice of values; seeds are repetitions, not choices.
@@ -47,5 +55,4 @@ def main(source: str, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(arguments[0] if arguments else str(SAMPLE), Path(arguments[1] if len(arguments) > 1 else "head_sweep_work"))
+    sys.exit(reported(main))

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 import embedcache as ec
+from embedcache.cli import reported
+from embedcache.examples.content import PICTURE_SUFFIXES
 from embedcache.pictures import decode
 from embedcache.report import report
 from embedcache.train.metrics import wilson
@@ -94,7 +96,8 @@ def main() -> None:
 
     # The chosen head is a bundle like any other; it takes paths, bytes, PIL images and arrays.
     predictor = ec.Predictor.load(work / "sweep" / "best")
-    some = sorted(folder.rglob("*.png"))[:: max(1, len(examples) // 5)][:5]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    some = files[:: max(1, len(files) // 5)][:5]
     for path, prediction in zip(some, predictor(some), strict=True):
         print(f"{prediction.label} ({prediction.confidence:.2f})  {path.relative_to(folder)}")
 
@@ -105,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported(main))

@@ -8,10 +8,12 @@ than six sentences. Both give the same answer.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
 import embedcache as ec
+from embedcache.cli import reported
 
 CLASSES = ["negative", "neutral", "positive"]
 SENTENCES = [
@@ -52,7 +54,11 @@ def cached(folder: Path) -> None:
         print(f"{text!r}: {prediction.label} (confidence {prediction.confidence:.3f})")
 
 
-if __name__ == "__main__":
+def main() -> None:
     live()
     with tempfile.TemporaryDirectory() as folder:
         cached(Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(reported(main))

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,11 +62,20 @@ def _usage(error: click.ClickException) -> str:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake costs one line on stderr."""
+    given = None if arguments is None else list(arguments)
+    return reported(lambda: cli.main(args=given, prog_name="embedcache", standalone_mode=False))
+
+
+def reported(work: Callable[[], object]) -> int:
+    """Do the work of a program and return its exit status, as the commands do: for scripts that use the API.
+
+    Notes and what a user can mend are one line each on stderr, and so is Ctrl-C. ``work`` may return a status.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what a terminal that is not UTF-8 cannot show
             stream.reconfigure(errors="backslashreplace")
     with _notes():
-        return _run(arguments)
+        return _status(work)
 
 
 @contextmanager
@@ -89,11 +98,9 @@ def _notes() -> Iterator[None]:
         yield
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _status(work: Callable[[], object]) -> int:
     try:
-        result: Any = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="embedcache", standalone_mode=False
-        )
+        result = work()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
