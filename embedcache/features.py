@@ -433,8 +433,13 @@ def refuse_non_finite(values: Array, name: str, offsets: Rows | None = None, *, 
         raise FeatureError(f"{name}: row {row} holds NaN or infinity, which no head can use: extract it again")
 
 
+def slice_rows(values: Array) -> int:
+    """Return how many rows of an array are looked at in one piece."""
+    return max(1, _VECTOR_BYTES // max(1, values[:1].nbytes))
+
+
 def _slices(values: Array) -> Iterator[Array]:
-    size = max(1, _VECTOR_BYTES // max(1, values[:1].nbytes))
+    size = slice_rows(values)
     for start in range(0, len(values), size):
         yield values[start : start + size]
 

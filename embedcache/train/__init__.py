@@ -4,6 +4,7 @@
 ``run``             one head, or many of one shape, on features in hand: picks the engine, calibrates, measures
 ``cached``          the same on the splits of a cache
 ``data``            labelled rows, checked once; their moments and class weights
+``parts``           the features of rows and of their views, one behind the other without a copy
 ``result``          what an engine made (``Fitted``), and the head with its record (``TrainingResult``)
 ``minibatch``       the engine of torch heads: what is trained on what
 ``loop``            the one loop: epochs, early stopping, history

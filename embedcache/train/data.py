@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
-from embedcache.features import Features, OnDisk, Rows, features_of, joined
+from embedcache.features import Features, OnDisk, Rows, features_of
 from embedcache.shard import FeatureSet
 from embedcache.spec import TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Flags, Floats, Task
+from embedcache.train.parts import Parts
 from embedcache.wording import counted, shortened
 
 # Whether features fit in the memory that is free.
@@ -166,7 +167,7 @@ def labelled_rows_of(
         parts = [features_of(view, features.feature, where=where) for view in views]
         if wrong := [len(part) for part in parts if len(part) != len(features) or type(part) is not type(features)]:
             raise InputError(f"{where}: {counted(len(features), 'row')} of features, and {wrong[0]} of a view of them")
-        together = joined([features, *parts])
+        together = Parts.of([features, *parts])
     rows = LabelledRows(features, targets, task, names, weights, together)
     return rows if kept.all() else rows.take(np.flatnonzero(kept))
 

@@ -30,6 +30,7 @@ from embedcache.train.data import LabelledRows, class_weights, moments, target_m
 from embedcache.train.loop import Scores, Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_at, start_biases
 from embedcache.train.metrics import scores
+from embedcache.train.parts import Parts
 from embedcache.train.result import Fitted
 from embedcache.train.stack import HeadStack
 from embedcache.wording import counted
@@ -226,7 +227,7 @@ class _Pass:
         trained = rows.trained
         mean, scale = moments(trained, rows.trained_weight) if spec.standardize else (None, None)
         # Arrays in memory are standardised once; anything else is left as it is, and the heads' first layers do it.
-        dense = isinstance(trained, Dense) and (self.judged is None or isinstance(self.judged.x, Dense))
+        dense = isinstance(trained, Dense | Parts) and (self.judged is None or isinstance(self.judged.x, Dense))
         plain = self.batches is None and dense
         applied = (mean, scale) if plain and mean is not None and scale is not None else None
         x = _prepared(trained, applied, device)
@@ -314,11 +315,15 @@ def _prepared(x: Features, standardise: tuple[Vectors, Vectors] | None, device: 
     """Return an array as a tensor, standardised where moments are given; ragged rows and rows on disk as they are."""
     if isinstance(x, Ragged | OnDisk):
         return x
-    assert isinstance(x, Dense)
+    assert isinstance(x, Dense | Parts)
     if standardise is None:
-        return lent(np.ascontiguousarray(x.values, np.float32)).to(device)
+        values = (x.whole() if isinstance(x, Parts) else x).values
+        return lent(np.ascontiguousarray(values, np.float32)).to(device)
     mean, scale = standardise
-    out = np.subtract(x.values, mean, dtype=np.float32)
+    out, start = np.empty((len(x), *x.feature.row_shape), np.float32), 0
+    for part in x.parts if isinstance(x, Parts) else (x,):
+        np.subtract(part.values, mean, out=out[start : start + len(part)], dtype=np.float32)
+        start += len(part)
     out *= scale
     return torch.from_numpy(out).to(device)
 

@@ -22,6 +22,7 @@ from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Flags, Floats, ta
 from embedcache.train.data import LabelledRows, checked_names, constants_note, labelled_rows_of, refuse_untrainable
 from embedcache.train.metrics import measure
 from embedcache.train.metrics.measuring import MetricValues
+from embedcache.train.parts import Parts
 from embedcache.train.result import Fitted, Origin, TrainingResult
 from embedcache.wording import counted
 
@@ -299,7 +300,8 @@ def calibrated(trained: TrainedHead, rows: LabelledRows) -> TrainedHead:
 
 def measured(trained: TrainedHead, rows: LabelledRows, *, intervals: bool) -> MetricValues:
     """Return the metrics of a head on labelled rows, averaged over their views where they have any; see ``measure``."""
-    outputs, thresholds = trained.probabilities(rows.trained), trained.thresholds
+    x = rows.trained
+    outputs, thresholds = trained.probabilities(x.whole() if isinstance(x, Parts) else x), trained.thresholds
     outputs = outputs.reshape(rows.of_views + 1, len(rows), -1).mean(axis=0) if rows.of_views else outputs
     return measure(rows.task, rows.y, outputs, trained.class_names, intervals=intervals, thresholds=thresholds)
 
