@@ -16,6 +16,7 @@ import io
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -151,9 +152,7 @@ def mapped(
 
     ``done`` is told of each value that it is one more. An interrupt does not wait for what has not begun.
     """
-    share_memory_among_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(cores, "embedcache-decode")
+    pool = _decoders()
     try:
         results = []
         for result in pool.map(function, values):
@@ -163,6 +162,30 @@ def mapped(
         return results
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Begun:
+    """``function`` of every value, begun on all cores: who reads the first does not wait for the last.
+
+    What nobody can ask for any more is not done.
+    """
+
+    def __init__(self, function: Callable[[Given], object], values: Iterable[Given]) -> None:
+        pool = _decoders()
+        self._done = [pool.submit(function, value) for value in values]
+        pool.shutdown(wait=False)
+        weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
+
+    def wait(self, places: Iterable[int] | None = None) -> None:
+        """Wait for the values in some places, None for all, and raise what ``function`` raised of the first."""
+        for done in self._done if places is None else [self._done[place] for place in places]:
+            done.result()
+
+
+def _decoders() -> ThreadPoolExecutor:
+    share_memory_among_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cores, "embedcache-decode")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -589,3 +590,26 @@ def test_a_dry_run_prepares_no_more_pictures_than_a_window_holds(
     monkeypatch.setattr(compute, "PREPARED_BYTES", 5 * backbone.prepared_bytes)
     plan = forecast(tiny_pictures.examples_of(MANY), backbone, None)
     assert (plan.to_extract, plan.sampled, plan.tokens) == (17, 3, 17)
+
+
+def test_the_first_picture_is_not_kept_waiting_by_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch waits for its own pictures; the window's others are decoded meanwhile, or not at all where it is left."""
+    backbone = load_backbone(tiny_pictures.build("vit", tmp_path / "vit"), device="cpu", views=1)
+    left, decoded = threading.Event(), []
+
+    def slow(content: bytes, _: object = None) -> Image.Image:
+        if content != PICTURES[0]:
+            left.wait(10)
+        decoded.append(content)
+        return decode(content)
+
+    monkeypatch.setattr(preparing, "decode", slow)
+    prepared = backbone.prepare([PICTURES[0], *PICTURES[1:5] * 9])
+    backbone.fetch(backbone.forward(prepared, Batch(1, backbone.policy.rows(1), np.arange(2))))  # it, and its view
+    assert decoded == [PICTURES[0]]
+    del prepared
+    left.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("embedcache-decode"):
+            thread.join(10)
+    assert len(decoded) < 37

@@ -39,6 +39,7 @@ class Prepared(Protocol):
     as ``lengths``, as a text has one vector for each token. An image costs 1, whatever the number of its patches.
 
     Rows that have ``views`` have that many more pictures each, behind the plain one: both arrays are then of pictures.
+    Rows that are made ready while others go through the model already have a ``wait()`` for all of them.
     """
 
     @property

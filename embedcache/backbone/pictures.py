@@ -20,7 +20,7 @@ from embedcache.backbone.views import NO_VIEWS, Views
 from embedcache.batching import Batch
 from embedcache.errors import BackboneError
 from embedcache.fingerprint import sha256_bytes
-from embedcache.pictures import DECODING, decode, mapped
+from embedcache.pictures import DECODING, Begun, decode
 from embedcache.spec import FeatureSpec, PixelRange
 
 if TYPE_CHECKING:
@@ -53,31 +53,45 @@ class Pixels:
     """Prepared pictures: ``values`` uint8 [n, 3, H, W], or float32 of a processor whose work is no table.
 
     Each costs one position of a batch, and has ``patches`` vectors in a token-level set. Of a row with ``views`` the
-    plain picture is the first of ``views`` + 1.
+    plain picture is the first of ``views`` + 1. Rows that are still ``begun`` are waited for where they are read.
     """
 
-    values: Values
+    room: Values
     patches: int
     truncated: int = 0
     views: int = 0
+    begun: Begun | None = None
+
+    @property
+    def values(self) -> Values:
+        """All of them. Raises ``PictureError`` for one that cannot be decoded."""
+        self.wait()
+        return self.room
+
+    def wait(self, pictures: Numbers | None = None) -> None:
+        """Wait until some pictures are there, None for all."""
+        if self.begun is not None:
+            self.begun.wait(None if pictures is None else np.unique(pictures // (self.views + 1)).tolist())
 
     @property
     def lengths(self) -> Numbers:
         """[n] ones: a picture is one position, whatever it shows."""
-        return np.ones(len(self.values), np.int64)
+        return np.ones(len(self.room), np.int64)
 
     @property
     def vectors(self) -> Numbers:
         """[n] vectors of each row in a token-level set."""
-        return np.full(len(self.values), self.patches, np.int64)
+        return np.full(len(self.room), self.patches, np.int64)
 
     def take(self, rows: Numbers) -> Pixels:
         """Return some of the rows, in the order asked for."""
-        return Pixels(self.values[rows], self.patches)
+        self.wait(rows)
+        return Pixels(self.room[rows], self.patches)
 
     def digests(self) -> list[str]:
         """Return a hash of each picture as it was decoded and resized: of all plain ones, then of each first view."""
-        by_view = [self.values[view :: self.views + 1] for view in range(self.views + 1)]
+        values = self.values
+        by_view = [values[view :: self.views + 1] for view in range(self.views + 1)]
         return [sha256_bytes(np.ascontiguousarray(row).tobytes()) for rows in by_view for row in rows]
 
 
@@ -134,9 +148,9 @@ class Pictures:
         return {**versions, jpeg: str(features.version(jpeg))}
 
     def prepare(self, contents: Sequence[bytes]) -> Pixels:
-        """Decode and resize pictures, several at a time, and make their views.
+        """Begin to decode and resize pictures, several at a time, and to make their views.
 
-        Raises ``FeatureError`` for one that cannot be decoded.
+        Where one that cannot be decoded is read, ``PictureError`` is raised.
         """
         values = self._room(len(contents) * (self.views.number + 1))
 
@@ -145,8 +159,7 @@ class Pictures:
             for view in range(self.views.number + 1):
                 values[first + view] = self.pixels(image, contents[row], view)
 
-        mapped(put, range(len(contents)))
-        return Pixels(values, self.patches, views=self.views.number)
+        return Pixels(values, self.patches, views=self.views.number, begun=Begun(put, range(len(contents))))
 
     def prepare_views(self, contents: Sequence[bytes], views: Numbers) -> Pixels:
         """Prepare one view of each picture, by its number [n]: 0 is the plain one."""
@@ -155,8 +168,7 @@ class Pictures:
         def put(row: int) -> None:
             values[row] = self.pixels(decode(contents[row], self.pixel_range), contents[row], int(views[row]))
 
-        mapped(put, range(len(contents)))
-        return Pixels(values, self.patches)
+        return Pixels(values, self.patches, begun=Begun(put, range(len(contents))))
 
     def pixels(self, image: Image.Image, content: bytes, view: int) -> Values:
         """Return a decoded picture, or a view of it, as the processor makes it."""
@@ -175,7 +187,8 @@ class Pictures:
     def lay_out(self, prepared: Pixels, batch: Batch) -> Inputs:
         """Lay pictures out at a canonical shape: pixels [batch.rows, 3, H, W]; dummies are zeros."""
         values, real = self._blank(batch.rows), len(batch.indices)
-        self.processor.normalized([prepared.values[row] for row in batch.indices], values[:real])
+        prepared.wait(batch.indices)
+        self.processor.normalized([prepared.room[row] for row in batch.indices], values[:real])
         return self._inputs(values)
 
     def dummies(self, rows: int, length: int) -> Inputs:

@@ -131,6 +131,7 @@ def forecast(
         lengths, truncated = np.asarray(prepared.lengths, np.int64), prepared.truncated
         vectors = vectors_of(prepared)[:: views_of(prepared) + 1]
         batches = plan(lengths, backbone.policy)
+        getattr(prepared, "wait", lambda: None)()  # what is timed is the passes
         with torch_threads(threads):
             count = CALIBRATION * backbone.side_by_side(len(batches))
             chosen = evenly_spread(len(batches), count)

@@ -111,6 +111,18 @@ class Here:
             elif len(self.devices) > 1 and watch.total:
                 run_batches = replicas_of(backbone, self.devices).run_plan  # type: ignore[arg-type]  # it is loaded
             stack.enter_context(kept_for(backbone))
-            ready = stack.enter_context(contextlib.closing(prefetch(window.ready(backbone) for window in windows)))
+            ready = stack.enter_context(contextlib.closing(prefetch(_ready(backbone, windows))))
             for window in ready:
                 yield work(backbone, window, watch, run_batches)
+
+
+def _ready(backbone: Backbone, windows: Iterator[Window]) -> Iterator[Window]:
+    """Prepare window after window. What is prepared bit by bit is handed over at once, and ended before the next."""
+    for window in windows:
+        ready = window.ready(backbone)
+        wait: Callable[[], None] | None = getattr(ready.prepared, "wait", None)
+        yield ready
+        del window, ready
+        if wait is not None:
+            wait()
+        del wait
