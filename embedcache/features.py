@@ -14,6 +14,7 @@ type       what it holds                                               where it 
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -234,6 +235,25 @@ class OnDisk(Features):
     def of_vectors(self, weight: Array) -> Floats:
         """Return the weight of each vector."""
         return np.repeat(np.asarray(weight, np.float64), self.feature.layers)
+
+    def mapped(self) -> Dense:
+        """Return everything as a map of a temporary file in ``TMPDIR``, which is gone when nobody has it any more.
+
+        Raises ``FeatureError`` as ``blocks`` does, and where the file has no room.
+        """
+        try:
+            with tempfile.TemporaryFile(prefix="embedcache-") as file:
+                for block in self.blocks():
+                    file.write(np.ascontiguousarray(block.values, np.float32).data)
+                file.flush()
+                values = np.memmap(file, np.float32, "r", shape=(len(self), *self.feature.row_shape))
+        except OSError as error:
+            size = len(self) * self.row_bytes / 1e9
+            raise FeatureError(
+                f"{self.feature.name}: no temporary file of {size:.1f} GB in {tempfile.gettempdir()} "
+                f"({error.strerror or error}), where features are kept that memory does not hold: set TMPDIR"
+            ) from None
+        return Dense(np.asarray(values), self.feature, checked=True)
 
     def whole(self) -> Dense:
         """Read everything at once. Raises ``FeatureError`` as ``blocks`` does."""

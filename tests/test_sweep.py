@@ -366,6 +366,22 @@ def test_tokens_are_trained_fold_by_fold(tmp_path: Path) -> None:
     assert TrainedHead.from_pretrained(result.path / "best").spec.kind == "attention-pooling"
 
 
+def test_features_that_memory_does_not_hold_are_swept(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear heads come out as in memory to the bit; minibatches have another order; scikit-learn's are named."""
+    grid = [*GRID, {"head": "linear", "solver": "convex", "l2": [1.0, 10.0]}, {"head": "lda", "engine": "sklearn"}]
+    inside = sweep(cache, grid, progress=False)
+    monkeypatch.setenv("EMBEDCACHE_MEMORY", "1")
+    assert not Problem.of(cache).features("mean", np.arange(7)).in_memory
+    outside = sweep(cache, grid, progress=False)
+    assert [each["label"] for each in outside.summary["failures"]] == ["sklearn:lda · mean"]
+    assert "do not fit in memory" in outside.summary["failures"][0]["error"]
+    for row in outside.leaderboard:
+        (own,) = [each for each in inside.leaderboard if each.id == row.id]
+        if row.head.kind == "majority" or row.train.get("solver") == "convex":
+            assert row.fold_scores == own.fold_scores
+        assert row.score == pytest.approx(own.score, abs=0.15)
+
+
 def test_heads_of_scikit_learn_run_beside(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_WORTH_PROCESSES", 0)
     grid = [{"head": "knn", "n_neighbors": [3, 7]}, "lda", "majority"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from embedcache.dataset import key_values
 from embedcache.decoding import from_json
 from embedcache.errors import SweepError, TrainingError
-from embedcache.features import InMemory
+from embedcache.features import Features
 from embedcache.fingerprint import read_json
 from embedcache.heads import TrainedHead
 from embedcache.journal import exists, explained, make_folder
@@ -77,7 +77,7 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     return Final(trained, head, test, wrong, few)
 
 
-def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: InMemory) -> FewShot:
+def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: Features) -> FewShot:
     scores = [score(problem.metric, problem.task, problem.test_y, outputs_of(head, x)) for head in heads]
     sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
     return FewShot(shots, len(scores), tuple(scores), float(np.mean(scores)), sd)

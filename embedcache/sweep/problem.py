@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from embedcache.dataset import key_values, mixed
 from embedcache.errors import SweepError, SweepSpecError
-from embedcache.features import InMemory, Rows
+from embedcache.features import Features, Rows
 from embedcache.fingerprint import sha256_bytes
 from embedcache.spec import TrainSpec
 from embedcache.sweep.configuration import Protocol
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Flags, Task, task_named
+from embedcache.train.cached import rows_of
 from embedcache.train.metrics import metric_named
 from embedcache.wording import counted
 
@@ -355,14 +356,15 @@ class Problem:
             self.strata, stopping, 1.0, seed=self.protocol.seed, stopping=self.protocol.stopping_share
         )  # fmt: skip
 
-    def features(self, name: str, rows: Rows) -> InMemory:
-        """Return a feature set of some rows in memory: a map where they lie together."""
-        return self.cache.of_rows(rows, self.cache.feature(name))
+    def features(self, name: str, rows: Rows) -> Features:
+        """Return a feature set of some rows: a map where they lie together, on disk where they do not fit in memory."""
+        feature = self.cache.feature(name)
+        return rows_of(self.cache, rows, feature, 1 + len(self.cache.views(feature)))
 
-    def views(self, name: str, train: TrainSpec) -> list[InMemory]:
+    def views(self, name: str, train: TrainSpec) -> list[Features]:
         """Return the features of those views of ``rows`` that are trained on."""
         sets = self.cache.views(self.cache.feature(name))
-        return [self.cache.of_rows(self.rows, view) for view in sets[: train.of_views(len(sets))]]
+        return [rows_of(self.cache, self.rows, view, 1 + len(sets)) for view in sets[: train.of_views(len(sets))]]
 
     @cached_property
     def dataset_hash(self) -> str:

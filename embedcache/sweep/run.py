@@ -16,7 +16,7 @@ import numpy as np
 from embedcache.arguments import checks_arguments
 from embedcache.decoding import to_json
 from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
-from embedcache.features import InMemory, Rows
+from embedcache.features import Features, Rows
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.sweep import conclusion
@@ -229,7 +229,7 @@ class Run:
         """Score heads on the rows of their folds, and keep the results."""
         results: list[Result] = []
         outputs: dict[str, dict[int, Outputs]] = {}
-        loaded: dict[tuple[str, int], InMemory] = {}
+        loaded: dict[tuple[str, int], Features] = {}
         for trained in heads:
             job = trained.job
             rows = np.flatnonzero(job.fold.score)

@@ -55,7 +55,7 @@ def train_stacks(
     parts = [part for group in groups for part in group]
     cores = torch.get_num_threads()
     workers = min(len(parts), cores)
-    size = np.asarray(x.values).nbytes * (max(rows) + 1)
+    size = sum(vectors.nbytes for vectors in x.vectors()) * (max(rows) + 1) if x.in_memory else 0
     while workers > 1 and not fits_in_memory(workers * size):  # each has a copy of its rows, standardised
         workers -= 1
     each = max(1, cores // workers)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, FeatureError, TrainingError, quiet
-from embedcache.features import InMemory, features_of, joined
+from embedcache.features import Dense, Features, OnDisk, features_of, joined
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     pass
 
 _IN_PROCESS = frozenset({"majority"})  # fitting takes less than sending the features
+
+_TOO_LARGE = "the features do not fit in memory, where scikit-learn needs them: use heads of torch"
 
 _WORTH_PROCESSES = 4_000_000
 """Below this many numbers to learn from, over all jobs, processes take longer to start than to work."""
@@ -85,7 +87,7 @@ def train_batch(
             yield from train_batch(problem, JobBatch(batch.how, (job,)), until=until)
 
 
-def _convex(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[list[TrainedJob]]:
+def _convex(problem: Problem, batch: JobBatch, x: Features) -> Iterator[list[TrainedJob]]:
     """Solve all penalties on all folds side by side, and yield each penalty's heads: from the strongest to the weakest.
 
     What was yielded is kept when the walk is stopped, and outputs of one penalty at a time are in memory.
@@ -109,8 +111,10 @@ def _convex(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[list[Tra
         learned, masks = learned.take(np.flatnonzero(masks[0])), np.ones((1, int(masks[0].sum())), bool)
     rows = learned.every_view()
     options: dict[str, Any] = {"tolerance": 1e-9} if batch.jobs[0].kept else {}
+    # The solver reads blocks of rows, again and again: features that memory does not hold are a map of a file.
+    matrix = rows.x.mapped().values if isinstance(rows.x, OnDisk) else rows.matrix("the convex solver")
     walk = walk_folds(
-        rows.matrix("the convex solver"), rows.y, list(by_penalty), np.tile(masks, rows.repeats), task=problem.task,
+        matrix, rows.y, list(by_penalty), np.tile(masks, rows.repeats), task=problem.task,
         outputs=len(problem.class_names), sample_weight=rows.weight, standardize=first.train.standardize, **options,
     )  # fmt: skip
     feature = problem.cache.feature(first.feature)
@@ -175,16 +179,20 @@ class _Fitting:
         return number, trained.head, trained.seconds, trained.error
 
 
-def _one_by_one(problem: Problem, jobs: Sequence[Job], x: InMemory) -> Iterator[TrainedJob]:
+def _one_by_one(problem: Problem, jobs: Sequence[Job], x: Features) -> Iterator[TrainedJob]:
     for job in jobs:
         rows = np.flatnonzero(job.fold.usable)
         views = [view.take(rows) for view in problem.views(job.configuration.feature, job.configuration.train)]
         yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(rows), problem.y[rows], views)
 
 
-def _sklearn(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[TrainedJob]:
+def _sklearn(problem: Problem, batch: JobBatch, x: Features) -> Iterator[TrainedJob]:
     yield from _one_by_one(problem, [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS], x)
     jobs = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
+    if isinstance(x, OnDisk):
+        yield from (TrainedJob(job, None, error=_TOO_LARGE) for job in jobs)
+        return
+    assert isinstance(x, Dense)  # no head of scikit-learn reads tokens
     workers = min(len(jobs), os.cpu_count() or 1)
     if workers < 2 or len(jobs) < 3 or np.size(x.values) * len(jobs) < _WORTH_PROCESSES:
         yield from _one_by_one(problem, jobs, x)
@@ -193,7 +201,7 @@ def _sklearn(problem: Problem, batch: JobBatch, x: InMemory) -> Iterator[Trained
 
     # joblib hands arrays over 1 MB to its processes as one memory map.
     array = np.ascontiguousarray(x.values)
-    views = [np.ascontiguousarray(view.values) for view in problem.views(jobs[0].configuration.feature, TrainSpec())]
+    views = [np.ascontiguousarray(view.values) for view in problem.views(jobs[0].configuration.feature, TrainSpec())]  # type: ignore[attr-defined]  # as x is
     run = Parallel(n_jobs=workers, return_as="generator_unordered", inner_max_num_threads=1, prefer="processes")
     fit = delayed(_Fitting.on(problem, jobs[0].configuration.feature).fit_elsewhere)
     for number, head, seconds, error in run(

@@ -46,15 +46,15 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
     a row, ``TrainingError`` for labels from which nothing can be learned.
     """
     kind, options = checked_kind(head, rows.task)
-    x = rows.matrix(head.kind)
     problem = _Problem(head.kind, rows, np.asarray(rows.y, np.float64 if rows.task is REGRESSION else np.int64))
     if rows.task is CLASSIFICATION and head.kind != "majority" and len(np.unique(problem.y)) < 2:
         raise TrainingError("every training row is of the same class: a head needs rows of two or more")
     weights = _weights(problem, kind, spec)
-    setting = Setting(rows.task, float(spec.l2), spec.seed, len(x), x.shape[1])
-    if head.kind == "majority":
-        weight, bias = _majority(problem, x.shape[1], weights)
+    if head.kind == "majority" and rows.feature.kind == "pooled":  # which reads no feature
+        weight, bias = _majority(problem, rows.feature.dim, weights)
         return Fitted({"output.weight": weight, "output.bias": bias})
+    x = rows.matrix(head.kind)
+    setting = Setting(rows.task, float(spec.l2), spec.seed, len(x), x.shape[1])
     fitting = _Fitting(problem, weights, lambda: kind.build(setting, options), spec.standardize and kind.scaled)
     with _heard(fitting.notes):
         if kind.linear:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.storage import build
 from benchmarks.table import interleaved, row, seconds
 
 import embedcache as ec
@@ -159,21 +160,12 @@ def beyond_memory() -> None:
 
 def whole_process() -> None:
     """Seconds from a cache on disk to a trained, evaluated, saved linear head, the whole process."""
-    from embedcache.cache import CacheWriter
-    from embedcache.dataset import Dataset
-    from embedcache.shard import FeatureSet
-
     rows = 10_000
-    x, y, names = data(rows)
-    keys = np.random.default_rng(1).integers(0, 256, (rows, 16), dtype=np.uint8)
+    x, y, _ = data(rows)
     split = np.repeat(np.array([0, 1, 2], np.uint8), [8000, 1000, 1000])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c"
-        with CacheWriter(path, {"made": "up"}, [FeatureSet("mean", "pooled", WIDTH, 1, "float32")]) as writer:
-            writer.append(keys, {"mean": x}, {})
-            splits = {"split": split, "split_names": ("train", "validation", "test")}
-            labels = {"task": "classification", "targets": y, "class_names": tuple(names)}
-            writer.commit_dataset(Dataset(keys=keys, **splits, **labels))
+        build(path, x, 1, y, split)
         for engine in ("sklearn", "torch"):
             run = Path(folder) / engine
             command = [sys.executable, "-m", "embedcache"]

@@ -15,21 +15,28 @@ from benchmarks.table import interleaved, row
 import embedcache as ec
 from embedcache.cache import CacheWriter
 from embedcache.dataset import Dataset
+from embedcache.features import Stored
 from embedcache.shard import FeatureSet
 
 REPO = Path(__file__).resolve().parents[2]
 WIDTH = 384
 
 
-def build(path: Path, x: np.ndarray, shards: int) -> ec.FeatureCache:
-    """Make a cache of the rows of ``x`` [N, D], all in one split."""
+def build(
+    path: Path, x: np.ndarray, shards: int, y: np.ndarray | None = None, split: np.ndarray | None = None
+) -> ec.FeatureCache:
+    """Make a cache of the rows of ``x`` [N, D], of classes ``y`` and with 0, 1, 2 for train, validation, test."""
     keys = np.random.default_rng(1).integers(0, 256, (len(x), 16), dtype=np.uint8)
-    zeros = np.zeros(len(x), np.int64)
-    with CacheWriter(path, {"made": "up"}, [FeatureSet("mean", "pooled", WIDTH, 1, "float32")]) as writer:
+    targets = np.zeros(len(x), np.int64) if y is None else y
+    feature = FeatureSet("mean", "pooled", x.shape[1], 1, "float32")
+    with CacheWriter(path, {"made": "up"}, [feature]) as writer:
         for part in np.array_split(np.arange(len(x)), shards):
-            writer.append(keys[part], {"mean": x[part]}, {})
-        labels = {"task": "classification", "targets": zeros, "class_names": ("a",)}
-        writer.commit_dataset(Dataset(keys=keys, split=zeros.astype(np.uint8), split_names=("train",), **labels))
+            writer.append(keys[part], {"mean": Stored(feature, x[part])}, {})
+        names = tuple(str(each) for each in range(int(targets.max()) + 1))
+        of_rows = np.zeros(len(x), np.uint8) if split is None else split.astype(np.uint8)
+        splits = {"split": of_rows, "split_names": ("train",) if split is None else ("train", "validation", "test")}
+        labels = {"task": "classification", "targets": targets, "class_names": names}
+        writer.commit_dataset(Dataset(keys=keys, **splits, **labels))
     return ec.FeatureCache.open(path)
 
 
