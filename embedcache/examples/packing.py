@@ -16,8 +16,8 @@ from embedcache.examples.source import Faults, Parsed, is_missing, parsed, unico
 from embedcache.journal import explained
 from embedcache.wording import counted
 
-MOST_HELD = 128 << 20
-"""Bytes of contents held in memory: a million short texts."""
+MOST_HELD = 16 << 20
+"""Bytes of contents held in memory: a hundred thousand long sentences."""
 
 
 class Packing:

@@ -82,7 +82,10 @@ def memory() -> None:
         "from fakes import CountingBackbone\n"
         "from embedcache.examples import load_examples\n"
         "from embedcache.extract import run\n"
-        "run(load_examples(sys.argv[2]), CountingBackbone(384, positions=4096), sys.argv[3])\n"
+        "class Forgotten(list): __iadd__ = lambda self, rows: self  # the fake would hold every row that it has seen\n"
+        "backbone = CountingBackbone(384, positions=4096)\n"
+        "backbone.rows_seen = Forgotten()\n"
+        "run(load_examples(sys.argv[2]), backbone, sys.argv[3])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     said = []
