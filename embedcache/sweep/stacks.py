@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedcache.errors import FeatureError, TrainingError
+from embedcache.memory import share_memory_among_threads
 from embedcache.spec import MIN_STEPS
 from embedcache.sweep.jobs import Interruption, Job, TrainedJob, is_small, stacks_of
 from embedcache.sweep.problem import Fold, Problem
@@ -59,6 +60,8 @@ def train_stacks(
     while workers > 1 and not fits_in_memory(workers * size):  # each has a copy of its rows, standardised
         workers -= 1
     each = max(1, cores // workers)
+    if not x.in_memory:
+        share_memory_among_threads()  # or each of a dozen would keep the windows that it has read and freed
     stopped = threading.Event()
     bar = tqdm(
         total=sum(_steps(part[0]) for part in parts), desc=title, unit="step", mininterval=0.2,

@@ -93,6 +93,7 @@ def _convex(problem: Problem, batch: JobBatch, x: Features) -> Iterator[list[Tra
     What was yielded is kept when the walk is stopped, and outputs of one penalty at a time are in memory.
     """
     from embedcache.train.convex import walk_folds
+    from embedcache.train.convex.design import by_problems
 
     first = batch.jobs[0].configuration
     if first.train.class_weight is not None:
@@ -111,10 +112,15 @@ def _convex(problem: Problem, batch: JobBatch, x: Features) -> Iterator[list[Tra
         learned, masks = learned.take(np.flatnonzero(masks[0])), np.ones((1, int(masks[0].sum())), bool)
     rows = learned.every_view()
     options: dict[str, Any] = {"tolerance": 1e-9} if batch.jobs[0].kept else {}
-    # The solver reads blocks of rows, again and again: features that memory does not hold are a map of a file.
-    matrix = rows.x.mapped().values if isinstance(rows.x, OnDisk) else rows.matrix("the convex solver")
+    masks = np.tile(masks, rows.repeats)
+    if isinstance(rows.x, OnDisk):
+        # The solver reads blocks of rows, again and again: features that memory does not hold are a map of a file, in
+        # the order that the solver would put a copy of them in.
+        order, _ = by_problems(masks)
+        rows, masks = rows.take(order), masks[:, order]
+        rows = replace(rows, x=rows.x.mapped())  # type: ignore[attr-defined]  # it is still on disk
     walk = walk_folds(
-        matrix, rows.y, list(by_penalty), np.tile(masks, rows.repeats), task=problem.task,
+        rows.matrix("the convex solver"), rows.y, list(by_penalty), masks, task=problem.task,
         outputs=len(problem.class_names), sample_weight=rows.weight, standardize=first.train.standardize, **options,
     )  # fmt: skip
     feature = problem.cache.feature(first.feature)

@@ -166,9 +166,9 @@ def fit(
                 loss = learner.step(batch)
                 if keep_losses:
                     result.losses.append(loss.clone())
-                weighted = loss * len(batch.rows)
-                total = weighted if total is None else total + weighted
-                seen += len(batch.rows)
+                rows = len(batch.rows)
+                total = loss * rows if total is None else total.add_(loss, alpha=rows)
+                seen += rows
                 result.steps += 1
                 bar.update()
                 if stopping.max_steps is not None and result.steps >= stopping.max_steps:

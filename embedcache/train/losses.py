@@ -70,7 +70,7 @@ class Loss:
         if self._plain:  # nothing but the log probability of each row's own class
             own_class = y.expand(*logits.shape[:-2], 1, -1)
             nll = log_p.gather(-2, own_class).neg_()
-            slope = log_p.exp_().scatter_add_(-2, own_class, torch.full_like(nll, -1.0))
+            slope = log_p.exp_().scatter_(-2, own_class, -1.0, reduce="add")
             return _mean(nll.squeeze(-2), slope, rows)
         stacked = logits.dim() == 3
         hot = torch.zeros(logits.shape[-2:], dtype=logits.dtype, device=logits.device).scatter_(0, y[None], 1.0)

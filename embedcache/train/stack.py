@@ -88,6 +88,7 @@ class HeadStack:
         # Where the roots of the second moments go, so that no step fetches memory for them.
         self._scratch = [torch.empty_like(value) for value in self.parameters]
         self._fused = self._fused_groups()
+        self._step = torch.zeros((), device=self.parameters[0].device)
         self.best: list[dict[str, Tensor] | None] = [None] * len(heads)
 
     def _collect(self) -> None:
@@ -212,7 +213,7 @@ class HeadStack:
 
     def _update_fused(self, gradients: list[Tensor], factor: float | Tensor, taken: int) -> None:
         """Take AdamW's step in one pass over memory, for the heads of each setting together."""
-        step = torch.tensor(float(taken), device=self.parameters[0].device)
+        step = self._step.fill_(taken)
         by_head = [gradient.contiguous().unbind(0) if self.stacked else (gradient,) for gradient in gradients]
         for group in self._fused or ():
             # Heads of a group share their schedule, so any of them tells its factor.

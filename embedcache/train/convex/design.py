@@ -230,18 +230,27 @@ def segments(of: Design) -> tuple[Array, Array, Floats | None, list[Segment]]:
         return of.x, of.y, None, [Segment(slice(0, n), np.ones(of.problems, bool), True)]
     weight = np.broadcast_to(weight, (of.problems, n))
     inside = weight > 0
-    patterns, which = np.unique(np.packbits(inside, axis=0), axis=1, return_inverse=True)
-    which = which.reshape(-1)
-    if 1 - inside.mean() < _WORTH or n < 64 * patterns.shape[1] or of.x.size > _MOST_COPIED:
+    order, which = by_problems(inside)
+    ordered = bool((np.diff(order) == 1).all())
+    if 1 - inside.mean() < _WORTH or n < 64 * (which.max() + 1) or (of.x.size > _MOST_COPIED and not ordered):
         return of.x, of.y, weight, [Segment(slice(0, n), np.ones(of.problems, bool), False)]
-    order = np.argsort(which, kind="stable")
     ends = np.cumsum(np.bincount(which))
     weight = weight[:, order]
     out = []
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         own = inside[:, order[start]]
         out.append(Segment(slice(int(start), int(end)), own, bool((weight[own, start:end] == 1).all())))
-    return of.x[order], of.y[order], weight, out
+    return of.x if ordered else of.x[order], of.y[order], weight, out
+
+
+def by_problems(inside: Flags) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the order that puts rows in the same of K problems together, int64 [N], and the group of each row.
+
+    ``inside`` is bool [K, N]. Features in this order need no copy in it.
+    """
+    _, which = np.unique(np.packbits(inside, axis=0), axis=1, return_inverse=True)
+    which = which.reshape(-1)
+    return np.argsort(which, kind="stable"), which
 
 
 def design(
