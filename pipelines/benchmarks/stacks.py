@@ -151,8 +151,8 @@ def sweeping_beyond_memory() -> None:
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     inside, outside = map(float, said)
     row(
-        f"a sweep (2 penalties, 5 stacked heads, 2 folds) over {x.nbytes / 1e6:.0f} MB with {x.nbytes / 1.5e6:.0f} MB to "
-        "allocate, vs in memory, per row",
+        f"a sweep (2 penalties, 5 stacked heads, 2 folds) over {x.nbytes / 1e6:.0f} MB with "
+        f"{x.nbytes / 1.5e6:.0f} MB to allocate, vs in memory, per row",
         f"{outside / inside:.2f}x ({1e6 * outside:.0f} microseconds a row)",
         "at most 2x",
     )

@@ -67,8 +67,12 @@ class Curvature:
         wanted = min(wanted, most, n)
         rows = np.sort(np.random.default_rng(0).permutation(n)[:wanted])
         scale = np.ones(features) if design.scale is None else design.scale.mean(axis=0)
-        x = design.x[rows] if wanted < n else design.x
-        self._x = ((x - design.shift.astype(x.dtype)) / scale.astype(x.dtype)).astype(np.float32)
+        # In place, and without the rows sampled before: with four copies this was the peak of the whole solver.
+        self._x = np.empty((0, features), np.float32)
+        x = design.x[rows]
+        x -= design.shift.astype(x.dtype)
+        x /= scale.astype(x.dtype)
+        self._x = x.astype(np.float32, copy=False)
         self._y = design.y[rows]
         self._all = wanted in (n, most)
         mass = np.ones((1, len(rows))) if design.weight is None else design.weight[:, rows]
