@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +89,9 @@ class Packed(Sequence[bytes]):
             begins, ends = self._offsets[:-1][rows].tolist(), self._offsets[1:][rows].tolist()
             for begin, end in zip(begins, ends, strict=True):
                 yield bytes(buffer[begin:end])
+            if isinstance(self._data, np.memmap) and self._data.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+                # What was read stays in the system's cache, and counts for this process no more.
+                self._data._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def select(self, rows: Rows) -> Packed:
         """Return the strings at ``rows``, int64, without copying them."""

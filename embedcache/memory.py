@@ -49,6 +49,12 @@ def memory_kept() -> Iterator[None]:
                 libc.malloc_trim(0)
 
 
+def return_memory() -> None:
+    """Give freed memory back to the system, of all threads, before something else needs much."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
 def share_memory_among_threads() -> None:
     """Let threads that start from now on have their memory from one place: only there is it kept."""
     if (libc := _glibc()) is not None:

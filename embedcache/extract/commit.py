@@ -20,6 +20,7 @@ from embedcache.errors import FeatureError, Interrupted, warn
 from embedcache.extract.progress import Bar, ExtractionReport, Progress, Watch
 from embedcache.extract.windows import new_rows, shard_rows, windows
 from embedcache.extract.work import Computed, Costs, Engine, Here
+from embedcache.memory import return_memory
 
 
 def run(
@@ -68,6 +69,7 @@ def run(
                 for computed in computed_windows:
                     commits.add(computed)
                     costs += computed.costs
+            return_memory()  # the windows' buffers
             notes = writer.dropped(examples)
             writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
         except KeyboardInterrupt:
