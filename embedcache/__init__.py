@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from embedcache.errors import EmbedcacheWarning
     from embedcache.estimator import FeatureExtractor, HeadClassifier, HeadRegressor
     from embedcache.examples import load_examples
+    from embedcache.export import export_features
     from embedcache.extract import extract
     from embedcache.finetune import (
         AttentionClassifier,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         TextClassificationPipeline,
     )
     from embedcache.heads import TrainedHead, register_head
+    from embedcache.importing import import_features
     from embedcache.predict import Predictor
     from embedcache.spec import HeadSpec, TrainSpec
     from embedcache.sweep import sweep
@@ -65,7 +67,9 @@ _WHERE = {
     "check_equivalence": "equivalence",
     "compare_training_approaches": "compare",
     "evaluate_on_cache": "train",
+    "export_features": "export",
     "extract": "extract",
+    "import_features": "importing",
     "load_examples": "examples",
     "merge": "cache",
     "register_head": "heads",
@@ -96,7 +100,9 @@ __all__ = [
     "check_equivalence",
     "compare_training_approaches",
     "evaluate_on_cache",
+    "export_features",
     "extract",
+    "import_features",
     "load_examples",
     "merge",
     "register_head",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, compute_features, compute_sets, load_again, probe_of, views_of
+from embedcache.backbone import Backbone, Encoder, compute_features, compute_sets, load_again, probe_of, views_of
 from embedcache.errors import BackboneMismatchError, InputError, SpecError, warn
 from embedcache.examples import Content, Examples, content_of
 from embedcache.features import InMemory
@@ -71,15 +72,19 @@ class Predictor:
     @checks_arguments()
     def load(
         cls, run: Path | str, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False,
-        average_views: bool = False,
+        average_views: bool = False, encoder: Callable[[list[Any]], Any] | None = None,
     ) -> Predictor:  # fmt: skip
         """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
+
+        A head on the features of an encoder of one's own (``extract(..., encoder=...)``) needs that ``encoder`` here.
 
         Raises:
             BundleError: the folder is not a run, or a damaged one.
             BackboneMismatchError: that backbone, or its settings, are not those the head was trained on.
         """
         head = TrainedHead.from_pretrained(run)
+        if encoder is not None:
+            return cls(head, encoder_of(head, encoder))
         source = ModelSource(model, device=device, trust_remote_code=trust_remote_code)
         return cls(head, backbone_of(head, source, views=average_views), average_views=average_views)
 
@@ -155,6 +160,15 @@ def backbone_of(head: TrainedHead, source: ModelSource, *, views: bool = False) 
     Raises ``SpecError`` where there were no views.
     """
     spec = head.extraction
+    if spec.origin is not None:
+        needs = (
+            "pass it in Python: Predictor.load(RUN, encoder=...)"
+            if spec.origin.kind == "encoder"
+            else "make features of the rows where these came from, and give them to TrainedHead.from_pretrained(RUN)"
+        )
+        raise BackboneMismatchError(
+            f"this head reads features of {spec.origin.to_text()}, which no name leads to: {needs}"
+        )
     if not spec.has_backbone:
         raise BackboneMismatchError("this head was trained on features without a backbone: give it features, not texts")
     if spec.settings is None:
@@ -164,6 +178,28 @@ def backbone_of(head: TrainedHead, source: ModelSource, *, views: bool = False) 
         raise SpecError("the head's cache has no views to average over: train it on one made by extract --views N")
     settings = settings if views else replace(settings, views=None, augment=None)
     return load_again(settings, source, ModelSource(head.model, head.revision), "the head was trained on")
+
+
+MOST_APART = 0.05
+"""How far off an encoder's built-in rows may be, in units of their own size, before it is taken to be another one."""
+
+
+def encoder_of(head: TrainedHead, function: Callable[[list[Any]], Any]) -> Encoder:
+    """Return the encoder that a head's features come from, as it says. Raises ``BackboneMismatchError``.
+
+    Its identity is what its user wrote, so its built-in rows are compared too: another model is refused, other last
+    bits are a note.
+    """
+    origin = head.extraction.origin
+    if origin is None or origin.kind != "encoder":
+        raise BackboneMismatchError("encoder is given, and this head was not trained on the features of one")
+    encoder = Encoder(function, origin, head.feature.dtype, head.feature.dim)
+    apart = difference(head.probe, probe_of(encoder))
+    if not apart.same_bits and apart.status != "unknown" and apart.relative > MOST_APART:
+        raise BackboneMismatchError(
+            f"the encoder is not the one that the head was trained on ({origin.to_text()}): {apart.to_text()}"
+        )
+    return encoder
 
 
 def refuse_other_backbone(head: TrainedHead, backbone: Backbone) -> None:

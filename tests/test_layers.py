@@ -28,8 +28,8 @@ LAYERS = (
     ("dataset",),
     ("examples", "backbone", "heads", "cache"),
     ("extract", "train"),
-    ("estimator", "sweep", "predict", "finetune"),
-    ("equivalence", "compare", "report"),
+    ("estimator", "sweep", "predict", "finetune", "importing"),
+    ("equivalence", "compare", "export", "report"),
     ("cli",),
     ("__main__",),
 )

@@ -40,6 +40,8 @@ SAID_BY = {
     "equivalence": frozenset({"check"}),
     "compare": frozenset({"compare"}),
     "predict.py": frozenset({"predict"}),
+    "importing": frozenset({"import"}),
+    "export": frozenset({"export"}),
 }
 # Flags about labels and splits, which predict does not read, and those that only a command which has them can run into.
 ONLY_WHERE_THERE = {

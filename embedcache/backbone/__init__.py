@@ -8,6 +8,7 @@ model, and everything that could change a feature is hashed into ``identity``.
 knows no kind of content. ``text`` prepares texts for it; ``load`` puts the two together and proves that the model
 behaves. ``compute`` runs any backbone over rows at canonical shapes, and over a few built-in rows, to know what this
 machine computes; ``processes`` does so in other processes where there are many cores, ``replicas`` on several GPUs.
+``encoder`` is a callable of one's own as a backbone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from embedcache.backbone.compute import (
     views_of,
 )
 from embedcache.backbone.device import POSITIONS, choose_device, choose_devices, needs_spare_row, side_by_side, threads
+from embedcache.backbone.encoder import Encoder
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
     SentenceTransformerSettings,
@@ -46,6 +48,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "POSITIONS",
     "Backbone",
+    "Encoder",
     "FrozenModel",
     "Inputs",
     "LoadedBackbone",

@@ -69,6 +69,7 @@ class Backbone(Protocol):
     One that has ``probe_rows`` (contents), ``probe_versions`` (names -> versions of what prepares them) and prepared
     rows with ``digests()`` (a hash a row) too gets a probe in its caches; see ``probe``. One that makes ``views`` of
     its rows says with ``pass_sets`` which feature sets a pass gives; ``feature_sets`` has those of the views besides.
+    One whose ``pass_threads`` is None decides itself on how many threads a pass has.
     """
 
     @property
@@ -220,7 +221,7 @@ def trailing(backbone: Backbone, prepared: Prepared, batches: Iterable[Batch]) -
     """Run one pass after the other; a GPU starts the next one while the last is copied back."""
     started: deque[tuple[Batch, object]] = deque()
     # One setting for all passes: changing the number of threads drops the kernels that oneDNN has prepared.
-    with threads(backbone.policy.pass_threads):
+    with threads(getattr(backbone, "pass_threads", backbone.policy.pass_threads)):
         for batch in batches:
             started.append((batch, backbone.forward(prepared, batch)))
             if len(started) > 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, stored_keys
-from embedcache.cache.gather import Keys, RowIndex, Rows
+from embedcache.cache.gather import Keys, RowIndex, Rows, take
 from embedcache.cache.manifest import FILE_NAME, DatasetEntry, Hashed, Manifest, Numerics, Shard, ShardFile, file_of
 from embedcache.dataset import Contents, Dataset
 from embedcache.errors import (
@@ -91,6 +91,12 @@ class CacheWriter:
             self._keys = [np.concatenate(self._keys)] if self._keys else [np.zeros((0, 16), np.uint8)]
             self._index = RowIndex(self._keys[0])
         return self._index.lookup(keys)
+
+    def take(self, places: Rows, feature: FeatureSet) -> Array:
+        """Return features that are committed, at ``places`` [n] from ``lookup``, as ``FeatureCache.take`` does."""
+        shards = StoredShard.all_of(self.path, self._manifest)
+        starts = np.concatenate([[0], np.cumsum([shard.entry.rows for shard in shards], dtype=np.int64)])
+        return take(feature, starts, lambda shard: shards[shard].piece(feature.name), places)
 
     def admit(self, probe: Probe | None, *, accept: bool = False) -> Difference | None:
         """Say what the machine computes whose rows are appended from now on; None for a backbone without a probe.

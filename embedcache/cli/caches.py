@@ -169,6 +169,7 @@ def info(cache: str, as_json: bool) -> None:
 def describe_text(facts: dict[str, Any]) -> str:
     """Lay out what ``FeatureCache.describe`` says."""
     from embedcache.backbone.processor import preprocessing_text
+    from embedcache.spec import ExtractionSpec
 
     lines = [
         f"{counted(facts['rows'], 'row')} ({facts['unique']:,} unique), {facts['bytes'] / 1e6:,.1f} MB "
@@ -194,7 +195,9 @@ def describe_text(facts: dict[str, Any]) -> str:
     ]
     lines += ["", *table(["feature set", "kind", "dim", "layers", "stored as"], sets)]
     backbone = facts["spec"].get("backbone", {})
-    if backbone:
+    if (origin := ExtractionSpec(facts["spec"]).origin) is not None:
+        lines += ["", shown(f"features: {origin.to_text()}")]
+    elif backbone:
         how = f"computed in {facts['spec'].get('compute_dtype')}, {facts['spec'].get('execution')}"
         lines += ["", shown(f"backbone: {backbone.get('architecture')}, {how}")]
     if seen := preprocessing_text(facts["spec"].get("preprocessing")):
@@ -207,7 +210,8 @@ def describe_text(facts: dict[str, Any]) -> str:
         line = shown("ran on:   " + ", ".join(facts_of_run))
         if line not in lines:
             lines.append(line)
-    lines += [shown(f"numerics: {text}") for text in numerics_text(facts["numerics"])]
+    if origin is None or origin.kind == "encoder":
+        lines += [shown(f"numerics: {text}") for text in numerics_text(facts["numerics"])]
     lines.append(f"spec:     {facts['spec_hash'][:16]}")
     return "\n".join(lines)
 
@@ -278,10 +282,15 @@ def _repair(cache: str) -> None:
 @untrusted_option
 def relabel(cache: str, given: Input) -> None:
     """Replace the labels and splits of CACHE by those of INPUT, without a forward pass. Every row must be in CACHE."""
+    from embedcache.cache import read_spec
     from embedcache.cache import relabel as relabel_cache
-    from embedcache.extract import recorded_range
 
-    examples = given.examples(f"{cache}.quarantine.jsonl", pixel_range=recorded_range(cache))
+    recorded = read_spec(cache)
+    spec = None if recorded is None else recorded[0]
+    examples = given.examples(
+        f"{cache}.quarantine.jsonl", kind="id" if spec is not None and spec.content == "id" else None,
+        pixel_range=None if spec is None else spec.pixel_range,
+    )  # fmt: skip
     opened = relabel_cache(cache, examples)
     say(f"{counted(opened.n_rows, 'row')} relabelled in {cache}; no forward pass")
 

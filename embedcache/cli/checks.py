@@ -67,7 +67,8 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
         given.options["split"], options["split"] = None, split
     examples = None
     if given.named:
-        examples = given.examples(f"{cache}.quarantine.jsonl", pixel_range=opened.spec.pixel_range)
+        kind = "id" if opened.spec.content == "id" else None
+        examples = given.examples(f"{cache}.quarantine.jsonl", kind=kind, pixel_range=opened.spec.pixel_range)
     result = check_equivalence(opened, examples, head=head, **options)
     if as_json:
         print_json(result.to_json())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from typing import Any, Literal
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, model_name, probe_of
+from embedcache.backbone import Backbone, Encoder, model_name, probe_of
 from embedcache.cache import FeatureCache
-from embedcache.equivalence import identity
+from embedcache.equivalence import alone, identity
 from embedcache.equivalence.bits import Array, Rows, difference
 from embedcache.equivalence.features import LiveBatches, Recomputed, recompute
 from embedcache.equivalence.identity import load_live, load_standard, other_poolings
@@ -43,7 +43,7 @@ from embedcache.equivalence.tolerance import feature_tolerances, labels_may_diff
 from embedcache.equivalence.training import Record, compare_records, differences_of, train
 from embedcache.errors import FeatureError, SpecError, TrainingError, quiet
 from embedcache.examples import Examples, load_examples
-from embedcache.features import InMemory, Ragged
+from embedcache.features import Dense, InMemory, Ragged
 from embedcache.heads.registry import head_named
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, ModelSource
@@ -290,6 +290,7 @@ def check_equivalence(
     model: Path | str | None = None,
     revision: str | None = None,
     backbone: Backbone | None = None,
+    encoder: Callable[[list[Any]], Any] | None = None,
     head: HeadSpec | str | None = None,
     feature: str | None = None,
     reference: Reference = "both",
@@ -317,6 +318,8 @@ def check_equivalence(
         inputs: what the cache was made from; see ``load_examples``. None for the inputs that the cache keeps.
         model, revision: the backbone, if it is no longer where it was.
         backbone: a loaded backbone instead.
+        encoder: the encoder that ``extract`` was given. Without it, and for imported features, training on the cache is
+            compared with training on the features in its files, and the result says what that does not prove.
         head: which head; None for an mlp, or for attention-pooling where the cache has no pooled set.
         feature: the feature set to train on; None for the first that the head can read. All sets are compared.
         reference: ``canonical``, ``standard`` or ``both``.
@@ -347,15 +350,27 @@ def check_equivalence(
         if isinstance(inputs, Examples) or inputs is None
         else load_examples(inputs, **{"pixel_range": opened.spec.pixel_range, **reading})
     )
-    raw = matched(opened, examples)
+    if encoder is not None and opened.spec.origin is not None:
+        (feature_set,) = opened.feature_sets.values()
+        backbone = Encoder(encoder, opened.spec.origin, feature_set.dtype, feature_set.dim)
+    by_itself = opened.spec.origin if backbone is None else None
+    raw = alone.raw_rows(opened) if by_itself is not None and examples is None else matched(opened, examples)
     sampled = sample(
         raw, rows=rows, train_rows=TRAIN_ROWS, evaluation_rows=EVALUATION_ROWS, split=split, everything=everything,
         seed=seed,
     )  # fmt: skip
-    live = backbone if backbone is not None else load_live(opened, source)
     plan = TrainingPlan.of(
         opened, spec, chosen, len(sampled.train), steps=steps, whole_epoch=everything, seed=seed
     )  # fmt: skip
+    if by_itself is not None:
+        subject = alone.subject_of(opened, raw, sampled, plan)
+        outcome = Outcome(findings=raw.findings, notes=(alone.not_proved(opened, by_itself), *raw.notes))
+        outcome += _compare_alone(subject, progress) + Outcome(notes=_chance_of_missing(subject))
+        return EquivalenceResult(
+            outcome.comparisons, outcome.findings, outcome.notes, _how_much(subject),
+            seconds=time.perf_counter() - begun,
+        )  # fmt: skip
+    live = backbone if backbone is not None else load_live(opened, source)
     subject = Subject(opened, raw, sampled, live, plan)
     environment = identity.environment_differences(opened, live)
     numerics = opened.numerics_of(probe_of(live))
@@ -371,6 +386,22 @@ def check_equivalence(
         outcome.comparisons, tuple(dict.fromkeys(outcome.findings)), outcome.notes, _how_much(subject), outcome.costs,
         environment, time.perf_counter() - begun, numerics,
     )  # fmt: skip
+
+
+def _compare_alone(subject: Subject, progress: bool) -> Outcome:
+    """Compare the cache with its own files: what can be said without what made the features."""
+    plan, rows = subject.plan, subject.rows
+    files = alone.FromFiles(subject.cache)
+    outcome = alone.compare_files(subject, files)
+    if plan.head.kind not in STANDARD_HEADS:
+        return outcome + Outcome(notes=(f"no training: there is no plain twin of the head {plan.head.kind}",))
+    cached = train_cached(subject, progress=progress)
+    x, evaluation = (Dense(files.values(part, plan.feature), plan.feature) for part in (rows.train, rows.evaluate))
+    plain = train_standard(
+        plan, alone.Batches(x.values), range(len(x)), x, subject.input_targets, cached, evaluation
+    )  # fmt: skip
+    allowed = training_tolerances(subject, cached, alone.rounding(x.values))
+    return outcome + _compare_training(subject, "standard", cached, plain, allowed, outcome.agrees)
 
 
 def _compare(

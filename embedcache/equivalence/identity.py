@@ -31,6 +31,7 @@ FIELDS = (
     ("preprocessing.resize", "resizing: images are brought to the network's size in another way"),
     ("preprocessing.memory_format", "memory format: pixels lie in memory in another order, for other kernels"),
     ("preprocessing", "preprocessing: rows are prepared another way"),
+    ("source", "source: the features come from elsewhere"),
     ("features", "pooling: the feature set is made another way"),
     ("compute_dtype", "compute type: the model computes in another precision"),
     ("storage_dtype", "storage type: features are stored in another precision"),

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -274,6 +274,11 @@ class StandardModel:
             out = self.model(**inputs, output_hidden_states=True)
             return self.pooled(out, inputs, wanted)
 
+    def batch(self, contents: Sequence[bytes], feature: FeatureSet) -> tuple[Tensor, Tensor | None]:
+        """Return one feature set of one batch as ``__call__`` does, and of a token-level set the mask."""
+        features, mask = self(contents, [FeatureSpec.parse(feature.name)])
+        return features[feature.name], mask.cpu() if feature.kind == "tokens" else None
+
     def pooled(
         self, out: Any, inputs: Mapping[str, Tensor], wanted: Sequence[FeatureSpec]
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -329,8 +334,16 @@ def _pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 # Training the way anyone would write it, with no code of ours: the second half of the standard reference.
 
 
+class Batchwise(Protocol):
+    """What gives the features of a batch anew in every step, of rows by their contents or whatever stands for them."""
+
+    def batch(self, contents: Sequence[Any], feature: FeatureSet) -> tuple[Tensor, Tensor | None]:
+        """Return the features of some rows, and of a token-level set which vectors are theirs."""
+        ...
+
+
 def train_standard(
-    plan: TrainingPlan, model: StandardModel, contents: Sequence[bytes], x: InMemory, y: Array, start: Record,
+    plan: TrainingPlan, model: Batchwise, contents: Sequence[Any], x: InMemory, y: Array, start: Record,
     evaluation: InMemory,
 ) -> Record:  # fmt: skip
     """Train a plain head with the backbone run in every step, on the batches and from the initial head of ``start``.
@@ -338,7 +351,7 @@ def train_standard(
     ``x`` are the standard features of all rows, which standardisation is computed from; ``evaluation`` are those of
     the rows whose logits are recorded.
     """
-    spec, feature = plan.spec, FeatureSpec.parse(plan.feature.name)
+    spec = plan.spec
     mean, scale = _standardisation(x.values)
     generator = torch.Generator().manual_seed(spec.seed + 2**32)
     net = plain_head(plan.head, start.initial, generator)
@@ -355,9 +368,8 @@ def train_standard(
     losses, norms = [], []
     module.train()
     for rows in start.batches:
-        features, mask = model([contents[row] for row in rows], [feature])
-        stored = features[feature.name].cpu().to(getattr(torch, plan.feature.dtype)).float()
-        logits = module(stored, mask.cpu() if feature.pooling == "tokens" else None)
+        features, mask = model.batch([contents[row] for row in rows], plan.feature)
+        logits = module(features.cpu().to(getattr(torch, plan.feature.dtype)).float(), mask)
         loss = _loss(plan.task, logits, targets[rows], spec.label_smoothing)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

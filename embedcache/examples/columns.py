@@ -219,7 +219,11 @@ def _guess(source: Source, likely: Sequence[str], default: str) -> str | None:
 def _guess_kind(source: Source, taken: set[str]) -> str:
     """Return the first kind of content that a column is taken for, else the first kind of all, which is text."""
     columns = [(column, source.kind(column), source.sample[column]) for column in _free(source, taken)]
-    claimed = (kind for kind, content in CONTENTS.items() if any(content.claims(*column) for column in columns))
+    claimed = (
+        kind
+        for kind, content in CONTENTS.items()
+        if content.guessed and any(content.claims(*column) for column in columns)
+    )
     return next(claimed, next(iter(CONTENTS)))
 
 

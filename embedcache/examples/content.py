@@ -17,7 +17,7 @@ import numpy as np
 from embedcache import pictures
 from embedcache.dataset import Contents, InFiles
 from embedcache.errors import InputError, PictureError
-from embedcache.examples.packing import MOST_HELD, Packing
+from embedcache.examples.packing import MOST_HELD, Packing, encoded_ids
 from embedcache.examples.source import Faults, Kind, Parsed, Source, is_missing, parsed, unicode_fault
 from embedcache.fingerprint import KEY_BYTES, row_key
 from embedcache.spec import PixelRange
@@ -46,6 +46,8 @@ class Content(ABC):
     """What a string in place of a list is called, as it could be taken for a list."""
     stacked: tuple[int, ...] = ()
     """The dimensions of an array whose first is the rows, where a row is an array itself."""
+    guessed = True
+    """Whether a column is taken for this content where nobody named the kind."""
     unit: str | None = None
     """What a progress bar counts while rows are read; None where that takes no time."""
     window = 2048
@@ -331,7 +333,26 @@ def _are_picture_names(cells: Sequence[object]) -> bool:
     )
 
 
-CONTENTS: dict[str, Content] = {"text": TextContent(), "image": ImageContent()}
+class IdContent(Content):
+    """The id of a row whose content nobody has, as of imported features: a text, or a whole number as one."""
+
+    noun, one = "id", "id"
+    column_kind: Kind = "text"
+    guessed = False
+    column_names = frozenset(["id", "key", "image_path", "file_name", "filename", "path", "url", "uid", "guid"])
+
+    def accepts(self, declared: Kind) -> bool:
+        return declared in ("text", "number")
+
+    def encode(self, column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
+        ids, faults = encoded_ids(column, values)
+        return ids, faults
+
+    def show(self, content: bytes) -> str:
+        return repr(content.decode())
+
+
+CONTENTS: dict[str, Content] = {"text": TextContent(), "image": ImageContent(), "id": IdContent()}
 
 
 def content_of(kind: str, pixel_range: PixelRange | None = None) -> Content:

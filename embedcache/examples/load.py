@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedcache.arguments import checks_arguments
-from embedcache.dataset import Examples, IdColumn
+from embedcache.dataset import Examples, IdColumn, Packed
 from embedcache.errors import BadRowsError, InputError, SpecError, quiet, warn
 from embedcache.examples import findings
 from embedcache.examples.class_sets import ClassSets
@@ -133,7 +133,8 @@ def load_examples(
     ``metadata.jsonl``.
 
     The ``kind`` of content is ``"text"`` or ``"image"``, guessed unless given; ``text_column`` or ``image_column``
-    names its column. A cell of an image column is a path (in a file, relative to its folder, and outside of that only
+    names its column. It is ``"id"`` for rows whose content nobody has, as of imported features: there ``id_column``
+    stands for it. A cell of an image column is a path (in a file, relative to its folder, and outside of that only
     with ``allow_outside``), an image file's bytes, both as the library ``datasets`` has them, a PIL image, or an array
     of uint8. Floating-point and 32-bit integer pixels (also arrays of other numbers) need a ``pixel_range``, the values
     of black and white: what is between is scaled linearly, what is beyond is clipped. Pictures that are files stay
@@ -158,6 +159,8 @@ def load_examples(
     (('bad', 'good'), [1, 0], [b'fine', b'poor'])
     """
     kind, content_column = kind_and_column(kind, {"text": text_column, "image": image_column})
+    if kind == "id":
+        content_column, id_column = id_column, None
     options = ReadingOptions(
         kind=kind,
         content_column=content_column,
@@ -387,6 +390,8 @@ class _Pass:
 
         if self._options.split is not None:
             notes += shares_note(self._options.split)
+        if examples.kind == "id":
+            examples = replace(examples, ids=IdColumn(rows, cast("Packed", examples.packed_contents)))
         notes += findings.duplicates(groups)
         notes += findings.leaks(groups, examples, show)
         notes += findings.contradictions(groups, examples, show)

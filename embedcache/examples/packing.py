@@ -62,6 +62,27 @@ def _cannot_hold() -> str:
 # The column that names rows.
 
 
+def encoded_ids(column: str, values: Sequence[object]) -> tuple[list[bytes], Faults]:
+    """Return every id in UTF-8, whole numbers as their digits (``b""`` for a faulty one), and the faults."""
+    ids: list[bytes] = []
+    faults: Faults = {}
+    for position, value in enumerate(values):
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            value = str(int(value))
+        encoded = b""
+        if is_missing(value) or value == "":
+            faults[position] = f"the id {column!r} is missing"
+        elif not isinstance(value, str):
+            kind = type(value).__name__
+            faults[position] = f"the id {column!r} is of type {kind}, expected a string or an integer"
+        elif fault := unicode_fault(column, value):
+            faults[position] = fault
+        else:
+            encoded = value.encode()
+        ids.append(encoded)
+    return ids, faults
+
+
 class IdCollector:
     """Collects a column of ids."""
 
@@ -72,22 +93,7 @@ class IdCollector:
 
     def parse(self, values: Sequence[object]) -> Parsed:
         """Judge the cells of one block."""
-        ids: list[bytes] = []
-        faults: Faults = {}
-        for position, value in enumerate(values):
-            if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-                value = str(int(value))
-            encoded = b""
-            if is_missing(value) or value == "":
-                faults[position] = f"the id {self._column!r} is missing"
-            elif not isinstance(value, str):
-                kind = type(value).__name__
-                faults[position] = f"the id {self._column!r} is of type {kind}, expected a string or an integer"
-            elif fault := unicode_fault(self._column, value):
-                faults[position] = fault
-            else:
-                encoded = value.encode()
-            ids.append(encoded)
+        ids, faults = encoded_ids(self._column, values)
         return parsed(ids, faults, self._append)
 
     def _append(self, ids: Sequence[bytes]) -> None:

@@ -7,15 +7,15 @@ does the work.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import Backbone, choose_devices, load_backbone
+from embedcache.backbone import Backbone, Encoder, choose_devices, load_backbone
 from embedcache.cache import FeatureCache, read_spec
 from embedcache.dataset import key_values
 from embedcache.errors import SpecError, warn
@@ -40,6 +40,7 @@ __all__ = [
     "Progress",
     "Window",
     "compile_hint",
+    "encoder_for",
     "extract",
     "forecast",
     "load_for",
@@ -63,6 +64,31 @@ def load_for(output_dir: Path | str | None, source: ModelSource, asked: Backbone
         source = source.or_else(made_with.get("model"), made_with.get("revision"))
         asked = asked.over(spec.settings or BackboneSettings())
     return load_backbone(**source.arguments(), **asked.arguments())
+
+
+def encoder_for(
+    output_dir: Path | str, function: Callable[[list[Any]], Any], identity: object, examples: Examples,
+    asked: BackboneSettings, reads: str | None,
+) -> Encoder:  # fmt: skip
+    """Return an encoder for a cache. Raises ``SpecError`` for settings that only models have."""
+    unknown = replace(asked, content=None, positions=None, storage_dtype=None)
+    for setting in fields(BackboneSettings):
+        if getattr(unknown, setting.name) != setting.default:
+            raise SpecError(f"{setting.name} is a setting of models, and an encoder is given: it prepares rows itself")
+    if identity is None:
+        raise SpecError(
+            "an encoder needs an identity: what it is, so that no other's features get into the cache, such as "
+            'identity={"model": "vit_small_patch14", "timm": "1.0.20"}'
+        )
+    if examples.pixel_range is not None:
+        raise SpecError("pixel_range is of models: give the encoder pictures with 8 bits, or decode them in it")
+    recorded = read_spec(output_dir)
+    described = {} if recorded is None else recorded[0].features.get("features", {})
+    width = described.get("dim") if isinstance(described, Mapping) else None
+    return Encoder.made(
+        function, identity, examples.kind, reads=reads, rows=asked.positions, storage_dtype=asked.storage_dtype,
+        width=width, row=next(iter(examples.contents())),
+    )  # fmt: skip
 
 
 def recorded_range(cache: Path | str | None) -> PixelRange | None:
@@ -100,6 +126,9 @@ def extract(
     model: Path | str | None = None,
     pooling: str | Sequence[str] = (),
     backbone: Backbone | None = None,
+    encoder: Callable[[list[Any]], Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    reads: str | None = None,
     rows_per_shard: int | None = None,
     part: str | None = None,
     keep_inputs: bool = False,
@@ -118,6 +147,12 @@ def extract(
         model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
         pooling: one or several feature sets, such as ``"mean"`` or ``["cls", "mean@-2"]``.
         backbone: a loaded backbone, instead of ``model`` and its settings.
+        encoder: a callable instead of a model: timm, open_clip, an API. It is given a list of texts, or of pictures
+            (PIL, RGB), and returns an array [n, D]; always ``positions`` of them (32; from 16 on a multiple of 16), the
+            last repeated where rows end. What it makes of a row must not depend on the others.
+        identity: what the encoder is, such as ``{"model": "vit_small_patch14", "timm": "1.0.20"}``: whatever could
+            change a feature, as nobody else can know. Another identity is another cache.
+        reads: ``"bytes"`` to give the encoder rows' contents as they are: UTF-8, or the bytes of a picture's file.
         rows_per_shard: None for 16,384, or fewer so that a shard stays within 64 MB.
         part: ``"2/8"`` for the second of eight parts, to be joined by ``merge``.
         keep_inputs: store the rows' contents in the cache.
@@ -151,6 +186,12 @@ def extract(
         examples = inputs
     else:
         examples = load_examples(inputs, pixel_range=asked.pixel_range or recorded_range(output_dir), **options)
+    if encoder is not None:
+        if backbone is not None or model is not None:
+            raise SpecError("encoder is given, and a model too: features come from one of them")
+        backbone = encoder_for(output_dir, encoder, identity, examples, asked, reads)
+    elif identity is not None or reads is not None:
+        raise SpecError("identity and reads tell of an encoder, and none is given: what a model is, its files say")
     if backbone is None:
         asked = replace(
             asked, content=asked.content or examples.kind, pixel_range=asked.pixel_range or examples.pixel_range

@@ -29,6 +29,7 @@ from embedcache.spec.extraction import (
     plain_name,
     view_name,
 )
+from embedcache.spec.origin import READS, Origin, checked_identity
 from embedcache.wording import did_you_mean, shortened
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "MINIBATCH_SETTINGS",
     "MIN_STEPS",
     "POOLINGS",
+    "READS",
     "RESIZES",
     "SPLITS",
     "TASKS",
@@ -50,10 +52,12 @@ __all__ = [
     "FieldDifference",
     "HeadSpec",
     "ModelSource",
+    "Origin",
     "PixelRange",
     "TaskName",
     "TrainSpec",
     "augments",
+    "checked_identity",
     "checked_range",
     "declared",
     "differences_text",

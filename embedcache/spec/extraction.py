@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedcache.errors import SpecError
 from embedcache.fingerprint import differences as json_differences
+from embedcache.spec.origin import Origin
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -287,8 +288,15 @@ class ExtractionSpec(dict[str, Any]):
         return "preprocessing" in self
 
     @property
+    def origin(self) -> Origin | None:
+        """Where the features come from, where no loaded model made them."""
+        return Origin.from_json(self.get("source"))
+
+    @property
     def content(self) -> str | None:
         """The kind of content that the backbone reads, such as ``text``; None where none is named."""
+        if (origin := self.origin) is not None:
+            return origin.content
         prepared = self.get("preprocessing")
         kind = prepared.get("kind") if isinstance(prepared, Mapping) else None
         return kind if isinstance(kind, str) else None

@@ -1,0 +1,96 @@
+"""import and export: features and heads from and to other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from embedcache.cli.options import json_option, named_values, print_json, say
+
+
+@click.command("import", short_help="Put features that another tool made into CACHE.")
+@click.argument("features", type=click.Path(), metavar="FEATURES")
+@click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="CACHE", help="Cache to make or extend.")
+@click.option(
+    "--ids", multiple=True, type=click.Path(), metavar="FILE",
+    help="A table (CSV, TSV, JSONL, Parquet) with the rows' ids, labels and splits, in the order of the features. "
+    "Default: the table beside or within FEATURES, else the rows' numbers. Repeat for a table in several files.",
+)  # fmt: skip
+@click.option(
+    "--identity", "identities", multiple=True, metavar="NAME=VALUE",
+    help="What made the features, such as model=ViT-B-32: what has the same identity may go into one cache. Repeat for "
+    "more.  [default: the hash of the files, with which no others can join]",
+)  # fmt: skip
+@click.option("--array", metavar="NAME", help="Which array of several, which column, or which folder: text_emb.")
+@click.option("--feature", default="features", show_default=True, metavar="NAME", help="Name of the feature set.")
+@click.option(
+    "--store", "storage_dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type to store features in. Default: float16 where FEATURES have it, else float32.",
+)  # fmt: skip
+@click.option("--id-column", metavar="NAME", help="Column that holds the ids. Guessed when not given.")
+@click.option(
+    "--label-column", metavar="NAME[,NAME]",
+    help="Column that holds the label; several, as a,b, for several regression targets.",
+)  # fmt: skip
+@click.option("--split-column", metavar="NAME", help="Column that holds the split: train, validation or test.")
+@click.option("--split", metavar="80/10/10", help="Split by id: shares of train/validation[/test].")
+@click.option("--split-seed", type=int, default=0, show_default=True, help="Seed of --split.")
+@click.option(
+    "--task", type=click.Choice(["classification", "multilabel", "regression"]),
+    help="Kind of labels. Guessed from the labels when not given.",
+)  # fmt: skip
+@click.option("--label-separator", metavar="TEXT", help="Separator of labels within a cell: ';'.")
+@click.option("--no-labels", is_flag=True, help="Leave labels out.")
+@click.option("--shard-rows", type=int, metavar="N", help="Rows in a shard. Default: 16,384, or what fits in 64 MB.")
+@json_option
+def import_(
+    features: str, output_dir: str, ids: tuple[str, ...], identities: tuple[str, ...], array: str | None, feature: str,
+    storage_dtype: str | None, shard_rows: int | None, no_labels: bool, as_json: bool, **reading: Any,
+) -> None:  # fmt: skip
+    """Put features that another tool made into CACHE.
+
+    FEATURES is a .npy or .npz file, Parquet (a column of lists, or one column a dimension: x0, x1, ...), HDF5, or a
+    folder of such files, also as clip-retrieval writes it (img_emb/, metadata/). They are read block by block.
+
+    Run it again and only new rows are added; the others are compared with what CACHE holds. A row's id stands for its
+    content, which nobody has: relabel finds rows by it.
+    """
+    from embedcache.importing import open_arrays, rows_of, run
+
+    identity = named_values("--identity", identities, "NAME=VALUE, such as model=ViT-B-32", str) if identities else None
+    arrays = open_arrays(features, array)
+    examples = rows_of(arrays, list(ids) or None, labels="none" if no_labels else "optional", **reading)
+    report = run(
+        arrays, examples, output_dir, identity=identity, feature=feature, storage_dtype=storage_dtype,
+        rows_per_shard=shard_rows,
+    )  # fmt: skip
+    if as_json:
+        return print_json(report.to_json())
+    say(report.to_text(output_dir))
+
+
+@click.command("export", short_help="Write a cache for other tools.")
+@click.argument("cache", type=click.Path(), metavar="CACHE")
+@click.option(
+    "--to", type=click.Choice(["parquet", "npy"]), required=True,
+    help="parquet: one file with ids, splits, labels and features. npy: a folder with an array for each feature set, "
+    "and the rest in rows.jsonl.",
+)  # fmt: skip
+@click.option("--output", "-o", type=click.Path(), required=True, metavar="FILE|FOLDER", help="What to write.")
+@click.option(
+    "--feature", "features", multiple=True, metavar="NAME",
+    help="Feature set to write. Repeat for more.  [default: all, but those of tokens and views]",
+)  # fmt: skip
+@json_option
+def export(cache: str, to: Any, output: str, features: tuple[str, ...], as_json: bool) -> None:
+    """Write CACHE for other tools: features with ids, splits and labels, block by block. import reads it back."""
+    from embedcache.export import export_features
+
+    exported = export_features(cache, output, to=to, features=features)
+    if as_json:
+        return print_json(exported.to_json())
+    say(exported.to_text())
+
+
+COMMANDS = (import_, export)
