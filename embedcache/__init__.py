@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from embedcache.errors import EmbedcacheWarning
     from embedcache.estimator import FeatureExtractor, HeadClassifier, HeadRegressor
     from embedcache.examples import load_examples
-    from embedcache.export import export_features
+    from embedcache.export import export_features, export_head
     from embedcache.extract import extract
     from embedcache.finetune import (
         AttentionClassifier,
@@ -68,6 +68,7 @@ _WHERE = {
     "compare_training_approaches": "compare",
     "evaluate_on_cache": "train",
     "export_features": "export",
+    "export_head": "export",
     "extract": "extract",
     "import_features": "importing",
     "load_examples": "examples",
@@ -101,6 +102,7 @@ __all__ = [
     "compare_training_approaches",
     "evaluate_on_cache",
     "export_features",
+    "export_head",
     "extract",
     "import_features",
     "load_examples",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from embedcache.cli.options import json_option, named_values, print_json, say
+from embedcache.cli.options import json_option, named_values, print_json, say, trust_option
 
 
 @click.command("import", short_help="Put features that another tool made into CACHE.")
@@ -70,24 +70,57 @@ def import_(
     say(report.to_text(output_dir))
 
 
-@click.command("export", short_help="Write a cache for other tools.")
-@click.argument("cache", type=click.Path(), metavar="CACHE")
+FEATURES = ("parquet", "npy")
+HEADS = ("onnx", "torch-export", "sentence-transformers", "transformers")
+
+
+@click.command("export", short_help="Write a cache or a head for other tools.")
+@click.argument("source", type=click.Path(), metavar="CACHE|RUN")
 @click.option(
-    "--to", type=click.Choice(["parquet", "npy"]), required=True,
-    help="parquet: one file with ids, splits, labels and features. npy: a folder with an array for each feature set, "
-    "and the rest in rows.jsonl.",
+    "--to", type=click.Choice([*FEATURES, *HEADS]), required=True,
+    help="Of CACHE, parquet: one file with ids, splits, labels and features; npy: a folder with an array for each set, "
+    "and rows.jsonl. Of RUN, onnx and torch-export: any torch head or linear one, with its backbone; "
+    "sentence-transformers: a linear or MLP head; transformers: a linear one on cls or pooler, for pipeline().",
 )  # fmt: skip
 @click.option("--output", "-o", type=click.Path(), required=True, metavar="FILE|FOLDER", help="What to write.")
 @click.option(
     "--feature", "features", multiple=True, metavar="NAME",
-    help="Feature set to write. Repeat for more.  [default: all, but those of tokens and views]",
+    help="Feature set of CACHE to write. Repeat for more.  [default: all, but those of tokens and views]",
 )  # fmt: skip
+@click.option("--head-only", is_flag=True, help="Of RUN, the head without its backbone: from features.")
+@click.option(
+    "--try-on", "inputs", multiple=True, type=click.Path(), metavar="INPUT",
+    help="Rows that the exported model is tried on. Default: built-in ones.",
+)  # fmt: skip
+@click.option("--text-column", metavar="NAME", help="Column of --try-on that holds the text.")
+@click.option("--cache", type=click.Path(), metavar="CACHE", help="Try it on the rows or features of this cache.")
+@click.option("--model", metavar="NAME|FOLDER", help="The head's backbone, if it is no longer where it was.")
+@trust_option
 @json_option
-def export(cache: str, to: Any, output: str, features: tuple[str, ...], as_json: bool) -> None:
-    """Write CACHE for other tools: features with ids, splits and labels, block by block. import reads it back."""
-    from embedcache.export import export_features
+def export(
+    source: str, to: Any, output: str, features: tuple[str, ...], head_only: bool, inputs: tuple[str, ...],
+    cache: str | None, model: str | None, text_column: str | None, trust_remote_code: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write CACHE or the head of RUN for other tools.
 
-    exported = export_features(cache, output, to=to, features=features)
+    A head is not exported before the other tool was run: where a probability differs by more than 1e-5, or a label at
+    all, nothing is written. Features go out block by block, and import reads them back.
+    """
+    from embedcache.export import export_features, export_head
+
+    if to in FEATURES:
+        of_heads = {"--head-only": head_only, "--try-on": inputs, "--cache": cache, "--model": model}
+        if wrong := next((flag for flag, value in of_heads.items() if value), None):
+            raise click.UsageError(f"{wrong} is about heads, and --to {to} writes the features of a cache")
+        exported: Any = export_features(source, output, to=to, features=features)
+    else:
+        if features:
+            raise click.UsageError(f"--feature is about caches, and --to {to} writes the head of a run")
+        reading = {} if text_column is None else {"text_column": text_column}
+        exported = export_head(
+            source, output, to=to, head_only=head_only, inputs=list(inputs) or None, cache=cache, model=model,
+            trust_remote_code=trust_remote_code, **reading,
+        )  # fmt: skip
     if as_json:
         return print_json(exported.to_json())
     say(exported.to_text())
