@@ -8,6 +8,7 @@
 ``training``   a few steps with everything written down, and two records compared
 ``standard``   features with transformers and training in plain torch, as anyone would write them
 ``alone``      what a cache proves by itself, where what made its features is not at hand
+``logits``     logits and labels of both sides, and what rounding features for storage costs them
 ``pictures``   the same of images, and the ways in which their preparation goes wrong
 ``tolerance``  how far apart two correct computations may be, derived
 ``bits``       two arrays compared bit by bit

@@ -9,10 +9,8 @@ What was opened -> rows sampled -> features recomputed -> training on the cache,
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +23,12 @@ from embedcache.equivalence import alone, identity
 from embedcache.equivalence.bits import Array, Rows, difference
 from embedcache.equivalence.features import LiveBatches, Recomputed, recompute
 from embedcache.equivalence.identity import load_live, load_standard, other_poolings
+from embedcache.equivalence.logits import compare_predictions, storage_costs
 from embedcache.equivalence.pictures import other_preparations
 from embedcache.equivalence.result import (
-    Comparison,
     EquivalenceResult,
     Outcome,
     Recompute,
-    cost,
     judged,
     judged_by_component,
     of_features,
@@ -39,7 +36,7 @@ from embedcache.equivalence.result import (
 )
 from embedcache.equivalence.rows import Subject, TrainingPlan, matched, sample
 from embedcache.equivalence.standard import STANDARD_HEADS, StandardModel, train_standard
-from embedcache.equivalence.tolerance import feature_tolerances, labels_may_differ, training_tolerances
+from embedcache.equivalence.tolerance import feature_tolerances, training_tolerances
 from embedcache.equivalence.training import Record, compare_records, differences_of, train
 from embedcache.errors import FeatureError, SpecError, TrainingError, quiet
 from embedcache.examples import Examples, load_examples
@@ -47,10 +44,8 @@ from embedcache.features import Dense, InMemory, Ragged
 from embedcache.heads.registry import head_named
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec, ModelSource
-from embedcache.task import CLASSIFICATION, REGRESSION, Task
 from embedcache.train import train_head
 from embedcache.train.cached import feature_for
-from embedcache.train.metrics import score
 from embedcache.wording import counted
 
 # The references a cache is held against: features, training and predictions of each, compared with the cache's own.
@@ -204,73 +199,8 @@ def _compare_training(
     """Compare two trainings and their predictions. The standard one starts from the other's head and batches."""
     taken = ("initial head", "batch order") if reference == "standard" else ()
     comparisons = compare_records(reference, cached, live, tolerances, taken)
-    comparisons += _compare_predictions(subject, reference, cached.logits, live.logits, tolerances)
+    comparisons += compare_predictions(subject, reference, cached.logits, live.logits, tolerances)
     return Outcome(tuple(comparisons), tuple(of_training(comparisons, reference, features_agree)))
-
-
-def _compare_predictions(
-    subject: Subject, reference: str, cached: Array, live: Array, tolerances: Mapping[str, float] | None
-) -> list[Comparison]:
-    """Compare logits [N, C] and the labels that follow from them, which may differ where rounding decides."""
-    task, tolerance = subject.plan.task, None if tolerances is None else tolerances["logits"]
-    gap = difference(cached, live)
-    comparisons = [judged(reference, "logits", gap, _row(subject, gap.where), tolerance)]
-    if task is REGRESSION:
-        return comparisons
-    cached_labels, live_labels = (_labels(logits, task) for logits in (cached, live))
-    gap = difference(cached_labels, live_labels)
-    place = _row(subject, gap.where)
-    if tolerance is None:
-        return [*comparisons, judged(reference, "labels", gap, place)]
-    clear = ~labels_may_differ(cached, tolerance, task)
-    allowed = None if ((cached_labels != live_labels) & clear).any() else math.inf
-    labels = judged(reference, "labels", gap, place, allowed)
-    return [*comparisons, replace(labels, tolerance=None, rule="but for close calls")]
-
-
-def _row(subject: Subject, where: tuple[int, ...] | None) -> str:
-    return "" if where is None else f"row {subject.cache.ids()[int(subject.rows.evaluate[where[0]])]}"
-
-
-def _labels(logits: Array, task: Task) -> Array:
-    return np.asarray(logits.argmax(axis=1) if task is CLASSIFICATION else logits >= 0)
-
-
-def storage_costs(subject: Subject, recomputed: Recomputed, cached: Record) -> Outcome:
-    """Say what rounding to a smaller type costs: in features, in logits, in labels and in the metric."""
-    plan, rows, ids = subject.plan, subject.rows, subject.cache.ids()
-    computed = {feature.name: feature.dtype for feature in subject.backbone.feature_sets}
-    if plan.feature.dtype == "float32" or computed[plan.feature.name] != "float32":
-        return Outcome()
-    comparisons = [
-        cost(f"features {name} ({report.feature.dtype})", report.rounding, report.place_of(report.rounding, ids))
-        for name, report in recomputed.reports.items()
-    ]
-    exact = replace(plan.feature, dtype="float32")
-    x, evaluation = (recomputed.features(part, exact) for part in (rows.train, rows.evaluate))
-    unrounded = train(plan, x, subject.cached_targets, evaluation, title="unrounded")
-    gap = difference(cached.logits, unrounded.logits)
-    comparisons.append(cost("logits", gap, _row(subject, gap.where)))
-    costs = {}
-    if plan.task is not REGRESSION:
-        same = (_labels(cached.logits, plan.task) == _labels(unrounded.logits, plan.task)).mean()
-        costs["label agreement"] = f"{same:.2%}"
-    costs["largest difference of a logit"] = f"{gap.largest:.2e}"
-    y = subject.cache.targets()[rows.evaluate]
-    for metric in dict.fromkeys((plan.task.default_metric, *(["accuracy"] if plan.task is CLASSIFICATION else []))):
-        stored_score, exact_score = (
-            score(metric, plan.task, y, _probabilities(record)) for record in (cached, unrounded)
-        )
-        costs[metric] = (
-            f"{stored_score:.4f} stored as {plan.feature.dtype}, {exact_score:.4f} as float32 "
-            f"({stored_score - exact_score:+.4f})"
-        )
-    return Outcome(tuple(comparisons), costs=costs)
-
-
-def _probabilities(record: Record) -> Array:
-    assert record.head is not None
-    return record.head.calibrated(record.logits)
 
 
 Reference = Literal["canonical", "standard", "both"]

@@ -71,7 +71,9 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
 
     Whatever comes from data, class names above all, is escaped: it can neither break a table nor become a link.
     """
-    backbone = head.model or _mapping(head.extraction.get("backbone")).get("architecture") or "unknown"
+    origin = head.extraction.origin
+    known = head.model or _mapping(head.extraction.get("backbone")).get("architecture")
+    backbone = (origin.to_text() if origin is not None else known) or "unknown"
     kind = plain(head.spec.kind)
     options = ", ".join(f"{name}={json.dumps(value)}" for name, value in head.spec.options.items()) or "defaults"
     names = [plain(name) for name in head.class_names]
@@ -132,6 +134,8 @@ def _use(head: HeadRecord) -> list[str]:
     if head.extraction.has_backbone:
         row = "picture.jpg" if head.extraction.content == "image" else "a text"
         return ["from embedcache import Predictor", "", f'Predictor.load("RUN")(["{row}"])']
+    if (origin := head.extraction.origin) is not None and origin.kind == "encoder":
+        return ["from embedcache import Predictor", "", f'Predictor.load("RUN", encoder=...)([{origin.content}])']
     return ["from embedcache import TrainedHead", "", 'TrainedHead.from_pretrained("RUN").predict(features)']
 
 

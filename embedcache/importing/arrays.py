@@ -101,8 +101,20 @@ class NumpyFile(Arrays):
             self.name = f"{path} ({self._member.removesuffix('.npy')})"
         elif array is not None:
             raise InputError(f"{path} holds one array without a name: leave out --array {array}")
-        with self._opened() as (_, shape, dtype):
+        with self._opened() as (file, shape, dtype):
             self._set(shape, dtype)
+            # A header may claim anything: nothing is made of so many rows before the bytes are there.
+            needed, there = math.prod(shape) * dtype.itemsize, self._size() - file.tell()
+            if there < needed:
+                row = max(0, there) // max(1, needed // self.rows)
+                raise InputError(f"{self.name} ends early, in row {row}: copy it again")
+
+    def _size(self) -> int:
+        """Return how many bytes the array's file has, header and all."""
+        if self._member is None:
+            return self._path.stat().st_size
+        with zipfile.ZipFile(self._path) as archive:
+            return archive.getinfo(self._member).file_size
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
@@ -237,6 +249,8 @@ class Hdf5File(Arrays):
             self._array = _chosen(self.name, array, self._arrays(file))
             found = file[self._array]
             self._set(found.shape, found.dtype)
+            if not found.id.get_storage_size():
+                raise InputError(f"{self.name}: nothing was ever written into {self._array}")
         self.name = f"{path} ({self._array})"
 
     def _arrays(self, group: Any, before: str = "") -> list[str]:
