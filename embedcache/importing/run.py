@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def run(
         known = writer.lookup(examples.keys)
         todo = new_rows(examples, known)
         display.expect(arrays.rows)
-        pending = _Pending(writer, examples, described, shard_rows([described], rows_per_shard), provenance)
+        most = min(shard_rows([described], rows_per_shard), arrays.rows)
+        pending = _Pending(writer, examples, described, most, provenance)
         try:
             for rows, block in _blocks(arrays):
                 stored = _stored(block, described, rows, examples)
@@ -233,18 +234,20 @@ class _Pending:
     provenance: Mapping[str, object]
     committed: int = 0
     shards: int = 0
-    _rows: list[Rows] = field(default_factory=list)
-    _values: list[Array] = field(default_factory=list)
     _count: int = 0
+
+    def __post_init__(self) -> None:
+        # One array for all shards: what is not written to takes no memory.
+        self._rows = np.empty(self.most, np.int64)
+        self._values = np.empty((self.most, *self.feature.row_shape), STORED[self.feature.dtype])
 
     def add(self, rows: Rows, values: Array) -> None:
         """Take rows, int64 [n], and their features as they are stored; commit what fills shards."""
         while len(rows):
             room = self.most - self._count
-            self._rows.append(rows[:room])
-            self._values.append(np.array(values[:room], STORED[self.feature.dtype]))
-            self._count += len(rows[:room])
-            rows, values = rows[room:], values[room:]
+            end = self._count + len(rows[:room])
+            self._rows[self._count : end], self._values[self._count : end] = rows[:room], values[:room]
+            rows, values, self._count = rows[room:], values[room:], end
             if self._count == self.most:
                 self.finish()
 
@@ -252,10 +255,6 @@ class _Pending:
         """Commit what there is as a shard."""
         if not self._count:
             return
-        rows, values = np.concatenate(self._rows), np.concatenate(self._values)
-        self._rows.clear()
-        self._values.clear()
-        self.writer.append(
-            self.examples.keys[rows], {self.feature.name: Stored(self.feature, values)}, self.provenance
-        )  # fmt: skip
-        self.committed, self.shards, self._count = self.committed + len(rows), self.shards + 1, 0
+        features = {self.feature.name: Stored(self.feature, self._values[: self._count])}
+        self.writer.append(self.examples.keys[self._rows[: self._count]], features, self.provenance)
+        self.committed, self.shards, self._count = self.committed + self._count, self.shards + 1, 0
