@@ -425,6 +425,18 @@ def test_memory_is_flat(held: bool, tmp_path: Path) -> None:
     assert (int(done.stdout) < 160_000) is not held, done.stdout
 
 
+def test_features_of_a_model_and_from_elsewhere_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", X)
+    small_caches.write(tmp_path / "c")
+    command = ["import", str(tmp_path / "x.npy"), "-o", str(tmp_path / "c")]
+    assert cli.run([*command, "--identity", "model=m"]) == 1
+    said = capsys.readouterr().err
+    assert "source: cache has nothing, asked for {" in said
+    assert len(said) < 400
+    assert cli.run([*command, "--ids", str(tmp_path / "nope.csv")]) == 1
+    assert "nope.csv" in capsys.readouterr().err
+
+
 def test_the_arrays_of_a_folder_need_one_shape(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", X)
     np.save(tmp_path / "b.npy", X[:, :3])

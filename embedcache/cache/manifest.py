@@ -186,6 +186,8 @@ class Manifest:
         """Raise ``SpecMismatchError`` unless features made by ``spec`` belong in this cache."""
         here, given = ([asdict(feature) for feature in sets] for sets in (self.feature_sets, feature_sets))
         differing = self.spec.differences(spec) or differences(here, given, "feature_sets")
+        # Where one comes from elsewhere and the other from a model, nothing else is worth telling.
+        differing = [each for each in differing if each[0] == "source"] or differing
         if differing:
             raise SpecMismatchError(where, differing)
 

@@ -56,11 +56,15 @@ def import_(
     Run it again and only new rows are added; the others are compared with what CACHE holds. A row's id stands for its
     content, which nobody has: relabel finds rows by it.
     """
+    from pathlib import Path
+
     from embedcache.importing import open_arrays, rows_of, run
 
     identity = named_values("--identity", identities, "NAME=VALUE, such as model=ViT-B-32", str) if identities else None
     arrays = open_arrays(features, array)
-    examples = rows_of(arrays, list(ids) or None, labels="none" if no_labels else "optional", **reading)
+    examples = rows_of(
+        arrays, [Path(file) for file in ids] or None, labels="none" if no_labels else "optional", **reading
+    )
     report = run(
         arrays, examples, output_dir, identity=identity, feature=feature, storage_dtype=storage_dtype,
         rows_per_shard=shard_rows,
