@@ -107,7 +107,7 @@ def test_pixels_are_there_for_a_block_of_pictures(
     made = ways(vit, folder, contents)
     monkeypatch.setattr(compute, "PREPARED_BYTES", AT_ONCE * PIXELS)
     grown = {name: growth(work) for name, work in made.items()}
-    assert max(grown.values()) < 0.4 * min(PIXELS, FILE), grown
+    assert max(grown.values()) < 0.7 * min(PIXELS, FILE), grown
     monkeypatch.undo()  # the old way: all of them at once
     grown = {name: growth(work) for name, work in made.items()}
     assert min(grown.values()) > PIXELS, grown
