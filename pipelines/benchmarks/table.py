@@ -19,19 +19,27 @@ def row(figure: str, measured: str, bar: str = "report") -> None:
     print(f"| {figure} | {measured} | {bar} |", flush=True)
 
 
-def seconds(work: Callable[[], Any]) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(work: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
     """Return how long ``work`` takes."""
-    start = time.perf_counter()
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(works: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up: bool = True) -> dict[str, float]:
-    """Run all works in turn, ``rounds`` times after a warm-up, and return each one's median in seconds."""
+def interleaved(
+    works: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up: bool = True, clock: Clock = time.perf_counter
+) -> dict[str, float]:
+    """Run all works in turn, ``rounds`` times after a warm-up, and return each one's median in seconds.
+
+    With the ``clock`` of the process, seconds are those of all of its threads together.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + warm_up):
         for name, work in works.items():
-            taken = seconds(work)
+            taken = seconds(work, clock)
             if turn or not warm_up:
                 times[name].append(taken)
     return {name: statistics.median(each) for name, each in times.items()}
