@@ -25,7 +25,7 @@ from embedcache.version import __version__
 if TYPE_CHECKING:
     from embedcache.cache import FeatureCache, merge, relabel
     from embedcache.compare import compare_training_approaches
-    from embedcache.equivalence import check_equivalence
+    from embedcache.equivalence import check_equivalence, check_tuning
     from embedcache.errors import EmbedcacheWarning
     from embedcache.estimator import FeatureExtractor, HeadClassifier, HeadRegressor
     from embedcache.examples import load_examples
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         MLPClassifier,
         ResidualClassifier,
         TextClassificationPipeline,
+        tune,
     )
     from embedcache.heads import TrainedHead, register_head
     from embedcache.importing import import_features
@@ -65,6 +66,7 @@ _WHERE = {
     "TrainSpec": "spec",
     "TrainedHead": "heads",
     "check_equivalence": "equivalence",
+    "check_tuning": "equivalence",
     "compare_training_approaches": "compare",
     "evaluate_on_cache": "train",
     "export_features": "export",
@@ -78,6 +80,7 @@ _WHERE = {
     "sweep": "sweep",
     "train_head": "train",
     "train_on_cache": "train",
+    "tune": "finetune",
 }
 
 __all__ = [
@@ -99,6 +102,7 @@ __all__ = [
     "TrainedHead",
     "__version__",
     "check_equivalence",
+    "check_tuning",
     "compare_training_approaches",
     "evaluate_on_cache",
     "export_features",
@@ -112,6 +116,7 @@ __all__ = [
     "sweep",
     "train_head",
     "train_on_cache",
+    "tune",
 ]
 
 

@@ -334,7 +334,8 @@ def test_rates_and_decay_by_group(folder: Path) -> None:
     model = model_of(folder, freeze_backbone=False)
     spec = TrainSpec(**{**SEEDED.__dict__, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.0, "clip": 0.0})
     loss = LiveLoss(Loss(CLASSIFICATION, 2), torch.from_numpy(LABELS))
-    learner = LiveLearner(model, spec, 1e-4, loss, 1, None)
+    parts = [(model.backbone.parameters(), 1e-4), (model.head.parameters(), spec.learning_rate)]
+    learner = LiveLearner(model, spec, parts, loss, 1, None)
     assert [(group["lr"], group["weight_decay"]) for group in learner.optimizer.param_groups] == [
         (1e-4, 0.1), (1e-4, 0.0), (1e-2, 0.1), (1e-2, 0.0),
     ]  # fmt: skip

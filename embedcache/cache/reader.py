@@ -303,6 +303,12 @@ class FeatureCache:
             return self._tokens(places, feature)
         return Dense(self.take(places, feature.name), feature)
 
+    def vectors(self, feature: FeatureSet) -> Rows:
+        """Return how many vectors each row of the dataset has in a token-level set, int64 [N]."""
+        counts = [np.diff(shard.tokens(feature)[1]) for shard in self._shards]
+        vectors: Rows = np.concatenate([np.zeros(0, np.int64), *counts])[self._row].astype(np.int64)
+        return vectors
+
     def _tokens(self, places: Rows, feature: FeatureSet) -> Ragged:
         return take_tokens(feature, self._starts, lambda shard: self._shards[shard].tokens(feature), places)
 

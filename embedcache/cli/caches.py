@@ -33,6 +33,11 @@ from embedcache.wording import counted, shown, table
 )  # fmt: skip
 @click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")
 @click.option(
+    "--states", type=int, multiple=True, metavar="-K",
+    help="Also keep the hidden states that enter the last K blocks, from which embedcache tune trains these. Repeat "
+    "for several.",
+)  # fmt: skip
+@click.option(
     "--max-length", type=int, metavar="N", help="Cut rows to this many tokens. Default: the model's own limit."
 )
 @click.option("--truncation-side", type=click.Choice(["right", "left"]), help="Which end of a longer text is cut.")
@@ -121,11 +126,13 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     from embedcache.backbone import choose_devices
     from embedcache.errors import warn
     from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, recorded_range, run
-    from embedcache.spec import BackboneSettings, ModelSource
+    from embedcache.spec import BackboneSettings, ModelSource, states_set
 
     poolings = list(options.pop("poolings"))
     if options.pop("tokens"):
         poolings = [*(poolings or ["auto"]), "tokens"]
+    if states := options.pop("states"):
+        poolings = [*(poolings or ["auto"]), *(states_set(-blocks) for blocks in states)]
     source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
     threads, rows_per_shard, selected = options["threads"], options["shard_rows"], parse_part(options["part"])
     examples = given.examples(

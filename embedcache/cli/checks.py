@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 @click.option(
     "--all", "everything", is_flag=True, help="Compare every row, and train at least one epoch, instead of a sample."
 )
+@click.option(
+    "--blocks", type=int, metavar="K",
+    help="Check training of the last K blocks from their states in CACHE instead, as embedcache tune does it.",
+)  # fmt: skip
 @setting_option("seed", default=0, more="Also of the sample of rows.")
 @device_option
 @trust_option
@@ -60,7 +64,7 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     0: equal, 1: different. Without INPUT, the rows stored in the cache (extract --keep-inputs) are used.
     """
     from embedcache.cache import FeatureCache
-    from embedcache.equivalence import check_equivalence
+    from embedcache.equivalence import check_equivalence, check_tuning
 
     opened, split = FeatureCache.open(cache), given.options["split"]
     if split is not None and "/" not in split:
@@ -69,7 +73,11 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     if given.named:
         kind = "id" if opened.spec.content == "id" else None
         examples = given.examples(f"{cache}.quarantine.jsonl", kind=kind, pixel_range=opened.spec.pixel_range)
-    result = check_equivalence(opened, examples, head=head, **options)
+    if (blocks := options.pop("blocks")) is not None:
+        options = {name: value for name, value in options.items() if name not in ("reference", "rows")}
+        result = check_tuning(opened, examples, head=head, blocks=blocks, **options)
+    else:
+        result = check_equivalence(opened, examples, head=head, **options)
     if as_json:
         print_json(result.to_json())
     else:

@@ -17,11 +17,14 @@ from embedcache.cli.options import (
     json_option,
     print_json,
     say,
+    setting_option,
+    several,
     text_options,
     training_options,
     trust_option,
     untrusted_option,
 )
+from embedcache.spec import TUNING
 from embedcache.wording import cell, counted, json_shown, page, shown, table
 
 if TYPE_CHECKING:
@@ -79,6 +82,67 @@ def train(
     if result.interrupted:
         raise Interrupted(
             f"stopped after {counted(len(result.history), 'epoch')}: the best head so far is saved in {output_dir}"
+        )
+
+
+_TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed")
+
+
+@click.command()
+@click.argument("cache", type=click.Path())
+@click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
+@click.option(
+    "--blocks", type=int, default=2, show_default=True, metavar="K",
+    help="How many blocks are trained, from the last one on. CACHE must have their states: extract --states -K.",
+)  # fmt: skip
+@head_options("kind", "options", torch="A torch head that reads the pooled features.")
+@click.option("--feature", metavar="NAME", help="Feature set that the head reads. Default: the first pooled one.")
+@click.option(
+    "--backbone-learning-rate", type=float, metavar="RATE", help="Learning rate of the last block.  [default: 0.0002]"
+)
+@click.option(
+    "--layer-decay", type=float, metavar="FACTOR", help="What each block before has of that rate.  [default: 0.9]"
+)
+@click.option("--new-head", is_flag=True, help="Start from a new head, not from one trained on the cached features.")
+@several(
+    *(
+        setting_option(name, default=getattr(TUNING, name), more="The head's." * (name == "learning_rate"))
+        for name in _TUNED
+    )
+)
+@click.option("--allow-unseen", is_flag=True, help="Train even if a class of another split has no training row.")
+@click.option("--model", metavar="NAME|FOLDER", help="The backbone, if it is no longer where it was.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@device_option
+@trust_option
+@json_option
+@untrusted_option
+def tune(cache: str, output_dir: str, head: HeadSpec, as_json: bool, **options: Any) -> None:
+    """Train the last blocks of the backbone with a head, from the hidden states in CACHE, and save both in RUN.
+
+    What comes before these blocks stays frozen and is not run: the steps are, to the bit, those of training with it in
+    the loop (embedcache check CACHE --blocks K proves it). RUN holds the head, and the whole backbone as a folder that
+    transformers loads. Ctrl-C saves the best yet.
+    """
+    from dataclasses import replace
+
+    from embedcache.errors import Interrupted
+    from embedcache.finetune import tune as tune_blocks
+    from embedcache.heads.folder import RunFolder
+
+    spec = replace(TUNING, **{name: options.pop(name) for name in _TUNED})
+    given = {name: value for name, value in options.items() if value is not None}
+    with RunFolder(output_dir) as folder:
+        result = tune_blocks(cache, head=head, spec=spec, **given)
+        result.save(folder)
+    if as_json:
+        print_json(result.metrics)
+    else:
+        say(metrics_text(result.metrics))
+        say(f'saved in {output_dir}: try  embedcache predict {output_dir} --text "..."')
+    if result.interrupted:
+        raise Interrupted(
+            f"stopped after {counted(len(result.history), 'epoch')}: the best so far is saved in {output_dir}"
         )
 
 
@@ -155,7 +219,12 @@ def evaluate(run: str, cache: str, split: str, average_views: bool, record: bool
 
     head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
     split = opened.split(split)
-    measured = evaluate_on_cache(head, opened, split, average_views=average_views)
+    if "blocks" in head.training:
+        from embedcache.finetune import evaluate_tuned
+
+        measured = evaluate_tuned(head, opened, split)
+    else:
+        measured = evaluate_on_cache(head, opened, split, average_views=average_views)
     numerics = difference(head.probe, opened.common_probe and opened.common_probe.only(head.feature.name))
     if record:
         from embedcache.heads.folder import record as add
@@ -319,4 +388,4 @@ def _csv(file: IO[str], head: TrainedHead) -> Callable[[str, Prediction], None]:
     return write
 
 
-COMMANDS = (train, evaluate, predict)
+COMMANDS = (train, tune, evaluate, predict)

@@ -239,7 +239,7 @@ def _cached(problem: Problem, memory: Peak) -> Trained:
 
 def _live(problem: Problem, memory: Peak) -> Trained:
     from embedcache.extract import load_for
-    from embedcache.finetune import FeatureBasedModel, fine_tune
+    from embedcache.finetune import FeatureBasedModel, fine_tune, into_standard_units
     from embedcache.heads import build_head
 
     job, cache, split, approach, y = problem.job, problem.cache, problem.split, problem.approach, problem.targets
@@ -283,19 +283,6 @@ def standardize(module: Head, problem: Problem) -> None:
 
     mean, scale = moments(problem.features(problem.split.train))
     module.standardize(torch.from_numpy(mean), torch.from_numpy(scale))
-
-
-def into_standard_units(module: Head, y: Array) -> None:
-    """Turn a trained regression head, which gives values, into one that gives them standardised by ``y`` [N, R]."""
-    import torch
-
-    deviation = y.std(axis=0)
-    mean, deviation = (torch.from_numpy(part) for part in (y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)))
-    weight, bias = module.output.weight, module.output.bias
-    assert bias is not None  # heads of one's own are not compared
-    with torch.no_grad():
-        weight.copy_(weight / deviation[:, None])
-        bias.copy_((bias - mean) / deviation)
 
 
 def refuse_changed(cache: FeatureCache, identity: Mapping[str, object]) -> None:

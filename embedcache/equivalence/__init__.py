@@ -9,6 +9,7 @@
 ``standard``   features with transformers and training in plain torch, as anyone would write them
 ``alone``      what a cache proves by itself, where what made its features is not at hand
 ``logits``     logits and labels of both sides, and what rounding features for storage costs them
+``tuning``     ``check_tuning``: the last blocks, trained from cached states and with the frozen ones in the loop
 ``pictures``   the same of images, and the ways in which their preparation goes wrong
 ``tolerance``  how far apart two correct computations may be, derived
 ``bits``       two arrays compared bit by bit
@@ -18,5 +19,6 @@
 
 from embedcache.equivalence.check import check_equivalence
 from embedcache.equivalence.result import Comparison, EquivalenceResult
+from embedcache.equivalence.tuning import check_tuning
 
-__all__ = ["Comparison", "EquivalenceResult", "check_equivalence"]
+__all__ = ["Comparison", "EquivalenceResult", "check_equivalence", "check_tuning"]

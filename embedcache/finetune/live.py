@@ -5,10 +5,10 @@ The loop, the loss, the order of the rows and the schedule are those of training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from embedcache.errors import InputError, SpecError, warn
 from embedcache.features import Rows
 from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
-from embedcache.spec import TaskName, TrainSpec
+from embedcache.spec import FINE_TUNING, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, Array, Floats, Task, task_named
 from embedcache.train.batches import order
 from embedcache.train.data import checked_targets, class_weights, refuse_untrainable, target_moments
@@ -43,10 +43,21 @@ class ContentBatch:
     rows: Tensor
 
 
+class LiveRows(Protocol):
+    """Rows that a live model reads, whichever of them at a time; ``lengths`` int64 [N] are in positions."""
+
+    lengths: npt.NDArray[np.int64]
+    device: torch.device
+
+    def laid_out(self, rows: Rows) -> Inputs:
+        """Return what the model is given for some rows, padded to the longest of them, on its device."""
+        ...
+
+
 class ContentBatches:
     """Batches of contents, padded to the longest of each batch, in the order that a cache's rows are trained in."""
 
-    def __init__(self, rows: RawRows, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: LiveRows, batch_size: int, seed: int) -> None:
         self._rows, self._size, self._seed = rows, batch_size, seed
         self.steps = -(-len(rows.lengths) // batch_size)
 
@@ -97,18 +108,22 @@ class LiveLoss:
         return loss, slope.t()
 
 
+Part = tuple[Iterable[Tensor], float]
+"""Parameters and their learning rate."""
+
+
 class LiveLearner:
     """One live model in training; see ``train.loop.Learner``.
 
-    AdamW with the backbone and the head in groups of their own learning rate; biases and gains have no weight decay.
-    ``judge`` gives the validation metric.
+    AdamW on what is trained, each part with its learning rate; biases and gains have no weight decay. ``judge`` gives
+    the validation metric.
     """
 
     def __init__(
         self,
         model: FeatureBasedModel,
         spec: TrainSpec,
-        backbone_rate: float,
+        parts: Sequence[Part],
         loss: LiveLoss,
         total_steps: int,
         judge: Callable[[], float] | None,
@@ -120,8 +135,8 @@ class LiveLearner:
         self._rates: list[float] = []
         self.parameters: list[Tensor] = []
         groups = []
-        for module, rate in ((model.backbone, backbone_rate), (model.head, spec.learning_rate)):
-            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for given, rate in parts:
+            trainable = [parameter for parameter in given if parameter.requires_grad]
             for decay, parameters in (
                 (spec.weight_decay, [parameter for parameter in trainable if parameter.dim() > 1]),
                 (0.0, [parameter for parameter in trainable if parameter.dim() <= 1]),
@@ -188,12 +203,6 @@ class LiveLearner:
 Contents = Sequence[str] | Sequence[bytes] | dataset.Contents
 """Texts, contents in memory, or contents that are read when they are wanted."""
 
-FINE_TUNING = TrainSpec(
-    epochs=3, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="linear", warmup=0.1, clip=1.0, patience=0
-)
-"""How a whole model is tuned by default: batches of 16, 3 epochs, warm-up and linear decay (Devlin et al. 2019),
-a tenth of the steps for warming up, Adam with its bias correction (Mosbach et al. 2021). ``learning_rate`` is the
-head's."""
 BACKBONE_RATE = 5e-5
 """The backbone's learning rate: the largest of the three that Devlin et al. (2019) choose from, as the default model
 is small."""
@@ -216,10 +225,10 @@ class TunedModel:
         """Return probabilities float64 [N, C]; for regression, the values."""
         return self.probabilities_of(RawRows(self.model.extractor, _readable(contents)))
 
-    def probabilities_of(self, rows: RawRows) -> Floats:
+    def probabilities_of(self, rows: LiveRows) -> Floats:
         """Return the same for rows that are ready."""
         mean, deviation = self.target
-        return np.asarray(task_named(self.task).probabilities(_outputs(self.model, rows)) * deviation + mean)
+        return np.asarray(task_named(self.task).probabilities(outputs_of(self.model, rows)) * deviation + mean)
 
 
 def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np.float32]:
@@ -227,11 +236,12 @@ def live_outputs(model: FeatureBasedModel, contents: Contents) -> npt.NDArray[np
 
     Rows of similar length are batched together. The model returns to the mode (train or eval) that it was in.
     """
-    return _outputs(model, RawRows(model.extractor, _readable(contents)))
+    return outputs_of(model, RawRows(model.extractor, _readable(contents)))
 
 
-def _outputs(model: FeatureBasedModel, raw: RawRows) -> npt.NDArray[np.float32]:
-    lengths = raw.lengths
+def outputs_of(model: FeatureBasedModel, rows: LiveRows) -> npt.NDArray[np.float32]:
+    """Return what ``live_outputs`` does, for rows that are ready."""
+    lengths = rows.lengths
     by_length = np.argsort(-lengths, kind="stable")
     positions = model.extractor.policy.positions
     parts, start, training = [], 0, model.training
@@ -239,10 +249,10 @@ def _outputs(model: FeatureBasedModel, raw: RawRows) -> npt.NDArray[np.float32]:
     try:
         with torch.no_grad():
             while start < len(by_length):
-                rows = by_length[start : start + max(1, positions // int(lengths[by_length[start]]))]
-                logits, _ = model.run(raw.laid_out(rows))
+                some = by_length[start : start + max(1, positions // int(lengths[by_length[start]]))]
+                logits, _ = model.run(rows.laid_out(some))
                 parts.append(logits.float().cpu().numpy())
-                start += len(rows)
+                start += len(some)
     finally:
         model.train(training)
     sorted_outputs = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
@@ -320,19 +330,39 @@ def fine_tune(
         raise SpecError("input_noise and input_dropout disturb cached features: a live model has dropout of its own")
     kind = task_named(task)
     rows = _Labelled.of(contents, y, kind, "training")
-    refuse_untrainable(rows.y, kind, class_names)
     judged = None
     if eval_contents is not None and y_eval is not None:
-        judged = _Labelled.of(eval_contents, y_eval, kind, "validation")
-    tuned = TunedModel(model, task, tuple(class_names), target_moments(rows.y, kind))
+        labelled = _Labelled.of(eval_contents, y_eval, kind, "validation")
+        judged = (RawRows(model.extractor, labelled.contents), labelled.y)
+    parts: list[Part] = [
+        (model.backbone.parameters(), backbone_learning_rate), (model.head.parameters(), spec.learning_rate),
+    ]  # fmt: skip
+    return fit_live(
+        model, (RawRows(model.extractor, rows.contents), rows.y), judged, spec, parts, task=task,
+        class_names=class_names, new_head=new_head, progress=progress, title=title, keep_losses=keep_losses,
+    )  # fmt: skip
+
+
+LabelledLive = tuple[LiveRows, Array]
+"""Rows of a live model, and their targets, all of which are there."""
+
+
+def fit_live(
+    model: FeatureBasedModel, rows: LabelledLive, judged: LabelledLive | None, spec: TrainSpec, parts: Sequence[Part],
+    *, task: TaskName, class_names: Sequence[str], new_head: bool, progress: bool = True, title: str = "fine-tune",
+    keep_losses: bool = False, max_steps: int | None = None,
+) -> TrainingResult[TunedModel]:  # fmt: skip
+    """Do what ``fine_tune`` does, for rows that are ready and for ``parts`` of a model; at most so many steps."""
+    kind, (live, y) = task_named(task), rows
+    refuse_untrainable(y, kind, class_names)
+    tuned = TunedModel(model, task, tuple(class_names), target_moments(y, kind))
     metrics = {}
     with _seeded(spec.seed, model):
-        batches = ContentBatches(RawRows(model.extractor, rows.contents), spec.batch_size, spec.order_seed)
-        stopping = Stopping.of(spec, kind, batches.steps)
-        judge = _Judge(tuned, judged, stopping.metric) if judged is not None and len(judged.y) else None
+        batches = ContentBatches(live, spec.batch_size, spec.order_seed)
+        stopping = Stopping.of(spec, kind, batches.steps, max_steps)
+        judge = _Judge(tuned, *judged, stopping.metric) if judged is not None and len(judged[1]) else None
         learner = LiveLearner(
-            model, spec, backbone_learning_rate, _loss(tuned, rows.y, spec, new_head), stopping.epochs * batches.steps,
-            judge,
+            model, spec, parts, _loss(tuned, y, spec, new_head), stopping.epochs * batches.steps, judge
         )  # fmt: skip
         outcome = fit(learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses)
         learner.finish()
@@ -352,9 +382,8 @@ def fine_tune(
 class _Judge:
     """The validation metric of a model in training."""
 
-    def __init__(self, tuned: TunedModel, rows: _Labelled, metric: str) -> None:
-        self._tuned, self._metric, self.y = tuned, metric, rows.y
-        self._rows = RawRows(tuned.model.extractor, rows.contents)
+    def __init__(self, tuned: TunedModel, rows: LiveRows, y: Array, metric: str) -> None:
+        self._tuned, self._rows, self.y, self._metric = tuned, rows, y, metric
 
     def outputs(self) -> Floats:
         return self._tuned.probabilities_of(self._rows)
@@ -377,6 +406,17 @@ def _loss(tuned: TunedModel, y: Array, spec: TrainSpec, new_head: bool) -> LiveL
     loss = Loss(task, outputs, [spec.label_smoothing], weights, device=str(device))
     typed = targets if task is CLASSIFICATION else targets.astype(np.float32)
     return LiveLoss(loss, torch.from_numpy(typed).to(device))
+
+
+def into_standard_units(module: Head, y: Array) -> None:
+    """Turn a trained regression head, which gives values, into one that gives them standardised by ``y`` [N, R]."""
+    deviation = y.std(axis=0)
+    mean, deviation = (torch.from_numpy(part) for part in (y.mean(axis=0), np.where(deviation > 0, deviation, 1.0)))
+    weight, bias = module.output.weight, module.output.bias
+    assert bias is not None  # heads of one's own are not compared
+    with torch.no_grad():
+        weight.copy_(weight / deviation[:, None])
+        bias.copy_((bias - mean) / deviation)
 
 
 @contextmanager

@@ -21,13 +21,13 @@ from embedcache.dataset import Contents
 from embedcache.errors import FeatureError, InputError, SpecError
 from embedcache.examples import examples_of
 from embedcache.features import InMemory
-from embedcache.finetune.live import FINE_TUNING, TunedModel, fine_tune
+from embedcache.finetune.live import TunedModel, fine_tune
 from embedcache.finetune.model import FeatureBasedModel, live_head
 from embedcache.heads import TrainedHead
 from embedcache.heads.attention import SelfAttention
 from embedcache.heads.modules import MLP, Linear, ResidualMLP
 from embedcache.shard import FeatureSet, Kind
-from embedcache.spec import ExtractionSpec, TrainSpec
+from embedcache.spec import FINE_TUNING, ExtractionSpec, TrainSpec
 from embedcache.task import Floats
 from embedcache.train import TrainingResult, train_head
 from embedcache.wording import shortened

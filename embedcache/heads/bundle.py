@@ -7,7 +7,8 @@
     ├── model.safetensors  the arrays; or model.skops for a scikit-learn estimator that is not linear
     ├── metrics.json       what was measured, by split
     ├── history.jsonl      one line an epoch
-    └── README.md          model card
+    ├── README.md          model card
+    └── backbone-SHA/      only where its last blocks were trained too: the whole network, as transformers reads it
 
 ``config.json`` is replaced last and names the file of the arrays, which is never changed: where an older head is saved
 over, the new one's is ``model-SHA.safetensors``. ``folder`` writes all this.

@@ -44,6 +44,8 @@ HISTORY, CARD = "history.jsonl", "README.md"
 _BESIDE = (METRICS, HISTORY, CARD)
 _TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *_BESIDE)))}|{WEIGHTS.pattern})(\.tmp|{TEMPORARY})")
 """Also those that older versions left, whose names had no number."""
+BACKBONE = re.compile(r"\.?backbone-[0-9a-f]{16}")
+"""A folder beside a head whose backbone was trained with it; the head names it as its model, ``./backbone-...``."""
 
 
 class RunFolder:
@@ -176,6 +178,7 @@ def prepare(directory: Path) -> None:
         if exists(directory, BundleError) and not directory.is_dir():
             raise BundleError(f"{directory} is a file: choose a new or an empty directory")
         names = set(os.listdir(directory)) - {LOCK} if directory.is_dir() else set()
+        names = {name for name in names if not BACKBONE.fullmatch(name)}
         # A process that was killed before it wrote the first config leaves weights, or temporaries alone.
         weights = any(WEIGHTS.fullmatch(name.removeprefix(".").removesuffix(".tmp")) for name in names)
         ours = all(name in _BESIDE or WEIGHTS.fullmatch(name) or _TEMPORARY.fullmatch(name) for name in names)

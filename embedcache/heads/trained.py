@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.errors import FeatureError, SpecError
 from embedcache.features import Dense, InMemory, features_of
 from embedcache.heads.bundle import load
-from embedcache.heads.folder import RunFolder
+from embedcache.heads.folder import BACKBONE, RunFolder
 from embedcache.heads.record import HeadRecord
 from embedcache.heads.registry import build_head
 from embedcache.heads.sklearn_io import logits_of, outputs
@@ -214,7 +214,10 @@ class TrainedHead(HeadRecord):
     @checks_arguments()
     def from_pretrained(cls, directory: Path | str) -> TrainedHead:
         """Read a head bundle; everything in it is checked. Raises ``BundleError``."""
-        return load(Path(directory), cls)
+        head = load(Path(directory), cls)
+        if head.model is not None and BACKBONE.fullmatch(head.model.removeprefix("./")):
+            return replace(head, model=str(Path(directory) / head.model))
+        return head
 
 
 def passes(rows: InMemory) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:

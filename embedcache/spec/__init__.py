@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +27,7 @@ from embedcache.spec.extraction import (
     differences_text,
     feature_name,
     plain_name,
+    states_set,
     view_name,
 )
 from embedcache.spec.origin import READS, Origin, checked_identity
@@ -37,6 +38,7 @@ __all__ = [
     "AUGMENTS",
     "CONTENTS",
     "DTYPES",
+    "FINE_TUNING",
     "MAY_DIFFER",
     "MINIBATCH_SETTINGS",
     "MIN_STEPS",
@@ -45,6 +47,7 @@ __all__ = [
     "RESIZES",
     "SPLITS",
     "TASKS",
+    "TUNING",
     "BackboneSettings",
     "Declared",
     "ExtractionSpec",
@@ -65,6 +68,7 @@ __all__ = [
     "find_name",
     "plain_name",
     "split_name",
+    "states_set",
     "view_name",
 ]
 
@@ -391,3 +395,13 @@ MAY_DIFFER = (
 
 MINIBATCH_SETTINGS = tuple(name for name, setting in declared(TrainSpec).items() if setting.solver == "minibatch")
 """Settings that only training by minibatches reads."""
+
+
+FINE_TUNING = TrainSpec(
+    epochs=3, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="linear", warmup=0.1, clip=1.0, patience=0
+)
+"""How a whole model is tuned by default: batches of 16, 3 epochs, warm-up and linear decay (Devlin et al. 2019),
+a tenth of the steps for warming up, Adam with its bias correction (Mosbach et al. 2021). ``learning_rate`` is the
+head's."""
+TUNING = replace(FINE_TUNING, epochs=5)
+"""How the last blocks are trained by default: as a whole model is, five times over the rows."""

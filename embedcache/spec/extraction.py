@@ -140,6 +140,19 @@ def checked_range(given: Sequence[float]) -> PixelRange:
     raise SpecError(f"pixel_range is {given!r}: expected two numbers, that of black and a larger one of white")
 
 
+def states_set(blocks: int) -> str:
+    """Return the name of the hidden states that enter the last ``blocks`` blocks: ``tokens@-3`` of 2.
+
+    Raises ``SpecError`` below 1.
+    """
+    if blocks < 1:
+        raise SpecError(
+            f"there are no states that enter the last {blocks} blocks: expected -1 or below for extract --states, 1 or "
+            "more for tune --blocks"
+        )
+    return f"tokens@-{blocks + 1}"
+
+
 def feature_name(written: str) -> str:
     """Return the name of a feature set as a cache has it: ``mean@-2..-1`` is ``mean@-2+-1``. Raises ``SpecError``."""
     return FeatureSpec.parse(written).name

@@ -55,22 +55,7 @@ def train_on_cache(
     """
     cache, head = _opened(cache), head_named(head)
     chosen = feature_for(cache, head, feature)
-    if "train" not in cache.split_names:
-        raise InputError(f"{cache.path} has no train split: it has {', '.join(cache.split_names)}")
-    train = cache.rows("train")
-    notes = []
-    if "validation" in cache.split_names:
-        judged = cache.rows("validation")
-    else:
-        held_back = held_out(cache)
-        train, judged = train[~held_back], train[held_back]
-        if not len(train) or not len(judged):
-            train, judged = cache.rows("train"), judged[:0]
-        notes.append(
-            f"there is no validation split: {len(judged):,} training rows are held out"
-            if len(judged)
-            else "there is no validation split and too few rows to hold some out: no early stopping, no calibration"
-        )
+    train, judged, notes = training_rows(cache)
     targets = cache.targets()
     if not allow_unseen:
         refuse_unseen(cache, train)
@@ -94,6 +79,30 @@ def _opened(cache: FeatureCache | Path | str) -> FeatureCache:
     from embedcache.cache import FeatureCache
 
     return cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
+
+
+def training_rows(cache: FeatureCache) -> tuple[Rows, Rows, list[str]]:
+    """Return the rows to train on and those to judge by, and what is to be said of them.
+
+    Raises ``InputError`` for a cache without a train split.
+    """
+    if "train" not in cache.split_names:
+        raise InputError(f"{cache.path} has no train split: it has {', '.join(cache.split_names)}")
+    train = cache.rows("train")
+    notes: list[str] = []
+    if "validation" in cache.split_names:
+        judged = cache.rows("validation")
+    else:
+        held_back = held_out(cache)
+        train, judged = train[~held_back], train[held_back]
+        if not len(train) or not len(judged):
+            train, judged = cache.rows("train"), judged[:0]
+        notes.append(
+            f"there is no validation split: {len(judged):,} training rows are held out"
+            if len(judged)
+            else "there is no validation split and too few rows to hold some out: no early stopping, no calibration"
+        )
+    return train, judged, notes
 
 
 def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> FeatureSet:
@@ -194,7 +203,9 @@ def evaluate_on_cache(
     feature = cache.feature(head.feature.name)
     views = cache.views(feature) if average_views else []
     if average_views and not views:
-        raise FeatureError(f"{cache.path} has no views of {feature.name} to average over: extract it with --views N")
+        raise FeatureError(
+            f"{cache.path} has no views of {feature.name} to average over: make it with extract --views N"
+        )
     x, *of_views = (rows_of(cache, rows, part, 1 + len(views)) for part in (feature, *views))
     targets = targets_for(head, cache)[rows]
     labelled = labelled_rows_of(

@@ -1,0 +1,79 @@
+"""Hidden states of rows, as the last blocks are given them: from a cache, or computed when they are asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from embedcache.backbone import Backbone, Inputs, compute_features
+from embedcache.errors import FeatureError
+from embedcache.features import Ragged, Rows
+from embedcache.finetune.tail import STATES
+from embedcache.shard import FeatureSet
+from embedcache.spec import states_set
+from embedcache.wording import counted
+
+if TYPE_CHECKING:
+    from embedcache.cache import FeatureCache
+    from embedcache.dataset import Contents
+
+
+def cached_states(cache: FeatureCache, blocks: int) -> FeatureSet:
+    """Return the set of a cache that enters the last blocks. Raises ``FeatureError`` where it was not extracted."""
+    name = states_set(blocks)
+    if name not in cache.feature_sets:
+        raise FeatureError(
+            f"{cache.path} has no hidden states that enter the last {counted(blocks, 'block')} ({name}): "
+            f"extract them too, into another cache, with extract --states -{blocks}"
+        )
+    return cache.feature(name)
+
+
+class _States:
+    """Rows whose states are laid out with zeros behind the shorter ones; see ``live.LiveRows``."""
+
+    def __init__(self, lengths: Rows, device: torch.device | str) -> None:
+        self.lengths, self.device = lengths, torch.device(device)
+
+    def of(self, rows: Rows) -> Ragged:
+        """Return the states of some rows."""
+        raise NotImplementedError
+
+    def laid_out(self, rows: Rows) -> Inputs:
+        """Return the states [B, T, D] of some rows and their mask [B, T], T being the longest."""
+        values, mask = self.of(rows).padded(np.arange(len(rows)))
+        states, real = torch.from_numpy(values), torch.from_numpy(mask).long()
+        return Inputs({STATES: states.to(self.device)}, real.to(self.device))
+
+
+class CachedStates(_States):
+    """States of some rows of a cache, read from its maps whenever they are wanted: no more is in memory."""
+
+    def __init__(
+        self, cache: FeatureCache, rows: Rows, feature: FeatureSet, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(cache.vectors(feature)[rows], device)
+        self._cache, self._rows, self._feature = cache, rows, feature
+
+    def of(self, rows: Rows) -> Ragged:
+        """Return the states of some rows."""
+        states = self._cache.of_rows(self._rows[rows], self._feature)
+        assert isinstance(states, Ragged)
+        return states
+
+
+class LiveStates(_States):
+    """States that the frozen backbone computes of raw rows, at canonical shapes, whenever they are wanted."""
+
+    def __init__(self, backbone: Backbone, contents: Contents | list[bytes], name: str, device: Any = "cpu") -> None:
+        contents = [contents[row] for row in range(len(contents))]
+        super().__init__(np.asarray(backbone.prepare(contents).lengths, np.int64), device)
+        self._backbone, self._contents, self._name = backbone, contents, name
+
+    def of(self, rows: Rows) -> Ragged:
+        """Return the states of some rows, rounded as they would be stored."""
+        states = compute_features(self._backbone, [self._contents[row] for row in rows.tolist()], self._name)
+        assert isinstance(states, Ragged)
+        return states

@@ -1,0 +1,374 @@
+"""The last blocks of a backbone, trained from the hidden states that a cache holds, and the run that comes of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from embedcache.arguments import checks_arguments
+from embedcache.backbone import FrozenModel, load_again, load_backbone, probe_of, resolve_model, weight_files
+from embedcache.cache import FeatureCache
+from embedcache.errors import BackboneMismatchError, BundleError, InputError, SpecError, warn
+from embedcache.finetune.live import (
+    LabelledLive,
+    Part,
+    TunedModel,
+    fit_live,
+    into_standard_units,
+    outputs_of,
+)
+from embedcache.finetune.model import live_head
+from embedcache.finetune.states import CachedStates, cached_states
+from embedcache.finetune.tail import TailModel
+from embedcache.fingerprint import hash_json, sha256_file
+from embedcache.heads import TrainedHead, build_head
+from embedcache.heads.folder import BACKBONE, RunFolder
+from embedcache.heads.modules import Head
+from embedcache.journal import explained, sync_directory
+from embedcache.shard import FeatureSet
+from embedcache.spec import (
+    TUNING,
+    ExtractionSpec,
+    FeatureSpec,
+    HeadSpec,
+    ModelSource,
+    TrainSpec,
+    differences_text,
+)
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, task_named
+from embedcache.train import train_on_cache
+from embedcache.train.cached import feature_for, refuse_unseen, targets_for, training_rows
+from embedcache.train.metrics import measure
+from embedcache.train.metrics.measuring import MetricValues
+from embedcache.train.result import Fitted, Origin
+from embedcache.train.run import fit_temperature, fit_thresholds
+from embedcache.wording import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RATE = 2e-4
+"""The learning rate of the last block; a few blocks bear more than a whole network."""
+DECAY = 0.9
+"""What each block before the last has of the rate of the block behind it (Howard and Ruder 2018)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The last blocks and the head after training.
+
+    ``metrics`` are by split, ``notes`` are one-line facts; ``facts`` stand in the model card.
+    """
+
+    model: TailModel
+    head: HeadSpec
+    tuned: TunedModel
+    fitted: Fitted
+    calibration: Mapping[str, Any]
+    metrics: Mapping[str, MetricValues]
+    source: ModelSource
+    record: Mapping[str, object]
+    facts: Mapping[str, str]
+
+    @property
+    def history(self) -> Any:
+        """A dict for each epoch."""
+        return self.fitted.history
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it early, with the best weights so far."""
+        return self.fitted.interrupted
+
+    def save(self, run: Path | str | RunFolder) -> TrainedHead:
+        """Write a run folder: the head, and beside it the whole backbone as a folder that transformers loads.
+
+        The head is the last that is written: until then a folder holds the head and the backbone that it held before.
+        Raises ``BundleError``.
+        """
+        if not isinstance(run, RunFolder):
+            with RunFolder(run) as folder:
+                return self.save(folder)
+        name = _write_backbone(self.model, resolve_model(self.source.model, self.source.revision), run.path)
+        head = self._head(name, run.path)
+        run.save(head, metrics=self.metrics, history=self.history, facts=self.facts)
+        for other in os.listdir(run.path):
+            if BACKBONE.fullmatch(other) and other != name:
+                shutil.rmtree(run.path / other, ignore_errors=True)
+        return head
+
+    def _head(self, name: str, run: Path) -> TrainedHead:
+        """Return the head with the identity of the backbone that was written, as it is read again."""
+        extractor = self.model.extractor
+        settings = replace(_settings(ExtractionSpec(extractor.identity)), features=(extractor.specs[0].name,))
+        source = replace(self.source, model=str(run / name), revision=None, device=str(extractor.device))
+        again = load_backbone(**source.arguments(), **settings.arguments())
+        feature, probe = again.feature_sets[0], probe_of(again)
+        return TrainedHead(
+            self.head, self.tuned.task, self.tuned.class_names, feature, state=_state(self.model.head, self.tuned),
+            extraction=ExtractionSpec(again.identity), model=f"./{name}",
+            probe=None if probe is None else probe.only(feature.name), calibration=self.calibration,  # type: ignore[arg-type]
+            training=self.record,
+        )  # fmt: skip
+
+
+@checks_arguments()
+def tune(
+    cache: FeatureCache | Path | str,
+    blocks: int = 2,
+    head: HeadSpec | str = "linear",
+    spec: TrainSpec | Mapping[str, object] | None = None,
+    *,
+    feature: str | None = None,
+    backbone_learning_rate: float = RATE,
+    layer_decay: float = DECAY,
+    new_head: bool = False,
+    allow_unseen: bool = False,
+    model: Path | str | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Tuned:
+    """Train the last blocks of a cache's backbone with a head, from the hidden states that enter them.
+
+    What comes before is frozen, and its states are read from the cache: the steps are, to the bit, those of training
+    with the frozen blocks run in each of them (``check_tuning`` proves it). The head is first trained on the cached
+    features alone and goes on from there (LP-FT, Kumar et al. 2022).
+
+    Args:
+        cache: one with the states (``extract(..., pooling=["mean", "tokens@-3"])`` for 2 blocks; ``--states -2``).
+        blocks: how many blocks are trained, from the last one on.
+        head: a torch head that reads the pooled features.
+        spec: how to train; ``learning_rate`` is the head's. None for ``TUNING``.
+        feature: the pooled set that the head reads; None for the cache's first.
+        backbone_learning_rate: the last block's.
+        layer_decay: what each block before has of it.
+        new_head: start from a new head.
+        model, revision: the backbone, where it is no longer what the cache names.
+        device: where it is trained.
+
+    Raises:
+        FeatureError: a cache without these states.
+        BackboneError: a backbone that cannot be cut; see ``TailModel``.
+        BackboneMismatchError: another backbone than the cache's.
+        TrainingError, InputError, SpecError: as ``train_on_cache`` does.
+    """
+    cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
+    spec = TUNING if spec is None else TrainSpec.of(spec)
+    head_spec = live_head(head)
+    pooled, states = feature_for(cache, head_spec, feature), cached_states(cache, blocks)
+    if FeatureSpec.parse(pooled.name).layers != (-1,):
+        raise SpecError(f"the head would read {pooled.name}: expected a set of the last layer, which the blocks end in")
+    if backbone_learning_rate <= 0 or not 0 < layer_decay <= 1:
+        raise SpecError(
+            f"the backbone's learning rate is {backbone_learning_rate:g} and its decay {layer_decay:g}: "
+            "expected a rate above 0, and a decay above 0 and at most 1"
+        )
+    train, judged, notes = training_rows(cache)
+    if not allow_unseen:
+        refuse_unseen(cache, train)
+    task, y = task_named(cache.task or CLASSIFICATION), cache.targets()
+    train, judged = (rows[task.labelled(y[rows])] for rows in (train, judged))
+    backbone = load_tail(cache, pooled, ModelSource(model, revision, device, trust_remote_code))
+    if new_head:
+        module = build_head(head_spec, backbone.feature_sets[0], len(cache.class_names), seed=spec.seed)
+    else:
+        module = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress).head.module
+        if task is REGRESSION:
+            into_standard_units(module, y[train])
+    tail = TailModel(backbone, module, blocks)
+    rows: list[LabelledLive] = [
+        (CachedStates(cache, some, states, backbone.device), y[some]) for some in (train, judged)
+    ]  # fmt: skip
+    result = fit_live(
+        tail, rows[0], rows[1], spec, parts_of(tail, spec, backbone_learning_rate, layer_decay), task=task.name,
+        class_names=cache.class_names, new_head=new_head, progress=progress, title=f"tune {counted(blocks, 'block')}",
+    )  # fmt: skip
+    warn(notes)
+    tuned, origin = result.head, Origin.of(cache)
+    where = ModelSource(model, revision, device, trust_remote_code).or_else(origin.model, origin.revision)
+    count = tail.count_trainable_params()
+    record = {
+        **spec.record(), "blocks": blocks, "states": states.name, "states_hash": states_hash(cache.spec, states.name),
+        "backbone_learning_rate": backbone_learning_rate, "layer_decay": layer_decay, "new_head": new_head,
+    }  # fmt: skip
+    what = f"the last {counted(blocks, 'block')} and the head, {count.trainable:,} parameters"
+    facts = {
+        "trained": f"{what}, from cached hidden states",
+        "backbone before": str(where.model), "training rows": f"{len(train):,}", "validation rows": f"{len(judged):,}",
+        "trained in": f"{result.seconds:.1f} s",
+    }  # fmt: skip
+    calibration, metrics = _judged(tuned, dict(zip(("train", "validation"), rows, strict=True)))
+    return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts)
+
+
+def load_tail(cache: FeatureCache, pooled: FeatureSet, source: ModelSource) -> FrozenModel[Any]:
+    """Load the backbone of a cache with one of its feature sets, to be trained.
+
+    Raises ``BackboneMismatchError`` where it is another, ``SpecError`` where it does not compute in float32.
+    """
+    settings = replace(_settings(cache.spec), features=(pooled.name,), views=None, augment=None)
+    if settings.compute_dtype != "float32":
+        raise SpecError(
+            f"{cache.path} was computed in {settings.compute_dtype}, in which small steps of training are lost: "
+            "make the cache with extract --dtype float32; extract --store float16 keeps the states small all the same"
+        )
+    if settings.compiled:
+        raise SpecError(
+            f"{cache.path} was computed by torch.compile, which does not train: "
+            "make the cache with extract --no-compile"
+        )
+    origin = Origin.of(cache)
+    made_with = ModelSource(origin.model, origin.revision)
+    backbone: FrozenModel[Any] = load_again(settings, source, made_with, f"{cache.path} was made by")
+    if differences := cache.spec.differences_for(pooled.name, ExtractionSpec(backbone.identity)):
+        shown = differences_text(differences, "the cache has", "this is")
+        raise BackboneMismatchError(
+            f"the backbone is not the one that made {cache.path} ({shown}): give the same model with --model"
+        )
+    return backbone
+
+
+def _settings(spec: ExtractionSpec) -> Any:
+    if spec.settings is None:
+        raise InputError("the features are of a backbone that this package did not load: it cannot be trained here")
+    return spec.settings
+
+
+def parts_of(model: TailModel, spec: TrainSpec, rate: float, decay: float) -> list[Part]:
+    """Return what is trained with which learning rate: blocks by depth, then the head."""
+    blocks: list[Part] = [(parameters, rate * decay**depth) for depth, parameters in model.depths()]
+    return [*blocks, (list(model.head.parameters()), spec.learning_rate)]
+
+
+def states_hash(spec: ExtractionSpec, name: str) -> str:
+    """Return the hash of all that decides the bits of one feature set."""
+    return hash_json(json_of(spec.only({name})))
+
+
+def json_of(value: object) -> Any:
+    """Return mappings as dicts, all the way down."""
+    return {key: json_of(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def _outputs(tuned: TunedModel, rows: LabelledLive) -> Floats:
+    """Return logits, or values in the units of the targets, [N, C]."""
+    logits = outputs_of(tuned.model, rows[0]).astype(np.float64)
+    if task_named(tuned.task) is not REGRESSION:
+        return logits
+    mean, deviation = tuned.target
+    return np.asarray(logits * deviation + mean)
+
+
+def _judged(tuned: TunedModel, rows: Mapping[str, LabelledLive]) -> tuple[Mapping[str, Any], dict[str, MetricValues]]:
+    """Fit the calibration on the validation rows, and measure the splits with it."""
+    task = task_named(tuned.task)
+    outputs = {split: _outputs(tuned, live) for split, live in rows.items() if len(live[1])}
+    calibration: dict[str, Any] = {}
+    if "validation" in outputs and task is CLASSIFICATION:
+        calibration = {"temperature": fit_temperature(outputs["validation"], rows["validation"][1])}
+    elif "validation" in outputs and task is MULTILABEL:
+        probabilities = task.probabilities(outputs["validation"])
+        calibration = {"thresholds": fit_thresholds(probabilities, rows["validation"][1]).tolist()}
+    temperature, thresholds = calibration.get("temperature", 1.0), tuple(calibration.get("thresholds", ()))
+    metrics = {
+        split: measure(
+            task, rows[split][1], task.probabilities(each / temperature) if task.has_probabilities else each,
+            tuned.class_names, intervals=split != "train", thresholds=thresholds or (0.5,) * len(tuned.class_names),
+        )
+        for split, each in outputs.items()
+    }  # fmt: skip
+    return calibration, metrics
+
+
+def _state(module: torch.nn.Module, tuned: TunedModel) -> dict[str, Array]:
+    """Return the arrays of a head as a bundle has them; one of a regression gives values in their own units."""
+    assert isinstance(module, Head)
+
+    def array(tensor: Tensor) -> Array:
+        return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+    state = {name: array(parameter) for name, parameter in module.named_parameters()}
+    for name, layer in module.named_modules():
+        if getattr(layer, "mean", None) is not None and getattr(layer, "scale", None) is not None:
+            state |= {f"{name}.mean": array(layer.mean), f"{name}.scale": array(layer.scale)}
+    if task_named(tuned.task) is REGRESSION:
+        mean, deviation = tuned.target
+        state["output.weight"] = (state["output.weight"] * deviation[:, None]).astype(np.float32)
+        state["output.bias"] = (state["output.bias"] * deviation + mean).astype(np.float32)
+    return state
+
+
+def _write_backbone(model: TailModel, source: Path, run: Path) -> str:
+    """Write the whole network beside the tokenizer of the folder it came from; return the folder's name in the run."""
+    temporary = run / f".backbone-{os.urandom(8).hex()}"
+    with explained(f"cannot write {run}", BundleError):
+        temporary.mkdir()
+        try:
+            with model.whole() as network:
+                known = network.state_dict()
+                if "pooler" not in model.extractor.poolings:  # its weights were drawn at random: nobody may read them
+                    known = {name: value for name, value in known.items() if not name.startswith("pooler.")}
+                network.save_pretrained(temporary, state_dict=known)  # type: ignore[operator]  # transformers has it
+            written = {path.name for path in temporary.iterdir()}
+            weights = {path.name for path in weight_files(source)} | {"model.safetensors.index.json"}
+            for path in sorted(source.rglob("*")):
+                place = path.relative_to(source)
+                beside = path.suffix in (".json", ".txt", ".model", ".codes", ".py") and place.parts[0] not in written
+                hidden = any(part.startswith(".") for part in place.parts) or place.name.startswith("adapter_")
+                if path.is_file() and beside and not hidden and place.name not in weights:
+                    (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, temporary / place)
+            digest = hash_json({path.name: sha256_file(path) for path in weight_files(temporary)})
+            for path in [*temporary.rglob("*")]:
+                if path.is_file():
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
+            name = f"backbone-{digest[:16]}"
+            if (run / name).exists():  # the same weights: what is there was whole before it had its name
+                shutil.rmtree(temporary)
+            else:
+                os.rename(temporary, run / name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_directory(run)
+    return name
+
+
+def evaluate_tuned(head: TrainedHead, cache: FeatureCache | Path | str, split: str = "test") -> MetricValues:
+    """Return the metrics of a tuned run on a split of a cache, from the hidden states there, with intervals.
+
+    Raises ``BackboneMismatchError`` for states that are not those of the run's frozen blocks, and ``InputError`` for a
+    split without labels.
+    """
+    cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
+    blocks = head.training.get("blocks")
+    assert isinstance(blocks, int)
+    states = cached_states(cache, blocks)
+    if head.training.get("states_hash") != states_hash(cache.spec, states.name):
+        raise BackboneMismatchError(
+            f"the run was trained on hidden states of other blocks, or made otherwise, than those of {cache.path}"
+        )
+    settings = replace(_settings(head.extraction), features=(head.feature.name,))
+    backbone = load_again(settings, ModelSource(device="cpu"), ModelSource(head.model), "the head was trained on")
+    tail = TailModel(backbone, head.module, blocks)
+    tail.eval()
+    task, targets = task_named(head.task), targets_for(head, cache)
+    rows = cache.rows(split)
+    rows = rows[task.labelled(targets[rows])]
+    if not len(rows):
+        raise InputError(f"no row of the split {split} of {cache.path} has a label")
+    logits = outputs_of(tail, CachedStates(cache, rows, states))
+    return measure(
+        task, targets[rows], head.calibrated(logits), head.class_names, intervals=True, thresholds=head.thresholds
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""The last blocks trained from cached hidden states: what live training gives, to the bit, and a run like any other."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_pictures
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from embedcache import Predictor, check_tuning, extract, tune
+from embedcache.backbone import load_backbone
+from embedcache.cache import FeatureCache
+from embedcache.cli import run
+from embedcache.errors import BackboneError, BackboneMismatchError, FeatureError, SpecError
+from embedcache.finetune import CachedStates, LiveStates, TailModel, cached_states, evaluate_tuned
+from embedcache.heads import TrainedHead, build_head
+from embedcache.spec import TUNING, HeadSpec, TrainSpec
+
+WORDS = ("good", "bad", "film", "plot", "old", "very", "a")
+FAST = TrainSpec(epochs=3, batch_size=5, learning_rate=1e-2, patience=0, weight_decay=0.01, seed=3)
+
+
+def rows() -> list[dict[str, str]]:
+    random = np.random.default_rng(5)
+    made = [" ".join(random.choice(WORDS, int(random.integers(2, 9)))) + f" {number}" for number in range(61)]
+    return [{"text": text, "label": "good" if text.count("good") > text.count("bad") else "bad"} for text in made]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build("bert", tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inputs") / "rows.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows())
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(bert: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    path = tmp_path_factory.mktemp("caches") / "c"
+    given = ["extract", str(table), "-o", str(path), "--model", str(bert), "--pooling", "mean", "--states", "-1"]
+    assert run([*given, "--split", "60/20/20", "--keep-inputs", "--device", "cpu"]) == 0
+    return FeatureCache.open(path)
+
+
+def test_a_run_is_a_head_beside_a_whole_backbone(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
+    head = result.save(tmp_path / "run")
+    assert cache.feature_sets.keys() == {"mean", "tokens@-2"}
+    (folder,) = (tmp_path / "run").glob("backbone-*")
+    before, after = (AutoModel.from_pretrained(place).state_dict() for place in (bert, folder))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    last = max(name for name in after if name.startswith("encoder.layer.")).split(".")[2]
+    assert changed
+    assert all(name.startswith(f"encoder.layer.{last}.") for name in changed)
+    predictor = Predictor.load(tmp_path / "run", device="cpu")
+    assert predictor.head.model == str(tmp_path / "run" / f"./{folder.name}")
+    test = cache.rows("test")
+    tail = result.model.eval()
+    states = CachedStates(cache, test, cached_states(cache, 1))
+    with torch.no_grad():
+        expected = tail.run(states.laid_out(np.arange(len(test))))[0].double().numpy()
+    probabilities = predictor.head.calibrated(expected)
+    texts = [rows()[row]["text"] for row in test.tolist()]
+    said = np.array([list(each.probabilities.values()) for each in predictor(texts)])
+    np.testing.assert_allclose(said, probabilities, atol=1e-5)
+    again = TrainedHead.from_pretrained(tmp_path / "run")
+    assert evaluate_tuned(again, cache)["rows"] == len(test)
+    assert head.training["blocks"] == 1
+    assert "last 1 block" in (tmp_path / "run" / "README.md").read_text()
+    other = tune(cache, 1, spec=TrainSpec(**{**FAST.record(), "epochs": 1}), progress=False, device="cpu")
+    other.save(tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("backbone-*"))) == 1, "the old backbone goes with its head"
+    Predictor.load(tmp_path / "run", device="cpu")
+
+
+def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, out = str(cache.path), str(tmp_path / "run")
+    assert run(["tune", place, "-o", out, "--blocks", "1", "--epochs", "2", "--device", "cpu"]) == 0
+    assert f"saved in {out}: try  embedcache predict" in capsys.readouterr().out
+    assert run(["evaluate", out, place, "--json", "--record"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["rows"] == len(cache.rows("test"))
+    assert run(["predict", out, "--text", "a very good film", "--device", "cpu"]) == 0
+    assert run(["check", place, str(table), "--split", "60/20/20", "--blocks", "1", "--steps", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "states tokens@-2" in shown
+    assert "verdict: equal" in shown
+    for wrong, message in (
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "2"], "extract --states -2"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "0"], "1 or more for tune --blocks"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--head", "knn"], "cannot be fine-tuned"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--layer-decay", "2"], "at most 1"),
+        (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "2"], "-1 or below"),
+    ):
+        assert run(wrong) in (1, 2)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_first_blocks_may_as_well_be_run(bert: Path, cache: FeatureCache) -> None:
+    """A few steps as anyone would write them, the whole network in the loop and its first blocks frozen."""
+    features = cache.feature_sets["mean"]
+    train = cache.rows("train")[:20]
+    y = torch.from_numpy(cache.targets()[train])
+    losses: list[list[float]] = []
+    for whole in (False, True):
+        backbone = load_backbone(bert, features=("mean",), device="cpu")
+        tail = TailModel(backbone, build_head(HeadSpec("linear"), features, 2, seed=1), 1).eval()
+        trained = {name for name, parameter in tail.backbone.named_parameters() if parameter.requires_grad}
+        states = CachedStates(cache, train, cached_states(cache, 1))
+        if whole:
+            plain = load_backbone(bert, features=("mean",), device="cpu")
+            for name, parameter in plain.network.named_parameters():
+                parameter.requires_grad_(name in trained)
+            kept = cache.inputs()
+            assert kept is not None
+            prepared = plain.prepare([kept[int(row)] for row in train])
+        module: nn.Module = plain.network if whole else tail.backbone
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW([*parameters, *tail.head.parameters()], lr=1e-2)
+        losses.append([])
+        for step in range(6):
+            some = np.arange(step % 4 * 5, step % 4 * 5 + 5)
+            if whole:
+                from embedcache.batching import Batch
+
+                inputs = plain.lay_out(prepared, Batch(int(prepared.lengths[some].max()), 5, some))
+                logits = tail.head(plain.features(inputs)[0])
+            else:
+                logits = tail.run(states.laid_out(some))[0]
+            loss = F.cross_entropy(logits, y[some])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][5] < losses[0][1]
+
+
+@pytest.mark.parametrize("fault", ["none", "block", "dropout", "mask", "half"])
+def test_planted_faults_are_found(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    given = CachedStates.laid_out
+
+    def laid_out(self: Any, chosen: Any) -> Any:
+        inputs = given(self, chosen)
+        if isinstance(self, LiveStates):
+            return inputs
+        states, mask = inputs.arguments["states"], inputs.mask
+        if fault == "half":
+            return type(inputs)({"states": states.half().float()}, mask)
+        if fault == "mask":
+            return type(inputs)({"states": states}, torch.ones_like(mask))
+        if fault == "dropout":
+            torch.rand(1)
+        return inputs
+
+    monkeypatch.setattr(CachedStates, "laid_out", laid_out)
+    if fault == "block":  # states that went through one block more
+        set_of = cache.of_rows
+        monkeypatch.setattr(
+            FeatureCache, "of_rows", lambda self, numbers, feature: _deeper(set_of(numbers, feature), cache)
+        )
+    result = check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False)
+    assert result.equal == (fault == "none"), result.to_text()
+
+
+def _deeper(states: Any, cache: FeatureCache) -> Any:
+    return type(states)(states.values * np.float32(1.001), states.offsets, states.feature)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny_models.MODELS if kind not in ("albert", "t5")])
+def test_every_network_with_a_list_of_blocks(kind: str, tmp_path: Path) -> None:
+    """Making one compares the last block's bits by itself with those behind the others."""
+    backbone = load_backbone(tiny_models.build(kind, tmp_path / kind), features=("mean",), device="cpu")
+    tail = TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 1)
+    frozen = {id(each) for block in tail._frozen for each in block.parameters()}
+    assert all(id(each) not in frozen for _, part in tail.depths() for each in part)
+    with tail.whole() as network:
+        assert frozen <= {id(each) for each in network.parameters()}
+
+
+@pytest.mark.parametrize(("kind", "message"), [("albert", "has no list of blocks"), ("t5", "hand on more than")])
+def test_what_cannot_be_cut(kind: str, message: str, tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_models.build(kind, tmp_path / kind), features=("mean",), device="cpu")
+    with pytest.raises(BackboneError, match=message):
+        TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 1)
+
+
+def test_refusals(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
+    backbone = load_backbone(bert, features=("mean",), device="cpu")
+    with pytest.raises(SpecError, match="expected fewer than that"):
+        TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 9)
+    vit = load_backbone(tiny_pictures.build("vit", tmp_path / "vit"), features=("mean",), device="cpu")
+    with pytest.raises(BackboneError, match="reads images"):
+        TailModel(vit, build_head(HeadSpec("linear"), vit.feature_sets[0], 3), 1)
+    records = [*rows()]
+    options: dict[str, Any] = {"model": bert, "pooling": ["mean", "tokens@-2"], "split": "60/20/20", "device": "cpu"}
+    rounded = extract(records, output_dir=tmp_path / "b", compute_dtype="bfloat16", **options)
+    with pytest.raises(SpecError, match="extract --dtype float32"):
+        tune(rounded, 1, progress=False)
+    with pytest.raises(FeatureError, match="has no hidden states"):
+        tune(cache, 2, progress=False)
+    other = tiny_models.build("electra", tmp_path / "electra")
+    with pytest.raises(BackboneMismatchError, match="give the same model with --model"):
+        tune(cache, 1, model=other, progress=False)
+    assert TUNING.epochs == 5
