@@ -17,7 +17,7 @@ from embedcache import HeadClassifier, HeadRegressor, HeadSpec, TrainSpec
 from embedcache.cli import cli
 from embedcache.errors import SpecError
 from embedcache.heads import kinds
-from embedcache.spec import MINIBATCH_SETTINGS, declared
+from embedcache.spec import MINIBATCH_SETTINGS, TUNING, declared
 
 SETTINGS = declared(TrainSpec)
 HEAD = {"kind": "kind", "engine": "engine", "head_options": "options"}
@@ -27,7 +27,10 @@ ANOTHER_THING = {
     ("compare", "metric"): "approaches are compared by it",
     ("extract", "views"): "how many are made; train's are how many of them are read",
 }
-OWN_DEFAULT = {("compare", "epochs"): 5, ("check", "kind"): None}
+OWN_DEFAULT = {
+    ("compare", "epochs"): 5, ("check", "kind"): None,
+    **{("tune", name): getattr(TUNING, name) for name in ("epochs", "batch_size", "learning_rate", "patience")},
+}  # fmt: skip
 UNIQUE = {"shuffle_seed", "seed", "views"}
 """What an estimator has as ``random_state``, scikit-learn's name, and what it has not: its features have no views."""
 
@@ -67,7 +70,7 @@ def test_every_setting_is_an_option_of_train() -> None:
 def test_commands_that_take_a_head_say_the_same_of_it() -> None:
     about, torch = declared(HeadSpec), ", ".join(kinds("torch"))
     said = [(name, option) for name, option in options() if option.name in HEAD]
-    assert {name for name, _ in said} == {"train", "check", "compare"}
+    assert {name for name, _ in said} == {"train", "tune", "check", "compare"}
     for name, option in said:
         setting = about[HEAD[str(option.name)]]
         first = re.split(r"[;.]", setting.help)[0]

@@ -220,3 +220,29 @@ def test_refusals(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
     with pytest.raises(BackboneMismatchError, match="give the same model with --model"):
         tune(cache, 1, model=other, progress=False)
     assert TUNING.epochs == 5
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_other_tasks(task: Any, bert: Path, tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [
+        {"text": each["text"], "label": ["bad", "old"] if "bad" in each["text"] else ["good"]}
+        if task == "multilabel" else {"text": each["text"], "label": 1000.0 + 300.0 * len(each["text"].split())}
+        for each in rows()
+    ]  # fmt: skip
+    options: dict[str, Any] = {"model": bert, "pooling": ["mean", "tokens@-2"], "split": "60/20/20", "device": "cpu"}
+    cache = extract(records, output_dir=tmp_path / "c", task=task, **options)
+    result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
+    head = result.save(tmp_path / "run")
+    assert evaluate_tuned(TrainedHead.from_pretrained(tmp_path / "run"), cache)["rows"] == len(cache.rows("test"))
+    train = cache.rows("train")
+    tail, states = result.model.eval(), CachedStates(cache, train, cached_states(cache, 1))
+    with torch.no_grad():
+        logits = tail.run(states.laid_out(np.arange(len(train))))[0].double().numpy()
+    said = Predictor.load(tmp_path / "run", device="cpu")([str(records[row]["text"]) for row in train.tolist()])
+    values = np.array([list(each.probabilities.values()) for each in said])
+    if task == "regression":
+        mean, deviation = result.tuned.target
+        np.testing.assert_allclose(values, logits * deviation + mean, rtol=1e-5)
+        assert 900 < values.mean() < 4000
+    else:
+        np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
