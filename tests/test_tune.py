@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from embedcache import Predictor, check_tuning, extract, tune
 from embedcache.backbone import load_backbone
 from embedcache.cache import FeatureCache
 from embedcache.cli import run
-from embedcache.errors import BackboneError, BackboneMismatchError, FeatureError, SpecError
+from embedcache.errors import BackboneError, BackboneMismatchError, BundleError, FeatureError, SpecError
 from embedcache.finetune import CachedStates, LiveStates, TailModel, cached_states, evaluate_tuned
 from embedcache.heads import TrainedHead, build_head
 from embedcache.spec import TUNING, HeadSpec, TrainSpec
@@ -83,6 +84,8 @@ def test_a_run_is_a_head_beside_a_whole_backbone(bert: Path, cache: FeatureCache
     again = TrainedHead.from_pretrained(tmp_path / "run")
     assert evaluate_tuned(again, cache)["rows"] == len(test)
     assert head.training["blocks"] == 1
+    with pytest.raises(BundleError, match="tune it again"):
+        evaluate_tuned(replace(again, training={"blocks": "many"}), cache)
     assert "last 1 block" in (tmp_path / "run" / "README.md").read_text()
     other = tune(cache, 1, spec=TrainSpec(**{**FAST.record(), "epochs": 1}), progress=False, device="cpu")
     other.save(tmp_path / "run")
@@ -106,6 +109,7 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "0"], "1 or more for tune --blocks"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--head", "knn"], "cannot be fine-tuned"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--layer-decay", "2"], "at most 1"),
+        (["evaluate", out, place, "--average-views"], "leave out --average-views"),
         (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "2"], "-1 or below"),
     ):
         assert run(wrong) in (1, 2)

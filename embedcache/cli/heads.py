@@ -24,7 +24,7 @@ from embedcache.cli.options import (
     trust_option,
     untrusted_option,
 )
-from embedcache.spec import TUNING
+from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE
 from embedcache.wording import cell, counted, json_shown, page, shown, table
 
 if TYPE_CHECKING:
@@ -98,10 +98,20 @@ _TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "patience", "
 @head_options("kind", "options", torch="A torch head that reads the pooled features.")
 @click.option("--feature", metavar="NAME", help="Feature set that the head reads. Default: the first pooled one.")
 @click.option(
-    "--backbone-learning-rate", type=float, metavar="RATE", help="Learning rate of the last block.  [default: 0.0002]"
+    "--backbone-learning-rate",
+    type=float,
+    default=TUNING_RATE,
+    show_default=True,
+    metavar="RATE",
+    help="Learning rate of the last block.",
 )
 @click.option(
-    "--layer-decay", type=float, metavar="FACTOR", help="What each block before has of that rate.  [default: 0.9]"
+    "--layer-decay",
+    type=float,
+    default=TUNING_DECAY,
+    show_default=True,
+    metavar="FACTOR",
+    help="What each block before has of that rate.",
 )
 @click.option("--new-head", is_flag=True, help="Start from a new head, not from one trained on the cached features.")
 @several(
@@ -220,8 +230,11 @@ def evaluate(run: str, cache: str, split: str, average_views: bool, record: bool
     head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
     split = opened.split(split)
     if "blocks" in head.training:
+        from embedcache.errors import SpecError
         from embedcache.finetune import evaluate_tuned
 
+        if average_views:
+            raise SpecError(f"{run} was tuned on texts, which have no views: leave out --average-views")
         measured = evaluate_tuned(head, opened, split)
     else:
         measured = evaluate_on_cache(head, opened, split, average_views=average_views)

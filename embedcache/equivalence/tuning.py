@@ -32,7 +32,7 @@ from embedcache.finetune import (
 from embedcache.finetune.model import live_head
 from embedcache.heads import build_head
 from embedcache.numerics import difference as numerics_of
-from embedcache.spec import TUNING, HeadSpec, ModelSource
+from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE, HeadSpec, ModelSource
 from embedcache.task import CLASSIFICATION, task_named
 from embedcache.train.cached import feature_for
 from embedcache.wording import counted
@@ -108,7 +108,7 @@ def check_tuning(
         initial = _weights(tail)
         result = fit_live(
             tail, (parts[0], y[rows.train]), None, settings,
-            parts_of(tail, settings, settings.learning_rate, 0.9), task=task.name, class_names=cache.class_names,
+            parts_of(tail, settings, TUNING_RATE, TUNING_DECAY), task=task.name, class_names=cache.class_names,
             new_head=True, progress=progress, title="live" if live else "cached", keep_losses=True, max_steps=most,
         )  # fmt: skip
         losses = torch.stack([loss.reshape(()) for loss in result.fitted.losses]).cpu().numpy()

@@ -35,6 +35,8 @@ from embedcache.journal import explained, sync_directory
 from embedcache.shard import FeatureSet
 from embedcache.spec import (
     TUNING,
+    TUNING_DECAY,
+    TUNING_RATE,
     ExtractionSpec,
     FeatureSpec,
     HeadSpec,
@@ -53,11 +55,6 @@ from embedcache.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RATE = 2e-4
-"""The learning rate of the last block; a few blocks bear more than a whole network."""
-DECAY = 0.9
-"""What each block before the last has of the rate of the block behind it (Howard and Ruder 2018)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +124,8 @@ def tune(
     spec: TrainSpec | Mapping[str, object] | None = None,
     *,
     feature: str | None = None,
-    backbone_learning_rate: float = RATE,
-    layer_decay: float = DECAY,
+    backbone_learning_rate: float = TUNING_RATE,
+    layer_decay: float = TUNING_DECAY,
     new_head: bool = False,
     allow_unseen: bool = False,
     model: Path | str | None = None,
@@ -348,12 +345,15 @@ def _write_backbone(model: TailModel, source: Path, run: Path) -> str:
 def evaluate_tuned(head: TrainedHead, cache: FeatureCache | Path | str, split: str = "test") -> MetricValues:
     """Return the metrics of a tuned run on a split of a cache, from the hidden states there, with intervals.
 
-    Raises ``BackboneMismatchError`` for states that are not those of the run's frozen blocks, and ``InputError`` for a
-    split without labels.
+    Raises ``BackboneMismatchError`` for states that are not those of the run's frozen blocks, ``BundleError`` for a run
+    that does not say how many blocks were trained, and ``InputError`` for a split without labels.
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     blocks = head.training.get("blocks")
-    assert isinstance(blocks, int)
+    if not isinstance(blocks, int) or isinstance(blocks, bool):
+        raise BundleError(
+            f"the run says that its last {blocks!r} blocks were trained: expected a number; tune it again"
+        )
     states = cached_states(cache, blocks)
     if head.training.get("states_hash") != states_hash(cache.spec, states.name):
         raise BackboneMismatchError(

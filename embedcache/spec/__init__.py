@@ -48,6 +48,8 @@ __all__ = [
     "SPLITS",
     "TASKS",
     "TUNING",
+    "TUNING_DECAY",
+    "TUNING_RATE",
     "BackboneSettings",
     "Declared",
     "ExtractionSpec",
@@ -405,3 +407,7 @@ a tenth of the steps for warming up, Adam with its bias correction (Mosbach et a
 head's."""
 TUNING = replace(FINE_TUNING, epochs=5)
 """How the last blocks are trained by default: as a whole model is, five times over the rows."""
+TUNING_RATE = 2e-4
+"""The learning rate of the last block; a few blocks bear more than a whole network."""
+TUNING_DECAY = 0.9
+"""What each block before the last has of the rate of the block behind it (Howard and Ruder 2018)."""
