@@ -62,6 +62,11 @@ def test_writing_the_same_dataset_again_changes_no_byte(tmp_path: Path) -> None:
     assert {name: (path / name).stat().st_mtime_ns for name in files(path)} == before
 
 
+def test_a_small_dataset_grows_by_far(tmp_path: Path) -> None:
+    write(tmp_path / "c", 2, 2, POOLED)
+    assert FeatureCache.open(write(tmp_path / "c", 3001, 3001, POOLED)).n_rows == 3001
+
+
 def test_another_dataset_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     path = write(tmp_path / "c", 5, 3)
     before = files(path)

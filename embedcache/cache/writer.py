@@ -229,10 +229,12 @@ class CacheWriter:
         if fault := find_fault(entry, contents, len(self._keys[0])):
             raise InputError(fault)
         former = self._manifest.examples
-        same = former is not None and former == replace(entry, file=former.file) and self._manifest.complete
-        if former is not None and same and former.file.sha256 == _hash(_pieces(contents, inputs)):
+        # Rows first: the file of a few cannot be said to hold many.
+        known = former if self._manifest.complete and former is not None and former.rows == entry.rows else None
+        same = known is not None and known == replace(entry, file=known.file)
+        if known is not None and same and known.file.sha256 == _hash(_pieces(contents, inputs)):
             with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
-                check(self.path / "examples" / former.file.name, former.file)
+                check(self.path / "examples" / known.file.name, known.file)
                 return
         entry = replace(entry, file=self._publish_dataset(number, _pieces(contents, inputs)))
         self._commit(replace(self._manifest, examples=entry, complete=True, generation=number + 1))
