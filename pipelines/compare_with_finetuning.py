@@ -29,7 +29,7 @@ def main() -> None:
         arguments.folder,
         split="80/10/10",
         max_rows=arguments.max_rows,
-        approaches=("cached", "frozen", "full", "lp-ft"),
+        approaches=("cached", "frozen", "last-2", "full"),
         fractions=(0.25, 1.0),
         epochs=3,
     )

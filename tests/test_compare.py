@@ -136,7 +136,7 @@ def test_the_table_is_put_together_by_hand() -> None:
         seeds=[0, 1], epochs=5, rows=60, unique=40, splits={"train": 10}, outputs=2, model="m", pooling="mean",
         head="linear", device="cpu", threads=1, torch="2", adjusted=True,
     )  # fmt: skip
-    found = assemble(facts, extraction, runs, outputs, y, None)
+    found = assemble(facts, {0: extraction}, runs, outputs, y, None)
     assert found.extraction.seconds == 40.0  # a second a text, and half of them were there before
     cached, full, lp_ft = found.rows
     assert (cached.extraction_seconds, cached.training_seconds, cached.total_seconds) == (12.0, 2.0, 14.0)
@@ -281,6 +281,9 @@ def test_no_labels() -> None:
         ({"seeds": []}, "different whole numbers"),
         ({"metric": "acuracy"}, "did you mean"),
         ({"head": "liner"}, "did you mean linear"),
+        ({"approaches": ["last-4"]}, "did you mean last-"),
+        ({"approaches": ["cached", "last-3"]}, "blocks is 3, and .* has 3"),
+        ({"approaches": ["last-1"], "pooling": "mean@-2"}, "expected a set of the last layer"),
     ],
 )
 def test_settings_that_make_no_sense(model: str, options: dict[str, Any], match: str) -> None:
@@ -317,11 +320,13 @@ def test_the_command_says_what_is_wrong_in_one_line(
 
 
 def test_four_ways_on_the_same_rows(model: str, tmp_path: Path, jobs: list[Job]) -> None:
+    ways = [name for name in APPROACHES if name != "last-3"]  # the model has three blocks
     found = compare(model, tmp_path / "c", fractions=[0.5, 1], head="mlp", epochs=3)
+    assert list(found.facts.left_out) == ["last-3"]
     assert [(each.fraction, each.approach) for each in found.rows] == [
-        (fraction, name) for fraction in (0.5, 1.0) for name in APPROACHES
+        (fraction, name) for fraction in (0.5, 1.0) for name in ways
     ]
-    assert [job.approach for job in jobs] == ["extraction", *APPROACHES, *APPROACHES]
+    assert [job.approach for job in jobs] == [*["extraction"] * 3, *ways, *ways]
     rows = {each.approach: each for each in found.rows if each.fraction == 1}
     assert {each.train_rows for each in rows.values()} == {30}
     assert {each.train_rows for each in found.rows if each.fraction == 0.5} <= {15, 16}
@@ -331,6 +336,15 @@ def test_four_ways_on_the_same_rows(model: str, tmp_path: Path, jobs: list[Job])
     assert rows["frozen"].difference == 0.0
     assert rows["cached"].trainable == rows["frozen"].trainable < rows["full"].trainable
     assert rows["cached"].parameters == rows["frozen"].parameters == rows["full"].parameters
+    assert rows["cached"].trainable < rows["last-1"].trainable < rows["last-2"].trainable < rows["full"].trainable
+    assert rows["last-2"].parameters == rows["full"].parameters
+    assert rows["cached"].disk < rows["last-1"].disk
+    assert rows["full"].disk is None
+    assert rows["last-2"].extraction_seconds > 0
+    assert rows["last-2"].probe_seconds > 0
+    assert rows["last-2"].from_full == rows["last-2"].test - rows["full"].test
+    assert sum("of the time of full fine-tuning" in sentence for sentence in found.sentences()) == 4
+    assert any("last 3 blocks, cached states: left out, as blocks is 3" in note for note in found.notes)
     assert rows["full"].trainable == rows["lp-ft"].trainable
     assert rows["lp-ft"].probe_seconds > 0
     assert [(each.fraction, each.against) for each in found.break_even] == [
@@ -441,7 +455,7 @@ def test_an_interrupted_extraction_is_charged_in_full(model: str, tmp_path: Path
     work = running.Work(plan, Folder(tmp_path / "c"))
     backbone = load_for(None, ModelSource(model, device="cpu"), BackboneSettings(("mean",)))
     (tmp_path / "c" / "caches").mkdir(parents=True)
-    run(part_of(examples, 1, 2), backbone, work.cache)
+    run(part_of(examples, 1, 2), backbone, work.cache(0))
     found = compare(model, tmp_path / "c", approaches=["cached"])
     line = json.loads((tmp_path / "c" / "results.jsonl").read_text().splitlines()[0])
     assert (line["extracted"], line["unique"]) == (30, 60)
@@ -524,6 +538,7 @@ def test_the_other_tasks(model: str, tmp_path: Path, jobs: list[Job], task: str)
     assert rows["frozen"].test == pytest.approx(rows["cached"].test, rel=1e-3)
     if task == "regression":  # LP-FT starts from the head, not from values a thousand away from it
         assert rows["lp-ft"].test < 100
+        assert rows["last-1"].test < 100
 
 
 def test_a_head_on_tokens(model: str, tmp_path: Path, jobs: list[Job]) -> None:

@@ -67,7 +67,7 @@ def test_an_example_runs(code: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     X, y = cache.arrays("train")
     X_test, y_test = cache.arrays("test")
     known = {name: getattr(ec, name) for name in ec.__all__}
-    # One of its four approaches: each is a process of its own, which takes seconds to start.
+    # One of its approaches: each is a process of its own, which takes seconds to start.
     known["compare_training_approaches"] = functools.partial(ec.compare_training_approaches, approaches=("cached",))
     exec(
         code,

@@ -112,8 +112,9 @@ for parameter in check.params:  # the option of the other commands, which names 
     help="Shares of the training rows to train on, such as 0.01,0.1,1.",
 )
 @click.option(
-    "--approaches", default="cached,frozen,full,lp-ft", show_default=True, metavar="NAME,NAME",
-    help="Which to compare: cached features, frozen end to end, full fine-tuning, LP-FT.",
+    "--approaches", metavar="NAME,NAME",
+    help="Which to compare: cached features, frozen end to end, last-1 to last-3 (the last blocks from cached states), "
+    "full fine-tuning, lp-ft. Default: all that the model allows.",
 )  # fmt: skip
 @pixel_range_option
 @click.option("--max-rows", type=int, metavar="N", help="Use at most N rows, drawn by content.")
@@ -125,16 +126,16 @@ for parameter in check.params:  # the option of the other commands, which names 
 @input_options
 @json_option
 def compare(
-    given: Input, output_dir: str | None, fractions: str, approaches: str, seed: int, seeds: int, as_json: bool,
+    given: Input, output_dir: str | None, fractions: str, approaches: str | None, seed: int, seeds: int, as_json: bool,
     pixel_range: tuple[float, float] | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Compare cached features with frozen, full and LP-FT training on INPUT: time, memory, metric, break-even.
+    """Compare cached features, frozen, last-blocks, full and LP-FT training on INPUT: time, memory, disk, metric.
 
     INPUT needs labels, and train, validation and test rows (--split 80/10/10). Run it again to continue after a stop.
     """
     where = output_dir or f"{_stem(given.named)}.compare"
     shares = [_number(part) for part in fractions.split(",") if part.strip()]
-    names = [part.strip() for part in approaches.split(",") if part.strip()]
+    names = None if approaches is None else [part.strip() for part in approaches.split(",") if part.strip()]
     if seeds < 1:
         raise click.UsageError(f"--seeds is {seeds}: expected at least 1")
     from embedcache.compare import compare_training_approaches

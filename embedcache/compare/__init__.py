@@ -1,4 +1,4 @@
-"""What freezing costs and what it saves: four ways of training on the same rows, measured.
+"""What freezing costs and what it saves: cached, frozen, last-blocks and full training on the same rows, measured.
 
 ================  ====================================================================================
 ``run``           ``compare_training_approaches``: every approach, fraction and seed, once

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from embedcache.errors import SpecError
-from embedcache.spec import TaskName, TrainSpec
+from embedcache.spec import TUNING_DECAY, TUNING_RATE, TaskName, TrainSpec
 from embedcache.wording import did_you_mean
 
 # The approaches that are compared, each with a recipe that somebody published.
@@ -18,7 +18,8 @@ class Approach:
     """A way of training. ``title`` is what tables call it, ``recipe`` how it is done and after whom.
 
     ``spec`` says how it is trained but for epochs, seed and metric; ``backbone_rate`` is the learning rate of the
-    backbone, None where it is frozen.
+    backbone, None where it is frozen. ``blocks`` is how many of the last blocks are trained from cached states, 0 where
+    the approach reads none.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Approach:
     recipe: str
     spec: TrainSpec
     backbone_rate: float | None = None
+    blocks: int = 0
 
     def train_spec(self, epochs: int, seed: int, metric: str) -> TrainSpec:
         """Return the settings of one run."""
@@ -48,6 +50,21 @@ _TUNE = TrainSpec(
 )
 _BACKBONE_RATE = 5e-5
 
+
+def _last(blocks: int) -> Approach:
+    what = "last block" if blocks == 1 else f"last {blocks} blocks"
+    return Approach(
+        f"last-{blocks}",
+        f"{what}, cached states",
+        f"The hidden states that enter the {what} are cached too; the head is trained first, on the cache, then it and "
+        f"the {what} by the steps of full fine-tuning, the last block at {TUNING_RATE:g}, each before it at "
+        f"{TUNING_DECAY:g} of that (Howard & Ruder 2018).",
+        _TUNE,
+        TUNING_RATE,
+        blocks,
+    )
+
+
 APPROACHES: dict[str, Approach] = {
     approach.name: approach
     for approach in (
@@ -65,6 +82,7 @@ APPROACHES: dict[str, Approach] = {
             "pass; batches padded to their longest text. The standardisation is a gift of the cache and not charged.",
             _PROBE,
         ),
+        *(_last(blocks) for blocks in (1, 2, 3)),
         Approach(
             "full",
             "full fine-tuning",
@@ -108,7 +126,8 @@ class Facts:
     """What was compared on what.
 
     ``unique`` counts different contents, ``splits`` rows by name. ``outputs`` are classes, labels or targets.
-    ``adjusted`` says that the extraction was interrupted and gone on with. ``device``, ``threads`` and ``torch`` are
+    ``adjusted`` says that the extraction was interrupted and gone on with. ``left_out`` has approaches that could not
+    be had, with the reason. ``device``, ``threads`` and ``torch`` are
     the machine that times were taken on.
     """
 
@@ -129,6 +148,7 @@ class Facts:
     device: str
     threads: int
     torch: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,9 +163,10 @@ class RowMemory:
 class Row:
     """One approach on one fraction of the training rows; times and metrics are means over the seeds.
 
-    ``extraction_seconds`` is what an approach on the cache is charged, None for the others; ``probe_seconds`` is the
-    first head of LP-FT. ``head_memory`` is what training on the cache takes without the extraction. ``difference`` is
-    of the test metric, against ``cached``. Intervals are 95 % bootstrap intervals.
+    ``extraction_seconds`` and ``disk`` (bytes) are what an approach on the cache is charged, None for the others;
+    ``probe_seconds`` is the first head, where there is one. ``head_memory`` is what training on the cache takes without
+    the extraction. ``difference`` is of the test metric, against ``cached``; ``from_full`` that of the last blocks
+    against ``full``. Intervals are 95 % bootstrap intervals.
     """
 
     approach: str
@@ -170,6 +191,9 @@ class Row:
     test_interval: Interval | None
     difference: float | None
     difference_interval: Interval | None
+    disk: int | None = None
+    from_full: float | None = None
+    from_full_interval: Interval | None = None
 
     def cells(self, epochs: int) -> list[str]:
         """Return the row as people read it; see ``header``."""
@@ -181,19 +205,20 @@ class Row:
             seconds_text(self.epoch_seconds),
             seconds_text(self.total_seconds),
             memory_text(memory),
+            "-" if self.disk is None else memory_text(self.disk),
             f"{self.trainable:,}",
             f"{self.parameters:,}",
             f"{self.best_epoch:g} of {epochs}",
             f"{self.validation:.3f}",
-            _with_interval(self.test, self.test_interval),
-            _with_interval(self.difference, self.difference_interval, "+"),
+            with_interval(self.test, self.test_interval),
+            with_interval(self.difference, self.difference_interval, "+"),
         ]
 
 
 def header(metric: str) -> list[str]:
     """Return the names of the columns of a row's ``cells``."""
     return [
-        "approach", "rows", "extraction", "per epoch", "total", "peak memory", "trainable", "parameters",
+        "approach", "rows", "extraction", "per epoch", "total", "peak memory", "disk", "trainable", "parameters",
         "best epoch", f"validation {metric}", f"test {metric} [95 %]", "against cached [95 %]",
     ]  # fmt: skip
 
@@ -251,7 +276,8 @@ def memory_text(size: int) -> str:
     return f"{size / MIB:,.0f} MiB"
 
 
-def _with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:
+def with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:
+    """Say a number with its interval: ``0.912 [0.866, 0.948]``; ``-`` for None."""
     if value is None:
         return "-"
     within = "" if interval is None else f" [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"

@@ -55,7 +55,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What extraction took. ``extracted`` of the ``unique`` contents were computed, the others were there before."""
+    """What extraction took. ``extracted`` of the ``unique`` contents were computed, the others were there before.
+
+    ``disk`` is what the features of all rows take there, in bytes; None in a line that another version wrote.
+    """
 
     extracted: int
     memory: Memory
@@ -65,6 +68,7 @@ class Extraction:
     setup_seconds: float
     tokens: int
     unique: int
+    disk: int | None = None
 
     @property
     def seconds_per_content(self) -> float:
@@ -81,9 +85,9 @@ class Extraction:
 class Training:
     """What one training took and how validation went.
 
-    ``charged`` counts the different contents whose features it needs. ``probe_seconds`` is what training the first
-    head of LP-FT took, None elsewhere; ``total`` counts all parameters, None where the backbone was not loaded.
-    ``best_epoch`` counts from 1; ``history`` has numbers by name for each epoch.
+    ``charged`` counts the different contents whose features it needs. ``probe_seconds`` is what training the head took
+    from which other training went on, None elsewhere; ``total`` counts all parameters, None where the backbone was not
+    loaded. ``best_epoch`` counts from 1; ``history`` has numbers by name for each epoch.
     """
 
     train_rows: int
@@ -104,13 +108,17 @@ class Training:
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """Run the backbone once over the rows of a file; see ``rows.write_rows``."""
+    """Run the backbone once over the rows of a file; see ``rows.write_rows``.
+
+    With ``blocks`` the hidden states that enter the last so many blocks are kept beside the features.
+    """
 
     cache: Path
     rows: Path
     source: ModelSource
     pooling: str
     progress: bool
+    blocks: int = 0
     approach: str = EXTRACTION
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from embedcache.compare.figures import (
     memory_text,
     ratio_text,
     seconds_text,
+    with_interval,
 )
 from embedcache.compare.measurements import Extraction, Training
 from embedcache.decoding import to_json
@@ -35,7 +36,8 @@ class Comparison:
     """What was found.
 
     ``rows`` has one for each fraction and approach, means over the seeds; ``break_even`` one for each fraction and
-    each approach that the cache is held against. ``extraction`` is of all rows. ``folder`` is where it lies, None where
+    each approach that the cache is held against. ``extraction`` is of all rows, and so are those of ``states``, by the
+    number of last blocks. ``folder`` is where it lies, None where
     nothing was kept.
     """
 
@@ -44,6 +46,7 @@ class Comparison:
     rows: Sequence[Row]
     break_even: Sequence[BreakEven]
     folder: Path | None = None
+    states: Mapping[int, Extraction] = field(default_factory=dict)
 
     def row(self, approach: str, fraction: float = 1.0) -> Row:
         """Return the row of an approach. Raises ``KeyError`` where there is none."""
@@ -59,6 +62,7 @@ class Comparison:
             "version": 1,
             "facts": to_json(self.facts),
             "extraction": to_json(self.extraction),
+            "states": to_json(self.states),
             "rows": to_json(self.rows),
             "break_even": to_json(self.break_even),
         }
@@ -72,7 +76,7 @@ class Comparison:
         return [row.cells(self.facts.epochs) for row in self.rows]
 
     def sentences(self) -> list[str]:
-        """Return the break-even and the ratios, a sentence each."""
+        """Return the break-even and the ratios, and how far the last blocks are from full fine-tuning."""
         sentences = []
         for even in self.break_even:
             against = APPROACHES[even.against].title
@@ -85,6 +89,15 @@ class Comparison:
                 f"{where}against {against}, {paid}; {counted(self.facts.epochs, 'epoch')}, extraction included, are "
                 f"{ratio_text(even.first)} as fast, each further head {ratio_text(even.further)}"
             )
+        full = {row.fraction: row for row in self.rows if row.approach == "full"}
+        for row in self.rows:
+            if row.from_full is not None:
+                where = f"{counted(row.train_rows, 'training row')}: " if len(self.facts.fractions) > 1 else ""
+                share = row.total_seconds / full[row.fraction].total_seconds
+                sentences.append(
+                    f"{where}{row.title}: {share:.0%} of the time of full fine-tuning, extraction included, and "
+                    f"{with_interval(row.from_full, row.from_full_interval, '+')} of its {self.facts.metric}"
+                )
         return sentences
 
     @property
@@ -109,6 +122,13 @@ class Comparison:
         if heads:
             peak = memory_text(max(heads))
             notes.append(f"The cached way's peak is that of its extraction; a head on the cache takes {peak}.")
+        if self.states:
+            seconds = ", ".join(seconds_text(each.seconds) for each in self.states.values())
+            notes.append(
+                f"Extraction of all rows with the states of the last {', '.join(map(str, self.states))} blocks took "
+                f"{seconds}; their rows are charged for it, and for the training of the head that they start from."
+            )
+        notes += [f"{APPROACHES[name].title}: left out, as {reason}." for name, reason in facts.left_out.items()]
         if facts.adjusted:
             notes.append(
                 "The extraction was interrupted and gone on with: its time is that of the rest, in proportion."
@@ -158,15 +178,19 @@ class _Scores:
 
 
 def assemble(
-    facts: Facts, extraction: Extraction, runs: Mapping[Unit, Training], outputs: Mapping[Unit, Array], y: Array,
-    folder: Path | None,
+    facts: Facts, extractions: Mapping[int, Extraction], runs: Mapping[Unit, Training],
+    outputs: Mapping[Unit, Array], y: Array, folder: Path | None,
 ) -> Comparison:  # fmt: skip
     """Put measurements together.
 
-    ``y`` are the targets of the test rows, ``outputs`` what each run says of them. The bootstrap draws the same rows
-    for every run, so differences are paired; over several seeds it is of the mean.
+    ``extractions`` are by the number of last blocks whose states they keep, ``y`` the targets of the test rows, and
+    ``outputs`` what each run says of these. The bootstrap draws the same rows for every run, so differences are paired;
+    over several seeds it is of the mean.
     """
-    whole = replace(extraction, seconds=extraction.seconds_per_content * extraction.unique)
+    whole = {
+        blocks: replace(extraction, seconds=extraction.seconds_per_content * extraction.unique)
+        for blocks, extraction in extractions.items()
+    }
 
     def scores(units: Sequence[Unit]) -> _Scores:
         task = task_named(facts.task)
@@ -176,26 +200,27 @@ def assemble(
 
     rows = []
     for fraction in facts.fractions:
-        cached: _Scores | None = None
-        # The cached way comes first: the others are held against it.
-        for name in facts.approaches:
-            units = [(fraction, name, seed) for seed in facts.seeds]
-            scored = scores(units)
-            rows.append(_row(name, fraction, [runs[unit] for unit in units], extraction, scored, cached))
-            cached = scored if name == "cached" else cached
-    return Comparison(facts, whole, rows, _break_evens(rows), folder)
+        units = {name: [(fraction, name, seed) for seed in facts.seeds] for name in facts.approaches}
+        scored = {name: scores(of_name) for name, of_name in units.items()}
+        for name, of_name in units.items():
+            extraction = extractions[APPROACHES[name].blocks]
+            rows.append(_row(name, fraction, [runs[unit] for unit in of_name], extraction, scored))
+    plain = whole.pop(0)
+    return Comparison(facts, plain, rows, _break_evens(rows), folder, whole)
 
 
 def _row(
-    name: str, fraction: float, runs: Sequence[Training], extraction: Extraction, scored: _Scores,
-    cached: _Scores | None,
+    name: str, fraction: float, runs: Sequence[Training], extraction: Extraction, scored: Mapping[str, _Scores]
 ) -> Row:  # fmt: skip
     def mean(number: Callable[[Training], float | None]) -> float:
         return statistics.fmean(float(number(run) or 0.0) for run in runs)
 
-    uses_cache, first = name in ("cached", "lp-ft"), runs[0]
+    blocks, first = APPROACHES[name].blocks, runs[0]
+    uses_cache = bool(blocks) or name in ("cached", "lp-ft")
     charged = extraction.seconds_per_content * mean(lambda run: run.charged) if uses_cache else None
     probe, training = mean(lambda run: run.probe_seconds), mean(lambda run: run.seconds)
+    own, cached = scored[name], scored.get("cached") if name != "cached" else None
+    full = scored.get("full") if blocks else None
     memories = [run.memory for run in runs]
     held = max(memory.held for memory in memories)
     if uses_cache:
@@ -207,7 +232,7 @@ def _row(
         train_rows=round(mean(lambda run: run.train_rows)),
         seeds=len(runs),
         extraction_seconds=charged,
-        probe_seconds=probe if name == "lp-ft" else None,
+        probe_seconds=probe if blocks or name == "lp-ft" else None,
         training_seconds=training,
         epoch_seconds=mean(lambda run: run.epoch_seconds),
         total_seconds=(charged or 0.0) + probe + training,
@@ -222,10 +247,13 @@ def _row(
         validation=mean(lambda run: run.validation),
         validation_rows=first.validation_rows,
         test_rows=first.test_rows,
-        test=scored.mean,
-        test_interval=scored.interval(),
-        difference=None if cached is None else scored.mean - cached.mean,
-        difference_interval=None if cached is None else scored.interval(cached),
+        test=own.mean,
+        test_interval=own.interval(),
+        difference=None if cached is None else own.mean - cached.mean,
+        difference_interval=None if cached is None else own.interval(cached),
+        from_full=None if full is None else own.mean - full.mean,
+        from_full_interval=None if full is None else own.interval(full),
+        disk=extraction.disk if uses_cache else None,
     )
 
 

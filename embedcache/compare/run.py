@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,15 @@ from embedcache.compare.measurements import EXTRACTION, Extraction, ExtractionJo
 from embedcache.compare.result import Comparison, assemble
 from embedcache.compare.rows import checked_fractions, checked_rows, dataset_hash, write_rows
 from embedcache.compare.worker import INTERRUPTED
-from embedcache.errors import EmbedcacheError, InputError, Interrupted, MissingExtraError, SpecError, TrainingError
+from embedcache.errors import (
+    BackboneError,
+    EmbedcacheError,
+    InputError,
+    Interrupted,
+    MissingExtraError,
+    SpecError,
+    TrainingError,
+)
 from embedcache.examples import Examples, load_examples
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.journal import exists, explained
@@ -41,7 +49,7 @@ def compare_training_approaches(
     model: Path | str | None = None,
     head: HeadSpec | str = "linear",
     pooling: str = "auto",
-    approaches: Sequence[str] = ("cached", "frozen", "full", "lp-ft"),
+    approaches: Sequence[str] | None = None,
     epochs: int = 5,
     fractions: Sequence[float] = (1.0,),
     max_rows: int | None = None,
@@ -52,11 +60,12 @@ def compare_training_approaches(
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
-    """Train on the same rows in up to four ways, and measure what each costs and how well it does.
+    """Train on the same rows in several ways, and measure what each costs and how well it does.
 
-    ``cached``: features once, then the head. ``frozen``: the frozen backbone inside every step. ``full``: full
-    fine-tuning. ``lp-ft``: fine-tuning from the trained head (Kumar et al. 2022). Each measurement runs in a process
-    of its own and is a line in ``output_dir``; killed, the same call goes on after the last of them.
+    ``cached``: features once, then the head. ``frozen``: the frozen backbone inside every step. ``last-1``, ``last-2``
+    and ``last-3``: the last blocks and the head, from cached hidden states. ``full``: full fine-tuning. ``lp-ft``:
+    fine-tuning from the trained head (Kumar et al. 2022). Each measurement runs in a process of its own and is a line
+    in ``output_dir``; killed, the same call goes on after the last of them.
 
     Args:
         inputs: as ``load_examples`` reads them, or ``Examples``; with train, validation and test rows, and labels.
@@ -64,7 +73,7 @@ def compare_training_approaches(
         model: local folder or hub name; None for the packaged all-MiniLM-L6-v2.
         head: a ``HeadSpec`` for torch, or a kind with its defaults.
         pooling: the feature set it reads.
-        approaches: which of the four.
+        approaches: which of them; None for all, without the last blocks where this model or head does not allow it.
         epochs: of every approach.
         fractions: shares of the training rows, for a data-efficiency curve.
         max_rows: at most so many rows in all, drawn by content from the first seed.
@@ -78,6 +87,7 @@ def compare_training_approaches(
         InputError: no labels, a split that is missing, too few rows.
         TrainingError: one class only; a measurement that was killed.
         SpecError: an unknown approach or metric, an impossible number.
+        BackboneError: last blocks that were named and cannot be trained by themselves.
         Interrupted: Ctrl-C; what was measured stays.
 
     Example::
@@ -88,7 +98,7 @@ def compare_training_approaches(
     from embedcache.backbone import choose_device, model_name
     from embedcache.finetune.model import live_head
 
-    ways = chosen(approaches)
+    ways = chosen(list(APPROACHES) if approaches is None else approaches)
     shares = checked_fractions(fractions)
     spec = live_head(head)
     _refuse_impossible(epochs, seeds)
@@ -99,7 +109,7 @@ def compare_training_approaches(
     name = metric or task.headline_metric
     metric_named(name, task)
     source = ModelSource(model_name(model), device=choose_device(device), trust_remote_code=trust_remote_code)
-    plan = Plan(examples, ways, shares, tuple(seeds), spec, name, epochs, source, pooling)
+    plan = Plan(examples, ways, shares, tuple(seeds), spec, name, epochs, source, pooling, named=approaches is not None)
     with ExitStack() as stack:
         where = stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir
         folder = stack.enter_context(Folder(where))
@@ -123,7 +133,10 @@ def _refuse_impossible(epochs: int, seeds: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: the rows, the approaches, the fractions of the training rows, the seeds, and how to train."""
+    """What is compared: the rows, the approaches, the fractions of the training rows, the seeds, and how to train.
+
+    ``named`` says that the approaches were asked for by name: one that cannot be had is then an error.
+    """
 
     examples: Examples
     approaches: Sequence[Approach]
@@ -134,6 +147,7 @@ class Plan:
     epochs: int
     source: ModelSource
     pooling: str
+    named: bool = True
 
     def units(self) -> list[tuple[float, Approach, int]]:
         """Return what is measured once, in order."""
@@ -158,17 +172,15 @@ class Work:
             "pooling": plan.pooling,
             **self.machine,
         }
-        self.key = hash_json({**self.identity, "approach": EXTRACTION})
-        self.cache = folder.cache_path(self.key)
+        self.left_out: dict[str, str] = {}
 
     def run(self) -> Comparison:
         """Measure what is not there yet, and put everything together."""
+        extractions = self._extractions()
         plan, units = self.plan, self.plan.units()
-        extraction = self._extraction()
-        total = len(units) + 1
-        self._say(f"[1/{total}] extraction: {seconds_text(extraction.seconds)}")
+        total = len(units) + len(extractions)
         runs, outputs = {}, {}
-        for number, (fraction, approach, seed) in enumerate(units, 2):
+        for number, (fraction, approach, seed) in enumerate(units, len(extractions) + 1):
             key = self._key(fraction, approach, seed)
             run = self.folder.training(key) or self._train(key, fraction, approach, seed)
             test_outputs = self.folder.outputs(key)
@@ -182,31 +194,59 @@ class Work:
         targets = plan.examples.targets
         assert targets is not None
         test = plan.examples.split == plan.examples.split_names.index("test")
-        return assemble(self._facts(extraction), extraction, runs, outputs, targets[test], self.folder.path)
+        return assemble(self._facts(extractions), extractions, runs, outputs, targets[test], self.folder.path)
 
-    def _extraction(self) -> Extraction:
-        known = self.folder.extraction(self.key)
-        if known is not None and exists(self.cache / "manifest.json", InputError):
+    def extraction_key(self, blocks: int) -> str:
+        """Return the hash of all that decides an extraction, with the states of so many last blocks."""
+        return hash_json({**self.identity, "approach": EXTRACTION} | ({"blocks": blocks} if blocks else {}))
+
+    def cache(self, blocks: int) -> Path:
+        """Return where the features of such an extraction are."""
+        return self.folder.cache_path(self.extraction_key(blocks))
+
+    def _extractions(self) -> dict[int, Extraction]:
+        """Extract what the approaches read, by the number of last blocks; leave out what cannot be had."""
+        found, total = {}, len({approach.blocks for approach in self.plan.approaches} | {0}) + len(self.plan.units())
+        for blocks in (0, *(approach.blocks for approach in self.plan.approaches if approach.blocks)):
+            states = f" with the states of the last {counted(blocks, 'block')}" if blocks else ""
+            try:
+                found[blocks] = self._extraction(blocks)
+            except (BackboneError, SpecError) as error:
+                if self.plan.named or not blocks:
+                    raise
+                approaches = [approach for approach in self.plan.approaches if approach.blocks != blocks]
+                self.plan = replace(self.plan, approaches=approaches)
+                self.left_out[f"last-{blocks}"] = str(error)
+                continue
+            self._say(f"[{len(found)}/{total}] extraction{states}: {seconds_text(found[blocks].seconds)}")
+        return found
+
+    def _extraction(self, blocks: int) -> Extraction:
+        key, cache = self.extraction_key(blocks), self.cache(blocks)
+        known = self.folder.extraction(key)
+        if known is not None and exists(cache / "manifest.json", InputError):
             return known
         plan = self.plan
+        if blocks:
+            refuse_uncut(plan, blocks)
         with tempfile.TemporaryDirectory() as scratch:
             rows = Path(scratch) / "rows"
             write_rows(plan.examples, rows)
-            job = ExtractionJob(self.cache, rows, plan.source, plan.pooling, self.progress)
+            job = ExtractionJob(cache, rows, plan.source, plan.pooling, self.progress, blocks)
             result = self._measure(job)
             if isinstance(result, Extraction) and not result.extracted:  # whole already, but nobody knows what it took
-                with explained(f"cannot remove {self.cache}", InputError):
-                    shutil.rmtree(self.cache)
+                with explained(f"cannot remove {cache}", InputError):
+                    shutil.rmtree(cache)
                 result = self._measure(job)
             assert isinstance(result, Extraction)
-        self.folder.add(self.key, result, approach=EXTRACTION)
+        self.folder.add(key, result, approach=EXTRACTION, blocks=blocks)
         return result
 
     def _key(self, fraction: float, approach: Approach, seed: int) -> str:
         """Return the hash of all that decides a training."""
         plan = self.plan
         recipes = {"cached": approach.train_spec(plan.epochs, seed, plan.metric)}
-        if approach.name == "lp-ft":
+        if approach.blocks or approach.name == "lp-ft":
             recipes["probe"] = APPROACHES["cached"].train_spec(plan.epochs, seed, plan.metric)
         return hash_json(
             {
@@ -226,7 +266,7 @@ class Work:
             epochs=plan.epochs,
             metric=plan.metric,
             head=plan.head,
-            cache=self.cache,
+            cache=self.cache(approach.blocks),
             source=replace(plan.source, model=None),
             outputs=self.folder.output_path(key),
             progress=self.progress,
@@ -245,7 +285,7 @@ class Work:
                 "run the same command again to go on from there"
             ) from None
 
-    def _facts(self, extraction: Extraction) -> Facts:
+    def _facts(self, extractions: Mapping[int, Extraction]) -> Facts:
         plan, examples = self.plan, self.plan.examples
         assert examples.task is not None
         return Facts(
@@ -262,13 +302,27 @@ class Work:
             seeds=list(plan.seeds),
             epochs=plan.epochs,
             metric=plan.metric,
-            adjusted=extraction.adjusted,
+            adjusted=any(extraction.adjusted for extraction in extractions.values()),
+            left_out=self.left_out,
             **self.machine,
         )
 
     def _say(self, line: str) -> None:
         if self.progress:
             print(line, file=sys.stderr)
+
+
+def refuse_uncut(plan: Plan, blocks: int) -> None:
+    """Raise ``BackboneError`` or ``SpecError`` where the last blocks cannot be trained by themselves."""
+    from embedcache.backbone import load_backbone
+    from embedcache.finetune import TailModel, refuse_earlier_layer
+    from embedcache.heads import build_head
+
+    source = replace(plan.source, device="cpu")
+    backbone = load_backbone(**source.arguments(), features=(plan.pooling,), content=plan.examples.kind)
+    refuse_earlier_layer(backbone.feature_sets[0].name)
+    head = build_head(plan.head, backbone.feature_sets[0], max(1, len(plan.examples.class_names)), seed=0)
+    TailModel(backbone, head, blocks)
 
 
 class Machine(TypedDict):

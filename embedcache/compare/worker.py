@@ -26,7 +26,7 @@ from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memo
 from embedcache.compare.rows import Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
-from embedcache.spec import BackboneSettings, TrainSpec, differences_text
+from embedcache.spec import TUNING_DECAY, BackboneSettings, TrainSpec, differences_text, states_set
 from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def extraction(job: ExtractionJob) -> Extraction:
     memory = Peak(job.source.device)
     examples = read_rows(job.rows)
     begun = time.perf_counter()
-    asked = BackboneSettings((job.pooling,), content=examples.kind, pixel_range=examples.pixel_range)
+    sets = (job.pooling, states_set(job.blocks)) if job.blocks else (job.pooling,)
+    asked = BackboneSettings(sets, content=examples.kind, pixel_range=examples.pixel_range)
     backbone = load_for(job.cache, job.source, asked)
     setup = time.perf_counter() - begun
     try:
@@ -98,6 +99,7 @@ def extraction(job: ExtractionJob) -> Extraction:
         setup_seconds=setup,
         tokens=report.tokens,
         unique=report.unique,
+        disk=sum(shard.stat().st_size for shard in (job.cache / "features").glob("*.h5")),
     )
 
 
@@ -188,7 +190,8 @@ def training(job: TrainingJob) -> Training:
     cache = FeatureCache.open(job.cache)
     split = Split.of(cache, job.fraction, job.seed)
     problem = Problem(job, cache, split, feature_for(cache, job.head, None))
-    trained = _live(problem, memory) if live else _cached(problem, memory)
+    train = _last_blocks if problem.approach.blocks else _live if live else _cached
+    trained = train(problem, memory)
     data = io.BytesIO()
     np.save(data, trained.outputs.astype(np.float32))
     commit(job.outputs, data.getvalue(), InputError)
@@ -273,6 +276,43 @@ def _live(problem: Problem, memory: Peak) -> Trained:
     return Trained(
         tuned.history, tuned.seconds, held, count.trainable, tuned.head.probabilities(test), probe, setup, count.total
     )  # fmt: skip
+
+
+def _last_blocks(problem: Problem, memory: Peak) -> Trained:
+    """Train the last blocks and the head from cached states, as ``tune`` does."""
+    from embedcache.finetune import (
+        CachedStates,
+        TailModel,
+        cached_states,
+        fit_live,
+        into_standard_units,
+        load_tail,
+        parts_of,
+    )
+
+    job, cache, split, approach, y = problem.job, problem.cache, problem.split, problem.approach, problem.targets
+    spec, states = problem.train_spec(approach), cached_states(cache, approach.blocks)
+    assert approach.backbone_rate is not None
+    begun = time.perf_counter()
+    backbone = load_tail(cache, problem.feature, job.source)
+    setup = time.perf_counter() - begun
+    head, _, probe = _train_head(problem)
+    if problem.task is REGRESSION:
+        into_standard_units(head.module, y[split.train])
+    model = TailModel(backbone, head.module, approach.blocks)
+    train, validation, test = (
+        CachedStates(cache, rows, states, backbone.device) for rows in (split.train, split.validation, split.test)
+    )
+    tuned = fit_live(
+        model, (train, y[split.train]), (validation, y[split.validation]), spec,
+        parts_of(model, spec, approach.backbone_rate, TUNING_DECAY), task=problem.task.name,
+        class_names=cache.class_names, new_head=False, progress=job.progress, title=approach.title,
+    )  # fmt: skip
+    if tuned.interrupted:
+        raise KeyboardInterrupt
+    held, count = memory.read(), model.count_trainable_params()
+    outputs = tuned.head.probabilities_of(test)
+    return Trained(tuned.history, tuned.seconds, held, count.trainable, outputs, probe, setup, count.total)
 
 
 def standardize(module: Head, problem: Problem) -> None:

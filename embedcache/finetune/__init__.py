@@ -22,7 +22,7 @@ from embedcache.finetune.pipeline import (
 )
 from embedcache.finetune.states import CachedStates, LiveStates, cached_states
 from embedcache.finetune.tail import TailModel
-from embedcache.finetune.tuning import Tuned, evaluate_tuned, load_tail, parts_of, tune
+from embedcache.finetune.tuning import Tuned, evaluate_tuned, load_tail, parts_of, refuse_earlier_layer, tune
 from embedcache.spec import FINE_TUNING, TUNING
 
 __all__ = [
@@ -51,5 +51,6 @@ __all__ = [
     "load_tail",
     "outputs_of",
     "parts_of",
+    "refuse_earlier_layer",
     "tune",
 ]

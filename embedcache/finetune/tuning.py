@@ -162,8 +162,7 @@ def tune(
     spec = TUNING if spec is None else TrainSpec.of(spec)
     head_spec = live_head(head)
     pooled, states = feature_for(cache, head_spec, feature), cached_states(cache, blocks)
-    if FeatureSpec.parse(pooled.name).layers != (-1,):
-        raise SpecError(f"the head would read {pooled.name}: expected a set of the last layer, which the blocks end in")
+    refuse_earlier_layer(pooled.name)
     if backbone_learning_rate <= 0 or not 0 < layer_decay <= 1:
         raise SpecError(
             f"the backbone's learning rate is {backbone_learning_rate:g} and its decay {layer_decay:g}: "
@@ -205,6 +204,12 @@ def tune(
     }  # fmt: skip
     calibration, metrics = _judged(tuned, dict(zip(("train", "validation"), rows, strict=True)))
     return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts)
+
+
+def refuse_earlier_layer(name: str) -> None:
+    """Raise ``SpecError`` unless a feature set is of the last layer alone, which the last blocks end in."""
+    if FeatureSpec.parse(name).layers != (-1,):
+        raise SpecError(f"the head would read {name}: expected a set of the last layer, which the blocks end in")
 
 
 def load_tail(cache: FeatureCache, pooled: FeatureSet, source: ModelSource) -> FrozenModel[Any]:
