@@ -532,7 +532,8 @@ def test_the_other_tasks(model: str, tmp_path: Path, jobs: list[Job], task: str)
         return (["good", "any"] if good else ["bad", "any"]) if task == "multilabel" else 1000.0 + 50.0 * good
 
     data = [{**row, "label": label(row)} for row in rows_of(60)]
-    found = compare(model, None, inputs=data, task=task, epochs=3)
+    ways = ["cached", "frozen", "last-1", "lp-ft"]
+    found = compare(model, None, inputs=data, task=task, epochs=3, approaches=ways)
     rows = {each.approach: each for each in found.rows}
     assert found.facts.metric == {"multilabel": "f1_macro", "regression": "rmse"}[task]
     assert rows["frozen"].test == pytest.approx(rows["cached"].test, rel=1e-3)

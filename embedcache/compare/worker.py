@@ -310,7 +310,9 @@ def _last_blocks(problem: Problem, memory: Peak) -> Trained:
     )  # fmt: skip
     if tuned.interrupted:
         raise KeyboardInterrupt
-    held, count = memory.read(), model.count_trainable_params()
+    held = memory.read()
+    with model.whole():
+        count = model.count_trainable_params()
     outputs = tuned.head.probabilities_of(test)
     return Trained(tuned.history, tuned.seconds, held, count.trainable, outputs, probe, setup, count.total)
 

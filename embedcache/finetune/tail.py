@@ -148,6 +148,8 @@ class TailModel(FeatureBasedModel):
         used = {id(parameter) for parameter in _clear_gradients(self.backbone)} - before
         if not used:
             raise self._cannot("they share their weights with the blocks before them")
+        for block in self._frozen:
+            block.requires_grad_(False)
         for parameter in self.backbone.requires_grad_(False).parameters():
             parameter.requires_grad_(id(parameter) in used)
 
