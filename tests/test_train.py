@@ -32,6 +32,7 @@ from embedcache.train.batches import (
     RaggedBatches,
     TensorBatches,
     block_order,
+    grouped_order,
     lent,
     order,
 )
@@ -837,3 +838,26 @@ def test_stacks_say_which_of_their_heads_still_improve() -> None:
     specs = [TrainSpec(epochs=40, learning_rate=rate, shuffle_seed=0, weight_decay=1.0) for rate in (1e-4, 0.1)]
     options: dict[str, Any] = {"task": "classification", "class_names": NAMES}
     assert [each.fitted.improving for each in train_stack(x, y, [HeadSpec()] * 2, specs, **options)] == [True, False]
+
+
+@given(st.lists(st.integers(1, 97), min_size=1, max_size=229), st.integers(1, 13), st.integers(0, 5))
+def test_batches_of_similar_length_hold_each_row_once(lengths: list[int], size: int, epoch: int) -> None:
+    array = np.array(lengths, np.int64)
+    rows = grouped_order(array, size, 3, epoch)
+    assert sorted(rows.tolist()) == list(range(len(lengths)))
+    assert rows.tolist() == grouped_order(array, size, 3, epoch).tolist()
+    if len({*lengths}) == 1:
+        assert rows.tolist() == order(len(lengths), 3, epoch).tolist()
+
+
+def test_batches_of_similar_length_are_hardly_padded_and_come_anew() -> None:
+    lengths = np.random.default_rng(1).integers(3, 61, 499)
+
+    def padded(rows: Any) -> float:
+        return sum(int(lengths[rows[at : at + 7]].max()) * 7 for at in range(0, 497, 7)) / int(lengths.sum())
+
+    first, second = (grouped_order(lengths, 7, 3, epoch) for epoch in (0, 1))
+    assert padded(first) < 1.15 < 1.5 < padded(order(499, 3, 0))
+    assert {frozenset(first[:7].tolist())} != {frozenset(second[:7].tolist())}
+    longest = [int(lengths[first[at : at + 7]].max()) for at in range(0, 497, 7)]
+    assert longest != sorted(longest), "short ones would always come first"

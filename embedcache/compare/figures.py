@@ -86,9 +86,9 @@ APPROACHES: dict[str, Approach] = {
         Approach(
             "full",
             "full fine-tuning",
-            "Backbone and head together: AdamW at 5e-5, batches of 16, decay of 0.01 off biases and gains, linear "
-            "decay to 0 (Devlin et al. 2019), 10 % of the steps warming up, bias correction (Mosbach et al. 2021), "
-            "gradients clipped at 1; the new head learns faster, at 1e-3 (Howard & Ruder 2018).",
+            "Backbone and head together: AdamW at 5e-5, batches of 16 rows of similar length, decay of 0.01 off biases "
+            "and gains, linear decay to 0 (Devlin et al. 2019), 10 % of the steps warming up, bias correction (Mosbach "
+            "et al. 2021), gradients clipped at 1; the new head learns faster, at 1e-3 (Howard & Ruder 2018).",
             _TUNE,
             _BACKBONE_RATE,
         ),

@@ -24,7 +24,7 @@ from embedcache.finetune.model import FeatureBasedModel
 from embedcache.heads.modules import Head
 from embedcache.spec import FINE_TUNING, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, Array, Floats, Task, task_named
-from embedcache.train.batches import order
+from embedcache.train.batches import grouped_order, order
 from embedcache.train.data import checked_targets, class_weights, refuse_untrainable, target_moments
 from embedcache.train.loop import STILL_IMPROVING, Scores, Stopping, fit, still_improving
 from embedcache.train.losses import Loss, start_at, start_biases
@@ -55,15 +55,23 @@ class LiveRows(Protocol):
 
 
 class ContentBatches:
-    """Batches of contents, padded to the longest of each batch, in the order that a cache's rows are trained in."""
+    """Batches of contents, padded to the longest of each batch.
 
-    def __init__(self, rows: LiveRows, batch_size: int, seed: int) -> None:
-        self._rows, self._size, self._seed = rows, batch_size, seed
+    Where they are ``grouped`` their rows are of similar length; else they come in the order that a cache's rows are
+    trained in.
+    """
+
+    def __init__(self, rows: LiveRows, batch_size: int, seed: int, *, grouped: bool) -> None:
+        self._rows, self._size, self._seed, self._grouped = rows, batch_size, seed, grouped
         self.steps = -(-len(rows.lengths) // batch_size)
 
     def epoch(self, number: int) -> Iterator[ContentBatch]:
         """Yield the batches of one epoch."""
-        rows = order(len(self._rows.lengths), self._seed, number)
+        lengths = self._rows.lengths
+        rows = (
+            grouped_order(lengths, self._size, self._seed, number) if self._grouped
+            else order(len(lengths), self._seed, number)
+        )  # fmt: skip
         for start in range(0, len(rows), self._size):
             batch_rows = rows[start : start + self._size]
             inputs = self._rows.laid_out(batch_rows)
@@ -358,7 +366,8 @@ def fit_live(
     tuned = TunedModel(model, task, tuple(class_names), target_moments(y, kind))
     metrics = {}
     with _seeded(spec.seed, model):
-        batches = ContentBatches(live, spec.batch_size, spec.order_seed)
+        # A frozen backbone gives what a cache has, and its head is to see the batches of one that reads a cache.
+        batches = ContentBatches(live, spec.batch_size, spec.order_seed, grouped=not model.freeze_backbone)
         stopping = Stopping.of(spec, kind, batches.steps, max_steps)
         judge = _Judge(tuned, *judged, stopping.metric) if judged is not None and len(judged[1]) else None
         learner = LiveLearner(

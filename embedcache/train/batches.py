@@ -84,6 +84,30 @@ def drawn_views(rows: int, views: int, seed: int, epoch: int) -> Rows:
     return drawn
 
 
+GROUPED = 32
+"""Batches whose rows are sorted by length together: many enough that rows of a batch are about as long, and few enough
+that which rows meet in a batch is still drawn anew in each epoch."""
+
+
+def grouped_order(lengths: Rows, batch_size: int, seed: int, epoch: int) -> Rows:
+    """Return an ``order`` in which the rows of a batch are of similar length, so that little of it is padding.
+
+    Of every ``GROUPED`` batches the rows are sorted by length, and the batches then come in a drawn order; the last
+    batch of the epoch, which may be smaller, stays the last. Rows of one length keep their order.
+    """
+    rows = order(len(lengths), seed, epoch)
+    if not len(rows) or lengths.min() == lengths.max():
+        return rows
+    generator = np.random.Generator(np.random.PCG64([seed, epoch, 2]))
+    whole = len(rows) // batch_size * batch_size
+    parts = []
+    for start in range(0, whole, GROUPED * batch_size):
+        group = rows[start : min(start + GROUPED * batch_size, whole)]
+        batches = group[np.argsort(lengths[group], kind="stable")].reshape(-1, batch_size)
+        parts.append(batches[generator.permutation(len(batches))].ravel())
+    return np.concatenate([*parts, rows[whole:]])
+
+
 @dataclass(frozen=True)
 class ViewPlaces:
     """Where the features of N rows are among those of all their views, which stand one view after the other."""
