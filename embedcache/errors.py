@@ -193,10 +193,9 @@ class NotEqualError(EmbedcacheError, AssertionError):
 class MissingExtraError(EmbedcacheError, ImportError):
     """An optional package is not installed."""
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(
-            f"{what} needs the package {package}, which is not installed: run pip install 'embedcache[{extra}]'"
-        )
+    def __init__(self, what: str, package: str, extra: str | None) -> None:
+        install = package if extra is None else f"'embedcache[{extra}]'"
+        super().__init__(f"{what} needs the package {package}, which is not installed: run pip install {install}")
 
 
 class Interrupted(EmbedcacheError, RuntimeError):

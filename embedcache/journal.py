@@ -224,8 +224,22 @@ def read(path: Path, kind: Kind = CacheError) -> bytes | None:
     return None
 
 
+def url_of(path: Path | str) -> str | None:
+    """Return the URL that a path is, such as ``s3://bucket/reviews.cache``; None for a local one.
+
+    A ``Path`` has lost a slash of it. Schemes have at least two letters, as drives have one.
+    """
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.:-]+):/(/?)(.*)", str(path), re.DOTALL)
+    if found is None:
+        return None
+    scheme, slash, rest = found.groups()
+    return str(path) if slash else f"{scheme}://{'/' * (scheme in ('file', 'local'))}{rest}"
+
+
 def make_output(path: Path, kind: Kind = CacheError, *, fresh: bool) -> None:
     """Make an output folder and those above it. Raises ``kind``; a link that the user named is followed."""
+    if (url := url_of(path)) is not None:
+        raise kind(f"{url} is not a local folder, and nothing is written elsewhere: choose one")
     with explained(f"cannot make {path}", kind):
         made = [folder for folder in path.parents if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)

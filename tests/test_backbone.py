@@ -765,7 +765,7 @@ def hub(code: str, home: Path, endpoint: str = "http://127.0.0.1:9", **environme
     """Run ``code`` in a process of its own: the hub's client reads its settings once."""
     settings = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     settings |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
-    code = f"import embedcache.backbone.folder as folder\nfolder.HUB_SECONDS = 1.0\n{code}"
+    code = f"import embedcache.backbone.folder as folder, embedcache.hub\nembedcache.hub.SECONDS = 1.0\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=60, check=False
     )

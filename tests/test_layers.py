@@ -20,7 +20,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = (
     ("version", "wording"),
     ("errors",),
-    ("journal", "arguments", "memory", "decoding"),
+    ("journal", "arguments", "memory", "decoding", "hub"),
     ("fingerprint", "pooling", "batching", "shard", "pictures"),
     ("spec",),
     ("task", "features"),

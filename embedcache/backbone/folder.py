@@ -19,6 +19,7 @@ from pathlib import Path
 
 from embedcache.errors import BackboneError, MissingExtraError, SpecError
 from embedcache.fingerprint import hash_json, sha256_file
+from embedcache.hub import snapshot
 from embedcache.spec import POOLINGS
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -40,8 +41,6 @@ TOKENIZER_FILES = (
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _POINTER = b"version https://git-lfs.github.com/spec/"
-HUB_SECONDS = 10.0
-"""How long the hub may take to answer, before what is on this machine has to do."""
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.codes", "*.py", "model*.safetensors", "adapter_model.*"]
 
 
@@ -76,36 +75,10 @@ def resolve_model(model: Path | str | None, revision: str | None = None) -> Path
             f"{model or repr(model)} is not a model folder: expected a folder with config.json, "
             "or a hub name such as bert-base-uncased"
         )
-    return _model_folder(_from_hub(model, revision), model)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        # Asked first, because this question alone has a time limit: a dead network must not hang the run.
-        try:
-            HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-            reachable = True
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception:  # whatever the hub's client and the HTTP library below it raise, by version
-            reachable = False
-        there = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not reachable)
-        return Path(there)
-    except HFValidationError:
-        raise BackboneError(f"{name!r} is neither a folder here nor a possible hub name") from None
-    except RepositoryNotFoundError:
-        raise BackboneError(f"the hub has no model {name!r} (or it is private: log in with `hf auth login`)") from None
-    except RevisionNotFoundError:
-        raise BackboneError(f"the hub has the model {name!r}, but no revision {revision!r} of it") from None
-    except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
-        raise BackboneError(
-            f"the model {name!r} is not on this machine and the hub cannot be reached{offline}: connect once, give a "
-            f"local folder, or leave --model out for the packaged {DEFAULT_MODEL} [{type(error).__name__}]"
-        ) from None
+    otherwise = f"give a local folder, or leave --model out for the packaged {DEFAULT_MODEL}"
+    return _model_folder(
+        snapshot(model, revision, _HUB_FILES, what="model", kind=BackboneError, otherwise=otherwise), model
+    )
 
 
 def _model_folder(folder: Path, asked: str) -> Path:

@@ -17,9 +17,10 @@ import numpy as np
 from embedcache.cache import manifest as manifests
 from embedcache.cache.gather import Keys, Piece, Rows
 from embedcache.cache.manifest import DatasetEntry, Manifest, Shard, ShardFile
+from embedcache.cache.remote import problems_at
 from embedcache.errors import CacheError, CorruptCacheError
 from embedcache.fingerprint import sha256_file
-from embedcache.journal import commit, exists, explain, explained, is_locked, lock, make_folder, sync_directory
+from embedcache.journal import commit, exists, explain, explained, is_locked, lock, make_folder, sync_directory, url_of
 from embedcache.shard import Array, Column, FeatureSet, Placed, place, rises
 from embedcache.task import task_named
 from embedcache.wording import shown
@@ -275,11 +276,15 @@ PATIENCE = 100
 def verify(path: Path | str) -> list[str]:
     """Hash every file of a cache again and return what is wrong, one line each, left-over files included.
 
+    Of a cache behind a URL every byte is read where it is, and what is left over there is not looked for.
+
     While another process writes to the cache, its temporary files are not left-overs, and a dataset that it replaced
     meanwhile is looked at in its new form.
 
     Raises ``CacheNotFoundError`` when there is no cache.
     """
+    if (url := url_of(path)) is not None:
+        return problems_at(url)
     directory = Path(path)
     known: dict[str, str | None] = {}  # shards never change, and are looked at once
     for _ in range(PATIENCE):

@@ -11,6 +11,7 @@ import numpy as np
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
+from embedcache.cache.fetch import local_folder
 from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
@@ -63,6 +64,7 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
     """
     if not parts:
         raise InputError("there is nothing to merge: name at least one cache")
+    parts = [local_folder(part) for part in parts]
     with explained(f"cannot read {output_dir}"):
         if Path(output_dir).exists() and any(Path(output_dir).resolve() == Path(part).resolve() for part in parts):
             raise CacheError(f"{output_dir} is one of the parts: choose another output directory")

@@ -19,7 +19,7 @@ from embedcache.errors import (
     SpecMismatchError,
 )
 from embedcache.fingerprint import differences, hash_json, is_count, require, strict_json
-from embedcache.journal import commit, explain, explained
+from embedcache.journal import commit, explain, explained, url_of
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, refuse_colliding
 from embedcache.spec import ExtractionSpec, TaskName
@@ -29,7 +29,7 @@ NAME = "manifest.json"
 FOLDERS = ("features", "examples")
 FORMAT = "embedcache"
 MAJOR, MINOR = 1, 1
-_LARGEST = 256 << 20
+LARGEST = 256 << 20
 _MOST_VALUES = 4_000_000  # 100,000 shards have two
 
 FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
@@ -246,6 +246,8 @@ def read(directory: Path) -> Manifest:
         CorruptCacheError: it is damaged, hostile, or of a format this version cannot read.
         CacheError: it cannot be read.
     """
+    if (url := url_of(directory)) is not None:
+        raise CacheError(f"{url} is not a local folder, which this needs: embedcache pull {url} FOLDER makes one")
     path = directory / NAME
     try:
         for linked in (path, *(directory / folder for folder in FOLDERS)):
@@ -254,7 +256,7 @@ def read(directory: Path) -> Manifest:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise CorruptCacheError(f"{path} is not a plain file: restore it from a copy")
-        if status.st_size > _LARGEST:
+        if status.st_size > LARGEST:
             raise CorruptCacheError(f"{path} has {status.st_size:,} bytes, which no manifest has: restore it")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -266,13 +268,18 @@ def read(directory: Path) -> Manifest:
         raise
     except OSError as error:
         raise CacheError(f"cannot read {path}: {explain(error)}") from error
+    return parsed(data, str(path))
+
+
+def parsed(data: bytes, where: str) -> Manifest:
+    """Turn a manifest's bytes into a value. Raises ``CorruptCacheError``, which begins with ``where`` they stand."""
     try:
         return parse(data)
     except CorruptCacheError as error:
-        raise CorruptCacheError(f"{path}: {error}") from None
+        raise CorruptCacheError(f"{where}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CorruptCacheError(f"{path} is damaged ({reason}): restore it from a copy, or extract again") from None
+        raise CorruptCacheError(f"{where} is damaged ({reason}): restore it from a copy, or extract again") from None
 
 
 def parse(data: bytes) -> Manifest:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
 from embedcache.cache import manifest as manifests
+from embedcache.cache.fetch import advising, local_folder
 from embedcache.cache.files import PATIENCE, StoredShard, check_all, dataset_arrays, identity, stored_keys, verify
 from embedcache.cache.gather import Keys, RowIndex, Rows, take, take_tokens
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
@@ -61,7 +62,7 @@ class FeatureCache:
     @classmethod
     @checks_arguments()
     def open(cls, path: Path | str, *, verify: bool = True) -> FeatureCache:
-        """Open a cache.
+        """Open a cache: a folder, or a URL such as ``s3://bucket/reviews.cache``, of which ``local_folder`` has a copy.
 
         Names, sizes and the manifest's own hash are always checked, and the sha256 of every file once per process;
         ``verify=False`` leaves a feature shard's sha256 for when its features are first read. While the cache is
@@ -72,8 +73,13 @@ class FeatureCache:
             CacheNotFoundError: there is no cache.
             IncompleteCacheError: its first extraction has not been finished.
             CorruptCacheError: a byte is not what was committed.
+            CacheError, MissingExtraError: a URL that cannot be read.
         """
-        directory = Path(path)
+        with advising(path):
+            return cls._open(local_folder(path), verify)
+
+    @classmethod
+    def _open(cls, directory: Path, verify: bool) -> FeatureCache:
         for attempt in range(PATIENCE):
             manifest = manifests.read(directory)
             if manifest.examples is None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from embedcache.cache import manifest as manifests
+from embedcache.cache.fetch import local_folder
 from embedcache.errors import CorruptCacheError, EmbedcacheError, IncompleteCacheError
 from embedcache.journal import explained
 
@@ -33,7 +34,7 @@ def examine(path: Path | str) -> list[str]:
         CorruptCacheError: the child died, or its answer cannot be read.
         CacheError: as ``verify`` does.
     """
-    directory = Path(path)
+    directory = local_folder(path)
     with explained(f"cannot read {directory}"):
         size = sum(os.lstat(file).st_size for file in directory.rglob("*")) if directory.is_dir() else 0
     seconds = SECONDS + size // BYTES_PER_SECOND

@@ -1,12 +1,16 @@
-"""import and export: features and heads from and to other tools."""
+"""import, export, push, pull: features and heads from and to other tools and places."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedcache.cli.options import json_option, named_values, print_json, say, trust_option
+from embedcache.wording import counted, shown
+
+if TYPE_CHECKING:
+    from embedcache.cache.fetch import Moves
 
 
 @click.command("import", short_help="Put features that another tool made into CACHE.")
@@ -130,4 +134,49 @@ def export(
     say(exported.to_text())
 
 
-COMMANDS = (import_, export)
+@click.command(short_help="Copy a cache to s3://..., a run to hf://...")
+@click.argument("source", type=click.Path(), metavar="CACHE|RUN")
+@click.argument("url")
+@click.option(
+    "--read-back/--no-read-back", default=True, show_default=True,
+    help="Read what arrived and hash it again; else its size alone is compared.",
+)  # fmt: skip
+def push(source: str, url: str, read_back: bool) -> None:
+    """Copy CACHE, which is finished, to URL: s3://bucket/name, hf://datasets/user/name, or what else fsspec knows.
+    Or the head of RUN to a model repository: hf://user/name.
+
+    Every command that reads a cache then takes URL in its place. Files go first, the manifest last, and only what is
+    missing. URL may hold an earlier state of CACHE; another cache there is never overwritten. Run it again to go on
+    after a stop. For keys and endpoints see the package of the protocol: s3fs, gcsfs, huggingface_hub.
+    """
+    from pathlib import Path
+
+    if (Path(source) / "config.json").is_file():
+        from embedcache.heads import push_head
+
+        return say(f"sent as {push_head(source, url)}: predict, evaluate and export take {url} in place of RUN")
+    from embedcache.cache import push as push_cache
+
+    say(_moves_text(push_cache(source, url, read_back=read_back), f"sent to {shown(url)}"))
+
+
+@click.command(short_help="Copy a cache from a URL into a folder.")
+@click.argument("url")
+@click.argument("folder", type=click.Path())
+def pull(url: str, folder: str) -> None:
+    """Copy the cache at URL into FOLDER, where it can be extended, relabelled and merged.
+
+    Reading needs no pull: info, train, sweep, evaluate, check, export and merge take URL themselves and keep a copy of
+    their own. FOLDER may hold an earlier state of the cache. Run it again to go on after a stop.
+    """
+    from embedcache.cache import pull as pull_cache
+
+    say(_moves_text(pull_cache(url, folder), f"copied into {shown(folder)}"))
+
+
+def _moves_text(moves: Moves, where: str) -> str:
+    others = "; the others were there" * (moves.files < moves.total)
+    return f"{moves.files:,} of {counted(moves.total, 'file')} {where}, {moves.bytes / 1e6:,.1f} MB{others}"
+
+
+COMMANDS = (import_, export, push, pull)

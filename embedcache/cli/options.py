@@ -130,9 +130,11 @@ class Input:
     ) -> Examples:
         """Read the rows; those that cannot be used go to ``quarantine`` unless the options name another file.
 
+        It is named after what is read or written; where that is a URL it is in the working directory.
         ``kind`` is the kind of content, guessed for None; ``pixel_range`` as in ``load_examples``.
         """
         from embedcache.examples import load_examples
+        from embedcache.journal import url_of
 
         if not self.named:
             raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
@@ -140,7 +142,7 @@ class Input:
             name: list(value) or None if name in SPLITS else value for name, value in self.options.items()
         }
         if options["on_bad_row"] == "skip" and options["quarantine"] is None:
-            options["quarantine"] = quarantine
+            options["quarantine"] = quarantine if url_of(quarantine) is None else quarantine.rpartition("/")[2]
         if options.pop("no_labels", False):
             labels = "none"
         return load_examples(list(self.files) or None, labels=labels, kind=kind, pixel_range=pixel_range, **options)

@@ -9,6 +9,7 @@
 ``record``         what is known of a trained head: the value that a bundle holds, and the model card
 ``bundle``         what a bundle's folder holds, read and checked
 ``folder``         the folder written, by one process at a time
+``hub``            a run's folder sent to a hub, and fetched from one
 ``trained``        a trained head that runs: logits, probabilities, decisions
 =================  =======================================================================================
 
@@ -17,6 +18,7 @@ Each imports only from those above it.
 Importing this loads neither torch nor scikit-learn.
 """
 
+from embedcache.heads.hub import push_head
 from embedcache.heads.registry import (
     STACKED_OPTIONS,
     build_head,
@@ -35,6 +37,7 @@ __all__ = [
     "engine_of",
     "head_named",
     "kinds",
+    "push_head",
     "register_head",
     "stack_key",
 ]

@@ -185,7 +185,7 @@ def prepare(directory: Path) -> None:
         left = ours and (weights or all(map(_TEMPORARY.fullmatch, names)))
         if names and CONFIG not in names and not left:
             raise BundleError(f"{directory} holds something else than a head: choose a new or an empty directory")
-        if CONFIG in names and not _is_ours(directory / CONFIG):
+        if CONFIG in names and not is_ours(directory / CONFIG):
             raise BundleError(f"{directory} holds another model than a head: choose a new or an empty directory")
         make_output(directory, BundleError, fresh=CONFIG not in names)
         if not os.access(directory, os.W_OK | os.X_OK):
@@ -194,7 +194,7 @@ def prepare(directory: Path) -> None:
             )
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Return whether a config may be replaced: one of ours, even damaged, but nobody else's."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_CONFIG:

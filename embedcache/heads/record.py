@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
@@ -11,7 +12,7 @@ from embedcache.fingerprint import is_number
 from embedcache.numerics import Probe
 from embedcache.shard import FeatureSet
 from embedcache.spec import ExtractionSpec, HeadSpec, TaskName
-from embedcache.task import Array, task_named
+from embedcache.task import REGRESSION, Array, task_named
 from embedcache.version import __version__
 from embedcache.wording import markdown_table
 
@@ -79,10 +80,7 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
     names = [plain(name) for name in head.class_names]
     shown = ", ".join(names[:_MOST]) + (" ..." if len(names) > _MOST else "")
     lines = [
-        "---",
-        "library_name: embedcache",
-        f"tags: [frozen-backbone, {head.task}]",
-        "---",
+        *_metadata(head, metrics, f"{head.spec.kind} head on {backbone}"),
         "",
         f"# {kind} head on {plain(backbone)}",
         "",
@@ -115,6 +113,55 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
         "",
     ]
     return "\n".join(lines)
+
+
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "subset_accuracy": ("accuracy", "Accuracy of whole rows"),
+    "f1_macro": ("f1", "F1, mean over classes"),
+    "roc_auc": ("roc_auc", "ROC AUC"),
+    "mcc": ("matthews_correlation", "Matthews correlation"),
+    "mae": ("mae", "Mean absolute error"),
+    "rmse": ("rmse", "Root of the mean squared error"),
+    "r2": ("r_squared", "R squared"),
+    "spearman": ("spearmanr", "Spearman correlation"),
+}
+"""What the hub calls those of our metrics that it knows, and how they are shown there."""
+
+
+def _metadata(head: HeadRecord, metrics: Mapping[str, object], name: str) -> Iterator[str]:
+    """Yield the lines of the card that the hub reads: YAML, every text from data of which is written as JSON."""
+    form = "regression" if head.task == REGRESSION.name else "classification"
+    tag = {"text": "text-classification", "image": "image-classification"}.get(
+        head.extraction.content or "", f"tabular-{form}"
+    )
+    yield from ("---", "library_name: embedcache", f"pipeline_tag: {tag}")
+    if (base := base_model(head)) is not None:
+        yield f"base_model: {base}"
+    yield f"tags: [embedcache, frozen-backbone, {head.task}]"
+    results = []
+    for split, values in metrics.items():
+        known = [
+            {"type": kind, "value": value, "name": shown}
+            for metric, (kind, shown) in _METRICS.items()
+            if split != "train" and is_number(value := _mapping(values).get(metric))
+        ]
+        if known:  # which data set it was is not recorded; its name and type may not be absent
+            dataset = {"name": "the cached rows", "type": "unknown", "split": _on_one_line(split)}
+            results.append({"task": {"type": tag}, "dataset": dataset, "metrics": known})
+    if results:
+        index = [{"name": _on_one_line(name), "results": results}]
+        yield f"model-index: {json.dumps(index, ensure_ascii=False)}"
+    yield "---"
+
+
+def base_model(head: HeadRecord) -> str | None:
+    """Return the backbone's name on the hub, None for one that is a folder, or trained with the head."""
+    if head.model == "all-MiniLM-L6-v2":  # the packaged one
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    # Only what is from the hub has a revision: a folder may be called like somebody's model.
+    named = head.revision is not None and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", head.model or "", re.ASCII)
+    return head.model if named else None
 
 
 def _calibration(head: HeadRecord) -> str:
@@ -182,9 +229,13 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
+def _on_one_line(value: object) -> str:
+    return " ".join("".join(sign if sign.isprintable() or sign.isspace() else "\ufffd" for sign in str(value)).split())
+
+
 def plain(value: object) -> str:
     """Return a text from data on one line, harmless in Markdown: no table, link, HTML, formula or mention in it."""
-    text = " ".join("".join(sign if sign.isprintable() or sign.isspace() else "\ufffd" for sign in str(value)).split())
+    text = _on_one_line(value)
     for mark in "\\|<>`[]*_~$&#!@":
         text = text.replace(mark, "\\" + mark)
     return text.replace("://", ":\\//").replace("www.", "www\\.")

@@ -6,21 +6,23 @@ fixed shape, as the backbone's have, so that the logits of a row depend, to the 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedcache.arguments import checks_arguments
-from embedcache.errors import FeatureError, SpecError
+from embedcache.errors import BundleError, FeatureError, SpecError
 from embedcache.features import Dense, InMemory, features_of
 from embedcache.heads.bundle import load
 from embedcache.heads.folder import BACKBONE, RunFolder
+from embedcache.heads.hub import local_run, push_head
 from embedcache.heads.record import HeadRecord
 from embedcache.heads.registry import build_head
 from embedcache.heads.sklearn_io import logits_of, outputs
@@ -212,12 +214,33 @@ class TrainedHead(HeadRecord):
 
     @classmethod
     @checks_arguments()
-    def from_pretrained(cls, directory: Path | str) -> TrainedHead:
-        """Read a head bundle; everything in it is checked. Raises ``BundleError``."""
-        head = load(Path(directory), cls)
+    def from_pretrained(cls, directory: Path | str, *, revision: str | None = None) -> TrainedHead:
+        """Read a head bundle: a folder, or ``user/name`` on the hub at a ``revision``. Everything in it is checked.
+
+        Raises ``BundleError``.
+        """
+        folder = local_run(directory, revision)
+        head = load(folder, cls)
         if head.model is not None and BACKBONE.fullmatch(head.model.removeprefix("./")):
-            return replace(head, model=str(Path(directory) / head.model))
+            return replace(head, model=str(folder / head.model))
         return head
+
+    @checks_arguments(push_head)
+    def push_to_hub(
+        self, repository: str, *, metrics: Mapping[str, object] | None = None,
+        history: Sequence[Mapping[str, object]] = (), facts: Mapping[str, object] | None = None, **options: Any,
+    ) -> str:  # fmt: skip
+        """Send the head to a repository ``user/name`` on the hub; return the commit's URL.
+
+        It is written as ``save_pretrained`` does it, and sent as ``push_head`` does it, whose ``options`` are
+        ``revision``, ``private``, ``create_pr``, ``message`` and ``token``. ``push_head`` by itself sends the folder of
+        a run, with the metrics that are there. Raises ``BundleError``.
+        """
+        if self.model is not None and BACKBONE.fullmatch(Path(self.model).name):
+            raise BundleError("the last blocks of its backbone were trained too: send the run's folder with push_head")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "run", metrics=metrics, history=history, facts=facts)
+            return push_head(Path(folder) / "run", repository, **options)
 
 
 def passes(rows: InMemory) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:
