@@ -33,6 +33,15 @@ settings.register_profile("thorough", parent=settings.get_profile("quick"), max_
 settings.load_profile("quick")
 
 
+# The first to be run: with tests of half a minute at the end, one of two workers would wait for the other.
+LONG = ("test_readme.py", "test_commands.py", "test_docstrings.py", "test_threads.py", "test_compare.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the longest tests first; the others stay in their order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
     """The folder of the packaged all-MiniLM-L6-v2; `make test` installs it, so there the test always runs."""

@@ -384,7 +384,7 @@ def test_ctrl_c_before_and_after_the_work(
     assert capsys.readouterr().err == "interrupted\n" * interrupted
 
 
-def test_ctrl_c_in_the_middle_of_an_extraction(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_middle_of_an_extraction(command: Command, model: Path, tmp_path: Path) -> None:
     """Exit status 1 and a line on how to go on; what is resumed equals the uninterrupted, byte for byte."""
     source = tmp_path / "in.csv"
     words = tiny_models.WORDS
@@ -408,7 +408,7 @@ def test_ctrl_c_in_the_middle_of_an_extraction(model: Path, tmp_path: Path) -> N
     with contextlib.suppress(OSError):
         assert not list((tmp_path / "c").rglob("*.tmp"))
     for name in ("c", "whole"):
-        done = program("extract", *arguments, "-o", tmp_path / name, "--json")
-        assert done.returncode == 0, done.stderr
-        assert (json.loads(done.stdout)["reused"] >= 200) == (name == "c")
+        done = command("extract", *arguments, "-o", tmp_path / name, "--json")
+        assert done.code == 0, done.err
+        assert (json.loads(done.out)["reused"] >= 200) == (name == "c")
     assert files(tmp_path / "c") == files(tmp_path / "whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
     return extract(TEXTS, model=model, output_dir=folder / "c", pooling=POOLINGS, split="80/20", keep_inputs=True)
 
 
-def run_of(cache: FeatureCache, where: Path, kind: str, feature: str, **settings: Any) -> Path:
-    if not where.exists():
-        if feature == "pooler":  # a tiny model's hardly varies: large weights would make rounding large
-            settings = {"l2": 100.0, **settings}
-        train_on_cache(cache, kind, settings or None, feature=feature, progress=False).save(where)
-    return where
+def run_of(cache: FeatureCache, where: Path, kind: str, feature: str) -> Path:
+    """A run in ``where``: a copy of one that is trained once for each cache."""
+    run = cache.path.parent / f"run-{kind}-{feature}"
+    if not run.exists():
+        # a tiny model's pooler hardly varies: large weights would make rounding large
+        settings = {"l2": 100.0} if feature == "pooler" else None
+        train_on_cache(cache, kind, settings, feature=feature, progress=False).save(run)
+    return Path(shutil.copytree(run, where))
 
 
 HEADS = {

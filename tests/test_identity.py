@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -196,23 +197,44 @@ def test_weights_saved_again_give_their_own_features(bert: Path, tmp_path: Path,
     assert after.tobytes() != before.tobytes()
 
 
+READ = """
+import os, pickle, sys
+import sklearn.pipeline, torch, transformers
+for _ in sys.stdin:
+    if not os.fork():
+        try:
+            print(pickle.load(open(sys.argv[1], "rb")).predict(["not bad"]).shape, flush=True)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(0)
+    os.wait()
+    print("done", flush=True)
+"""
+"""For each line, a child says what it makes of the pipeline; the libraries, which take seconds, are loaded once."""
+
+
 def test_a_pickled_pipeline_predicts_with_the_model_that_it_was_fitted_with(bert: Path, tmp_path: Path) -> None:
     texts, labels = list(tiny_models.TEXTS), [at % 2 for at in range(len(tiny_models.TEXTS))]
     pipeline = make_pipeline(extractor(bert, tmp_path), LogisticRegression()).fit(texts, labels)
     expected = pipeline.predict_proba(texts)
     data = pickle.dumps(pipeline)
-    read = "import pickle, sys; made = pickle.load(open(sys.argv[1], 'rb')); print(made.predict(['not bad']).shape)"
     (tmp_path / "pipeline").write_bytes(data)
+    process = subprocess.Popen(
+        [sys.executable, "-c", READ, str(tmp_path / "pipeline")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    asked, said = process.stdin, iter(process.stdout.readline, "")
 
     def fresh() -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", read, str(tmp_path / "pipeline")], capture_output=True, text=True, check=False
-        )
-        return done.stdout + done.stderr
+        print(file=asked, flush=True)
+        return "".join(itertools.takewhile(lambda line: line != "done\n", said))
 
-    assert fresh().strip() == "(1,)"
-    nudge(bert, 0.5)
-    assert "BackboneMismatchError: FeatureExtractor was fitted with another model" in fresh()
+    with process:
+        assert fresh().strip() == "(1,)"
+        nudge(bert, 0.5)
+        assert "BackboneMismatchError: FeatureExtractor was fitted with another model" in fresh()
     with pytest.raises(BackboneMismatchError, match=r"backbone\.weights\.model\.safetensors: fitted with"):
         pickle.loads(data).predict(texts)
     assert not hasattr(clone(pipeline)[0], "identity_")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,19 +111,26 @@ def test_stdout_that_is_not_utf8(model: Path, tmp_path: Path) -> None:
     train_on_cache(cache).save(tmp_path / "run")
     rows = [json.dumps({"id": f"→{at}", **row}) for at, row in enumerate(ROWS[:3])]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    encodings, count = ("utf-8", "ascii", "latin-1"), len(COMMANDS)
     code = (
         "import json, sys; from embedcache import cli\n"
-        "for line in json.loads(sys.argv[1]):\n"
-        "    assert cli.run(line.split()) == 0; sys.stdout.flush(); sys.stdout.buffer.write(b'@@'); sys.stdout.flush()"
+        "for encoding in json.loads(sys.argv[2]):\n"
+        "    for line in json.loads(sys.argv[1]):\n"
+        "        for stream in (sys.stdin, sys.stdout, sys.stderr):\n"
+        "            stream.reconfigure(encoding=encoding, errors='strict')\n"
+        "        assert cli.run(line.split()) == 0, (encoding, line)\n"
+        "        sys.stdout.flush(); sys.stdout.buffer.write(b'@@'); sys.stdout.flush()"
     )
-    printed = {}
-    for encoding in ("utf-8", "ascii", "latin-1"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(COMMANDS)], capture_output=True, cwd=tmp_path, check=False,
-            env={**os.environ, "PYTHONIOENCODING": encoding},
-        )  # fmt: skip
-        assert done.returncode == 0, (encoding, done.stderr.decode()[-2000:])
-        printed[encoding] = [each.decode(encoding) for each in done.stdout.split(b"@@")][:-1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(COMMANDS), json.dumps(encodings)], capture_output=True, cwd=tmp_path,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode("latin-1")[-2000:]
+    pieces = done.stdout.split(b"@@")[:-1]
+    printed = {
+        encoding: [each.decode(encoding) for each in pieces[at * count : (at + 1) * count]]
+        for at, encoding in enumerate(encodings)
+    }
     for encoding, texts in printed.items():
         assert len(texts) == len(COMMANDS)
         for command, text, whole in zip(COMMANDS, texts, printed["utf-8"], strict=True):

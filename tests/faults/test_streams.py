@@ -13,11 +13,15 @@ from small_caches import SETS, write
 from embedcache.heads import TrainedHead
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
-def test_closed_streams(tmp_path: Path, closed: str) -> None:
+@pytest.mark.parametrize(
+    ("closed", "head"),
+    # Only the loading of torch, which takes seconds, takes the number of a closed stderr for itself.
+    [("0<&-", "linear"), ("1>&-", "linear"), ("2>&-", "mlp --epochs 2"), ("0<&- 1>&- 2>&-", "mlp --epochs 2")],
+)
+def test_closed_streams(tmp_path: Path, closed: str, head: str) -> None:
     split = (np.arange(60) % 5 == 0).astype(np.uint8)
     write(tmp_path / "c", 60, 60, SETS[:1], split=split, split_names=("train", "validation"))
-    train = f"{sys.executable} -m embedcache train c -o r --head mlp --epochs 2 {closed}"
+    train = f"{sys.executable} -m embedcache train c -o r --head {head} {closed}"
     done = subprocess.run(train, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, "error" in done.stderr) == (0, False)
     assert ("saved in r" in done.stdout) == ("1>&-" not in closed)
