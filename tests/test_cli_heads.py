@@ -254,18 +254,22 @@ def test_ctrl_c_keeps_the_best_head_so_far(cache: Path, run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("options", "absent"),
+    ("heads", "absent"),
     [
-        (("--head", "logistic-regression"), ("torch", "transformers")),
-        (("--head", "hist-gradient-boosting", "--head-option", "max_iter=2"), ("torch", "transformers")),
-        (("--head", "mlp", "--epochs", "1"), ("transformers",)),
+        (
+            (("logistic-regression",), ("hist-gradient-boosting", "--head-option", "max_iter=2")),
+            ("torch", "transformers"),
+        ),
+        ((("mlp", "--epochs", "1"),), ("transformers",)),
     ],
 )
-def test_stage_two_is_light(options: Any, absent: Any, cache: Path, tmp_path: Path) -> None:
+def test_stage_two_is_light(heads: Any, absent: Any, cache: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom embedcache.cli import run\n"
-        f"assert run(['train', {str(cache)!r}, '-o', {str(tmp_path / 'run')!r}, *{options!r}]) == 0\n"
-        f"assert run(['evaluate', {str(tmp_path / 'run')!r}, {str(cache)!r}]) == 0\n"
+        f"for at, head in enumerate({heads!r}):\n"
+        f"    made = f'{tmp_path}/run{{at}}'\n"
+        f"    assert run(['train', {str(cache)!r}, '-o', made, '--head', *head]) == 0\n"
+        f"    assert run(['evaluate', made, {str(cache)!r}]) == 0\n"
         f"print([name for name in {absent!r} if name in sys.modules], 'sklearn' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

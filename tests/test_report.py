@@ -299,6 +299,8 @@ def test_a_summary_that_lacks_anything_is_shown_or_refused(made: Any) -> None:
     """Every value left out, and every value of another type, as a flipped bit may leave them."""
     whole = made()
     whole["leaderboard"] = whole["leaderboard"][:3]
+    for name, points in (whole["test"].get("points") or {}).items():  # as many as are drawn would take half the time
+        whole["test"]["points"][name] = points[:3]
     tried = refused = 0
     for path in places(whole):
         for damage in ("left out", "a word", 7, None, {}):
