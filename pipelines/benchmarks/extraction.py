@@ -93,9 +93,9 @@ def lengths() -> None:
     reviews = snippets(SETTINGS["rows"])
     joined = [" ".join(each["text"] for each in reviews[at : at + 6]) for at in range(0, len(reviews), 6)]
     sets = {
-        "questions": [{"text": each} for each in dict.fromkeys(each["text"] for each in prepared_rows("trec"))],
+        "questions": list({each["text"]: each for each in prepared_rows("trec")}.values()),
         "snippets": reviews,
-        "texts": [{"text": each} for each in joined],
+        "texts": [{"text": text, "label": str(at % 2)} for at, text in enumerate(joined)],
     }
     for (name, data), bars in zip(sets.items(), (("1.2x", "1.6x"), ("1.25x", "1.6x"), ("1.3x", "1.4x")), strict=True):
         data = data[: SETTINGS["rows"]]
