@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from embedcache.version import __version__
 
 if TYPE_CHECKING:
+    from embedcache.audit import audit_cache
     from embedcache.cache import FeatureCache, merge, pull, push, relabel
     from embedcache.compare import compare_training_approaches
     from embedcache.equivalence import check_equivalence, check_tuning
@@ -65,6 +66,7 @@ _WHERE = {
     "TextClassificationPipeline": "finetune",
     "TrainSpec": "spec",
     "TrainedHead": "heads",
+    "audit_cache": "audit",
     "check_equivalence": "equivalence",
     "check_tuning": "equivalence",
     "compare_training_approaches": "compare",
@@ -104,6 +106,7 @@ __all__ = [
     "TrainSpec",
     "TrainedHead",
     "__version__",
+    "audit_cache",
     "check_equivalence",
     "check_tuning",
     "compare_training_approaches",

@@ -24,6 +24,7 @@
     ├── TrainingError (ValueError)           a head cannot be trained on this data
     ├── SweepError (ValueError)              a sweep that cannot be run or resumed
     │   └── SweepSpecError                   a head, setting or number of a sweep that cannot be, whatever the rows
+    ├── AuditError (ValueError)              an audit's folder that is missing, damaged or something else's
     ├── NotEqualError (AssertionError)       the equivalence check found a difference
     ├── MissingExtraError (ImportError)      an optional package is not installed; names the command
     └── Interrupted (RuntimeError)           Ctrl-C: what was kept and how to go on
@@ -184,6 +185,10 @@ class SweepSpecError(SweepError):
     """A head, setting or number of a sweep that cannot be, whatever the rows are."""
 
     exit_code = 2
+
+
+class AuditError(EmbedcacheError, ValueError):
+    """A folder of an audit that is missing, damaged or something else's."""
 
 
 class NotEqualError(EmbedcacheError, AssertionError):

@@ -29,7 +29,8 @@ LAYERS = (
     ("examples", "backbone", "heads", "cache"),
     ("extract", "train"),
     ("estimator", "sweep", "predict", "finetune", "importing"),
-    ("equivalence", "compare", "export", "report"),
+    ("equivalence", "compare", "export", "audit"),
+    ("report",),
     ("cli",),
     ("__main__",),
 )

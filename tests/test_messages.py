@@ -43,6 +43,7 @@ SAID_BY = {
     "predict.py": frozenset({"predict"}),
     "importing": frozenset({"import"}),
     "export": frozenset({"export"}),
+    "audit": frozenset({"audit"}),
 }
 # Flags about labels and splits, which predict does not read, and those that only a command which has them can run into.
 ONLY_WHERE_THERE = {

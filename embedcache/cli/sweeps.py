@@ -128,17 +128,20 @@ def _numbers(text: str | None) -> list[int]:
 
 
 @click.command()
-@click.argument("sweep", type=click.Path())
+@click.argument("folder", type=click.Path(), metavar="SWEEP|AUDIT")
 @click.option(
     "--output", "-o", type=click.Path(dir_okay=False), metavar="FILE",
-    help="File to write. Default: SWEEP/report.html, or stdout for Markdown and JSON.",
+    help="File to write. Default: report.html in the folder, or stdout for Markdown and JSON.",
 )  # fmt: skip
+@click.option(
+    "--audit", type=click.Path(), metavar="AUDIT", help="Add what audit CACHE -o AUDIT found to the page of SWEEP."
+)
 @click.option(
     "--format", "form", type=click.Choice(["html", "markdown", "json"]),
     help="Default: by the ending of --output, else HTML.",
 )  # fmt: skip
-def report(sweep: str, output: str | None, form: Form | None) -> None:
-    """Write the results of SWEEP as one page that needs no network: leaderboard, plots, errors."""
+def report(folder: str, output: str | None, audit: str | None, form: Form | None) -> None:
+    """Write the results of SWEEP, or what an AUDIT found, as one page that needs no network."""
     from pathlib import Path
 
     from embedcache.report import report as write
@@ -146,10 +149,10 @@ def report(sweep: str, output: str | None, form: Form | None) -> None:
     endings: dict[str, Form] = {".md": "markdown", ".json": "json"}
     form = form or (endings.get(Path(output).suffix.lower(), "html") if output is not None else "html")
     if output is None and form != "html":
-        text = write(sweep, form=form)
+        text = write(folder, form=form, audit=audit)
         return say_json(text, nl=False) if form == "json" else say(text, nl=False)
-    where = output if output is not None else str(Path(sweep) / "report.html")
-    write(sweep, where, form)
+    where = output if output is not None else str(Path(folder) / "report.html")
+    write(folder, where, form, audit)
     say(f"written to {where}")
 
 

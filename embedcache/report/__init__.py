@@ -1,8 +1,9 @@
-"""A sweep's findings as one self-contained page, as Markdown, or as JSON.
+"""The findings of a sweep or an audit as one self-contained page, as Markdown, or as JSON.
 
 ============  =========================================================================
 ``charts``    pictures as SVG, written by hand: they follow the page's colours
 ``sections``  a summary -> what the page shows
+``audits``    the same of an audit
 ``page``      the template, the style and the script put together; the same as Markdown
 ============  =========================================================================
 """
@@ -13,29 +14,29 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from embedcache.errors import SweepError
+from embedcache.audit.result import is_audit, read_audit
+from embedcache.decoding import to_json
+from embedcache.errors import SpecError, SweepError
 from embedcache.journal import commit
-from embedcache.report.page import to_html, to_markdown
+from embedcache.report.page import audit_to_html, audit_to_markdown, to_html, to_markdown
 from embedcache.sweep.summary import read_summary
 
 Form = Literal["html", "markdown", "json"]
 
 
-def report(sweep: Path | str, output: Path | str | None = None, form: Form = "html") -> str:
-    """Return the report of a sweep's folder, and write it to ``output`` where that is given.
+def report(
+    folder: Path | str, output: Path | str | None = None, form: Form = "html", audit: Path | str | None = None
+) -> str:
+    """Return the report of a folder of a sweep or an audit, and write it to ``output`` where that is given.
 
-    Raises ``SweepError`` for a folder that is not a sweep or has no finished summary, and when ``output`` cannot be
-    written; ``MissingExtraError`` without jinja2, for HTML.
+    With ``audit``, an audit's folder, the page of a sweep has a section about it.
+
+    Raises ``SweepError`` for a folder that is neither or has no finished summary, and when ``output`` cannot be
+    written; ``AuditError`` for an audit that is damaged; ``MissingExtraError`` without jinja2, for HTML.
     """
-    summary, written = read_summary(Path(sweep))
-    if not summary.leaderboard:
-        raise SweepError(f"{sweep} has no head that could be trained: see {sweep}/results.jsonl for the reasons")
-    if form == "html":
-        text = to_html(summary)
-    elif form == "markdown":
-        text = to_markdown(summary)
-    else:
-        text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+    if audit is not None and form != "html":
+        raise SpecError(f"an audit goes into the HTML page of a sweep: report {audit} alone as {form}")
+    text = _of_audit(Path(folder), form) if is_audit(Path(folder)) else _of_sweep(Path(folder), form, audit)
     # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, is written as JSON's own escape.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if output is not None:
@@ -43,4 +44,22 @@ def report(sweep: Path | str, output: Path | str | None = None, form: Form = "ht
     return text
 
 
-__all__ = ["Form", "report", "to_html", "to_markdown"]
+def _of_sweep(folder: Path, form: Form, audit: Path | str | None) -> str:
+    summary, written = read_summary(folder)
+    if not summary.leaderboard:
+        raise SweepError(f"{folder} has no head that could be trained: see {folder}/results.jsonl for the reasons")
+    if form == "html":
+        return to_html(summary, None if audit is None else read_audit(audit))
+    return to_markdown(summary) if form == "markdown" else json.dumps(written, indent=2, ensure_ascii=False) + "\n"
+
+
+def _of_audit(folder: Path, form: Form) -> str:
+    summary = read_audit(folder)
+    if form == "html":
+        return audit_to_html(summary)
+    if form == "markdown":
+        return audit_to_markdown(summary)
+    return json.dumps(to_json(summary), indent=2, ensure_ascii=False) + "\n"
+
+
+__all__ = ["Form", "audit_to_html", "audit_to_markdown", "report", "to_html", "to_markdown"]

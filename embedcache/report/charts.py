@@ -250,6 +250,32 @@ def _dot(
     return f"{whisker}{dot}<title>{escape(point.title)}</title></circle>"
 
 
+@dataclass(frozen=True)
+class Spot:
+    """A dot of a map: place, colour, the kinds of rings about it, a text shown on hover."""
+
+    x: float
+    y: float
+    style: str
+    rings: Sequence[str] = ()
+    title: str = ""
+
+
+def cloud(spots: Sequence[Spot], title: str) -> str:
+    """Draw a map: dots without axes, as its directions mean nothing by themselves; those with rings on top."""
+    width, height, edge = 560, 420, 12
+    x = Scale(padded(without_outliers(xs := [spot.x for spot in spots], xs), 0.02), (edge, width - edge))
+    y = Scale(padded(without_outliers(ys := [spot.y for spot in spots], ys), 0.02), (height - edge, edge))
+    parts = []
+    for spot in sorted(spots, key=lambda spot: len(spot.rings)):
+        across, down = min(max(x(spot.x), edge / 2), width - edge / 2), min(max(y(spot.y), edge / 2), height - edge / 2)
+        dot = f'<circle class="dot {spot.style}" cx="{across}" cy="{down}" r="2">'
+        parts.append(f"{dot}<title>{escape(spot.title)}</title></circle>")
+        for number, ring in enumerate(spot.rings):
+            parts.append(f'<circle class="mark {escape(ring)}" cx="{across}" cy="{down}" r="{4.5 + 2 * number}"/>')
+    return figure("".join(parts), title, width, height)
+
+
 def interval_bar(value: float, ends: Pair | None, domain: Pair, style: str) -> str:
     """Draw one row of a leaderboard: the interval as a line, the score as a dot, on an axis that all rows share.
 

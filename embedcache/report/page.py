@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from embedcache.audit.result import KINDS
+from embedcache.audit.result import Summary as Audit
 from embedcache.errors import MissingExtraError
 from embedcache.heads.record import plain
+from embedcache.report.audits import audit_values
+from embedcache.report.audits import facts as audit_facts
 from embedcache.report.sections import facts, p_value, page_values, show
 from embedcache.sweep.summary import LeaderboardRow, Summary
 from embedcache.wording import counted, markdown_table
@@ -19,6 +24,30 @@ if TYPE_CHECKING:
 
 
 # The report as Markdown, for a pull request or a terminal.
+
+
+def audit_to_markdown(audit: Audit, most: int = 10) -> str:
+    """Return an audit as Markdown: counts, and the worst of each kind."""
+    lines = [f"# Audit of {plain(audit.name)}", ""]
+    lines += markdown_table(["found", "", ""], [[str(audit.counts[kind]), kind, what] for kind, what in KINDS.items()])
+    lines += ["", *(f"- {plain(note)}" for note in audit.notes)]
+    for kind, what in KINDS.items():
+        shown = [each for each in audit.shown if each.finding.kind == kind][:most]
+        if shown:
+            lines += ["", f"## {what[:1].upper()}{what[1:]}", ""]
+            lines += markdown_table(
+                ["score", "row", "split", "label", "suggested", "why", "text"],
+                [
+                    [show(each.finding.score, 3), *(
+                        plain(cell or "") for cell in (
+                            each.finding.id, each.finding.split, each.finding.label, each.finding.suggested,
+                            each.finding.reason, (each.content.text or "")[:200],
+                        )
+                    )]
+                    for each in shown
+                ],
+            )  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def to_markdown(summary: Summary, most: int = 30) -> str:
@@ -82,24 +111,34 @@ def source_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def to_html(summary: Summary) -> str:
-    """Return a summary as one self-contained HTML page.
+def to_html(summary: Summary, audit: Audit | None = None) -> str:
+    """Return a summary as one self-contained HTML page, with a section about an audit where one is given.
 
     jinja2 escapes all values. Only the charts, whose texts are escaped when they are drawn, and the page's own style
     and script are inserted unescaped; the policy in the page's head allows no other style or script.
 
     Raises ``MissingExtraError`` without jinja2.
     """
+    values = {**page_values(summary), "audit": None if audit is None else audit_values(audit)}
+    return _rendered("page.html.j2", values)
+
+
+def audit_to_html(audit: Audit) -> str:
+    """Return an audit as a page of its own. Raises ``MissingExtraError`` without jinja2."""
+    return _rendered("audit_page.html.j2", {"audit": audit_values(audit), "facts": audit_facts(audit), "number": show})
+
+
+def _rendered(name: str, values: Mapping[str, object]) -> str:
     try:
         from markupsafe import Markup
 
-        template = _template()
+        template = _template(name)
     except ImportError:
         raise MissingExtraError("the report's page", "jinja2", "report") from None
     style, script = ((_HERE / name).read_text("utf-8") for name in ("style.css", "sort.js"))
     # Neither file of our own holds anything from data.
     return template.render(
-        **page_values(summary),
+        **values,
         style=Markup(style),
         script=Markup(script),
         style_hash=Markup(source_hash(style)),
@@ -108,10 +147,8 @@ def to_html(summary: Summary) -> str:
 
 
 @functools.cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(_HERE)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(
-        "page.html.j2"
-    )
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(name)

@@ -307,9 +307,14 @@ def mistakes_with_safe_pictures(mistakes: Mistakes | None) -> Mistakes | None:
     """Return the mistakes, ready to show. Pictures are only ever data: URIs of PNG or JPEG."""
 
     def safe(mistake: Mistake) -> Mistake:
-        return mistake if mistake.image and _PICTURE.fullmatch(mistake.image) else replace(mistake, image=None)
+        return replace(mistake, image=safe_picture(mistake.image))
 
     return replace(mistakes, shown=tuple(map(safe, mistakes.shown))) if mistakes and mistakes.shown else None
+
+
+def safe_picture(image: str | None) -> str | None:
+    """Return a data: URI of a PNG or JPEG as it is, and None for anything else."""
+    return image if image and _PICTURE.fullmatch(image) else None
 
 
 def facts(summary: Summary) -> list[tuple[str, str]]:

@@ -128,7 +128,7 @@ def mistakes(
     for place in worst.tolist():
         row = int(rows[place])
         true, predicted, probability = _decision(problem, y[place], outputs[place], limits)
-        text, image = _content(problem.cache.spec, None if contents is None else contents[row])
+        text, image = preview(problem.cache.spec, None if contents is None else contents[row])
         error = float(weight[place]) if problem.task is REGRESSION else None
         shown.append(Mistake(row, names[row], true, predicted, probability, error, text, image))
     return Mistakes(split, len(wrong), tuple(shown))
@@ -158,7 +158,7 @@ def _decision(problem: Problem, y: Array, outputs: Array, thresholds: Array) -> 
     return true, predicted, float(outputs[column])
 
 
-def _content(spec: ExtractionSpec, data: bytes | None) -> tuple[str | None, str | None]:
+def preview(spec: ExtractionSpec, data: bytes | None) -> tuple[str | None, str | None]:
     """Return a row's content as a text, or as the data: URI of a small picture."""
     kind = spec.content or "text"
     if data is None or kind not in CONTENTS:
