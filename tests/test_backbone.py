@@ -79,7 +79,7 @@ def test_every_pooling_of_every_architecture(tiny: Callable[[str], Path], kind: 
     names = [*poolings, "l2:mean", "mean@-2", "cls@0", "mean@all", "last@-2..-1", "max@1+3"]
     backbone = load_backbone(str(tiny(kind)), features=names, device="cpu")
     width = 24 if kind == "modernbert" else 22
-    assert set(backbone.poolings) == set(poolings)
+    assert set(backbone.poolings) == {*poolings, "states"}
     assert {each.name for each in backbone.feature_sets} >= set(names) - {"last@-2..-1"}
     assert {each.dim for each in backbone.feature_sets} == {width}
     layers = {each.name: (each.kind, each.layers) for each in backbone.feature_sets}

@@ -114,8 +114,8 @@ def test_every_family_pools_its_own_hidden_states(model: Callable[[str], Path], 
         folder, features=(*BY_SHAPE[shape], *extra, "mean@0", "l2:max@1"), device="cpu", content="image"
     )
     assert backbone.poolings == tuple(
-        name for name in ("cls", "mean", "cls+mean", "max", "pooler", "projected", "tokens")
-        if name in BY_SHAPE[shape] or name in extra
+        name for name in ("cls", "mean", "cls+mean", "max", "pooler", "projected", "tokens", "states")
+        if name in BY_SHAPE[shape] or name in (*extra, "states")
     )  # fmt: skip
     pixels = backbone.prepare(PICTURES)
     inputs = backbone.lay_out(pixels, Batch(1, ROWS, np.arange(len(PICTURES))))

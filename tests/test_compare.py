@@ -672,8 +672,8 @@ def test_image_models_are_compared_too(tmp_path: Path, jobs: list[Job], kind: st
     assert (again.kind, again.keys.tobytes()) == ("image", examples.keys.tobytes())
     found = compare(
         str(model), tmp_path / "c", inputs=examples, pooling="mean", epochs=1, seeds=[3],
-        approaches=["cached", "frozen", "full", "lp-ft"],
+        approaches=["cached", "frozen", "last-1", "full", "lp-ft"],
     )  # fmt: skip
-    assert [type(job).__name__ for job in jobs].count("ExtractionJob") == 1
+    assert [type(job).__name__ for job in jobs].count("ExtractionJob") == 2
     assert found.row("full").total_seconds > 0
-    assert all(0 <= found.row(name).test <= 1 for name in ("cached", "frozen", "full", "lp-ft"))
+    assert all(0 <= found.row(name).test <= 1 for name in ("cached", "frozen", "last-1", "full", "lp-ft"))

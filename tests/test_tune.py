@@ -63,7 +63,7 @@ def test_a_run_is_a_head_beside_a_whole_backbone(bert: Path, cache: FeatureCache
 
     result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
     head = result.save(tmp_path / "run")
-    assert cache.feature_sets.keys() == {"mean", "tokens@-2"}
+    assert cache.feature_sets.keys() == {"mean", "states@-2"}
     (folder,) = (tmp_path / "run").glob("backbone-*")
     before, after = (AutoModel.from_pretrained(place).state_dict() for place in (bert, folder))
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -102,7 +102,7 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
     assert run(["predict", out, "--text", "a very good film", "--device", "cpu"]) == 0
     assert run(["check", place, str(table), "--split", "60/20/20", "--blocks", "1", "--steps", "3"]) == 0
     shown = capsys.readouterr().out
-    assert "states tokens@-2" in shown
+    assert "states states@-2" in shown
     assert "verdict: equal" in shown
     for wrong, message in (
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "2"], "extract --states -2"),
@@ -210,11 +210,8 @@ def test_refusals(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
     backbone = load_backbone(bert, features=("mean",), device="cpu")
     with pytest.raises(SpecError, match="expected fewer than that"):
         TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 9)
-    vit = load_backbone(tiny_pictures.build("vit", tmp_path / "vit"), features=("mean",), device="cpu")
-    with pytest.raises(BackboneError, match="reads images"):
-        TailModel(vit, build_head(HeadSpec("linear"), vit.feature_sets[0], 3), 1)
     records = [*rows()]
-    options: dict[str, Any] = {"model": bert, "pooling": ["mean", "tokens@-2"], "split": "60/20/20", "device": "cpu"}
+    options: dict[str, Any] = {"model": bert, "pooling": ["mean", "states@-2"], "split": "60/20/20", "device": "cpu"}
     rounded = extract(records, output_dir=tmp_path / "b", compute_dtype="bfloat16", **options)
     with pytest.raises(SpecError, match="extract --dtype float32"):
         tune(rounded, 1, progress=False)
@@ -250,3 +247,51 @@ def test_other_tasks(task: Any, bert: Path, tmp_path: Path) -> None:
         assert 900 < values.mean() < 4000
     else:
         np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
+
+
+CUT = ("beit", "clip", "convnext", "convnextv2", "deit", "dinov2", "hiera", "registers", "regnet", "resnet", "siglip")
+UNCUT = {"swin": "hand on more than their states", "mobilenetv2": "has no list of blocks"}
+
+
+@pytest.mark.parametrize("kind", [*CUT, *UNCUT])
+def test_networks_of_pictures(kind: str, tmp_path: Path) -> None:
+    """Layers behind class and register tokens, and stages of feature maps; making one compares its bits."""
+    folder = tiny_pictures.build(kind, tmp_path / kind)
+    backbone = load_backbone(folder, features=("mean",), device="cpu", content="image")
+    head = build_head(HeadSpec("linear"), backbone.feature_sets[0], 3)
+    if kind in UNCUT:
+        with pytest.raises(BackboneError, match=UNCUT[kind]):
+            TailModel(backbone, head, 1)
+        return
+    tail = TailModel(backbone, head, 1)
+    assert 0 < sum(each.numel() for _, part in tail.depths() for each in part) < tail.count_trainable_params().total
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_pictures_all_the_way(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = tiny_pictures.pictures(47)
+    examples = tiny_pictures.examples_of(contents, splits=("train", "train", "validation", "test"))
+    cache = extract(
+        examples, model=tiny_pictures.build(kind, tmp_path / "model"), output_dir=tmp_path / "c", device="cpu",
+        pooling=["mean", "states@-2"], keep_inputs=True,
+    )  # fmt: skip
+    assert cache.vectors(cache.feature("states@-2"))[0] == {"vit": 1 + 16, "resnet": 64}[kind], "with the class token"
+    result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
+    head = result.save(tmp_path / "run")
+    test = cache.rows("test")
+    assert evaluate_tuned(TrainedHead.from_pretrained(tmp_path / "run"), cache)["rows"] == len(test)
+    tail, states = result.model.eval(), CachedStates(cache, test, cached_states(cache, 1))
+    with torch.no_grad():
+        logits = tail.run(states.laid_out(np.arange(len(test))))[0].double().numpy()
+    said = Predictor.load(tmp_path / "run", device="cpu")([contents[row] for row in test.tolist()])
+    values = np.array([list(each.probabilities.values()) for each in said])
+    np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
+    assert check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
+    given = CachedStates.laid_out
+
+    def laid_out(self: Any, chosen: Any) -> Any:  # every patch in the place of its neighbour
+        inputs = given(self, chosen)
+        return type(inputs)({"states": inputs.arguments["states"].roll(1, dims=1)}, inputs.mask)
+
+    monkeypatch.setattr(CachedStates, "laid_out", laid_out)
+    assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal

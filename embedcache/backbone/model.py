@@ -205,7 +205,7 @@ class FrozenModel(Generic[P]):
                 f"{spec.name}: these layers of {self.name} have different widths "
                 f"({', '.join(map(str, sorted(widths)))}): ask for a feature set of each"
             )
-        kind: Kind = "tokens" if spec.pooling == "tokens" else "layers" if spec.multi_layer else "pooled"
+        kind: Kind = "tokens" if spec.token_level else "layers" if spec.multi_layer else "pooled"
         layers = len(_layers(spec, outputs)) if spec.multi_layer else 1
         return FeatureSet(spec.name, kind, int(widths.pop()), layers, self._storage)
 
@@ -324,9 +324,9 @@ class FrozenModel(Generic[P]):
         Returns [B, D] or [B, L, D], or for tokens [B, T, D] with the mask [B, T], True = real.
         """
         outputs, spec = self.outputs(inputs), self.specs[0]
-        if spec.pooling != "tokens":
+        if not spec.token_level:
             return self._vectors(spec, outputs, inputs), None
-        hidden = hidden_of(outputs, _layers(spec, outputs)[0])[:, inputs.skip :]
+        hidden = _each(spec, outputs, inputs)
         values = hidden.float()
         return (pooling.normalize(values) if spec.normalize else values), _mask(inputs.mask, hidden).bool()
 
@@ -337,9 +337,9 @@ class FrozenModel(Generic[P]):
 
         Returns its vectors, and of a token-level set also how many each row has.
         """
-        if spec.pooling != "tokens":
+        if not spec.token_level:
             return (self._stored(self._vectors(spec, outputs, inputs)[:real], spec, lost),)
-        hidden = hidden_of(outputs, _layers(spec, outputs)[0])[:real, inputs.skip :]
+        hidden = _each(spec, outputs, inputs)[:real]
         kept = _mask(inputs.mask, hidden)[:real].bool()
         values = hidden[kept].float()
         values = pooling.normalize(values) if spec.normalize else values
@@ -406,6 +406,11 @@ def hidden_of(outputs: Outputs, layer: int) -> Tensor:
     """
     tensor = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor
+
+
+def _each(spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Return the vectors of a token-level set, [B, T, D]: all of them, or without class and register tokens."""
+    return hidden_of(outputs, _layers(spec, outputs)[0])[:, 0 if spec.pooling == "states" else inputs.skip :]
 
 
 def _pooled_layer(name: str, hidden: Tensor, inputs: Inputs) -> Tensor:

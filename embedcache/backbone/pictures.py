@@ -121,7 +121,9 @@ class Pictures:
     @property
     def poolings(self) -> tuple[str, ...]:
         """Those of the class token only where there is one."""
-        return (("cls", "cls+mean") if self.skip else ()) + ("mean", "max", "pooler", "projected", "tokens")
+        return (("cls", "cls+mean") if self.skip else ()) + (
+            "mean", "max", "pooler", "projected", "tokens", "states",
+        )  # fmt: skip
 
     @property
     def prepared_bytes(self) -> int:
@@ -274,8 +276,8 @@ class Pictures:
     def count_patches(self, specs: Sequence[FeatureSpec], outputs: Outputs) -> None:
         """Note how many vectors a token-level set has. Raises ``BackboneError`` where two sets differ in that."""
         counts = {
-            spec.name: hidden_of(outputs, spec.layers[0]).shape[1] - self.skip
-            for spec in specs if spec.pooling == "tokens" and spec.layers
+            spec.name: hidden_of(outputs, spec.layers[0]).shape[1] - (self.skip if spec.pooling == "tokens" else 0)
+            for spec in specs if spec.token_level and spec.layers
         }  # fmt: skip
         if len(set(counts.values())) > 1:
             told = ", ".join(f"{name} {count}" for name, count in counts.items())

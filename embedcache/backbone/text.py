@@ -95,7 +95,7 @@ class Texts:
     """
 
     given = "token ids and a mask"
-    poolings = ("cls", "mean", "max", "pooler", "last", "tokens")
+    poolings = ("cls", "mean", "max", "pooler", "last", "tokens", "states")
     prepared_bytes = 0
     probe_rows = ROWS
 

@@ -139,17 +139,18 @@ def tune(cache: str, output_dir: str, head: HeadSpec, as_json: bool, **options: 
     from embedcache.errors import Interrupted
     from embedcache.finetune import tune as tune_blocks
     from embedcache.heads.folder import RunFolder
+    from embedcache.heads.record import predict_command
 
     spec = replace(TUNING, **{name: options.pop(name) for name in _TUNED})
     given = {name: value for name, value in options.items() if value is not None}
     with RunFolder(output_dir) as folder:
         result = tune_blocks(cache, head=head, spec=spec, **given)
-        result.save(folder)
+        saved = result.save(folder)
     if as_json:
         print_json(result.metrics)
     else:
         say(metrics_text(result.metrics))
-        say(f'saved in {output_dir}: try  embedcache predict {output_dir} --text "..."')
+        say(f"saved in {output_dir}: try  {predict_command(saved).replace('RUN', output_dir)}")
     if result.interrupted:
         raise Interrupted(
             f"stopped after {counted(len(result.history), 'epoch')}: the best so far is saved in {output_dir}"

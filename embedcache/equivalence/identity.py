@@ -181,7 +181,7 @@ def other_poolings(
     cache: FeatureCache, source: ModelSource, backbone: Backbone, contents: Sequence[bytes]
 ) -> Mapping[str, Array]:
     """Return what every pooling of a cache's model makes of some rows, to find the one that was used."""
-    poolings = [name for name in getattr(backbone, "poolings", ()) if name != "tokens"]
+    poolings = [name for name in getattr(backbone, "poolings", ()) if name not in ("tokens", "states")]
     if not cache.spec.has_backbone or not poolings:
         return {}
     names = [*poolings, *(f"l2:{name}" for name in poolings)]

@@ -82,7 +82,7 @@ class StandardPictures(StandardModel):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Pool the outputs of one batch; every patch is real."""
         features = {feature.name: self._pool(out, feature) for feature in wanted}
-        tokens = next((features[feature.name] for feature in wanted if feature.pooling == "tokens"), None)
+        tokens = next((features[feature.name] for feature in wanted if feature.token_level), None)
         shape = (len(inputs["pixel_values"]), 1) if tokens is None else tokens.shape[:2]
         return features, torch.ones(shape, dtype=torch.bool, device=self.device)
 
@@ -103,7 +103,7 @@ class StandardPictures(StandardModel):
         patches = hidden[:, self.special :]
         by_name: dict[str, Callable[[], Tensor]] = {
             "cls": lambda: hidden[:, 0], "mean": lambda: patches.mean(1), "max": lambda: patches.amax(1),
-            "cls+mean": lambda: torch.cat([hidden[:, 0], patches.mean(1)], dim=-1),
+            "states": lambda: hidden, "cls+mean": lambda: torch.cat([hidden[:, 0], patches.mean(1)], dim=-1),
         }  # fmt: skip
         return by_name[pooling]() if pooling in by_name else patches
 

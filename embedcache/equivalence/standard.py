@@ -289,7 +289,7 @@ class StandardModel:
     def vectors(self, contents: Sequence[bytes], wanted: Sequence[FeatureSpec]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the features of one batch without padding, tokens as [sum T, D]; and the lengths [B]."""
         features, mask = self(contents, wanted)
-        tokens = {feature.name: features[feature.name][mask] for feature in wanted if feature.pooling == "tokens"}
+        tokens = {feature.name: features[feature.name][mask] for feature in wanted if feature.token_level}
         return {**features, **tokens}, mask.sum(dim=1)
 
     def features(self, contents: Sequence[bytes], sets: Mapping[str, FeatureSet]) -> dict[str, InMemory]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from embedcache.backbone import Backbone, Inputs, compute_features
+from embedcache.backbone import FrozenModel, Inputs, compute_features
 from embedcache.errors import FeatureError
 from embedcache.features import Ragged, Rows
 from embedcache.finetune.tail import STATES
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 def cached_states(cache: FeatureCache, blocks: int) -> FeatureSet:
     """Return the set of a cache that enters the last blocks. Raises ``FeatureError`` where it was not extracted."""
     name = states_set(blocks)
+    if cache.spec.content == "text" and name not in cache.feature_sets:
+        name = name.replace("states", "tokens")  # of a text these are the same
     if name not in cache.feature_sets:
+        name = states_set(blocks)
         raise FeatureError(
             f"{cache.path} has no hidden states that enter the last {counted(blocks, 'block')} ({name}): "
             f"extract them too, into another cache, with extract --states -{blocks}"
@@ -34,18 +37,19 @@ def cached_states(cache: FeatureCache, blocks: int) -> FeatureSet:
 class _States:
     """Rows whose states are laid out with zeros behind the shorter ones; see ``live.LiveRows``."""
 
-    def __init__(self, lengths: Rows, device: torch.device | str) -> None:
-        self.lengths, self.device = lengths, torch.device(device)
+    def __init__(self, lengths: Rows, pictures: bool, device: torch.device | str) -> None:
+        self.lengths = np.ones(len(lengths), np.int64) if pictures else lengths  # a picture is one position
+        self._pictures, self.device = pictures, torch.device(device)
 
     def of(self, rows: Rows) -> Ragged:
         """Return the states of some rows."""
         raise NotImplementedError
 
     def laid_out(self, rows: Rows) -> Inputs:
-        """Return the states [B, T, D] of some rows and their mask [B, T], T being the longest."""
+        """Return the states [B, T, D] of some rows and their mask [B, T], T being the longest; none of pictures."""
         values, mask = self.of(rows).padded(np.arange(len(rows)))
-        states, real = torch.from_numpy(values), torch.from_numpy(mask).long()
-        return Inputs({STATES: states.to(self.device)}, real.to(self.device))
+        real = None if self._pictures else torch.from_numpy(mask).long().to(self.device)
+        return Inputs({STATES: torch.from_numpy(values).to(self.device)}, real)
 
 
 class CachedStates(_States):
@@ -54,7 +58,7 @@ class CachedStates(_States):
     def __init__(
         self, cache: FeatureCache, rows: Rows, feature: FeatureSet, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(cache.vectors(feature)[rows], device)
+        super().__init__(cache.vectors(feature)[rows], cache.spec.content == "image", device)
         self._cache, self._rows, self._feature = cache, rows, feature
 
     def of(self, rows: Rows) -> Ragged:
@@ -67,9 +71,13 @@ class CachedStates(_States):
 class LiveStates(_States):
     """States that the frozen backbone computes of raw rows, at canonical shapes, whenever they are wanted."""
 
-    def __init__(self, backbone: Backbone, contents: Contents | list[bytes], name: str, device: Any = "cpu") -> None:
-        contents = [contents[row] for row in range(len(contents))]
-        super().__init__(np.asarray(backbone.prepare(contents).lengths, np.int64), device)
+    def __init__(
+        self, backbone: FrozenModel[Any], contents: Contents | list[bytes], name: str, device: Any = "cpu"
+    ) -> None:
+        pictures, lengths = backbone.content.given == "pixels", np.ones(len(contents), np.int64)
+        if not pictures:
+            lengths = backbone.prepare([contents[row] for row in range(len(contents))]).lengths
+        super().__init__(lengths, pictures, device)
         self._backbone, self._contents, self._name = backbone, contents, name
 
     def of(self, rows: Rows) -> Ragged:

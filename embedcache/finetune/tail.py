@@ -2,7 +2,8 @@
 
 The network runs as it is, with its first blocks replaced by one that gives the states at hand: masks, positions and
 whatever else its authors compute between embeddings and blocks stay theirs. Where the states of padding do not matter,
-which is tried before anything is trained, the last blocks give the very bits that they give behind the first ones.
+which is tried before anything is trained, the last blocks give the very bits that they give behind the first ones. A
+block is whatever the network has a list of: a layer of a transformer, a stage of a ResNet or ConvNeXt.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class TailModel(FeatureBasedModel):
     """The last ``blocks`` blocks of a backbone, its pooling and a head; everything before is frozen and not run.
 
     Cuts the backbone's network in place; ``whole`` puts it together again. Embeddings run on padding, for the masks
-    that hang on their shape; what they give is thrown away.
+    that hang on their shape, or on one picture; what they give is thrown away.
 
     Args:
         backbone: what ``load_backbone`` gives, with the one feature set that the head reads.
@@ -69,10 +70,14 @@ class TailModel(FeatureBasedModel):
         super().__init__(backbone, head)
         states_set(blocks)
         self.blocks = blocks
-        if backbone.content.given == "pixels":
-            raise BackboneError(f"{backbone.name} reads images: the last blocks are trained for models of texts")
+        content = backbone.content
+        self._picture: Inputs | None = None
+        if content.given == "pixels":
+            self._picture = content.dummies(1, 1).to(backbone.device)
+            inputs = content.samples()[0].to(backbone.device)  # type: ignore[attr-defined]  # pictures have them
+        else:
+            inputs = content.dummies(4, min(12, backbone.policy.max_length)).to(backbone.device)
         with torch.no_grad():
-            inputs = backbone.content.dummies(4, min(12, backbone.policy.max_length)).to(backbone.device)
             found, states, forms = _cut_at(backbone, inputs, blocks)
             expected, _ = backbone.features(inputs)
             self._list = (found,)  # in a tuple, so that its blocks are not registered twice
@@ -80,11 +85,13 @@ class TailModel(FeatureBasedModel):
             self._frozen = list(found[: len(self._first)])
             before = self._before(inputs)
             self._put(self._first)
-            assert inputs.mask is not None
-            given = Inputs({STATES: states * inputs.mask[..., None]}, inputs.mask)
+            self._map = _map_of(states)
+            vectors = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+            given = Inputs({STATES: vectors if inputs.mask is None else vectors * inputs.mask[..., None]}, inputs.mask)
             here, _ = self._features(given)
-        real = inputs.mask.bool()
-        if not torch.equal(*((x[real] if x.ndim == 3 else x) for x in (expected, here))):
+        if inputs.mask is not None and expected.ndim == 3:
+            expected, here = (values[inputs.mask.bool()] for values in (expected, here))
+        if not torch.equal(expected, here):
             raise self._cannot("its last blocks give other numbers when they are run by themselves")
         self.freeze_backbone = False
         self._thaw(given, before)
@@ -111,11 +118,16 @@ class TailModel(FeatureBasedModel):
 
     def _features(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         states, mask = inputs.arguments[STATES], inputs.mask
-        assert mask is not None
+        if self._map is not None:
+            sides, layout = self._map
+            states = states.transpose(1, 2).reshape(len(states), -1, *sides).contiguous(memory_format=layout)
         for first in self._first:
             first.states = states
         try:
-            return self.extractor.features(text_inputs(torch.zeros_like(mask), mask))
+            if mask is not None:
+                return self.extractor.features(text_inputs(torch.zeros_like(mask), mask))
+            assert self._picture is not None
+            return self.extractor.features(self._picture)
         finally:
             for first in self._first:
                 first.states = None
@@ -232,6 +244,14 @@ def _cut_at(backbone: FrozenModel[Any], inputs: Inputs, blocks: int) -> tuple[nn
         f"the last {counted(blocks, 'block')} of {backbone.name} cannot be trained by themselves: "
         f"{kind} has no list of blocks of which each reads what the one before it gives"
     )
+
+
+def _map_of(states: Tensor) -> tuple[tuple[int, int], torch.memory_format] | None:
+    """Return height and width of feature maps [B, D, H, W], and how they lie in memory; None for vectors [B, T, D]."""
+    if states.ndim != 4:
+        return None
+    last = states.is_contiguous(memory_format=torch.channels_last)
+    return (states.shape[2], states.shape[3]), torch.channels_last if last else torch.contiguous_format
 
 
 def _form(output: object) -> int | None:

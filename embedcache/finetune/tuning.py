@@ -141,7 +141,7 @@ def tune(
     features alone and goes on from there (LP-FT, Kumar et al. 2022).
 
     Args:
-        cache: one with the states (``extract(..., pooling=["mean", "tokens@-3"])`` for 2 blocks; ``--states -2``).
+        cache: one with the states (``extract(..., pooling=["mean", "states@-3"])`` for 2 blocks; ``--states -2``).
         blocks: how many blocks are trained, from the last one on.
         head: a torch head that reads the pooled features.
         spec: how to train; ``learning_rate`` is the head's. None for ``TUNING``.

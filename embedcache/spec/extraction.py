@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Feature sets as they are asked for: a pooling at some layers.
 
 
-POOLINGS = ("cls", "mean", "cls+mean", "max", "pooler", "projected", "last", "tokens")
+POOLINGS = ("cls", "mean", "cls+mean", "max", "pooler", "projected", "last", "tokens", "states")
 CONTENTS = ("text", "image")
 RESIZES = ("crop", "pad", "squash")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,7 +41,8 @@ class FeatureSpec:
     ``layers`` indexes the hidden states as Hugging Face does: 0 is the embedding output, ``-1`` the last layer.
     ``None`` means every one of them. The written form, also the set's name, is
     ``[l2:]POOLING[@LAYERS]``: ``mean``, ``cls@-2``, ``l2:mean``, ``mean@-4..-1`` (inclusive), ``mean@1+3+5``,
-    ``cls@all``, ``tokens`` (one vector per token or patch, for sequence heads).
+    ``cls@all``, ``tokens`` (one vector per token or patch, for sequence heads), ``states@-3`` (all vectors that a layer
+    gives, as the next one reads them).
 
     A picture's ``mean``, ``max`` and ``tokens`` are of its patches alone, without the class and register tokens;
     ``cls+mean`` is the class token's vector with the mean behind it; ``projected`` is what CLIP compares with texts.
@@ -61,8 +62,8 @@ class FeatureSpec:
             raise SpecError(f"{self.pooling}: layers must be named once each, got {self.layers}")
         if self.pooling in ("pooler", "projected") and self.layers != (-1,):
             raise SpecError(f"{self.pooling} reads the last layer only: write {self.pooling} without @")
-        if self.pooling == "tokens" and (self.layers is None or len(self.layers) != 1):
-            raise SpecError("a token-level set holds one layer: write tokens or tokens@-2")
+        if self.token_level and (self.layers is None or len(self.layers) != 1):
+            raise SpecError(f"a token-level set holds one layer: write {self.pooling} or {self.pooling}@-2")
 
     @classmethod
     def parse(cls, text: str) -> FeatureSpec:
@@ -99,6 +100,11 @@ class FeatureSpec:
         layers = None if self.layers is None else list(self.layers)
         of_view = {"view": self.view} if self.view else {}
         return {"pooling": self.pooling, "layers": layers, "normalize": self.normalize, **of_view}
+
+    @property
+    def token_level(self) -> bool:
+        """Whether a row has several vectors, as many as it has tokens or patches."""
+        return self.pooling in ("tokens", "states")
 
     @property
     def multi_layer(self) -> bool:
@@ -141,7 +147,7 @@ def checked_range(given: Sequence[float]) -> PixelRange:
 
 
 def states_set(blocks: int) -> str:
-    """Return the name of the hidden states that enter the last ``blocks`` blocks: ``tokens@-3`` of 2.
+    """Return the name of the hidden states that enter the last ``blocks`` blocks: ``states@-3`` of 2.
 
     Raises ``SpecError`` below 1.
     """
@@ -150,7 +156,7 @@ def states_set(blocks: int) -> str:
             f"there are no states that enter the last {blocks} blocks: expected -1 or below for extract --states, 1 or "
             "more for tune --blocks"
         )
-    return f"tokens@-{blocks + 1}"
+    return f"states@-{blocks + 1}"
 
 
 def feature_name(written: str) -> str:
