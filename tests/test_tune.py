@@ -212,8 +212,8 @@ def test_refusals(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
         TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 9)
     records = [*rows()]
     options: dict[str, Any] = {"model": bert, "pooling": ["mean", "states@-2"], "split": "60/20/20", "device": "cpu"}
-    rounded = extract(records, output_dir=tmp_path / "b", compute_dtype="bfloat16", **options)
-    with pytest.raises(SpecError, match="extract --dtype float32"):
+    rounded = extract(records, output_dir=tmp_path / "b", compute_dtype="float16", **options)
+    with pytest.raises(SpecError, match="extract --dtype bfloat16 or float32"):
         tune(rounded, 1, progress=False)
     with pytest.raises(FeatureError, match="has no hidden states"):
         tune(cache, 2, progress=False)
@@ -247,6 +247,34 @@ def test_other_tasks(task: Any, bert: Path, tmp_path: Path) -> None:
         assert 900 < values.mean() < 4000
     else:
         np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
+
+
+def test_in_bfloat16(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States and blocks in bfloat16, weights in float32: the bits of live training, the answers of the network."""
+    cache = extract(
+        rows(), model=bert, output_dir=tmp_path / "c", pooling=["mean", "states@-2"], split="60/20/20", device="cpu",
+        compute_dtype="bfloat16", storage_dtype="bfloat16", keep_inputs=True,
+    )  # fmt: skip
+    assert check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
+    result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+    head, test = result.save(tmp_path / "run"), cache.rows("test")
+    assert head.extraction["compute_dtype"] == "bfloat16"
+    evaluate_tuned(TrainedHead.from_pretrained(tmp_path / "run"), cache)
+    tail, states = result.model.eval(), CachedStates(cache, test, cached_states(cache, 1))
+    with torch.no_grad():
+        logits = tail.run(states.laid_out(np.arange(len(test))))[0].double().numpy()
+    said = Predictor.load(tmp_path / "run", device="cpu")([rows()[row]["text"] for row in test.tolist()])
+    values = np.array([list(each.probabilities.values()) for each in said])
+    np.testing.assert_allclose(values, head.calibrated(logits), atol=0.05)
+    given = CachedStates.laid_out
+
+    def laid_out(self: Any, chosen: Any) -> Any:
+        inputs = given(self, chosen)
+        return type(inputs)(inputs.arguments, torch.ones_like(inputs.mask))
+
+    monkeypatch.setattr(CachedStates, "laid_out", laid_out)
+    assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
 
 
 CUT = ("beit", "clip", "convnext", "convnextv2", "deit", "dinov2", "hiera", "registers", "regnet", "resnet", "siglip")

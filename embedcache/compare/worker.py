@@ -282,7 +282,6 @@ def _last_blocks(problem: Problem, memory: Peak) -> Trained:
     """Train the last blocks and the head from cached states, as ``tune`` does."""
     from embedcache.finetune import (
         CachedStates,
-        TailModel,
         cached_states,
         fit_live,
         into_standard_units,
@@ -293,15 +292,15 @@ def _last_blocks(problem: Problem, memory: Peak) -> Trained:
     job, cache, split, approach, y = problem.job, problem.cache, problem.split, problem.approach, problem.targets
     spec, states = problem.train_spec(approach), cached_states(cache, approach.blocks)
     assert approach.backbone_rate is not None
-    begun = time.perf_counter()
-    backbone = load_tail(cache, problem.feature, job.source)
-    setup = time.perf_counter() - begun
     head, _, probe = _train_head(problem)
     if problem.task is REGRESSION:
         into_standard_units(head.module, y[split.train])
-    model = TailModel(backbone, head.module, approach.blocks)
+    begun = time.perf_counter()
+    model = load_tail(cache, problem.feature, job.source, head.module, approach.blocks)
+    setup = time.perf_counter() - begun
     train, validation, test = (
-        CachedStates(cache, rows, states, backbone.device) for rows in (split.train, split.validation, split.test)
+        CachedStates(cache, rows, states, model.extractor.device)
+        for rows in (split.train, split.validation, split.test)
     )
     tuned = fit_live(
         model, (train, y[split.train]), (validation, y[split.validation]), spec,

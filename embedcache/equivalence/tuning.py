@@ -96,15 +96,15 @@ def check_tuning(
     found: list[Any] = []
     probe = None
     for live in (False, True):
-        backbone = load_tail(cache, pooled, source)
+        module = build_head(spec, pooled, len(cache.class_names), seed=seed)
+        tail = load_tail(cache, pooled, source, module, blocks)
         halves, parts = (rows.train, rows.evaluate), list[CachedStates | LiveStates]()
         if live:
-            frozen = _whole(backbone, states.name)
+            frozen = _whole(tail.extractor, states.name, str(cache.spec["compute_dtype"]))
             probe = probe_of(frozen)
-            parts += [LiveStates(frozen, raw.contents(some), states.name, backbone.device) for some in halves]
+            parts += [LiveStates(frozen, raw.contents(some), states.name, tail.extractor.device) for some in halves]
         else:
-            parts += [CachedStates(cache, some, states, backbone.device) for some in halves]
-        tail = TailModel(backbone, build_head(spec, pooled, len(cache.class_names), seed=seed), blocks)
+            parts += [CachedStates(cache, some, states, tail.extractor.device) for some in halves]
         initial = _weights(tail)
         result = fit_live(
             tail, (parts[0], y[rows.train]), None, settings,
@@ -137,10 +137,11 @@ def check_tuning(
     )  # fmt: skip
 
 
-def _whole(backbone: Any, name: str) -> Any:
-    """Load the same backbone once more, to compute the states alone."""
+def _whole(backbone: Any, name: str, computed: str) -> Any:
+    """Load the same backbone once more, to compute the states alone, in the type that the cache was computed in."""
     recipe = backbone.recipe
-    return load_backbone(**recipe.source.arguments(), **replace(recipe.settings, features=(name,)).arguments())
+    settings = replace(recipe.settings, features=(name,), compute_dtype=computed)
+    return load_backbone(**recipe.source.arguments(), **settings.arguments())
 
 
 def _weights(tail: TailModel) -> dict[str, Array]:

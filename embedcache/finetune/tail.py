@@ -61,15 +61,16 @@ class TailModel(FeatureBasedModel):
         backbone: what ``load_backbone`` gives, with the one feature set that the head reads.
         head: as of ``FeatureBasedModel``.
         blocks: how many are trained.
+        bfloat16: whether the blocks compute in bfloat16; the weights that are trained stay in float32 (autocast).
 
     Raises ``BackboneError`` for a network that cannot be cut: one without a list of blocks, whose blocks share weights
     or hand on more than their states, or whose states of padding change what real tokens become.
     """
 
-    def __init__(self, backbone: FrozenModel[Any], head: nn.Module, blocks: int) -> None:
+    def __init__(self, backbone: FrozenModel[Any], head: nn.Module, blocks: int, *, bfloat16: bool = False) -> None:
         super().__init__(backbone, head)
         states_set(blocks)
-        self.blocks = blocks
+        self.blocks, self._bfloat16 = blocks, False
         content = backbone.content
         self._picture: Inputs | None = None
         if content.given == "pixels":
@@ -96,6 +97,7 @@ class TailModel(FeatureBasedModel):
         self.freeze_backbone = False
         self._thaw(given, before)
         backbone.no_longer_frozen(uuid4().hex)
+        self._bfloat16 = bfloat16
         self.train()
 
     def train(self, mode: bool = True) -> TailModel:
@@ -113,7 +115,8 @@ class TailModel(FeatureBasedModel):
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Run the last blocks and the head over hidden states: logits [B, C], and the features."""
-        features, mask = self._features(inputs)
+        with torch.autocast(self.extractor.device.type, torch.bfloat16, enabled=self._bfloat16):
+            features, mask = self._features(inputs)
         return (self.head(features) if mask is None else self.head(features, mask)), features
 
     def _features(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 class Tuned:
     """The last blocks and the head after training.
 
-    ``metrics`` are by split, ``notes`` are one-line facts; ``facts`` stand in the model card.
+    ``computed`` is the type that the backbone computes in. ``metrics`` are by split, ``facts`` stand in the model card.
     """
 
     model: TailModel
@@ -73,6 +73,7 @@ class Tuned:
     source: ModelSource
     record: Mapping[str, object]
     facts: Mapping[str, str]
+    computed: str
 
     @property
     def history(self) -> Any:
@@ -104,7 +105,10 @@ class Tuned:
     def _head(self, name: str, run: Path) -> TrainedHead:
         """Return the head with the identity of the backbone that was written, as it is read again."""
         extractor = self.model.extractor
-        settings = replace(_settings(ExtractionSpec(extractor.identity)), features=(extractor.specs[0].name,))
+        settings = replace(
+            _settings(ExtractionSpec(extractor.identity)), features=(extractor.specs[0].name,),
+            compute_dtype=self.computed,
+        )  # fmt: skip
         source = replace(self.source, model=str(run / name), revision=None, device=str(extractor.device))
         again = load_backbone(**source.arguments(), **settings.arguments())
         feature, probe = again.feature_sets[0], probe_of(again)
@@ -173,16 +177,16 @@ def tune(
         refuse_unseen(cache, train)
     task, y = task_named(cache.task or CLASSIFICATION), cache.targets()
     train, judged = (rows[task.labelled(y[rows])] for rows in (train, judged))
-    backbone = load_tail(cache, pooled, ModelSource(model, revision, device, trust_remote_code))
+    source = ModelSource(model, revision, device, trust_remote_code)
     if new_head:
-        module = build_head(head_spec, backbone.feature_sets[0], len(cache.class_names), seed=spec.seed)
+        module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
     else:
         module = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress).head.module
         if task is REGRESSION:
             into_standard_units(module, y[train])
-    tail = TailModel(backbone, module, blocks)
+    tail = load_tail(cache, pooled, source, module, blocks)
     rows: list[LabelledLive] = [
-        (CachedStates(cache, some, states, backbone.device), y[some]) for some in (train, judged)
+        (CachedStates(cache, some, states, tail.extractor.device), y[some]) for some in (train, judged)
     ]  # fmt: skip
     result = fit_live(
         tail, rows[0], rows[1], spec, parts_of(tail, spec, backbone_learning_rate, layer_decay), task=task.name,
@@ -190,7 +194,7 @@ def tune(
     )  # fmt: skip
     warn(notes)
     tuned, origin = result.head, Origin.of(cache)
-    where = ModelSource(model, revision, device, trust_remote_code).or_else(origin.model, origin.revision)
+    where = source.or_else(origin.model, origin.revision)
     count = tail.count_trainable_params()
     record = {
         **spec.record(), "blocks": blocks, "states": states.name, "states_hash": states_hash(cache.spec, states.name),
@@ -203,7 +207,8 @@ def tune(
         "trained in": f"{result.seconds:.1f} s",
     }  # fmt: skip
     calibration, metrics = _judged(tuned, dict(zip(("train", "validation"), rows, strict=True)))
-    return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts)
+    computed = str(cache.spec["compute_dtype"])
+    return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts, computed)
 
 
 def refuse_earlier_layer(name: str) -> None:
@@ -212,16 +217,20 @@ def refuse_earlier_layer(name: str) -> None:
         raise SpecError(f"the head would read {name}: expected a set of the last layer, which the blocks end in")
 
 
-def load_tail(cache: FeatureCache, pooled: FeatureSet, source: ModelSource) -> FrozenModel[Any]:
-    """Load the backbone of a cache with one of its feature sets, to be trained.
+def load_tail(
+    cache: FeatureCache, pooled: FeatureSet, source: ModelSource, head: torch.nn.Module, blocks: int
+) -> TailModel:
+    """Load the backbone of a cache with one feature set, and cut off its last blocks, to be trained with a head.
 
-    Raises ``BackboneMismatchError`` where it is another, ``SpecError`` where it does not compute in float32.
+    They compute as the cache was computed, in float32 or bfloat16. Raises ``BackboneMismatchError`` where it is another
+    backbone, ``SpecError`` for a cache that was computed otherwise, ``BackboneError`` as ``TailModel`` does.
     """
     settings = replace(_settings(cache.spec), features=(pooled.name,), views=None, augment=None)
-    if settings.compute_dtype != "float32":
+    computed = settings.compute_dtype
+    if computed not in ("float32", "bfloat16"):
         raise SpecError(
-            f"{cache.path} was computed in {settings.compute_dtype}, in which small steps of training are lost: "
-            "make the cache with extract --dtype float32; extract --store float16 keeps the states small all the same"
+            f"{cache.path} was computed in {computed}, in which gradients are lost: make the cache with extract "
+            "--dtype bfloat16 or float32; extract --store float16 keeps the states small all the same"
         )
     if settings.compiled:
         raise SpecError(
@@ -230,13 +239,15 @@ def load_tail(cache: FeatureCache, pooled: FeatureSet, source: ModelSource) -> F
         )
     origin = Origin.of(cache)
     made_with = ModelSource(origin.model, origin.revision)
+    settings = replace(settings, compute_dtype="float32")  # small steps of training would be lost in bfloat16
     backbone: FrozenModel[Any] = load_again(settings, source, made_with, f"{cache.path} was made by")
-    if differences := cache.spec.differences_for(pooled.name, ExtractionSpec(backbone.identity)):
+    identity = ExtractionSpec({**backbone.identity, "compute_dtype": computed})
+    if differences := cache.spec.differences_for(pooled.name, identity):
         shown = differences_text(differences, "the cache has", "this is")
         raise BackboneMismatchError(
             f"the backbone is not the one that made {cache.path} ({shown}): give the same model with --model"
         )
-    return backbone
+    return TailModel(backbone, head, blocks, bfloat16=computed == "bfloat16")
 
 
 def _settings(spec: ExtractionSpec) -> Any:
@@ -364,9 +375,9 @@ def evaluate_tuned(head: TrainedHead, cache: FeatureCache | Path | str, split: s
         raise BackboneMismatchError(
             f"the run was trained on hidden states of other blocks, or made otherwise, than those of {cache.path}"
         )
-    settings = replace(_settings(head.extraction), features=(head.feature.name,))
+    settings = replace(_settings(head.extraction), features=(head.feature.name,), compute_dtype="float32")
     backbone = load_again(settings, ModelSource(device="cpu"), ModelSource(head.model), "the head was trained on")
-    tail = TailModel(backbone, head.module, blocks)
+    tail = TailModel(backbone, head.module, blocks, bfloat16=head.extraction["compute_dtype"] == "bfloat16")
     tail.eval()
     task, targets = task_named(head.task), targets_for(head, cache)
     rows = cache.rows(split)
