@@ -182,6 +182,10 @@ def test_planted_faults_are_found(cache: FeatureCache, monkeypatch: pytest.Monke
         )
     result = check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False)
     assert result.equal == (fault == "none"), result.to_text()
+    by_reference = {row.reference for row in result.comparisons if row.verdict == "different"}
+    assert by_reference == {"none": set(), "half": {"canonical"}}.get(fault, {"canonical", "standard"}), (
+        result.to_text()
+    )
 
 
 def _deeper(states: Any, cache: FeatureCache) -> Any:
@@ -255,7 +259,9 @@ def test_in_bfloat16(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         rows(), model=bert, output_dir=tmp_path / "c", pooling=["mean", "states@-2"], split="60/20/20", device="cpu",
         compute_dtype="bfloat16", storage_dtype="bfloat16", keep_inputs=True,
     )  # fmt: skip
-    assert check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
+    checked = check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False)
+    assert checked.equal
+    assert checked.notes == ["no standard reference: it is of float32 alone"]
     result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
     head, test = result.save(tmp_path / "run"), cache.rows("test")
@@ -274,7 +280,7 @@ def test_in_bfloat16(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return type(inputs)(inputs.arguments, torch.ones_like(inputs.mask))
 
     monkeypatch.setattr(CachedStates, "laid_out", laid_out)
-    assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
+    assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False, reference="canonical").equal
 
 
 CUT = ("beit", "clip", "convnext", "convnextv2", "deit", "dinov2", "hiera", "registers", "regnet", "resnet", "siglip")
@@ -322,4 +328,4 @@ def test_pictures_all_the_way(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
         return type(inputs)({"states": inputs.arguments["states"].roll(1, dims=1)}, inputs.mask)
 
     monkeypatch.setattr(CachedStates, "laid_out", laid_out)
-    assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
+    assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False, reference="canonical").equal

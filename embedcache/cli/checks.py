@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--blocks", type=int, metavar="K",
-    help="Check training of the last K blocks from their states in CACHE instead, as embedcache tune does it.",
+    help="Check training of the last K blocks from their states in CACHE instead, as embedcache tune does it; the head "
+    "is then linear by default.",
 )  # fmt: skip
 @setting_option("seed", default=0, more="Also of the sample of rows.")
 @device_option
@@ -74,7 +75,7 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
         kind = "id" if opened.spec.content == "id" else None
         examples = given.examples(f"{cache}.quarantine.jsonl", kind=kind, pixel_range=opened.spec.pixel_range)
     if (blocks := options.pop("blocks")) is not None:
-        options = {name: value for name, value in options.items() if name not in ("reference", "rows")}
+        options = {name: value for name, value in options.items() if name != "rows"}
         result = check_tuning(opened, examples, head=head, blocks=blocks, **options)
     else:
         result = check_equivalence(opened, examples, head=head, **options)

@@ -360,7 +360,7 @@ def train_standard(
     others = [value for value in net.parameters() if not any(value is matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(spec, step, plan.scheduled))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plain_factor(spec, step, plan.scheduled))
     center, spread = np.zeros(1), np.ones(1)
     if plan.task is REGRESSION:
         center, spread = y.mean(axis=0), np.where(y.std(axis=0) > 0, y.std(axis=0), 1.0)
@@ -370,7 +370,7 @@ def train_standard(
     for rows in start.batches:
         features, mask = model.batch([contents[row] for row in rows], plan.feature)
         logits = module(features.cpu().to(getattr(torch, plan.feature.dtype)).float(), mask)
-        loss = _loss(plan.task, logits, targets[rows], spec.label_smoothing)
+        loss = plain_loss(plan.task, logits, targets[rows], spec.label_smoothing)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [value.grad for value in net.parameters() if value.grad is not None]
@@ -428,7 +428,8 @@ def _logits(module: nn.Module, x: InMemory) -> Array:
         return np.asarray(torch.cat(rows).double().numpy())
 
 
-def _factor(spec: TrainSpec, step: int, total: int) -> float:
+def plain_factor(spec: TrainSpec, step: int, total: int) -> float:
+    """Return what a step has of the learning rate."""
     warm = math.ceil(spec.warmup * total)
     if step < warm:
         return (step + 1) / warm
@@ -438,7 +439,8 @@ def _factor(spec: TrainSpec, step: int, total: int) -> float:
     return 1 - share if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _loss(task: Task, logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+def plain_loss(task: Task, logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    """Return the mean loss of a batch's logits [B, C]."""
     if task is CLASSIFICATION:
         return F.cross_entropy(logits, y, label_smoothing=smoothing)
     return F.binary_cross_entropy_with_logits(logits, y) if task is MULTILABEL else F.mse_loss(logits, y)

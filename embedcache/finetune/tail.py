@@ -110,6 +110,12 @@ class TailModel(FeatureBasedModel):
         return self
 
     @property
+    def place(self) -> str:
+        """Where the list of blocks is in the network, such as ``encoder.layer``."""
+        places: dict[int, str] = {id(module): name for name, module in self.backbone.named_modules()}
+        return places[id(self._list[0])]
+
+    @property
     def _trained(self) -> list[nn.Module]:
         return list(self._list[0])[-self.blocks :] if hasattr(self, "_list") else []
 
