@@ -29,7 +29,10 @@ ANOTHER_THING = {
 }
 OWN_DEFAULT = {
     ("compare", "epochs"): 5, ("check", "kind"): None,
-    **{("tune", name): getattr(TUNING, name) for name in ("epochs", "batch_size", "learning_rate", "patience")},
+    **{
+        ("tune", name): getattr(TUNING, name)
+        for name in ("epochs", "batch_size", "learning_rate", "warmup", "patience")
+    },
 }  # fmt: skip
 UNIQUE = {"shuffle_seed", "seed", "views"}
 """What an estimator has as ``random_state``, scikit-learn's name, and what it has not: its features have no views."""

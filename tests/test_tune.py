@@ -20,8 +20,16 @@ from embedcache import Predictor, check_tuning, extract, tune
 from embedcache.backbone import load_backbone
 from embedcache.cache import FeatureCache
 from embedcache.cli import run
-from embedcache.errors import BackboneError, BackboneMismatchError, BundleError, FeatureError, SpecError
-from embedcache.finetune import CachedStates, LiveStates, TailModel, cached_states, evaluate_tuned
+from embedcache.errors import (
+    BackboneError,
+    BackboneMismatchError,
+    BundleError,
+    FeatureError,
+    Interrupted,
+    SpecError,
+)
+from embedcache.finetune import CachedStates, LiveStates, TailModel, cached_states, evaluate_tuned, tuning
+from embedcache.finetune.live import LiveLearner
 from embedcache.heads import TrainedHead, build_head
 from embedcache.spec import TUNING, HeadSpec, TrainSpec
 
@@ -95,7 +103,8 @@ def test_a_run_is_a_head_beside_a_whole_backbone(bert: Path, cache: FeatureCache
 
 def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, out = str(cache.path), str(tmp_path / "run")
-    assert run(["tune", place, "-o", out, "--blocks", "1", "--epochs", "2", "--device", "cpu"]) == 0
+    command = ["tune", place, "-o", out, "--blocks", "1", "--epochs", "2", "--device", "cpu"]
+    assert run([*command, "--class-weight", "balanced"]) == 0
     assert f"saved in {out}: try  embedcache predict" in capsys.readouterr().out
     assert run(["evaluate", out, place, "--json", "--record"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["rows"] == len(cache.rows("test"))
@@ -106,6 +115,8 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
     assert "verdict: equal" in shown
     for wrong, message in (
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "2"], "extract --states -2"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--class-weight", '{"bad": 2}'], "extract --states -2"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--class-weight", "{"], "is not JSON"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "0"], "1 or more for tune --blocks"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--head", "knn"], "cannot be fine-tuned"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--layer-decay", "2"], "at most 1"),
@@ -115,6 +126,29 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
         assert run(wrong) in (1, 2)
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the head is trained nothing is saved; later the best so far."""
+    steps: list[int] = []
+    step, stop_at = LiveLearner.step, [3]
+
+    def stopped(self: Any, batch: Any) -> Any:
+        steps.append(1)
+        if len(steps) > stop_at[0]:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(LiveLearner, "step", stopped)
+    assert tune(cache, 1, spec=FAST, progress=False, device="cpu").interrupted
+    place, given = tmp_path / "run", ["tune", str(cache.path), "--blocks", "1", "--device", "cpu"]
+    assert run([*given, "-o", str(place)]) == 1
+    assert (place / "README.md").exists()
+    started = tuning.train_on_cache(cache, "linear", progress=False)
+    interrupted = replace(started, fitted=replace(started.fitted, interrupted=True))
+    monkeypatch.setattr(tuning, "train_on_cache", lambda *_, **__: interrupted)
+    with pytest.raises(Interrupted, match="nothing is saved"):
+        tune(cache, 1, spec=FAST, progress=False, device="cpu")
 
 
 def test_the_first_blocks_may_as_well_be_run(bert: Path, cache: FeatureCache) -> None:

@@ -85,7 +85,7 @@ def train(
         )
 
 
-_TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed")
+_TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "class_weight", "patience", "seed")
 
 
 @click.command()
@@ -141,7 +141,10 @@ def tune(cache: str, output_dir: str, head: HeadSpec, as_json: bool, **options: 
     from embedcache.heads.folder import RunFolder
     from embedcache.heads.record import predict_command
 
-    spec = replace(TUNING, **{name: options.pop(name) for name in _TUNED})
+    chosen = {name: options.pop(name) for name in _TUNED}
+    if chosen["class_weight"] not in (None, "balanced"):
+        chosen["class_weight"] = _class_weight(chosen["class_weight"])
+    spec = replace(TUNING, **chosen)
     given = {name: value for name, value in options.items() if value is not None}
     with RunFolder(output_dir) as folder:
         result = tune_blocks(cache, head=head, spec=spec, **given)

@@ -15,7 +15,7 @@ import torch
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import FrozenModel, load_again, load_backbone, probe_of, resolve_model, weight_files
 from embedcache.cache import FeatureCache
-from embedcache.errors import BackboneMismatchError, BundleError, InputError, SpecError, warn
+from embedcache.errors import BackboneMismatchError, BundleError, InputError, Interrupted, SpecError, warn
 from embedcache.finetune.live import (
     LabelledLive,
     Part,
@@ -161,6 +161,7 @@ def tune(
         BackboneError: a backbone that cannot be cut; see ``TailModel``.
         BackboneMismatchError: another backbone than the cache's.
         TrainingError, InputError, SpecError: as ``train_on_cache`` does.
+        Interrupted: Ctrl-C before the blocks are trained; later, the result has the best so far.
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     spec = TUNING if spec is None else TrainSpec.of(spec)
@@ -181,7 +182,10 @@ def tune(
     if new_head:
         module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
     else:
-        module = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress).head.module
+        started = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress)
+        if started.interrupted:
+            raise Interrupted("interrupted while the head was trained, before the blocks: nothing is saved")
+        module = started.head.module
         if task is REGRESSION:
             into_standard_units(module, y[train])
     tail = load_tail(cache, pooled, source, module, blocks)
