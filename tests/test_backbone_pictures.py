@@ -409,9 +409,10 @@ def refused(folder: Path, message: str, kind: type[Exception] = BackboneError, *
 
 def test_poolings_that_a_family_lacks_are_refused_with_those_it_has(model: Callable[[str], Path]) -> None:
     for kind, pooling, there in (
-        ("swin", "cls", "mean, max, pooler, tokens"), ("resnet", "cls+mean", "mean, max, pooler, tokens"),
-        ("vit", "last", "cls, mean, cls+mean, max, pooler, tokens"),
-        ("siglip", "projected", "mean, max, pooler, tokens"),
+        ("swin", "cls", "mean, max, pooler, tokens, states"),
+        ("resnet", "cls+mean", "mean, max, pooler, tokens, states"),
+        ("vit", "last", "cls, mean, cls+mean, max, pooler, tokens, states"),
+        ("siglip", "projected", "mean, max, pooler, tokens, states"),
     ):  # fmt: skip
         message = f"does not give the pooling {pooling!r}: expected one of {there}"
         refused(model(kind), re.escape(message) + "$", PoolingUnavailableError, features=[pooling])

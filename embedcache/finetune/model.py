@@ -69,12 +69,8 @@ class FeatureBasedModel(nn.Module):
             )
         self.extractor = backbone
         self.backbone: nn.Module = backbone.network
-        self.head = head.to(backbone.device)
         self.freeze_backbone = freeze_backbone
-        if backbone.device.type != "cpu":  # a head is made with generators of the CPU
-            for module in head.modules():
-                if isinstance(module, Dropout):
-                    module.generators = None
+        self.put_head(head)
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(not freeze_backbone)
         if not freeze_backbone:
@@ -126,6 +122,14 @@ class FeatureBasedModel(nn.Module):
         )
         module = build_head(live_head(head, head_options), backbone.feature_sets[0], num_classes, seed=seed)
         return cls(backbone, module, freeze_backbone=freeze_backbone)
+
+    def put_head(self, head: nn.Module) -> None:
+        """Read the features with this head, on the backbone's device and in the model's mode."""
+        self.head = head.to(self.extractor.device).train(self.training)
+        if self.extractor.device.type != "cpu":  # a head is made with generators of the CPU
+            for module in head.modules():
+                if isinstance(module, Dropout):
+                    module.generators = None
 
     def train(self, mode: bool = True) -> FeatureBasedModel:
         """Set the head's mode, and the backbone's only where it is not frozen."""

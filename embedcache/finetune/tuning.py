@@ -179,16 +179,15 @@ def tune(
     task, y = task_named(cache.task or CLASSIFICATION), cache.targets()
     train, judged = (rows[task.labelled(y[rows])] for rows in (train, judged))
     source = ModelSource(model, revision, device, trust_remote_code)
-    if new_head:
-        module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
-    else:
+    module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
+    tail = load_tail(cache, pooled, source, module, blocks)
+    if not new_head:
         started = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress)
         if started.interrupted:
             raise Interrupted("interrupted while the head was trained, before the blocks: nothing is saved")
-        module = started.head.module
         if task is REGRESSION:
-            into_standard_units(module, y[train])
-    tail = load_tail(cache, pooled, source, module, blocks)
+            into_standard_units(started.head.module, y[train])
+        tail.put_head(started.head.module)
     rows: list[LabelledLive] = [
         (CachedStates(cache, some, states, tail.extractor.device), y[some]) for some in (train, judged)
     ]  # fmt: skip
