@@ -139,12 +139,17 @@ def _record(kind: Callable[..., object], fields: list[_Field], value: object) ->
     mapping = _expected(dict, "a mapping", value)
     held: dict[str, object] = {}
     for field in fields:
-        if field.flat:
-            held[field.name] = field.read(mapping)
-        elif field.name in mapping:
-            held[field.name] = _within(field.read, mapping[field.name], f".{field.name}")
-        elif field.needed:
-            raise ImpossibleValue(f"lacks {field.name}")
+        name, read, needed, flat = field
+        if flat:
+            held[name] = read(mapping)
+        elif name in mapping:
+            try:
+                held[name] = read(mapping[name])
+            except ImpossibleValue as error:
+                error.place = f".{name}{error.place}"
+                raise
+        elif needed:
+            raise ImpossibleValue(f"lacks {name}")
     try:
         return kind(**held)
     except ValueError as error:  # what a dataclass checks itself
@@ -152,8 +157,14 @@ def _record(kind: Callable[..., object], fields: list[_Field], value: object) ->
 
 
 def _list(read: Read, value: object) -> tuple[object, ...]:
-    items = _expected(list, "a list", value)
-    return tuple(_within(read, item, f"[{number}]") for number, item in enumerate(items))
+    items: list[object] = []
+    try:
+        for item in _expected(list, "a list", value):
+            items.append(read(item))
+    except ImpossibleValue as error:
+        error.place = f"[{len(items)}]{error.place}" if isinstance(value, list) else error.place
+        raise
+    return tuple(items)
 
 
 def _row(reads: list[Read], value: object) -> tuple[object, ...]:
@@ -167,6 +178,8 @@ def _row(reads: list[Read], value: object) -> tuple[object, ...]:
 
 def _mapping(read: Read, value: object) -> dict[str, object]:
     mapping = _expected(dict, "a mapping", value)
+    if read is _anything:
+        return mapping
     return {name: _within(read, item, f".{name}") for name, item in mapping.items()}
 
 
@@ -183,7 +196,7 @@ def _choice(choices: tuple[object, ...], value: object) -> object:
 
 
 def _text(value: object) -> str:
-    return _expected(str, "a text", value)
+    return value if type(value) is str else _expected(str, "a text", value)
 
 
 def _bool(value: object) -> bool:
@@ -191,7 +204,7 @@ def _bool(value: object) -> bool:
 
 
 def _int(value: object) -> int:
-    return _expected(int, "a whole number", value)
+    return value if type(value) is int else _expected(int, "a whole number", value)
 
 
 def _float(value: object) -> float:

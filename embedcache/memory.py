@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,18 @@ _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
 _USUAL = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20}
 _lock = threading.Lock()
 _runs = 0
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Leave Python's garbage collector out while many small values are made: it would look at each time and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

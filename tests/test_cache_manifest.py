@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 import embedcache
 from embedcache.cache import manifest
 from embedcache.cache.manifest import DatasetEntry, Manifest, Shard, ShardFile, file_of
+from embedcache.cache.text import parts, reads_as
 from embedcache.errors import CorruptCacheError, SpecError, SpecMismatchError
+from embedcache.fingerprint import hash_json, strict_json
 from embedcache.shard import STORED, FeatureSet
 from embedcache.spec import ExtractionSpec
 
@@ -165,3 +167,56 @@ def test_the_specification_speaks_of_every_field_array_and_type() -> None:
     names |= {"row_key", "row", "split", "target", "id.values", "id.offsets", "input.values", "number", *STORED}
     assert {name for name in names if not re.search(rf"[`{{ ]{re.escape(name)}[`,}}]", text)} == set()
     assert f"format {manifest.MAJOR}.{manifest.MINOR}" in text
+
+
+# The text, which is put together entry by entry.
+
+
+AWKWARD: list[dict[str, Any]] = [
+    {}, {"a": None}, {"a": 1}, {"a": True}, {"a": 1.0}, {"a": "1"}, {"b": "ü\n\"", "a": "x"},
+    {"a": {"b": [1, {}]}, "c": []}, {"a": "x", "b": "ü\n\""},
+]  # fmt: skip
+
+
+def test_the_text_is_what_json_gives() -> None:
+    """Also where neighbours are equal but not alike, as 1 and True are, and where entries have other keys."""
+    entries: list[Any] = [
+        {"name": f"ü{number}", "bytes": 7, "sha256": "5", "rows": 3, "provenance": ran}
+        for ran in (*AWKWARD, *reversed(AWKWARD))
+        for number in range(2)
+    ]
+    entries += [{**entries[0], "more": [1]}, {**entries[0], "rows": 2.0}, {**entries[0], "rows": True}, 3, [], {"a": 1}]
+    for body in ({"a": 1, "shards": entries, "zeta": {"shards": entries[:2]}}, {"format": "x", "shards": []},
+                 {"shards": entries[:1]}, {"manifest_hash": "x", "shards": entries[:3]},
+                 {"shards": {"a": 1}}):  # fmt: skip
+        expected = json.dumps(body, indent=1, sort_keys=True) + "\n"
+        assert manifest.encoded(body).decode() == expected
+        alike, own = reads_as(expected.encode(), parts(body))
+        assert alike
+        assert own == hash_json({name: value for name, value in body.items() if name != "manifest_hash"})
+        for wrong in (
+            expected + " ",
+            expected[:-1],
+            expected.replace("\n ", "\n  ", 1),
+            expected.replace('": ', '" :', 1),
+        ):
+            assert not reads_as(wrong.encode(), parts(body))[0]
+
+
+def test_a_manifest_is_written_from_the_texts_of_its_shards() -> None:
+    grown = WHOLE
+    for number, ran in enumerate(AWKWARD):
+        grown = grown.with_shard(manifest.Shard(manifest.file_of(100 + number, b"x" * 99), 3, ran))
+        assert grown.data() == manifest.encoded(grown.to_json())
+        assert manifest.parse(grown.data()) == grown
+
+
+def test_equal_objects_of_texts_are_one_where_they_may_be() -> None:
+    text = '[{"a": "x"}, {"a": "x"}, {"a": 1}, {"a": true}, {"a": "y"}, {"a": "x"}]'
+    once, twice, number, true, *_ = strict_json(text, shared=True)
+    assert once is twice
+    assert (number["a"], true["a"]) == (1, True)
+    assert true["a"] is True
+    assert strict_json(text, shared=True) == strict_json(text) == json.loads(text)
+    with pytest.raises(ValueError, match="the key 'b' occurs twice"):
+        strict_json('{"a": 1, "b": 2, "b": 2}')

@@ -1,6 +1,7 @@
 """FeatureCache: manifest, shards, row index, splits, arrays and batches. ``FORMAT.md`` specifies the files.
 
 ==============  =========================================================================================
+``text``        the one form of a manifest, to the byte
 ``manifest``    which files there are and what they hold; committed last
 ``files``       a file checked against the manifest, once per process; damaged files, found and set aside
 ``gather``      row key -> place in the cache; rows out of many shards, mapped or copied

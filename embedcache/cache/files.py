@@ -153,15 +153,20 @@ class StoredShard:
     Whatever reads it raises ``CorruptCacheError`` for a file that is not what was committed.
     """
 
-    path: Path
+    folder: Path
     entry: Shard
     feature_sets: tuple[FeatureSet, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.folder / self.entry.file.name
 
     @classmethod
     def all_of(cls, directory: Path, manifest: Manifest) -> list[StoredShard]:
         """Return the shards of a cache, in order."""
         folder = directory / "features"
-        return [cls(folder / entry.file.name, entry, manifest.feature_sets) for entry in manifest.shards]
+        return [cls(folder, entry, manifest.feature_sets) for entry in manifest.shards]
 
     def _columns(self) -> dict[str, Column]:
         expected = {"row_key": Column((self.entry.rows, 16), np.dtype("u1"))}

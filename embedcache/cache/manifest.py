@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+from embedcache.cache.text import HASH, Text, entry_text, hash_of, parts, reads_as
 from embedcache.decoding import FLAT, fields_to_json, from_json
 from embedcache.errors import (
     CacheError,
@@ -20,6 +21,7 @@ from embedcache.errors import (
 )
 from embedcache.fingerprint import differences, hash_json, is_count, require, strict_json
 from embedcache.journal import commit, explain, explained, url_of
+from embedcache.memory import uncollected
 from embedcache.numerics import Probe, difference
 from embedcache.shard import FeatureSet, refuse_colliding
 from embedcache.spec import ExtractionSpec, TaskName
@@ -90,6 +92,12 @@ class Shard:
         # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on
         # disk.
         require(is_count(self.rows, 1) and self.rows * 16 <= self.file.bytes, "the rows of a shard")
+
+    @cached_property
+    def text(self) -> Text:
+        """The entry's text; a writer needs it again with each shard that it adds."""
+        file = {"name": self.file.name, "bytes": self.file.bytes, "sha256": self.file.sha256}
+        return entry_text({**file, "rows": self.rows, "provenance": self.provenance})
 
 
 @dataclass(frozen=True)
@@ -171,11 +179,22 @@ class Manifest:
 
     def to_json(self) -> dict[str, object]:
         """Return the manifest as it stands on disk, with its own hash."""
-        body = {"format": FORMAT, "version": f"{MAJOR}.{MINOR if self.numerics else 0}", **fields_to_json(self)}
+        body = {**self._without_shards(), "shards": [fields_to_json(shard) for shard in self.shards]}
+        return {**body, HASH: hash_json(body)}
+
+    def _without_shards(self) -> dict[str, object]:
+        version = f"{MAJOR}.{MINOR if self.numerics else 0}"
+        body = {"format": FORMAT, "version": version, **fields_to_json(replace(self, shards=()))}
         del body["newer"]
         if not self.numerics:
             del body["numerics"]
-        return {**body, "manifest_hash": hash_json(body)}
+        return body
+
+    def data(self) -> bytes:
+        """Return the bytes that stand on disk: what ``encoded`` makes of ``to_json``, from the shards' own texts."""
+        body, entries = {**self._without_shards(), "shards": self.shards}, [shard.text for shard in self.shards]
+        body[HASH] = hash_of(parts(body, entries))
+        return "".join(part.shown for part in parts(body, entries)).encode("ascii")
 
     def files(self) -> list[tuple[str, ShardFile]]:
         """Return every committed file with its directory."""
@@ -226,7 +245,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Commit the manifest."""
-        commit(directory / NAME, encoded(self.to_json()))
+        commit(directory / NAME, self.data())
 
     def with_shard(self, shard: Shard) -> Manifest:
         """Return the manifest with one more shard: the dataset no longer is all there is."""
@@ -235,7 +254,7 @@ class Manifest:
 
 def encoded(body: Mapping[str, object]) -> bytes:
     """Return the one form in which a manifest stands on disk."""
-    return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+    return "".join(part.shown for part in parts(body)).encode("ascii")
 
 
 def read(directory: Path) -> Manifest:
@@ -274,7 +293,8 @@ def read(directory: Path) -> Manifest:
 def parsed(data: bytes, where: str) -> Manifest:
     """Turn a manifest's bytes into a value. Raises ``CorruptCacheError``, which begins with ``where`` they stand."""
     try:
-        return parse(data)
+        with uncollected():
+            return parse(data)
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{where}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -287,7 +307,7 @@ def parse(data: bytes) -> Manifest:
 
     Raises ``CorruptCacheError`` where it can say what happened, else ``ValueError`` or one of its kin.
     """
-    body = strict_json(data.decode("ascii"), most=_MOST_VALUES)
+    body = strict_json(data if data.isascii() else data.decode("ascii"), most=_MOST_VALUES, shared=True)
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CorruptCacheError("not an embedcache manifest: choose the directory of a cache")
     written = body.get("version")
@@ -296,10 +316,9 @@ def parse(data: bytes) -> Manifest:
         raise CorruptCacheError(
             f"this cache has format {written}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
         )
-    claimed = body.get("manifest_hash")
-    own = hash_json({key: value for key, value in body.items() if key != "manifest_hash"})
     # Comparing the bytes too leaves no room for a change that JSON does not see, such as the case of an escape.
-    if claimed != own or encoded(body) != data:
+    alike, own = reads_as(data, parts(body))
+    if body.get(HASH) != own or not alike:
         raise CorruptCacheError("it was changed after it was written (its own hash differs): restore it from a copy")
     for name in ("spec_hash", "shards", "examples", "complete", "generation"):
         body[name]  # what a new manifest need not say, one on disk must

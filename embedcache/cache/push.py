@@ -37,7 +37,7 @@ def push(path: Path | str, url: str, *, read_back: bool = True) -> Moves:
         raise CacheError(f"{path} was written in format {manifest.newer}: upgrade embedcache to push it")
     if not manifest.complete:
         raise IncompleteCacheError(f"{path} is not finished: run the same extract command again, then push")
-    data, before = manifests.encoded(manifest.to_json()), remote.manifest_bytes()
+    data, before = manifest.data(), remote.manifest_bytes()
     if before is not None and not data.startswith(before):  # else an upload was stopped while it wrote this manifest
         refuse_other(url, remote.parsed(before), manifest, str(path))
     remote.make_folders()

@@ -19,6 +19,7 @@ from embedcache.cache.gather import Keys, RowIndex, Rows, take, take_tokens
 from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.features import Dense, InMemory, Ragged, Stored
+from embedcache.memory import uncollected
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet
 from embedcache.spec import ExtractionSpec, feature_name, find_name, plain_name, split_name
@@ -88,7 +89,8 @@ class FeatureCache:
                     "run the same extract command again to go on"
                 )
             try:
-                cache = cls(directory, manifest)
+                with uncollected():
+                    cache = cls(directory, manifest)
                 break
             except CorruptCacheError:
                 # Readers never wait: a writer may have replaced the dataset since its name was read.
