@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from small_caches import SETS, keys, values, write
 import embedcache as ec
 from embedcache.cache import CacheWriter, FeatureCache, local_folder, merge, pull, push, verify
 from embedcache.cache import fetch as fetching
+from embedcache.cache import manifest as manifests
 from embedcache.cache.remote import Remote
 from embedcache.cli import run
 from embedcache.errors import (
@@ -246,6 +248,37 @@ def test_a_shard_that_is_missing_or_half_there(tmp_path: Path, fault: small_cach
     assert len(verify(URL)) == 1
     assert push(path, URL).files == 1
     assert len(FeatureCache.open(URL)) == 11
+
+
+@pytest.mark.parametrize("error", [PermissionError("Forbidden"), FileNotFoundError("404"), NotImplementedError()])
+def test_what_may_be_read_need_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    path = write(tmp_path / "c", 11, 3)
+    push(path, URL)
+    monkeypatch.setattr(type(SYSTEM), "ls", refused)
+    assert (len(FeatureCache.open(URL)), verify(URL)) == (11, [])
+    push(path, "memory://bucket/other")
+    assert len(FeatureCache.open("memory://bucket/other")) == 11
+    SYSTEM.rm_file(behind("features/000001"))
+    with pytest.raises(CorruptCacheError, match=r"000001-.*\.h5 is missing: run embedcache push again"):
+        pull(URL, tmp_path / "mine")
+
+
+def test_a_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "c", 11, 3)
+    push(path, URL)
+    (folder, file), *_ = manifests.read(path).files()
+
+    def refused(stream: io.BytesIO, start: int, whence: int = 0) -> int:
+        if start:
+            raise ValueError("Cannot seek streaming HTTP file")
+        return io.BytesIO.seek(stream, start, whence)
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.seek", refused)
+    data = (path / folder / file.name).read_bytes()
+    assert b"".join(Remote.at(URL).pieces(folder, file, 1000)) == data[1000:]
 
 
 def test_no_cache_and_a_manifest_of_something_else(tmp_path: Path) -> None:

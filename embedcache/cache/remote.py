@@ -95,7 +95,10 @@ class Remote:
         return data, self.parsed(data)
 
     def sizes(self) -> Sizes | None:
-        """Return the bytes of each file, by folder and name; None where the file system cannot list them."""
+        """Return the bytes of each file, by folder and name; None where they are not listed.
+
+        Web servers list links or nothing, and who may read a bucket may not be allowed to list it.
+        """
         found: Sizes = {}
         self.system.invalidate_cache()
         for folder in manifests.FOLDERS:
@@ -105,14 +108,12 @@ class Remote:
             except CacheError as error:
                 if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
                     continue
-                if isinstance(error.__cause__, NotImplementedError):
-                    return None
-                raise
+                return None
             for entry in entries:
                 if not isinstance(entry.get("size"), int):
-                    return None  # a web server lists links, which have no sizes
+                    return None
                 found[folder, entry["name"].rstrip("/").rpartition("/")[2]] = entry["size"]
-        return found
+        return found or None
 
     def lacking(self, files: Iterable[tuple[str, ShardFile]]) -> list[str]:
         """Return what is missing or of another size, one line each, as far as the file system can list."""
@@ -140,8 +141,12 @@ class Remote:
             except FileNotFoundError:
                 raise CorruptCacheError(f"{self.told(folder, file)} is missing: {ADVICE}") from None
             with stream:
-                if start:
+                try:
                     stream.seek(start)
+                except ValueError:  # a server that gives no ranges
+                    left = start
+                    while left and (piece := stream.read(min(_PIECE, left))):
+                        left -= len(piece)
                 while start <= file.bytes and (piece := stream.read(min(_PIECE, file.bytes + 1 - start))):
                     start += len(piece)
                     yield piece
