@@ -24,6 +24,7 @@ from embedcache.examples import Examples, load_examples
 from embedcache.finetune import CachedStates, FeatureBasedModel, cached_states, fine_tune
 from embedcache.heads import build_head
 from embedcache.spec import TUNING, HeadSpec
+from embedcache.train.batches import grouped_order, order
 from embedcache.train.metrics import wilson
 
 REPO = Path(__file__).resolve().parents[2]
@@ -126,6 +127,26 @@ def tell(name: str, found: Mapping[str, Result]) -> None:
         row(f"{name}: {how}", f"{told}; {result.seconds:.0f} s of CPU, {result.seconds / full.seconds:.0%}", "report")
 
 
+def padding(name: str, examples: Examples) -> None:
+    """Say how many positions batches of 16 have for each token, with rows at random and of similar length."""
+    lengths = load_backbone(device="cpu").prepare(list(examples.contents())).lengths
+    told = [
+        sum(int(lengths[rows[at : at + 16]].max()) * len(rows[at : at + 16]) for at in range(0, len(rows), 16))
+        / int(lengths.sum())
+        for rows in (order(len(lengths), 0, 0), grouped_order(lengths, 16, 0, 0))
+    ]
+    row(
+        f"{name}: positions for each token in training, rows at random / of similar length",
+        "{:.2f} / {:.2f}".format(*told),
+    )
+
+
+def tuning_padding() -> None:
+    """What batches of rows of similar length save: padding, TREC and movie reviews."""
+    for name in ("trec", "movie-reviews"):
+        padding(name, texts_of(name))
+
+
 def tuning() -> None:
     """TREC, 2,000 questions through MiniLM, 5 epochs."""
     tell("TREC", measured(texts_of("trec"), (1, 2, 3)))
@@ -145,4 +166,4 @@ def tuning_pictures() -> None:
     tell("CIFAR-10", measured(examples.select(np.sort(by_key[:PICTURES])), (1, 4, 8), model=model))
 
 
-SECTIONS = (tuning, tuning_reviews, tuning_pictures)
+SECTIONS = (tuning_padding, tuning, tuning_reviews, tuning_pictures)
