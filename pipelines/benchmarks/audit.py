@@ -27,7 +27,7 @@ REPO = Path(__file__).resolve().parents[2]
 TEXTS = ("trec", "movie-reviews", "sms-spam")
 SHARE = 0.05
 DRAWS = 3
-PLANTED = 400
+PLANTED = 300
 Row = dict[str, Any]
 
 
@@ -45,17 +45,17 @@ def texts(name: str) -> list[Row]:
     return [{"text": text, "label": found[text]} for text in sorted(found)]
 
 
-def pictures() -> list[Row]:
-    """Return the 3,000 pictures of CIFAR-10 with their labels."""
-    folder = made_by("prepare_pictures.py", "cifar10")
+def pictures(name: str) -> list[Row]:
+    """Return the pictures of a set with their labels: the folders they are in."""
+    folder = made_by("prepare_pictures.py", name)
     return [{"image": str(path), "label": path.parent.name} for path in sorted(folder.rglob("*.*")) if path.is_file()]
 
 
-def sets() -> dict[str, tuple[list[Row], dict[str, Any]]]:
+def sets(of_pictures: str) -> dict[str, tuple[list[Row], dict[str, Any]]]:
     """Return the rows of each set by its name, and how to extract them."""
     of_texts: dict[str, tuple[list[Row], dict[str, Any]]] = {name: (texts(name), {}) for name in TEXTS}
     lite0 = {"model": str(made_by("efficientnet_lite.py")), "image_column": "image"}
-    return {**of_texts, "cifar10": (pictures(), lite0)}
+    return {**of_texts, of_pictures: (pictures(of_pictures), lite0)}
 
 
 def cached(name: str, rows: list[Row], options: dict[str, Any]) -> FeatureCache:
@@ -66,7 +66,7 @@ def cached(name: str, rows: list[Row], options: dict[str, Any]) -> FeatureCache:
 
 def flipped_labels() -> None:
     """Of four real sets 5 % of the labels are changed: how many are among the 5 % of rows that are doubted most."""
-    for name, (rows, options) in sets().items():
+    for name, (rows, options) in sets("cifar10").items():
         classes = sorted({each["label"] for each in rows})
         hits = total = named = right = 0
         theirs: dict[str, int] = {}
@@ -137,14 +137,16 @@ def planted_twins() -> None:
             from PIL import Image
 
             file = io.BytesIO()
-            Image.open(each["image"]).convert("RGB").save(file, "JPEG", quality=quality)
+            flat = Image.new("RGBA", (opened := Image.open(each["image"]).convert("RGBA")).size, "white")
+            flat.alpha_composite(opened)
+            flat.convert("RGB").save(file, "JPEG", quality=quality)
             return {**each, "image": file.getvalue()}
 
         return again
 
-    for name, (rows, options) in sets().items():
+    for name, (rows, options) in sets("tuxpaint").items():
         changes: dict[str, Callable[[Row, np.random.Generator], Row]] = (
-            {"JPEG at quality 85": encoded(85), "JPEG at quality 50": encoded(50)}
+            {"as JPEG of quality 95": encoded(95), "as JPEG of quality 85": encoded(85)}
             if "image" in rows[0]
             else {"one word left out": left_out, "one word replaced by another of the sets": replaced}
         )
