@@ -195,12 +195,14 @@ def test_what_is_not_a_url_or_not_installed(tmp_path: Path, monkeypatch: pytest.
             work()
     with pytest.raises(CacheError, match=r"xyz://a cannot be opened .*: use a protocol that fsspec knows"):
         local_folder("xyz://a")
-    for name in ("s3fs", "gcsfs"):
+    for name in ("s3fs", "gcsfs", "paramiko"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=r"package s3fs, .* run pip install 'embedcache\[remote\]'$"):
         local_folder("s3://bucket/c")
     with pytest.raises(MissingExtraError, match=r"package gcsfs, .* run pip install gcsfs$"):
         local_folder("gs://bucket/c")
+    with pytest.raises(MissingExtraError, match=r"package paramiko, .* run pip install paramiko$"):
+        local_folder("sftp://host/c")
 
 
 # What goes wrong there.

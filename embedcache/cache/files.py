@@ -55,7 +55,7 @@ def dataset_columns(dataset: DatasetEntry) -> dict[str, Column]:
     return expected
 
 
-def identity(path: Path, file: ShardFile) -> Identity:
+def identity(path: Path | str, file: ShardFile) -> Identity:
     """Return what tells a file of the committed size from other files, and from itself after a change.
 
     Raises ``CorruptCacheError`` when it is missing, not a plain file, or of another size. A link is refused: the copy
@@ -70,7 +70,7 @@ def identity(path: Path, file: ShardFile) -> Identity:
     return _identified(path, file, status)
 
 
-def _identified(path: Path, file: ShardFile, status: os.stat_result) -> Identity:
+def _identified(path: Path | str, file: ShardFile, status: os.stat_result) -> Identity:
     if not stat.S_ISREG(status.st_mode):
         raise CorruptCacheError(f"{path} is a link or a special file, not a plain file: {_ADVICE}")
     if status.st_size != file.bytes:

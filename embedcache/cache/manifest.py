@@ -49,10 +49,11 @@ class ShardFile:
     sha256: str
 
     def __post_init__(self) -> None:
-        require(FILE_NAME.fullmatch(self.name), f"file name {self.name!r}")
-        require(_HASH.fullmatch(self.sha256), f"sha256 of {self.name}")
-        agree = self.name.endswith(f"-{self.sha256[:16]}.h5") and is_count(self.bytes, 1)
-        require(agree, f"the entry of {self.name}")
+        named = FILE_NAME.fullmatch(self.name) and self.name[-19:-3] == self.sha256[:16]
+        if not (named and _HASH.fullmatch(self.sha256) and is_count(self.bytes, 1)):
+            require(FILE_NAME.fullmatch(self.name), f"file name {self.name!r}")
+            require(_HASH.fullmatch(self.sha256), f"sha256 of {self.name}")
+            require(False, f"the entry of {self.name}")
 
 
 def file_of(number: int, data: bytes) -> ShardFile:

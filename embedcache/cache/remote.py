@@ -48,13 +48,12 @@ class Remote:
         scheme = url.partition("://")[0]
         try:
             from fsspec.core import url_to_fs
-            from fsspec.registry import known_implementations
         except ImportError:
             raise MissingExtraError(f"{scheme}://", "fsspec", "remote") from None
         try:
             system, root = url_to_fs(url)
-        except ImportError:
-            package = known_implementations.get(scheme, {}).get("class", "s3fs").partition(".")[0]
+        except ImportError as error:  # fsspec's own, of the import that failed
+            package = (getattr(error.__cause__, "name", None) or f"for {scheme}").partition(".")[0]
             raise MissingExtraError(f"{scheme}://", package, "remote" if package == "s3fs" else None) from None
         except ValueError as error:
             raise CacheError(f"{url} cannot be opened ({_reason(error)}): use a protocol that fsspec knows") from None
