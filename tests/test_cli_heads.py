@@ -20,13 +20,13 @@ from fakes import CountingBackbone
 
 from embedcache import cli
 from embedcache.cache import FeatureCache
-from embedcache.cli.heads import _csv, _jsonl, _line, shown
+from embedcache.cli.predictions import _line, shown
 from embedcache.errors import FeatureError, InputError, TrainingError
 from embedcache.estimator import HeadClassifier, HeadRegressor
 from embedcache.examples import load_examples
 from embedcache.extract import run as extract
 from embedcache.heads import TrainedHead
-from embedcache.predict import Prediction
+from embedcache.predict import Prediction, text_table
 from embedcache.shard import FeatureSet
 from embedcache.spec import MINIBATCH_SETTINGS, HeadSpec, TrainSpec
 from embedcache.sweep import sweep
@@ -494,7 +494,7 @@ def test_files_of_every_kind(
     assert status == 0, err
     found = read_csv(out)
     assert [row["id"] for row in found] == (["k0", "k1", "k2"] if named else ["0", "1", "2"])
-    assert list(found[0]) == ["id", "label", "confidence", "a, b", 'q"uote']
+    assert list(found[0]) == ["id", "label", "confidence", "margin", "a, b", 'q"uote']
     _, alone, _ = run("predict", runs["classification"], "--format", "jsonl", *(
         part for text in texts for part in ("--text", text)))  # fmt: skip
     records = [json.loads(line) for line in alone.splitlines()]
@@ -589,15 +589,16 @@ def test_class_names_of_any_kind_survive_in_every_format() -> None:
     names = ("label", "a,b\n", 'say "x"', "x;y", "\u202e", "\x1b[31m")
     prediction = Prediction("a,b\n", 0.5, dict.fromkeys(names, 0.1))
     file = io.StringIO()
-    _csv(file, head_of(names))("id, 1", prediction)
+    text_table("csv", file, head_of(names)).write("id, 1", prediction)
     (row,) = read_csv(file.getvalue())
-    assert list(row)[3:] == ["probability of " + name for name in names], "a class called label is not the label"
+    assert list(row)[4:] == ["probability of " + name for name in names], "a class called label is not the label"
     assert (row["id"], row["label"]) == ("id, 1", "a,b\n")
     file = io.StringIO()
-    _csv(file, head_of(names, "multilabel"))("1", Prediction(("x;y", "label"), None, dict.fromkeys(names, 0.1)))
+    several = Prediction(("x;y", "label"), None, dict.fromkeys(names, 0.1))
+    text_table("csv", file, head_of(names, "multilabel")).write("1", several)
     assert json.loads(read_csv(file.getvalue())[0]["label"]) == ["x;y", "label"]
     file = io.StringIO()
-    _jsonl(file, head_of(names))("1", prediction)
+    text_table("jsonl", file, head_of(names)).write("1", prediction)
     assert json.loads(file.getvalue())["probabilities"] == dict.fromkeys(names, 0.1)
     line = _line("text\n", prediction)
     assert line.isprintable()
@@ -647,4 +648,4 @@ def test_help_explains_every_option(command: str, run: Run) -> None:
     for parameter in made.params:
         if parameter.param_type_name == "option":
             assert getattr(parameter, "help", None), f"{command} {parameter.name} has no help"
-    assert out.count("\n") < 100
+    assert out.count("\n") < 105

@@ -363,7 +363,7 @@ def test_a_bar_counts_the_pictures_that_are_read(
 ) -> None:
     paths = [{"image": str(folder / name)} for name in NAMES]
     given = put(tmp_path / "rows.csv", "image\n" + "".join(f"{row['image']}\n" for row in paths))
-    monkeypatch.setattr("tqdm.tqdm", Drawn)
+    monkeypatch.setattr("tqdm.auto.tqdm", Drawn)
     monkeypatch.setattr(Drawn, "made", [])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     load_examples(folder)

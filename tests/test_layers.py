@@ -19,7 +19,7 @@ PACKAGE = Path(embedcache.__file__).parent
 # together with the code, never alone.
 LAYERS = (
     ("version", "wording"),
-    ("errors",),
+    ("errors", "notebook"),
     ("journal", "arguments", "memory", "decoding", "hub"),
     ("fingerprint", "pooling", "batching", "shard", "pictures"),
     ("spec",),
@@ -31,6 +31,7 @@ LAYERS = (
     ("estimator", "sweep", "predict", "finetune", "importing"),
     ("equivalence", "compare", "export", "audit"),
     ("report",),
+    ("tracking",),
     ("cli",),
     ("__main__",),
 )

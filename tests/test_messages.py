@@ -40,10 +40,11 @@ SAID_BY = {
     "sweep": frozenset({"sweep"}),
     "equivalence": frozenset({"check"}),
     "compare": frozenset({"compare"}),
-    "predict.py": frozenset({"predict"}),
+    "predict": frozenset({"predict"}),
     "importing": frozenset({"import"}),
     "export": frozenset({"export"}),
     "audit": frozenset({"audit"}),
+    "tracking": frozenset({"train", "tune", "sweep"}),
 }
 # Flags about labels and splits, which predict does not read, and those that only a command which has them can run into.
 ONLY_WHERE_THERE = {

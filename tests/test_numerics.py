@@ -354,7 +354,7 @@ def test_a_head_knows_and_predict_evaluate_and_check_say(
     def nudged(backbone: Any) -> Any:
         return probed(nudge(backbone))
 
-    monkeypatch.setattr("embedcache.predict.probe_of", nudged)
+    monkeypatch.setattr("embedcache.predict.predictor.probe_of", nudged)
     monkeypatch.setattr("embedcache.equivalence.check.probe_of", nudged)
     for command in commands:
         assert json_of(*command)["largest"] > 0

@@ -20,6 +20,7 @@ from embedcache.dataset import Dataset, IdColumn, Packed, Whole
 from embedcache.errors import CorruptCacheError, FeatureError, IncompleteCacheError, InputError, warn
 from embedcache.features import Dense, InMemory, Ragged, Stored
 from embedcache.memory import uncollected
+from embedcache.notebook import Table, panel
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet
 from embedcache.spec import ExtractionSpec, feature_name, find_name, plain_name, split_name
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
     from embedcache.cache.torch_data import Item
+
+
+_SHOWN_CLASSES = 12
+"""Classes that a notebook shows."""
 
 
 class FeatureCache:
@@ -112,6 +117,31 @@ class FeatureCache:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {rows:,}" for name, rows in self.split_sizes().items())
         return f"FeatureCache({str(self.path)!r}: {sizes}; {', '.join(self.plain_sets)}; task {self.task})"
+
+    def _repr_html_(self) -> str:
+        task = None if self.task is None else task_named(self.task)
+        rows: list[list[object]] = []
+        for name, size in self.split_sizes().items():
+            counts = None if task is None else task.counts(self.targets(name), len(self.class_names))
+            each = [] if counts is None else counts.tolist()[:_SHOWN_CLASSES]
+            rows.append([name, f"{size:,}", *(f"{count:,}" for count in each)])
+        labels = self.class_names[: len(rows[0]) - 2] if rows else ()
+        more = len(self.class_names) - len(labels) if labels else 0
+        sets = [
+            [feature.name, feature.kind, " x ".join(map(str, feature.row_shape)), feature.dtype]
+            for feature in self.feature_sets.values()
+        ]
+        facts = {
+            "rows": f"{self.n_rows:,}", "task": self.task or "no labels",
+            "model": self.provenance()[-1].get("model") if self._manifest.shards else None,
+            "on disk": f"{sum(file.bytes for _, file in self._manifest.files()) / 1e6:,.1f} MB",
+        }  # fmt: skip
+        tables = [
+            Table(["split", "rows", *labels], rows, range(1, 2 + len(labels))),
+            Table(["feature set", "kind", "shape", "stored as"], sets),
+        ]
+        notes = [f"and {counted(more, 'more class')}"] if more else []
+        return panel("FeatureCache", facts, tables, notes, more=str(self.path))
 
     def __len__(self) -> int:
         return self.n_rows

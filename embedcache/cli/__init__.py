@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from embedcache.cli import audits, caches, checks, elsewhere, heads, sweeps
+from embedcache.cli import audits, caches, checks, completion, elsewhere, heads, predictions, sweeps
 from embedcache.errors import EmbedcacheError, EmbedcacheWarning, Interrupted
 from embedcache.version import __version__
 from embedcache.wording import did_you_mean, shown
@@ -48,8 +48,9 @@ def cli(ctx: click.Context) -> None:
         ctx.color = False
 
 
-GROUPS = (caches, elsewhere, heads, sweeps, audits, checks)
+GROUPS = (caches, elsewhere, heads, predictions, sweeps, audits, checks, completion)
 for command in (command for group in GROUPS for command in group.COMMANDS):
+    completion.complete_more(command)
     cli.add_command(command)
 
 

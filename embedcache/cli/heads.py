@@ -1,34 +1,30 @@
-"""train, evaluate, predict."""
+"""train, tune, evaluate."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedcache.cli.options import (
-    Input,
     device_option,
     head_options,
     json_option,
     print_json,
+    report_option,
+    reporting,
     say,
     setting_option,
     several,
-    text_options,
     training_options,
     trust_option,
     untrusted_option,
 )
 from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE
-from embedcache.wording import cell, counted, json_shown, page, shown, table
+from embedcache.wording import counted, shown, table
 
 if TYPE_CHECKING:
-    from embedcache.heads import TrainedHead
     from embedcache.predict import Prediction
     from embedcache.spec import HeadSpec
 
@@ -43,11 +39,12 @@ if TYPE_CHECKING:
 @training_options
 @click.option("--allow-unseen", is_flag=True, help="Train even if a class of another split has no training row.")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where a torch head is trained. Default: cpu.")
+@report_option
 @json_option
 @untrusted_option
 def train(
     cache: str, output_dir: str, head: HeadSpec, feature: str | None, allow_unseen: bool, device: str | None,
-    as_json: bool, **options: Any,
+    report_to: tuple[str, ...], as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train one head on CACHE and save it in RUN, with metrics and a model card.
 
@@ -67,7 +64,7 @@ def train(
         given["class_weight"] = _class_weight(given["class_weight"])
     _refuse_unused(head, given, device)
     opened = FeatureCache.open(cache)
-    with RunFolder(output_dir) as folder:
+    with reporting(output_dir, report_to), RunFolder(output_dir) as folder:
         result = train_on_cache(
             opened, head, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=device or "cpu"
         )
@@ -125,9 +122,12 @@ _TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "cl
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @device_option
 @trust_option
+@report_option
 @json_option
 @untrusted_option
-def tune(cache: str, output_dir: str, head: HeadSpec, as_json: bool, **options: Any) -> None:
+def tune(
+    cache: str, output_dir: str, head: HeadSpec, report_to: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """Train the last blocks of the backbone with a head, from the hidden states in CACHE, and save both in RUN.
 
     What comes before these blocks stays frozen and is not run: the steps are, to the bit, those of training with it in
@@ -146,7 +146,7 @@ def tune(cache: str, output_dir: str, head: HeadSpec, as_json: bool, **options: 
         chosen["class_weight"] = _class_weight(chosen["class_weight"])
     spec = replace(TUNING, **chosen)
     given = {name: value for name, value in options.items() if value is not None}
-    with RunFolder(output_dir) as folder:
+    with reporting(output_dir, report_to), RunFolder(output_dir) as folder:
         result = tune_blocks(cache, head=head, spec=spec, **given)
         saved = result.save(folder)
     if as_json:
@@ -262,147 +262,4 @@ def evaluate(run: str, cache: str, split: str, average_views: bool, record: bool
         say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
 
 
-@click.command()
-@click.argument("run", type=click.Path())
-@click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to predict. Repeat for more.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False), metavar="FILE", help="File to write. Default: stdout.")
-@click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), help="Default: by the ending of FILE, else CSV.")
-@text_options
-@click.option("--model", metavar="NAME|FOLDER", help="The head's backbone, if it is no longer where it was.")
-@click.option("--average-views", is_flag=True, help="Average over each picture and views of it, for a head on views.")
-@trust_option
-@device_option
-@json_option
-def predict(
-    run: str, given: Input, texts: tuple[str, ...], output: str | None, form: str | None, as_json: bool, **options: Any
-) -> None:
-    """Predict with the head of RUN: --text "...", files (CSV, TSV, JSONL, Parquet, tar), or - for standard input; for a
-    head on images also image files and folders.
-
-    The backbone must be the one the head was trained on, with the same settings; any other is refused. CSV has the
-    columns id, label, confidence, and the probability of each class (for regression, the value of each target). A cell
-    that a spreadsheet would run as a formula (it starts with =, +, -, @, a tab or a line break and is not a number)
-    gets a ' in front; a cell that starts with ' and then one of those gets one more. JSONL is not changed. --json is
-    one object with the predictions and the comparison of this machine's probe with the recorded one.
-    """
-    if bool(given.files) == bool(texts):
-        raise click.UsageError('say what to predict: --text "...", a file, or - for standard input')
-    from embedcache.predict import Predictor
-
-    if as_json and (output is not None or form is not None):
-        raise click.UsageError("--json goes to stdout, all at once: leave out --output and --format, or --json")
-    predictor = Predictor.load(run, **options)
-    if texts and predictor.kind != "text":
-        raise click.UsageError(f"the head reads {predictor.kind}s: name files or folders of them in place of --text")
-    if texts and output is None and form is None and not as_json:
-        for text, prediction in zip(texts, predictor(texts), strict=True):
-            say(_line(text, prediction))
-        return
-    if texts:
-        rows: Iterable[Named] = zip(map(str, range(len(texts))), predictor.stream(texts), strict=True)
-        total = len(texts)
-    else:
-        examples = given.examples(
-            f"{output or run}.quarantine.jsonl", labels="none", kind=predictor.kind, pixel_range=predictor.pixel_range
-        )
-        rows, total = predictor.stream_examples(examples), len(examples)
-    if as_json:
-        predictions = [_json_of(name, prediction, predictor.head) for name, prediction in _progress(rows, total)]
-        return print_json({"numerics": predictor.numerics.to_json(), "predictions": predictions})
-    form = form or ("jsonl" if output and output.endswith((".jsonl", ".json")) else "csv")
-    with _destination(output) as file:
-        write = _csv(file, predictor.head) if form == "csv" else _jsonl(file, predictor.head)
-        for name, prediction in _progress(rows, total):
-            write(name, prediction)
-
-
-_SHOWN = 5
-
-
-def _line(text: str, prediction: Prediction) -> str:
-    values = prediction.probabilities
-    given = [prediction.label] if isinstance(prediction.label, str) else list(prediction.label)
-    label = ", ".join(shown(value) if isinstance(value, str) else f"{value:.4g}" for value in given) or "(none)"
-    confidence = "" if prediction.confidence is None else f"  {prediction.confidence:.3f}"
-    best = sorted(values, key=lambda name: -values[name])[:_SHOWN] if len(values) > _SHOWN else list(values)
-    detail = "  ".join(f"{shown(name)} {values[name]:.3f}" for name in best)
-    return f"{label}{confidence}  {text!r}  [{detail}{'  ...' if len(best) < len(values) else ''}]"
-
-
-class _Terminal:
-    """A terminal, which would obey what a file keeps as it is."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream, self.encoding = stream, getattr(stream, "encoding", None)
-
-    def write(self, text: str) -> int:
-        return self._stream.write(page(text))
-
-
-@contextmanager
-def _destination(output: str | None) -> Iterator[IO[str]]:
-    """Open stdout, or a file that only takes its place when it is whole."""
-    if output is None:
-        yield _Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout  # type: ignore[misc]
-        sys.stdout.flush()
-        return
-    import io
-    from pathlib import Path
-
-    from embedcache.errors import InputError
-    from embedcache.journal import replacing
-
-    with replacing(Path(output), InputError) as raw:
-        file = io.TextIOWrapper(raw, "utf-8", "backslashreplace", newline="")
-        yield file
-        file.flush()
-        file.detach()
-
-
-def _progress(rows: Iterable[Named], total: int) -> Iterable[Named]:
-    from tqdm import tqdm
-
-    shown_rows: Iterable[Named] = tqdm(rows, total=total, unit="row", desc="predict", disable=not sys.stderr.isatty())
-    return shown_rows
-
-
-def _json_of(name: str, prediction: Prediction, head: TrainedHead) -> dict[str, object]:
-    values = dict(prediction.probabilities)
-    if head.task == "regression":
-        return {"id": name, "values": values}
-    label = prediction.label if isinstance(prediction.label, str) else list(prediction.label)
-    return {"id": name, "label": label, "confidence": prediction.confidence, "probabilities": values}
-
-
-def _jsonl(file: IO[str], head: TrainedHead) -> Callable[[str, Prediction], None]:
-    def write(name: str, prediction: Prediction) -> None:
-        line = json.dumps(_json_of(name, prediction, head), ensure_ascii=False)
-        file.write(json_shown(line, getattr(file, "encoding", None)) + "\n")
-
-    return write
-
-
-def _csv(file: IO[str], head: TrainedHead) -> Callable[[str, Prediction], None]:
-    import csv
-
-    writer = csv.writer(file, lineterminator="\n")
-    ours = ["id", *([] if head.task == "regression" else ["label", "confidence"])]
-    prefix = "probability of " if set(ours) & set(head.class_names) else ""
-    writer.writerow(map(cell, [*ours, *(prefix + name for name in head.class_names)]))
-    # Labels are joined by a semicolon, unless a class has one in its name.
-    join = json.dumps if any(";" in name for name in head.class_names) else ";".join
-
-    def write(name: str, prediction: Prediction) -> None:
-        cells = [name]
-        if head.task != "regression":
-            label, sure = prediction.label, prediction.confidence
-            cells += [
-                label if isinstance(label, str) else join(list(map(str, label))),
-                "" if sure is None else f"{sure:.6g}",
-            ]
-        writer.writerow([*map(cell, cells), *(f"{value:.6g}" for value in prediction.probabilities.values())])
-
-    return write
-
-
-COMMANDS = (train, tune, evaluate, predict)
+COMMANDS = (train, tune, evaluate)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -218,6 +219,26 @@ accept_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the backbone runs."
 )
+
+
+report_option = click.option(
+    "--report-to", multiple=True, type=click.Choice(["tensorboard", "mlflow", "wandb", "trackio"]), metavar="NAME",
+    help="Report to tensorboard, mlflow, wandb or trackio; repeat for more.",
+)  # fmt: skip
+
+
+@contextmanager
+def reporting(folder: str, trackers: Sequence[str]) -> Iterator[None]:
+    """Refuse trackers that are not installed, do the block, and report the folder that it saved."""
+    if not trackers:
+        yield
+        return
+    from embedcache.tracking import refuse_missing, track
+
+    refuse_missing(trackers)
+    yield
+    if took := track(folder, trackers):
+        say(f"reported to {', '.join(took)}", err=True)
 
 
 pixel_range_option = click.option(

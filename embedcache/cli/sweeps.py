@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedcache.cli.options import json_option, json_or, named_values, print_json, say, say_json, untrusted_option
+from embedcache.cli.options import (
+    json_option,
+    json_or,
+    named_values,
+    print_json,
+    report_option,
+    reporting,
+    say,
+    say_json,
+    untrusted_option,
+)
 
 if TYPE_CHECKING:
     from embedcache.report import Form
@@ -62,11 +72,12 @@ if TYPE_CHECKING:
     help="Stop training in time to be done after N minutes; what was left out is named.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be trained and about how long it takes; write nothing.")
+@report_option
 @json_option
 @untrusted_option
 def sweep(
     cache: str, output_dir: str, config: str | None, heads: tuple[str, ...], settings: tuple[str, ...],
-    seeds: str | None, rows: int, as_json: bool, dry_run: bool, **options: Any,
+    seeds: str | None, rows: int, as_json: bool, dry_run: bool, report_to: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Train many heads on CACHE, compare them honestly, keep the best in SWEEP/best.
 
@@ -92,10 +103,11 @@ def sweep(
         which = {name: options[name] for name in ("features", "yes")}
         return say(planned(cache, grid, output_dir=output_dir, seeds=_numbers(seeds), asked=asked, **which).to_text())
     try:
-        result = run(
-            cache, grid, output_dir=output_dir, seeds=_numbers(seeds),
-            command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
-        )  # fmt: skip
+        with reporting(output_dir, report_to):
+            result = run(
+                cache, grid, output_dir=output_dir, seeds=_numbers(seeds),
+                command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
+            )  # fmt: skip
     except Interrupted:
         if not as_json and (Path(output_dir) / "summary.json").is_file():
             say(SweepResult(output_dir).to_text(rows))  # of what is finished

@@ -26,6 +26,7 @@ from embedcache.compare.figures import (
 from embedcache.compare.measurements import Extraction, Training
 from embedcache.decoding import to_json
 from embedcache.errors import MissingExtraError
+from embedcache.notebook import Table, panel
 from embedcache.task import Array, Floats, task_named
 from embedcache.train.metrics import percentile_interval, resampled_scores, score
 from embedcache.wording import counted, markdown_table, shown, table
@@ -139,6 +140,10 @@ class Comparison:
         """Lay it out for a terminal."""
         lines = [*table(self.header(), self.cells()), "", *self.sentences(), "", *self.notes]
         return "\n".join(map(shown, lines))
+
+    def _repr_html_(self) -> str:
+        table = Table(self.header(), self.cells(), range(1, len(self.header())))
+        return panel("Comparison", {}, [table], [*self.sentences(), *self.notes])
 
     def to_markdown(self) -> str:
         """Lay it out as Markdown, with the recipes."""

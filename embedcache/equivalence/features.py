@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -16,6 +15,7 @@ from embedcache.batching import plan
 from embedcache.equivalence.bits import Array, Difference, Rows, difference
 from embedcache.equivalence.rows import Subject
 from embedcache.features import Dense, InMemory, Ragged
+from embedcache.notebook import shows_bars
 from embedcache.shard import FeatureSet, rounded
 from embedcache.spec import ExtractionSpec
 from embedcache.train.batches import FeatureBatch, drawn_views, order
@@ -144,7 +144,7 @@ def computed(backbone: Backbone, contents: Sequence[bytes], feature: FeatureSet,
 
 def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
     """Run the backbone over the sampled rows and compare every feature set; keep what training reads."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     cache, backbone, rows = subject.cache, subject.backbone, subject.rows.features
     reports = {name: SetReport(feature) for name, feature in cache.feature_sets.items()}
@@ -153,14 +153,14 @@ def recompute(subject: Subject, *, progress: bool = False) -> Recomputed:
     contents: dict[int, bytes] = {}
     keep = {*subject.rows.train.tolist(), *subject.rows.evaluate.tolist()}
     reading = subject.raw.stream(rows)
-    shown = progress and sys.stderr.isatty()
+    shown = progress and shows_bars()
 
     def done(count: int, _: int) -> None:
         bar.update(count)
 
     kind, pictures = ExtractionSpec(cache.spec).content or "text", len(rows) * (views_of(backbone) + 1)
     unit = " pictures" if kind == "image" else "row"
-    with tqdm(total=pictures, desc="features", unit=unit, disable=None if shown else True) as bar:
+    with tqdm(total=pictures, desc="features", unit=unit, disable=not shown) as bar:
         size = min(WINDOW, rows_at_once(backbone) or WINDOW)
         for start in range(0, len(rows), size):
             window = rows[start : start + size]

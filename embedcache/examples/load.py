@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -36,6 +35,7 @@ from embedcache.examples.source import BadRow, Block, Faults, Source
 from embedcache.examples.splits import SplitColumn, assign_splits, ordered, parse_split, shares_note
 from embedcache.fingerprint import KEY_BYTES, strict_json
 from embedcache.journal import commit, explained, replacing
+from embedcache.notebook import shows_bars
 from embedcache.spec import PixelRange, TaskName
 from embedcache.wording import counted
 
@@ -284,10 +284,10 @@ class _Pass:
     @contextmanager
     def shown(self, sources: Sequence[Source]) -> Iterator[None]:
         """Draw a bar on a terminal while rows are read that take time: of how many, if all sources know it."""
-        if self._unit is None or not sys.stderr.isatty():
+        if self._unit is None or not shows_bars():
             yield
             return
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         rows = [source.rows for source in sources if source.rows is not None]
         total = sum(rows) if len(rows) == len(sources) else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from embedcache.notebook import shows_bars
 from embedcache.numerics import Difference
 from embedcache.wording import counted, shown
 
@@ -32,11 +32,11 @@ class Bar:
     """
 
     def __init__(self, title: str = "extract", *, pictures: bool = False) -> None:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         self._bar = tqdm(
             desc=title, unit=" pictures" if pictures else "tok", unit_scale=not pictures,
-            disable=None if sys.stderr.isatty() else True, mininterval=0.2,
+            disable=not shows_bars(), mininterval=0.2,
         )  # fmt: skip
         self._pictures = pictures
         self._rows = 0

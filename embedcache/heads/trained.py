@@ -26,8 +26,10 @@ from embedcache.heads.hub import local_run, push_head
 from embedcache.heads.record import HeadRecord
 from embedcache.heads.registry import build_head
 from embedcache.heads.sklearn_io import logits_of, outputs
+from embedcache.notebook import panel
 from embedcache.spec import HeadSpec
 from embedcache.task import Array, Flags, Floats, task_named
+from embedcache.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,25 @@ class TrainedHead(HeadRecord):
             f"TrainedHead({self.spec.kind} on {self.spec.engine}; {self.task}, {len(self.class_names)} outputs; "
             f"reads {self.feature.name} [{self.feature.dim}])"
         )
+
+    def _repr_html_(self) -> str:
+        return panel("TrainedHead", self.facts())
+
+    def facts(self) -> dict[str, object]:
+        """Return what it is and how it was trained, for people."""
+        solver = self.training.get("solver")
+        minibatch = ("epochs", "batch_size", "learning_rate", "weight_decay", "seed")
+        settings = ("l2", "seed") if solver == "convex" else minibatch
+        return {
+            "head": " ".join([self.spec.kind, *(f"{name}={value}" for name, value in self.spec.options.items())]),
+            "engine": self.spec.engine,
+            "task": f"{self.task}: {listed(self.class_names, 12)}",
+            "reads": f"{self.feature.name} [{', '.join(map(str, self.feature.row_shape))}]",
+            "of": self.model,
+            "parameters": f"{self.parameters:,}" if self.state else None,
+            "solver": solver if self.spec.engine == "torch" else None,
+            "settings": ", ".join(f"{name} {self.training[name]}" for name in settings if name in self.training),
+        }
 
     def __getstate__(self) -> dict[str, object]:
         # What is cached beside the fields (the torch module) is made again where it is needed.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from embedcache.errors import SweepError
 from embedcache.journal import commit
+from embedcache.notebook import Table, panel
 from embedcache.sweep.store import Result, read_results
 from embedcache.sweep.summary import Interval, LeaderboardRow, Summary, read_summary
 from embedcache.wording import counted, shown, table
@@ -36,13 +37,9 @@ def to_text(summary: Summary, most: int = 12) -> str:
     if not rows:
         reasons = [f"  {failure.label}: {failure.error}" for failure in failures[:_MOST_FAILURES]]
         return "\n".join(map(shown, ["no head could be trained", *reasons]))
-    # The recommended head and a baseline belong in every table, however far down they are.
-    named = {choice.id for choice in (summary.chosen, summary.recommended) if choice is not None}
-    listed = [*rows[:most], *(row for row in rows[most:] if row.id in named or row.head.kind == "majority")]
     metric = summary.metric.name
-    header = ["", "rank", "head", metric, f"{100 * (1 - alpha):g}% interval", "p (Holm)", "parameters", "seconds"]
-    chosen = summary.chosen.id if summary.chosen else None
-    lines = table(header, [_cells(row, row.id == chosen) for row in listed], _NUMBERS)
+    header, cells, _ = _table(summary, most)
+    lines = table(header, cells, _NUMBERS)
     lines += [
         "",
         f"{counted(len(rows), 'head')}; {summary.protocol.text}",
@@ -58,6 +55,19 @@ def to_text(summary: Summary, most: int = 12) -> str:
             f"on {counted(test.rows, 'row')} of {test.split}"
         )
     return "\n".join(map(shown, lines))
+
+
+def _table(summary: Summary, most: int) -> tuple[list[str], list[list[str]], list[int]]:
+    """Return header and cells of a leaderboard, and the places of the chosen head."""
+    rows, alpha = summary.leaderboard, summary.protocol.alpha
+    # The recommended head and a baseline belong in every table, however far down they are.
+    named = {choice.id for choice in (summary.chosen, summary.recommended) if choice is not None}
+    listed = [*rows[:most], *(row for row in rows[most:] if row.id in named or row.head.kind == "majority")]
+    interval = f"{100 * (1 - alpha):g}% interval"
+    header = ["", "rank", "head", summary.metric.name, interval, "p (Holm)", "parameters", "seconds"]
+    chosen = summary.chosen.id if summary.chosen else None
+    places = [place for place, row in enumerate(listed) if row.id == chosen]
+    return header, [_cells(row, row.id == chosen) for row in listed], places
 
 
 def _cells(row: LeaderboardRow, chosen: bool) -> list[str]:
@@ -106,6 +116,20 @@ class SweepResult:
         rows = self.leaderboard
         best = f"; best {rows[0].label}: {rows[0].score:.4f}" if rows else ""
         return f"SweepResult({str(self.path)!r}: {counted(len(rows), 'head')}{best})"
+
+    def _repr_html_(self) -> str:
+        found, most = self._findings, 12
+        header, rows, chosen = _table(found, most)
+        test, metric = found.test, found.metric.name
+        facts = {
+            "data": found.data.name, "compared by": f"{metric}; {found.protocol.text}",
+            "chosen": found.chosen and f"{found.chosen.label} ({found.chosen.why})",
+            "recommended": found.recommended and f"{found.recommended.label} ({found.recommended.why})",
+            test.split if test is not None else "test":
+                test and f"{metric} {test.score:.4f} {_ends(test.interval)} on {counted(test.rows, 'row')}",
+        }  # fmt: skip
+        more = f"{counted(len(found.leaderboard), 'head')}; = cannot be told from the best, * is the chosen one"
+        return panel("SweepResult", facts, [Table(header, rows, _NUMBERS, chosen)], found.notes, more=more)
 
     @property
     def leaderboard(self) -> list[LeaderboardRow]:

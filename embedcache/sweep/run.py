@@ -19,6 +19,7 @@ from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
 from embedcache.features import Features, Rows
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
+from embedcache.notebook import shows_bars
 from embedcache.sweep import conclusion
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
 from embedcache.sweep.configuration import Asked, Configuration
@@ -160,7 +161,7 @@ class Run:
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
         self.started = _now()
-        self.show = self.progress and sys.stderr.isatty()
+        self.show = self.progress and shows_bars()
         self.left_out: list[JobBatch] = []
 
     def train(self, jobs: Iterable[Job], announced: bool = False) -> None:

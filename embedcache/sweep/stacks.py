@@ -9,7 +9,6 @@ a third slower, and ten times on a machine with other work.)
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from embedcache.errors import FeatureError, TrainingError
 from embedcache.memory import share_memory_among_threads
+from embedcache.notebook import shows_bars
 from embedcache.spec import MIN_STEPS
 from embedcache.sweep.jobs import Interruption, Job, TrainedJob, is_small, stacks_of
 from embedcache.sweep.problem import Fold, Problem
@@ -40,7 +40,7 @@ def train_stacks(
     Raises ``Interruption`` after ``until``, by ``time.perf_counter``.
     """
     import torch
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from embedcache.backbone.device import threads
     from embedcache.train import PassOptions
@@ -65,7 +65,7 @@ def train_stacks(
     stopped = threading.Event()
     bar = tqdm(
         total=sum(_steps(part[0]) for part in parts), desc=title, unit="step", mininterval=0.2,
-        disable=None if progress and sys.stderr.isatty() else True,
+        disable=not (progress and shows_bars()),
     )  # fmt: skip
 
     def each_step() -> None:

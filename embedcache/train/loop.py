@@ -6,7 +6,6 @@ makes inside the step, or a whole model being fine-tuned.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from embedcache.errors import TrainingError
+from embedcache.notebook import shows_bars
 from embedcache.spec import TrainSpec
 from embedcache.task import Floats, Task
 from embedcache.train.batches import BatchSource, RowsOfBatch
@@ -143,7 +143,7 @@ def fit(
 
     Raises ``TrainingError`` when a loss becomes NaN or infinite, saying what to lower.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     models = len(learner.alive)
     result = LoopResult([[] for _ in range(models)], [-1] * models)
@@ -152,7 +152,7 @@ def fit(
     sign = 1.0 if stopping.greater_is_better else -1.0
     bar = tqdm(
         total=stopping.epochs * batches.steps, desc=title, unit="step", mininterval=0.2,
-        disable=None if progress and sys.stderr.isatty() else True,
+        disable=not (progress and shows_bars()),
     )  # fmt: skip
     begun = time.perf_counter()
     try:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from embedcache.heads import TrainedHead
+from embedcache.notebook import Table, panel
 from embedcache.numerics import Probe
 from embedcache.spec import ExtractionSpec
 from embedcache.task import Array
+from embedcache.wording import counted, duration
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -98,7 +100,22 @@ class TrainingResult(Generic[H]):
         """Whether Ctrl-C ended it early, with the best weights so far."""
         return self.fitted.interrupted
 
+    def _repr_html_(self) -> str:
+        facts = self.head.facts() if isinstance(self.head, TrainedHead) else {"model": type(self.head).__name__}
+        splits = {name: values for name, values in self.metrics.items() if isinstance(values, Mapping)}
+        names = dict.fromkeys(
+            name for values in splits.values() for name, value in values.items() if isinstance(value, (int, float))
+        )
+        rows = [[name, *(_shown(values.get(name)) for values in splits.values())] for name in names]
+        table = Table(["metric", *splits], rows, range(1, len(splits) + 1))
+        took = f"{counted(len(self.history), 'epoch')} in {duration(self.seconds)}" if self.fitted.epochs else ""
+        return panel("TrainingResult", facts, [table] if rows else [], self.notes, more=took)
+
     def save(self: TrainingResult[TrainedHead], directory: Path | str | RunFolder) -> None:
         """Write the head bundle: head, metrics, history, model card; see ``TrainedHead.save_pretrained``."""
         facts = {**self.facts, "trained in": f"{self.seconds:.1f} s"}
         self.head.save_pretrained(directory, metrics=self.metrics, history=self.history, facts=facts)
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else "-"

@@ -7,15 +7,16 @@ import io
 import os
 import pty
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from small_caches import SETS, write
 
 from embedcache.cli import run
-from embedcache.cli.heads import _csv, _destination, _jsonl
+from embedcache.cli.predictions import _destination
 from embedcache.heads import TrainedHead
-from embedcache.predict import Prediction
+from embedcache.predict import Prediction, text_table
 from embedcache.shard import FeatureSet
 from embedcache.spec import HeadSpec
 
@@ -70,16 +71,16 @@ def head() -> TrainedHead:
 def test_predictions_on_a_terminal_and_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prediction = Prediction("=1+1", 0.5, dict.fromkeys(NAMES, -0.25))
     kept = io.StringIO()
-    _csv(kept, head())("@row", prediction)
+    text_table("csv", kept, head()).write("@row", prediction)
     header, row = csv.reader(io.StringIO(kept.getvalue()))
-    assert header == ["id", "label", "confidence", EVIL, "'=1+1", "b"], "a file keeps names, but no formulas"
-    assert row == ["'@row", "'=1+1", "0.5", "-0.25", "-0.25", "-0.25"], "numbers stay numbers"
+    assert header == ["id", "label", "confidence", "margin", EVIL, "'=1+1", "b"], "a file keeps names, but no formulas"
+    assert row == ["'@row", "'=1+1", "0.5", "", "-0.25", "-0.25", "-0.25"], "numbers stay numbers"
     reader, writer = pty.openpty()
     with open(writer, "w", newline="") as terminal:
         monkeypatch.setattr("sys.stdout", terminal)
-        with _destination(None) as file:
-            _csv(file, head())(EVIL, prediction)
-            _jsonl(file, head())(EVIL, prediction)
+        for form in ("csv", "jsonl"):
+            with _destination(None, form, Mock(head=head(), nearest=None)) as table:
+                table.write(EVIL, prediction)
     said = os.read(reader, 1 << 16).decode().replace("\r\n", "\n")
     assert not set(said) & set("\x1b\x9b\r\u202e")
 

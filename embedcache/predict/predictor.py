@@ -14,11 +14,13 @@ import numpy as np
 
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import Backbone, Encoder, compute_features, compute_sets, load_again, probe_of, views_of
+from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, InputError, SpecError, warn
 from embedcache.examples import Content, Examples, content_of
 from embedcache.features import InMemory
 from embedcache.heads import TrainedHead
 from embedcache.numerics import difference
+from embedcache.predict.nearest import NearestRows, Neighbour
 from embedcache.shard import Array
 from embedcache.spec import ExtractionSpec, ModelSource, differences_text, plain_name
 from embedcache.task import Named, task_named
@@ -31,12 +33,16 @@ class Prediction:
 
     ``label`` is the class (a tuple of classes for multilabel, a tuple of numbers for regression). ``probabilities``
     maps each class to its probability, or each target to its value for regression. ``confidence`` is the
-    probability of ``label``, None where there is no such thing.
+    probability of ``label``, ``margin`` how much more probable it is than the next class, or how far the closest
+    probability of a multilabel head is from its threshold; None where there is no such thing. ``nearest`` are the
+    training rows nearest to it, the nearest first, where the predictor has a cache to explain it with.
     """
 
     label: Named
     confidence: float | None
     probabilities: Mapping[str, float]
+    margin: float | None = None
+    nearest: tuple[Neighbour, ...] = ()
 
 
 class Predictor:
@@ -46,7 +52,7 @@ class Predictor:
     pixels have no range of their own. ``numerics`` says whether this machine computes the features that
     the head was trained on to the bit, or how far off they are at most: the probe of the head's cache is run here,
     which takes a few forward passes. With ``average_views``, probabilities are the mean over the plain picture and its
-    views, made as those that the head was trained on.
+    views, made as those that the head was trained on. ``nearest`` finds training rows to explain each prediction with.
 
     Example::
 
@@ -55,10 +61,13 @@ class Predictor:
     """
 
     @checks_arguments()
-    def __init__(self, head: TrainedHead, backbone: Backbone, *, average_views: bool = False) -> None:
+    def __init__(
+        self, head: TrainedHead, backbone: Backbone, *, average_views: bool = False, nearest: NearestRows | None = None
+    ) -> None:
         if average_views and not views_of(backbone):
             raise SpecError("average_views is given, and the backbone makes no views: load it with views")
         self.average_views = average_views
+        self.nearest = nearest
         self.head = head
         self.backbone = backbone
         extraction = ExtractionSpec(backbone.identity)
@@ -72,21 +81,27 @@ class Predictor:
     @checks_arguments()
     def load(
         cls, run: Path | str, *, model: Path | str | None = None, device: str = "auto", trust_remote_code: bool = False,
-        average_views: bool = False, encoder: Callable[[list[Any]], Any] | None = None,
+        average_views: bool = False, encoder: Callable[[list[Any]], Any] | None = None, explain: int | None = None,
+        cache: FeatureCache | Path | str | None = None,
     ) -> Predictor:  # fmt: skip
         """Load a run folder and the backbone it names; ``model`` says where the same backbone is now.
 
         A head on the features of an encoder of one's own (``extract(..., encoder=...)``) needs that ``encoder`` here.
+        ``explain`` is how many of the training rows in ``cache`` each prediction is to name; see ``NearestRows``.
 
         Raises:
             BundleError: the folder is not a run, or a damaged one.
-            BackboneMismatchError: that backbone, or its settings, are not those the head was trained on.
+            BackboneMismatchError: that backbone, its settings or the cache are not those the head was trained on.
         """
         head = TrainedHead.from_pretrained(run)
+        if (explain is None) != (cache is None):
+            raise SpecError("explain and cache go together: how many training rows to show, and the cache they are in")
+        nearest = None if explain is None or cache is None else NearestRows(cache, head, explain)
         if encoder is not None:
-            return cls(head, encoder_of(head, encoder))
+            return cls(head, encoder_of(head, encoder), nearest=nearest)
         source = ModelSource(model, device=device, trust_remote_code=trust_remote_code)
-        return cls(head, backbone_of(head, source, views=average_views), average_views=average_views)
+        backbone = backbone_of(head, source, views=average_views)
+        return cls(head, backbone, average_views=average_views, nearest=nearest)
 
     def __call__(self, rows: Iterable[object]) -> list[Prediction]:
         """Predict texts, or pictures (paths, files' bytes, PIL images, arrays of uint8), in order.
@@ -115,8 +130,10 @@ class Predictor:
         if not contents:
             return []
         places = {content: place for place, content in enumerate(dict.fromkeys(contents))}
-        values = self._probabilities(list(places))
-        return [self._prediction(values[places[content]]) for content in contents]
+        x, values = self._computed(list(places))
+        near = [()] * len(places) if self.nearest is None else self.nearest.of(x)
+        made = [self._prediction(*row) for row in zip(values, near, strict=True)]
+        return [made[places[content]] for content in contents]
 
     def stream_examples(self, examples: Examples) -> Iterator[tuple[str, Prediction]]:
         """Predict every row of an input and yield ``(id, prediction)``, in order, with flat memory."""
@@ -129,25 +146,28 @@ class Predictor:
                 yield examples.ids[row], prediction
                 row += 1
 
-    def _probabilities(self, contents: Sequence[bytes]) -> Array:
+    def _computed(self, contents: Sequence[bytes]) -> tuple[InMemory, Array]:
+        """Return the plain features of N rows, and their probabilities [N, C]."""
         if not self.average_views:
-            return self.head.probabilities(self.features(contents))
+            x = self.features(contents)
+            return x, self.head.probabilities(x)
         names = [feature.name for feature in self.backbone.feature_sets]
         of_head = [name for name in names if plain_name(name)[0] == self.head.feature.name]
         sets = compute_sets(self.backbone, contents, of_head)
         of_each = [self.head.probabilities(replace(x, feature=self.head.feature)) for x in sets.values()]
-        return np.asarray(np.mean(of_each, axis=0))
+        return sets[self.head.feature.name], np.asarray(np.mean(of_each, axis=0))
 
     def features(self, contents: Sequence[bytes]) -> InMemory:
         """Return what the cache would hold for these rows; ``values`` [N, D] or [N, L, D], or of all their tokens."""
         return compute_features(self.backbone, contents, self.head.feature.name)
 
-    def _prediction(self, values: Array) -> Prediction:
-        names = self.head.class_names
+    def _prediction(self, values: Array, nearest: tuple[Neighbour, ...]) -> Prediction:
+        names, thresholds = self.head.class_names, np.asarray(self.head.thresholds)
         by_name = {name: float(value) for name, value in zip(names, values, strict=True)}
         task = task_named(self.head.task)
-        label = task.named(task.decide(values, np.asarray(self.head.thresholds)), names)
-        return Prediction(label, by_name[label] if isinstance(label, str) else None, by_name)
+        label = task.named(task.decide(values, thresholds), names)
+        margin = task.margin(values, thresholds)
+        return Prediction(label, by_name[label] if isinstance(label, str) else None, by_name, margin, nearest)
 
 
 def _row_name(first: int, row: int) -> str:
