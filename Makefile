@@ -51,8 +51,8 @@ quick: $(VENV)/installed-dev ## the tests for everyday work, in less than a minu
 faults: $(VENV)/installed-dev ## kills, flipped bits, failing calls, hostile and fuzzed files by the thousand, in an hour
 	$(BIN)/python tests/faults/run.py $(FAULTS_ARGS)
 
-engines: $(VENV)/installed-engines ## other people's tools, real and slow: a local S3 server, trackers, notebooks, the site
-	$(BIN)/python -m pytest -q tests/engines $(PYTEST_ARGS)
+engines: $(VENV)/installed-engines ## other people's tools, real and slow: S3, Ray and Dask whose workers are killed, trackers, notebooks
+	$(BIN)/python -m pytest -q tests/engines tests/engines/pools.py tests/engines/ray_cluster.py $(PYTEST_ARGS)
 
 gpu: $(VENV)/installed-dev ## what must hold on a GPU, and its figures; says so where there is none
 	$(BIN)/python -m pytest -q -rs tests/test_gpu.py $(PYTEST_ARGS)

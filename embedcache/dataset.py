@@ -355,6 +355,19 @@ class Examples(Dataset):
             whole=replace(whole, numbers=whole.numbers[rows]),
         )
 
+    def without(self, rows: Rows) -> Examples:
+        """Return the examples but for ``rows``, int64, and those of the same content, as if the input lacked them.
+
+        Raises ``InputError`` where none is left.
+        """
+        kept = np.flatnonzero(~np.isin(key_values(self.keys), key_values(self.keys[rows])))
+        if not len(kept):
+            raise InputError(f"no usable row is left: all {len(self):,} are set aside")
+        fewer = self.select(kept)
+        if self.whole is not None:
+            return fewer
+        return replace(fewer, whole=None, ids=fewer.ids if self.ids.given is not None else IdColumn(len(kept)))
+
     def contents(self, rows: Rows | Sequence[int] | None = None) -> Iterator[bytes]:
         """Return the contents of ``rows``, int64 and strictly increasing, one after the other; None for all rows.
 

@@ -10,7 +10,8 @@
     ├── SpecError (ValueError)               a setting has an impossible value
     ├── BackboneError (ValueError)           the model cannot be loaded or cannot do what was asked
     │   ├── PoolingUnavailableError          the model does not give that pooling; names those it gives
-    │   └── DeviceMemoryError (MemoryError)  the device's memory does not hold a model or a batch of it
+    │   ├── DeviceMemoryError (MemoryError)  the device's memory does not hold a model or a batch of it
+    │   └── WorkerRefusedError               a worker of an extraction that computes otherwise, or cannot
     ├── FeatureError (ValueError)            features that must not be used: NaN, inf, overflow, shape
     ├── CacheError (OSError)                 something about a cache directory
     │   ├── CacheNotFoundError (FileNotFoundError)
@@ -112,6 +113,10 @@ class PoolingUnavailableError(BackboneError):
 
 class DeviceMemoryError(BackboneError, MemoryError):
     """The device's memory does not hold the model, or a batch at a canonical shape."""
+
+
+class WorkerRefusedError(BackboneError):
+    """A worker of an extraction that computes other bits than the others, or cannot load the backbone."""
 
 
 class FeatureError(EmbedcacheError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 import sys
@@ -253,16 +252,6 @@ def test_windows_hold_so_many_pictures_as_their_pixels_allow(
         assert cut == expected
         again = [len(window) for window in cutting.windows(examples, np.arange(cut[0], 17), backbone, 1000)]
         assert again == expected[1:]
-
-
-def test_prepared_pictures_can_be_divided(model: Callable[[str], Path]) -> None:
-    """As they are handed to other processes."""
-    backbone = load_backbone(model("vit"), features=("tokens",), device="cpu")
-    pixels = backbone.prepare(PICTURES)
-    some = pickle.loads(pickle.dumps(pixels.take(np.array([5, 2]))))
-    assert some.vectors.tolist() == [16, 16]
-    assert some.lengths.tolist() == [1, 1]
-    assert some.digests() == [pixels.digests()[row] for row in (5, 2)]
 
 
 # What the processor does.

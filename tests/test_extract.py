@@ -28,7 +28,7 @@ from embedcache.backbone import LoadedBackbone, load_backbone
 from embedcache.cache import FeatureCache, merge, relabel
 from embedcache.errors import FeatureError, IncompleteCacheError, Interrupted, SpecError, SpecMismatchError
 from embedcache.examples import load_examples
-from embedcache.extract import Computed, Window, extract, forecast, parse_part, run, work
+from embedcache.extract import Computed, Proof, Window, extract, forecast, parse_part, run, work
 from embedcache.extract import windows as cutting
 
 
@@ -330,8 +330,13 @@ class Elsewhere:
     def __init__(self, backbone: Callable[[], Any], ahead: int) -> None:
         self.backbone, self.ahead, self.closed = backbone, ahead, False
 
-    def probe(self, backbone: Any) -> None:
-        return None
+    notes = ()
+
+    def prove(self, backbone: Any, recorded: Any) -> Proof:
+        return Proof(None, backbone.provenance)
+
+    def close(self) -> None:
+        pass
 
     def _there(self, window: bytes, wait: float) -> bytes:
         time.sleep(wait)

@@ -361,7 +361,7 @@ def test_a_head_knows_and_predict_evaluate_and_check_say(
     with pytest.warns(ec.EmbedcacheWarning, match="trained on: other bits: values differ by up to"):
         assert not ec.Predictor.load(run, device="cpu").numerics.same_bits
     assert "numerics: other bits" in runner.invoke(main, [*commands[1]]).output
-    monkeypatch.setattr(import_module("embedcache.extract.work"), "probe_of", nudged)
+    monkeypatch.setattr(import_module("embedcache.extract.here"), "probe_of", nudged)
     shutil.rmtree(cache.path)
     ec.extract(rows, pooling="mean", max_length=31, **settings)
     assert json_of("evaluate", str(run), str(cache.path), "--split", "test")["status"] == "features"

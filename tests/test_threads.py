@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch
 from tiny_models import WORDS
 
 from embedcache import FeatureCache, extract
-from embedcache.backbone import LoadedBackbone, Workers, compute_features, load_backbone, probe_of, processes, threads
-from embedcache.backbone.compute import run_plan
-from embedcache.backbone.model import Recipe
-from embedcache.batching import plan
-from embedcache.errors import BackboneError
+from embedcache.backbone import LoadedBackbone, Recipe, compute_features, load_backbone, probe_of, threads
+from embedcache.errors import BackboneError, WorkerRefusedError
 from embedcache.examples import load_examples
-from embedcache.extract import Here, run
+from embedcache.extract import Elsewhere, Here, Proof, run
+from embedcache.extract import worker as far_side
+from embedcache.extract.worker import Job
+from embedcache.fingerprint import hash_json
 from embedcache.numerics import Outcome, Probe
 from embedcache.spec import ModelSource
 
@@ -198,81 +197,58 @@ def test_pass_threads_are_part_of_the_identity(folder_of: Callable[[str], Path])
 def test_processes_compute_what_one_does(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More passes than one process keeps busy are run in others: the same bytes; their faults are one line."""
-    for name in ("compute", "processes"):
-        monkeypatch.setattr(f"embedcache.backbone.{name}.MOST_PASSES", 1)
-    monkeypatch.setattr(import_module("embedcache.extract.work"), "PROCESS_ROWS", 1)
+    """Where there are more cores than one process keeps busy, others do the work: the same bytes."""
+    at_work = import_module("embedcache.extract.here")
+    monkeypatch.setattr("embedcache.backbone.compute.MOST_PASSES", 1)
+    monkeypatch.setattr(at_work, "MOST_PASSES", 1)
+    monkeypatch.setattr(at_work, "PROCESS_ROWS", 1)
     features_asked = ["mean", "tokens", "cls@all"]
     backbone = load_backbone(str(folder_of("bert")), features=features_asked, device="cpu", positions=32)
     examples = load_examples(texts(43), labels="none")
     run(examples, backbone, tmp_path / "one", engine=Here(2), rows_per_shard=17)
-    passes: list[int] = []
-    together = Workers.run_plan
+    windows: list[int] = []
+    together = Elsewhere.map
 
-    def counted(self: Workers, prepared: Any, batches: Any, done: Any) -> Any:
-        passes.append(len(batches))
-        return together(self, prepared, batches, done)
+    def counted(self: Elsewhere, backbone: Any, given: Any, watch: Any) -> Any:
+        for computed in together(self, backbone, given, watch):
+            windows.append(len(computed.rows))
+            yield computed
 
-    monkeypatch.setattr(Workers, "run_plan", counted)
+    monkeypatch.setattr(Elsewhere, "map", counted)
     run(examples, backbone, tmp_path / "two", engine=Here(2, processes=True), rows_per_shard=17)
-    assert len(passes) == 3
+    assert windows == [17, 17, 9]
     files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.*")}
     assert {path.relative_to(tmp_path / "two"): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")} == files
 
 
-def test_few_batches_are_divided_among_all_processes(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_computes_otherwise_than_this_one_ends_the_run(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A window of pictures has a few dozen: handed out as many as one process likes, most processes would wait."""
-    backbone = load_backbone(str(folder_of("bert")), features=["mean"], device="cpu", positions=16)
-    handed: list[int] = []
-
-    class Pool:
-        def __init__(self, *settings: Any) -> None:
-            pass
-
-        def submit(self, run: Any, prepared: Any, batches: Any) -> Future[Any]:
-            handed.append(len(batches))
-            future: Future[Any] = Future()
-            future.set_result(run_plan(backbone, prepared, batches))
-            return future
-
-    monkeypatch.setattr(processes, "ProcessPoolExecutor", Pool)
-    assert backbone.recipe is not None
-    tokens = backbone.prepare(contents_of(texts(61)))
-    batches = plan(tokens.lengths, backbone.policy)
-    together = Workers(backbone, backbone.recipe, 4, 8).run_plan(tokens, batches)
-    assert len(batches) > 12
-    assert len(handed) == 4
-    assert max(handed) - min(handed) <= 3
-    assert together["mean"].values.tobytes() == run_plan(backbone, tokens, batches)["mean"].values.tobytes()
-
-
-def test_a_process_that_would_compute_otherwise_says_so(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    at_work = import_module("embedcache.extract.here")
+    monkeypatch.setattr(at_work, "MOST_PASSES", 1)
+    monkeypatch.setattr(at_work, "PROCESS_ROWS", 1)
+    nudged = Probe((), {}, {"mean": Outcome.of(np.ones(66, np.float32), "float32")})
+    monkeypatch.setattr(Elsewhere, "prove", lambda *_: Proof(nudged, {}))
     backbone = load_backbone(str(folder_of("bert")), features=["mean"], device="cpu")
-    assert backbone.recipe is not None
-    probe = probe_of(backbone)
-    assert probe is not None
-    nudged = Probe(probe.inputs, probe.versions, {"mean": Outcome.of(np.ones(66, np.float32), "float32")})
-    count = torch.get_num_threads()
+    with pytest.raises(BackboneError, match=r"computes otherwise than this one .*: extract --threads 1"):
+        run(load_examples(texts(3), labels="none"), backbone, tmp_path, engine=Here(2, processes=True))
 
-    def with_settings(**changed: Any) -> Recipe:
-        return replace(backbone.recipe, settings=replace(backbone.recipe.settings, **changed))
 
-    for recipe, recorded, reason in (
-        (backbone.recipe, probe, None),
-        (backbone.recipe, nudged, "computes otherwise than this one"),
-        (with_settings(max_length=13, shapes=None), probe, "have changed since they were loaded"),
-        (replace(backbone.recipe, source=ModelSource("/nowhere")), probe, "/nowhere"),
+def test_a_worker_that_cannot_be_what_it_is_for_says_so(folder_of: Callable[[str], Path]) -> None:
+    backbone = load_backbone(str(folder_of("bert")), features=["mean"], device="cpu")
+    recipe = backbone.recipe
+    assert recipe is not None
+    nowhere = Recipe(ModelSource("/nowhere"), recipe.settings)
+    shorter = replace(recipe, settings=replace(recipe.settings, max_length=13, shapes=None))
+    for token, made, named, reason in (
+        ("a", recipe, recipe.source, None),
+        ("b", shorter, recipe.source, "has other files of .* than this machine"),
+        ("c", nowhere, ModelSource("/nowhere/else"), "cannot load the backbone: .*/nowhere/else"),
+        ("d", nowhere, recipe.source, None),
     ):
-        monkeypatch.setattr(processes, "_reason", None)
-        processes._start(recipe, backbone.identity, recorded, count)
-        tokens = backbone.prepare([b"good"])
+        job = Job(token, made, hash_json(backbone.identity), named, "cpu", 1)
         if reason is None:
-            processes._run(tokens, plan(tokens.lengths, backbone.policy))
+            assert far_side.prove(job).probe == probe_of(backbone)
         else:
-            with pytest.raises(BackboneError, match=reason):
-                processes._run(tokens, plan(tokens.lengths, backbone.policy))
+            with pytest.raises(WorkerRefusedError, match=reason):
+                far_side.prove(job)

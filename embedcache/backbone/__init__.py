@@ -7,7 +7,7 @@ model, and everything that could change a feature is hashed into ``identity``.
 ``folder`` reads a model's folder, ``network`` makes a network of it, ``model`` makes features of its hidden states and
 knows no kind of content. ``text`` prepares texts for it; ``load`` puts the two together and proves that the model
 behaves. ``compute`` runs any backbone over rows at canonical shapes, and over a few built-in rows, to know what this
-machine computes; ``processes`` does so in other processes where there are many cores, ``replicas`` on several GPUs.
+machine computes; ``replicas`` does so on several GPUs.
 ``encoder`` is a callable of one's own as a backbone.
 """
 
@@ -28,7 +28,15 @@ from embedcache.backbone.compute import (
     vectors_of,
     views_of,
 )
-from embedcache.backbone.device import POSITIONS, choose_device, choose_devices, needs_spare_row, side_by_side, threads
+from embedcache.backbone.device import (
+    MOST_PASSES,
+    POSITIONS,
+    choose_device,
+    choose_devices,
+    needs_spare_row,
+    side_by_side,
+    threads,
+)
 from embedcache.backbone.encoder import Encoder
 from embedcache.backbone.folder import (
     DEFAULT_MODEL,
@@ -39,13 +47,13 @@ from embedcache.backbone.folder import (
     weight_files,
 )
 from embedcache.backbone.load import LoadedBackbone, load_again, load_backbone
-from embedcache.backbone.model import FrozenModel, Inputs
-from embedcache.backbone.processes import Workers, workers
+from embedcache.backbone.model import FrozenModel, Inputs, Recipe
 from embedcache.backbone.replicas import Replicas, replicas_of
 from embedcache.backbone.text import Tokens, text_inputs
 
 __all__ = [
     "DEFAULT_MODEL",
+    "MOST_PASSES",
     "POSITIONS",
     "Backbone",
     "Encoder",
@@ -54,11 +62,11 @@ __all__ = [
     "LoadedBackbone",
     "Prepared",
     "Readable",
+    "Recipe",
     "Replicas",
     "SentenceTransformerSettings",
     "StoredSets",
     "Tokens",
-    "Workers",
     "choose_device",
     "choose_devices",
     "compute_features",
@@ -81,5 +89,4 @@ __all__ = [
     "vectors_of",
     "views_of",
     "weight_files",
-    "workers",
 ]

@@ -83,11 +83,6 @@ class Pixels:
         """[n] vectors of each row in a token-level set."""
         return np.full(len(self.room), self.patches, np.int64)
 
-    def take(self, rows: Numbers) -> Pixels:
-        """Return some of the rows, in the order asked for."""
-        self.wait(rows)
-        return Pixels(self.room[rows], self.patches)
-
     def digests(self) -> list[str]:
         """Return a hash of each picture as it was decoded and resized: of all plain ones, then of each first view."""
         values = self.values

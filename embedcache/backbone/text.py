@@ -60,13 +60,6 @@ class Tokens:
         """[n] vectors of each row in a token-level set: one a token."""
         return self.lengths
 
-    def take(self, rows: Numbers) -> Tokens:
-        """Return some of the rows, in the order asked for."""
-        lengths = self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(int(offsets[-1]))
-        return Tokens(self.ids[places], offsets, 0)
-
     def digests(self) -> list[str]:
         """Return a hash of each row as the model will see it, the same on every machine."""
         ids = self.ids.astype("<i8")

@@ -98,6 +98,11 @@ class CacheWriter:
         starts = np.concatenate([[0], np.cumsum([shard.entry.rows for shard in shards], dtype=np.int64)])
         return take(feature, starts, lambda shard: shards[shard].piece(feature.name), places)
 
+    @property
+    def probe(self) -> Probe | None:
+        """What the machine computes that made the rows there; None where there are none, or that is not known."""
+        return self._manifest.probe if self._manifest.shards else None
+
     def admit(self, probe: Probe | None, *, accept: bool = False) -> Difference | None:
         """Say what the machine computes whose rows are appended from now on; None for a backbone without a probe.
 

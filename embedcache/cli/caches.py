@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -90,6 +91,16 @@ from embedcache.wording import counted, shown, table
     help="Run on several: all for every GPU, or names such as cuda:0,cuda:1. Does not change the results.",
 )  # fmt: skip
 @click.option(
+    "--workers", type=int, metavar="N",
+    help="Compute in N processes, which share --threads, or get a GPU each; one that dies is replaced. Does not change "
+    "the results.",
+)  # fmt: skip
+@click.option(
+    "--ray", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
+    help="Compute on a Ray cluster, in an actor for each GPU or else each node, or in --workers N. ADDRESS is "
+    "host:port, auto for the cluster that runs here, or local to start one. Does not change the results.",
+)  # fmt: skip
+@click.option(
     "--threads",
     type=int,
     metavar="N",
@@ -121,11 +132,24 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     """
     if output_dir is None and not dry_run:
         raise click.UsageError("say where the cache goes: -o CACHE")
+    if options["ray"] is not None and os.path.exists(options["ray"]):
+        raise click.UsageError(f"--ray {options['ray']} is a file, not an address: write --ray behind INPUT")
     from dataclasses import replace
+    from pathlib import Path
 
     from embedcache.backbone import choose_devices
     from embedcache.errors import warn
-    from embedcache.extract import Here, compile_hint, forecast, load_for, parse_part, part_of, recorded_range, run
+    from embedcache.extract import (
+        Here,
+        compile_hint,
+        engine_for,
+        forecast,
+        load_for,
+        parse_part,
+        part_of,
+        recorded_range,
+        run,
+    )
     from embedcache.spec import BackboneSettings, ModelSource, states_set
 
     poolings = list(options.pop("poolings"))
@@ -135,24 +159,26 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
         poolings = [*(poolings or ["auto"]), *(states_set(-blocks) for blocks in states)]
     source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
     threads, rows_per_shard, selected = options["threads"], options["shard_rows"], parse_part(options["part"])
-    examples = given.examples(
-        f"{output_dir or 'extract'}.quarantine.jsonl", pixel_range=asked.pixel_range or recorded_range(output_dir)
-    )
+    usual = f"{output_dir or 'extract'}.quarantine.jsonl"
+    quarantine = given.quarantine(usual)
+    examples = given.examples(usual, pixel_range=asked.pixel_range or recorded_range(output_dir))
     several = choose_devices(options["devices"]) if options["devices"] is not None else []
     source = replace(source, device=several[0]) if several else source
-    backbone = load_for(output_dir, source, replace(asked, content=examples.kind, pixel_range=examples.pixel_range))
+    others = engine_for(workers=options["workers"], ray=options["ray"], threads=threads, devices=several)
+    asked = replace(asked, content=examples.kind, pixel_range=examples.pixel_range)
+    backbone = load_for(output_dir, source, asked, others)
     if selected is not None:
         examples = part_of(examples, *selected)
     if dry_run:
         estimate = forecast(examples, backbone, output_dir, rows_per_shard=rows_per_shard, threads=threads)
         return print_json(estimate.to_json()) if as_json else say(estimate.to_text())
     assert output_dir is not None
-    if (hint := compile_hint(examples, backbone, output_dir)) is not None:
+    if others is None and (hint := compile_hint(examples, backbone, output_dir)) is not None:
         warn([hint])
     report = run(
         examples, backbone, output_dir, rows_per_shard=rows_per_shard,
-        engine=Here(threads, processes=True, devices=several), keep_inputs=options["keep_inputs"],
-        accept_numerics=options["accept_numerics"],
+        engine=others or Here(threads, processes=True, devices=several), keep_inputs=options["keep_inputs"],
+        accept_numerics=options["accept_numerics"], quarantine=None if quarantine is None else Path(quarantine),
     )  # fmt: skip
     if as_json:
         return print_json(report.to_json())
@@ -319,7 +345,6 @@ def merge(parts: tuple[str, ...], output_dir: str, accept_numerics: bool) -> Non
 @json_option
 def env(as_json: bool) -> None:
     """Print versions and devices, for bug reports."""
-    import os
     import platform
 
     import embedcache

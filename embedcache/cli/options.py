@@ -122,6 +122,15 @@ class Input:
         """All files, those of a split too."""
         return [*self.files, *(file for split in SPLITS for file in self.options.get(split, ()))]
 
+    def quarantine(self, default: str) -> str | None:
+        """Return the file that bad rows go to, ``default`` where none is named; None where they are not skipped."""
+        from embedcache.journal import url_of
+
+        if self.options["on_bad_row"] != "skip":
+            return None
+        here = default if url_of(default) is None else default.rpartition("/")[2]
+        return self.options["quarantine"] or here
+
     def examples(
         self,
         quarantine: str,
@@ -135,15 +144,13 @@ class Input:
         ``kind`` is the kind of content, guessed for None; ``pixel_range`` as in ``load_examples``.
         """
         from embedcache.examples import load_examples
-        from embedcache.journal import url_of
 
         if not self.named:
             raise click.UsageError("say what to read: INPUT, or --train, --validation and --test")
         options: dict[str, Any] = {
             name: list(value) or None if name in SPLITS else value for name, value in self.options.items()
         }
-        if options["on_bad_row"] == "skip" and options["quarantine"] is None:
-            options["quarantine"] = quarantine if url_of(quarantine) is None else quarantine.rpartition("/")[2]
+        options["quarantine"] = self.quarantine(quarantine)
         if options.pop("no_labels", False):
             labels = "none"
         return load_examples(list(self.files) or None, labels=labels, kind=kind, pixel_range=pixel_range, **options)

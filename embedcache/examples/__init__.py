@@ -21,8 +21,9 @@ splits) and the contents, in memory as long as they are few, else in a temporary
 """
 
 from embedcache.dataset import Examples, IdColumn
+from embedcache.examples.columns import quarantine_file
 from embedcache.examples.content import CONTENTS, Content, content_of
-from embedcache.examples.load import examples_of, load_examples
+from embedcache.examples.load import examples_of, load_examples, set_aside
 from embedcache.examples.splits import assign_splits, parse_split
 
 __all__ = [
@@ -35,4 +36,6 @@ __all__ = [
     "examples_of",
     "load_examples",
     "parse_split",
+    "quarantine_file",
+    "set_aside",
 ]

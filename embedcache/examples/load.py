@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +81,19 @@ class Quarantine:
         if self._file is None and kind is None and self._there:
             commit(self.path, b"", InputError)  # of an earlier run, which had bad rows
         self._stack.__exit__(kind, error, traceback)
+
+
+def set_aside(path: Path, rows: Iterable[tuple[str, str]], contents: Iterable[bytes]) -> None:
+    """Add rows to the file of bad rows: each has a name in the place of its file, a reason and its content."""
+    with explained(f"cannot read {path}", InputError):
+        lines = [path.read_bytes()] if path.exists() else []
+    for (name, reason), content in zip(rows, contents, strict=True):
+        try:
+            raw = content.decode("utf-8")
+        except UnicodeDecodeError:
+            raw = _shown_value(content)
+        lines.append((json.dumps({"file": name, "line": 0, "reason": reason, "raw": raw}) + "\n").encode("ascii"))
+    commit(path, b"".join(lines), InputError)
 
 
 def _shown_value(value: object) -> str:

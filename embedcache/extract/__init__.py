@@ -1,13 +1,15 @@
 """Examples + backbone -> cache: ``windows`` cuts new rows, ``work`` computes them, ``commit`` keeps them in order.
 
 ``run`` is the pipeline, ``forecast`` the dry run, ``extract`` the one call that does it all. An ``Engine`` says who
-does the work.
+does the work: ``Here`` this process; ``Elsewhere`` the workers of a ``crew``, each of which does with ``units`` what
+``worker`` says.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,15 @@ from embedcache.backbone import Backbone, Encoder, choose_devices, load_backbone
 from embedcache.cache import FeatureCache, read_spec
 from embedcache.dataset import key_values
 from embedcache.errors import SpecError, warn
-from embedcache.examples import Examples, load_examples
+from embedcache.examples import Examples, load_examples, quarantine_file
 from embedcache.extract.commit import run
+from embedcache.extract.crew import Given, Processes
+from embedcache.extract.elsewhere import Elsewhere
 from embedcache.extract.forecast import Forecast, compile_hint, forecast
+from embedcache.extract.here import Here
 from embedcache.extract.progress import Bar, ExtractionReport, Progress
 from embedcache.extract.windows import Window, new_rows
-from embedcache.extract.work import Computed, Engine, Here, work
+from embedcache.extract.work import Computed, Engine, Proof, work
 from embedcache.spec import BackboneSettings, ModelSource, PixelRange
 
 if TYPE_CHECKING:
@@ -33,14 +38,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Bar",
     "Computed",
+    "Elsewhere",
     "Engine",
     "ExtractionReport",
     "Forecast",
     "Here",
     "Progress",
+    "Proof",
     "Window",
     "compile_hint",
     "encoder_for",
+    "engine_for",
     "extract",
     "forecast",
     "load_for",
@@ -53,16 +61,21 @@ __all__ = [
 ]
 
 
-def load_for(output_dir: Path | str | None, source: ModelSource, asked: BackboneSettings) -> LoadedBackbone:
+def load_for(
+    output_dir: Path | str | None, source: ModelSource, asked: BackboneSettings, engine: Elsewhere | None = None
+) -> LoadedBackbone:
     """Load the backbone for a cache. What is left None, an existing cache decides; what is given, it must agree with.
 
     The agreement itself is checked where the cache is opened for writing, with a difference that names the fields.
+    ``engine`` is whoever computes elsewhere: what device they have decides the canonical shapes.
     """
     recorded = read_spec(output_dir) if output_dir is not None else None
     if recorded is not None:
         spec, made_with = recorded
         source = source.or_else(made_with.get("model"), made_with.get("revision"))
         asked = asked.over(spec.settings or BackboneSettings())
+    if engine is not None:
+        source, asked = engine.settled(source, asked)
     return load_backbone(**source.arguments(), **asked.arguments())
 
 
@@ -89,6 +102,25 @@ def encoder_for(
         function, identity, examples.kind, reads=reads, rows=asked.positions, storage_dtype=asked.storage_dtype,
         width=width, row=next(iter(examples.contents())),
     )  # fmt: skip
+
+
+def engine_for(
+    executor: Executor | None = None, workers: int | None = None, ray: str | None = None, *,
+    threads: int | None = None, devices: Sequence[str] = (),
+) -> Elsewhere | None:  # fmt: skip
+    """Return the engine that has others work: who stands behind an executor, on a Ray, in processes; None for nobody.
+
+    Raises ``SpecError`` for what cannot be.
+    """
+    if executor is not None and ray is not None:
+        raise SpecError("executor and ray are given: say one of them")
+    if ray is not None:
+        from embedcache.extract.actors import Actors
+
+        return Elsewhere(Actors(ray, workers, threads))
+    if executor is not None:
+        return Elsewhere(Given(executor, workers, threads))
+    return None if workers is None else Elsewhere(Processes(workers, threads, devices))
 
 
 def recorded_range(cache: Path | str | None) -> PixelRange | None:
@@ -136,6 +168,9 @@ def extract(
     accept_numerics: bool = False,
     processes: bool = False,
     devices: str | None = None,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> FeatureCache:
@@ -158,10 +193,17 @@ def extract(
         keep_inputs: store the rows' contents in the cache.
         threads: how many CPU threads the passes share, each pass having its own ``pass_threads``; changes no bit.
         accept_numerics: add rows to a cache though this machine computes other last bits, by their probes.
-        processes: run passes in processes of their own where one does not keep all cores busy (more than 8 passes at a
+        processes: work in processes of their own where one does not keep all cores busy (more than 8 passes at a
             time, 8,192 new rows); the program is imported again in each, so it needs ``if __name__ == "__main__"``.
         devices: ``all`` for every GPU of this machine, or names such as ``cuda:0,cuda:1``: each gets a copy of the
             model and takes batches as it gets free; changes no bit. In the place of ``device``.
+        executor: a ``concurrent.futures.Executor`` whose workers compute, such as a ``ProcessPoolExecutor`` (of the
+            context ``spawn``) or Dask's ``client.get_executor(pure=False)``. Each worker loads the model and gets work
+            once it has proved to compute the same bits; this process reads, cuts and commits. Changes no byte.
+        workers: how many workers the executor or Ray has, None to ask; without either, processes of this machine to
+            compute in: they share ``threads``, or each has a GPU. One that dies is replaced, its rows computed again.
+        ray: the address of a Ray cluster whose actors compute, one for each GPU or else for each node: ``host:port``,
+            ``auto`` for the one that runs here or that ``RAY_ADDRESS`` names, ``local`` to start one.
         progress: where to report to; None draws a bar on a terminal.
         options: the settings of ``load_backbone`` (``max_length``, ``compute_dtype``, ...) and the columns and splits
             of ``load_examples`` (``text_column``, ``label_column``, ``split``, ...).
@@ -180,6 +222,8 @@ def extract(
     source = replace(ModelSource.taken_from(options), model=model)
     several = [] if devices is None else choose_devices(devices)
     source = replace(source, device=several[0]) if several else source
+    others = engine_for(executor, workers, ray, threads=threads, devices=several)
+    quarantine = quarantine_file(options.get("on_bad_row", "stop"), options.get("quarantine"))
     poolings = [pooling] if isinstance(pooling, str) else list(pooling)
     asked = BackboneSettings.taken_from(options, poolings)
     if isinstance(inputs, Examples):
@@ -196,21 +240,22 @@ def extract(
         asked = replace(
             asked, content=asked.content or examples.kind, pixel_range=asked.pixel_range or examples.pixel_range
         )
-        backbone = load_for(output_dir, source, asked)
+        backbone = load_for(output_dir, source, asked, others)
     selected = parse_part(part)
     if selected is not None:
         examples = part_of(examples, *selected)
-    hint = compile_hint(examples, backbone, output_dir)
+    hint = compile_hint(examples, backbone, output_dir) if others is None else None
     hints = () if hint is None else (hint,)
     warn(hints)
     report = run(
         examples,
         backbone,
         output_dir,
-        engine=Here(threads, processes, several),
+        engine=others or Here(threads, processes, several),
         rows_per_shard=rows_per_shard,
         keep_inputs=keep_inputs,
         accept_numerics=accept_numerics,
+        quarantine=quarantine,
         progress=progress,
     )
     cache = FeatureCache.open(output_dir)

@@ -13,14 +13,19 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from embedcache.backbone import Backbone, views_of
 from embedcache.cache import CacheWriter
 from embedcache.dataset import Examples
-from embedcache.errors import FeatureError, Interrupted, warn
+from embedcache.errors import BadRowsError, FeatureError, Interrupted, warn
+from embedcache.examples import set_aside
+from embedcache.extract.here import Here
 from embedcache.extract.progress import Bar, ExtractionReport, Progress, Watch
-from embedcache.extract.windows import new_rows, shard_rows, windows
-from embedcache.extract.work import Computed, Costs, Engine, Here
+from embedcache.extract.windows import Rows, new_rows, shard_rows, windows
+from embedcache.extract.work import Computed, Costs, Engine
 from embedcache.memory import return_memory
+from embedcache.wording import counted
 
 
 def run(
@@ -32,26 +37,31 @@ def run(
     rows_per_shard: int | None = None,
     keep_inputs: bool = False,
     accept_numerics: bool = False,
+    quarantine: Path | None = None,
     progress: Progress | None = None,
 ) -> ExtractionReport:
     """Bring a cache up to date with ``examples``: run the backbone over the rows it does not hold, and nothing else.
 
-    ``engine`` says who computes, None for ``Here()``. Where there are new rows, the backbone's probe is run first: rows
-    are added only to rows of the same bits, or with ``accept_numerics`` to others, which the cache then records.
+    ``engine`` says who computes, None for ``Here()``. Rows that its workers do not survive are written to the
+    ``quarantine`` and left out of the dataset; with None they end the run. Where there are new rows, the backbone's
+    probe is run first: rows are added only to rows of the same bits, or with ``accept_numerics`` to others, which the
+    cache then records.
 
     Raises:
         SpecMismatchError: the cache there holds features made another way.
         NumericsMismatchError: the cache there holds rows that another kind of machine computed.
+        BadRowsError: rows that workers do not survive; all before them are committed.
         CacheLockedError: another process writes to it.
         Interrupted: Ctrl-C; what was committed stays, and the same call goes on from there.
     """
     start = time.perf_counter()
     engine = Here() if engine is None else engine
-    costs, numerics = Costs(), None
-    provenance = dict(backbone.provenance)
+    costs, numerics, lost = Costs(), None, np.zeros(0, np.int64)
+    provenance: Mapping[str, object] = backbone.provenance
     with (
         CacheWriter(Path(output_dir), backbone.identity, backbone.feature_sets) as writer,
         contextlib.closing(Bar(pictures=examples.kind == "image") if progress is None else progress) as display,
+        contextlib.closing(engine),
     ):
         known = writer.lookup(examples.keys)
         todo, reused = new_rows(examples, known), int((known >= 0).sum())
@@ -59,9 +69,9 @@ def run(
         source = windows(examples, todo, backbone, shard_rows(backbone.feature_sets, rows_per_shard))
         try:
             if len(todo):
-                probe = engine.probe(backbone)
-                numerics = writer.admit(probe, accept=accept_numerics)
-                provenance |= {} if probe is None else {"probe": probe.hash}
+                proof = engine.prove(backbone, writer.probe)
+                numerics = writer.admit(proof.probe, accept=accept_numerics)
+                provenance = {**proof.provenance, **({} if proof.probe is None else {"probe": proof.probe.hash})}
             with (
                 Commits(writer, examples, backbone, provenance) as commits,
                 contextlib.closing(engine.map(backbone, source, Watch(display, len(todo)))) as computed_windows,
@@ -69,8 +79,16 @@ def run(
                 for computed in computed_windows:
                     commits.add(computed)
                     costs += computed.costs
+                    lost = np.union1d(lost, computed.lost)
+                    if len(lost) and quarantine is None:
+                        raise BadRowsError(_told(examples, lost), len(lost))
             return_memory()  # the windows' buffers
-            notes = writer.dropped(examples)
+            notes = [*engine.notes]
+            if len(lost) and quarantine is not None:
+                set_aside(quarantine, _told(examples, lost), examples.contents(lost))
+                notes.append(f"{counted(len(lost), 'row')} set aside in {quarantine}: workers do not survive them")
+                examples = examples.without(lost)
+            notes += writer.dropped(examples)
             writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
         except KeyboardInterrupt:
             kept = int((writer.lookup(examples.keys[todo]) >= 0).sum())
@@ -89,6 +107,11 @@ def run(
         views=views_of(backbone),
         **vars(costs),
     )
+
+
+def _told(examples: Examples, lost: Rows) -> list[tuple[str, str]]:
+    """Return what rows are called that workers do not survive, and what is wrong with them."""
+    return [(f"row {examples.ids[row]}", "every worker that computes it is lost") for row in lost.tolist()]
 
 
 class Commits:

@@ -97,6 +97,8 @@ def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> It
             assert whole.prepared is not None
             vectors = vectors_of(whole.prepared)[:: views_of(whole.prepared) + 1]
             count = min(count, _fitting(vectors * vector_bytes, RAGGED_BYTES))
+            # What works elsewhere prepares the rows there, of their contents.
+            whole = replace(whole, contents=window.contents)
             window = whole if count == len(whole) else Window(window.rows[:count], window.contents[:count])
         for _ in range(count):
             waiting.popleft()

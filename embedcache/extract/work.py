@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Protocol
 
-from embedcache.backbone import Backbone, Prepared, StoredSets, kept_for, probe_of, replicas_of, run_plan, workers
-from embedcache.backbone import threads as torch_threads
-from embedcache.batching import Plan, plan, prefetch
-from embedcache.errors import SpecError
+import numpy as np
+
+from embedcache.backbone import Backbone, Prepared, StoredSets, run_plan
+from embedcache.batching import Plan, plan
 from embedcache.extract.progress import Watch
 from embedcache.extract.windows import Rows, Window
 from embedcache.numerics import Probe
-
-PROCESS_ROWS = 8192
-"""New rows from which on more processes, each of which loads the model, are worth starting."""
 
 RunPlan = Callable[[Prepared, Plan, Callable[[int, int], None] | None], StoredSets]
 
@@ -39,11 +35,21 @@ class Costs:
 
 @dataclass(frozen=True)
 class Computed:
-    """The features of a window's rows, as they are stored."""
+    """The features of a window's rows, as they are stored; ``lost`` are those of its rows that workers died over."""
 
     rows: Rows
     features: StoredSets
-    costs: Costs
+    costs: Costs = field(default_factory=Costs)
+    lost: Rows = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What whoever works computes of a backbone's built-in rows, what runs it, and what it is called in messages."""
+
+    probe: Probe | None
+    provenance: Mapping[str, object]
+    worker: str = ""
 
 
 def work(
@@ -67,8 +73,13 @@ def work(
 class Engine(Protocol):
     """Who maps ``work`` over the windows: this process, others beside it, or machines elsewhere."""
 
-    def probe(self, backbone: Backbone) -> Probe | None:
-        """Return what the machines that will work compute of the backbone's built-in rows."""
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is to be told of the workers."""
+        ...
+
+    def prove(self, backbone: Backbone, recorded: Probe | None = None) -> Proof:
+        """Return what those who will work compute of the backbone's built-in rows: as ``recorded``, if any of them."""
         ...
 
     def map(self, backbone: Backbone, windows: Iterator[Window], watch: Watch) -> Generator[Computed, None, None]:
@@ -78,51 +89,5 @@ class Engine(Protocol):
         """
         ...
 
-
-@dataclass(frozen=True)
-class Here:
-    """The engine that is this machine: passes side by side on ``threads`` CPU threads, None for all that torch has.
-
-    With ``processes``, passes are run in processes of their own where one does not keep all cores busy and the new
-    rows are many; the running program is then imported again in each. Of several ``devices`` each gets a copy of the
-    backbone, which is on the first of them, and takes batches as it gets free.
-    """
-
-    threads: int | None = None
-    processes: bool = False
-    devices: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise SpecError(f"threads is {self.threads}: expected at least 1")
-
-    def probe(self, backbone: Backbone) -> Probe | None:
-        """Run the backbone's built-in rows."""
-        with torch_threads(self.threads):
-            return probe_of(backbone)
-
-    def map(self, backbone: Backbone, windows: Iterator[Window], watch: Watch) -> Generator[Computed, None, None]:
-        """Read and prepare the next window while the passes of this one run."""
-        with torch_threads(self.threads), contextlib.ExitStack() as stack:
-            run_batches: RunPlan | None = None
-            if self.processes and watch.total >= PROCESS_ROWS and len(self.devices) < 2:
-                others = stack.enter_context(workers(backbone, backbone.side_by_side(watch.total)))
-                run_batches = None if others is None else others.run_plan  # type: ignore[assignment]  # rows to take
-            elif len(self.devices) > 1 and watch.total:
-                run_batches = replicas_of(backbone, self.devices).run_plan  # type: ignore[arg-type]  # it is loaded
-            stack.enter_context(kept_for(backbone))
-            ready = stack.enter_context(contextlib.closing(prefetch(_ready(backbone, windows))))
-            for window in ready:
-                yield work(backbone, window, watch, run_batches)
-
-
-def _ready(backbone: Backbone, windows: Iterator[Window]) -> Iterator[Window]:
-    """Prepare window after window. What is prepared bit by bit is handed over at once, and ended before the next."""
-    for window in windows:
-        ready = window.ready(backbone)
-        wait: Callable[[], None] | None = getattr(ready.prepared, "wait", None)
-        yield ready
-        del window, ready
-        if wait is not None:
-            wait()
-        del wait
+    def close(self) -> None:
+        """Let go of whoever was to work."""

@@ -236,8 +236,8 @@ def _returned(_: Any) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _clock_on_waiting(backbone: Any, note: Callable[[float], None]) -> Iterator[None]:
     """Note how long an extraction waits for the next window, and its passes, of which several run, for their rows."""
-    work = sys.modules["embedcache.extract.work"]
-    wait, next_window = Pixels.wait, work.prefetch
+    here = sys.modules["embedcache.extract.here"]
+    wait, next_window = Pixels.wait, here.prefetch
     passes = backbone.side_by_side(backbone.policy.rows(1))
 
     def for_window(windows: Any) -> Iterator[Any]:
@@ -256,7 +256,7 @@ def _clock_on_waiting(backbone: Any, note: Callable[[float], None]) -> Iterator[
         if not threading.current_thread().name.startswith("embedcache-read"):  # which waits for the whole window
             note((time.perf_counter() - begun) / passes)
 
-    with patch.object(work, "prefetch", for_window), patch.object(Pixels, "wait", for_rows):
+    with patch.object(here, "prefetch", for_window), patch.object(Pixels, "wait", for_rows):
         yield
 
 

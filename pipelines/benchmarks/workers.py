@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
@@ -10,12 +11,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+from benchmarks.engines import Silent
 from benchmarks.table import row
 
-from embedcache.backbone import load_backbone, resolve_model, run_plan
+from embedcache.backbone import MOST_PASSES, load_backbone, resolve_model, run_plan
 from embedcache.backbone import threads as torch_threads
-from embedcache.backbone.processes import workers as processes_for
 from embedcache.batching import Plan, plan
+from embedcache.extract import Elsewhere, Window
+from embedcache.extract.crew import Processes
+from embedcache.extract.progress import Watch
 
 PASS = 0.1
 """Seconds that a pass holds a core of its own: less than MiniLM's in bfloat16 takes on one."""
@@ -65,11 +69,13 @@ def workers() -> None:
             batches = plan(prepared.lengths, backbone.policy)
             with torch_threads(cores), patch("embedcache.backbone.compute.MOST_PASSES", cores):
                 taken["threads"][cores] = _rate(lambda: run_plan(backbone, prepared, batches), batches)  # noqa: B023
-            with torch_threads(cores), processes_for(backbone, cores) as made:
-                if made is not None:
-                    first = Plan(batches.batches[: 2 * cores], 0)
-                    made.run_plan(prepared.take(np.arange(rows * 2 * cores)), first)  # loaded by now
-                    taken["processes"][cores] = _rate(lambda: made.run_plan(prepared, batches), batches)  # noqa: B023
+            if cores > MOST_PASSES:
+                window = Window(np.arange(rows * EACH * cores), [text] * (rows * EACH * cores))
+                with contextlib.closing(Elsewhere(Processes(-(-cores // MOST_PASSES), cores))) as engine:
+                    engine.prove(backbone)
+                    watch = Watch(Silent(), len(window))
+                    run = lambda: list(engine.map(backbone, iter([window]), watch))  # noqa: B023, E731
+                    taken["processes"][cores] = _rate(run, batches)
     for kind, rates in taken.items():
         shown = ", ".join(f"{cores}: {rate:.2f}" for cores, rate in rates.items())
         row(f"passes of {1e3 * PASS:.0f} ms side by side, simulated cores: how many are kept busy, in {kind}", shown)

@@ -1,0 +1,351 @@
+"""Engines: whoever computes and whoever is lost, the files are those of one process; bad rows and workers are named."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crews import Crew, Mortal
+from fakes import CountingBackbone
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.backbone import load_backbone
+from embedcache.batching import ShapePolicy, plan
+from embedcache.cache import FeatureCache, read_spec
+from embedcache.cli import run as cli_run
+from embedcache.errors import (
+    BackboneError,
+    BadRowsError,
+    EmbedcacheWarning,
+    FeatureError,
+    NumericsMismatchError,
+    SpecError,
+    WorkerRefusedError,
+)
+from embedcache.examples import load_examples
+from embedcache.extract import Elsewhere, Window, engine_for, extract, load_for, run, work, worker
+from embedcache.extract.crew import Given
+from embedcache.extract.units import Unit, units_of
+from embedcache.spec import BackboneSettings, ModelSource
+
+
+class Probed(CountingBackbone):
+    """One that has built-in rows; ``nudge`` is what it computes besides."""
+
+    def __init__(self, nudge: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.probe_rows, self.nudge = (b"a row", b"another row of other length"), nudge
+
+    def vector(self, content: bytes) -> np.ndarray:
+        return super().vector(content) + np.float32(self.nudge)
+
+
+def words(count: int) -> list[str]:
+    return [f"text {number} " + "x" * (number * 7 % 41) for number in range(count)]
+
+
+def rows(texts: list[str]) -> list[dict[str, str]]:
+    return [{"text": text, "label": "ab"[len(text) % 2]} for text in texts]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+
+
+def by_key(cache: FeatureCache) -> dict[bytes, bytes]:
+    return {key.tobytes(): row.tobytes() for key, row in zip(cache.keys(), cache.features(), strict=True)}
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("shard", [7, 61])
+def test_an_executor_makes_the_files_of_one_process(tmp_path: Path, tokens: bool, shard: int) -> None:
+    """Of one window, too, which is cut for the workers and put together again."""
+    texts = words(61) + words(5)
+    extract(rows(texts), output_dir=tmp_path / "here", backbone=CountingBackbone(tokens=tokens), rows_per_shard=shard)
+    driver = CountingBackbone(tokens=tokens)
+    with ThreadPoolExecutor(3) as pool:
+        extract(rows(texts), output_dir=tmp_path / "c", backbone=driver, rows_per_shard=shard, executor=pool)
+        assert files(tmp_path / "c") == files(tmp_path / "here")
+        before = driver.forward_calls
+        extract(rows(texts), output_dir=tmp_path / "c", backbone=driver, executor=pool)
+    assert driver.forward_calls == before
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_workers_lost_at_random_change_no_byte(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    examples = load_examples(rows(words(89)))
+    run(examples, CountingBackbone(tokens=True), tmp_path / "here", rows_per_shard=11)
+    losses: Counter[int] = Counter()
+
+    def dies(window: Window | None) -> bool:  # twice over the same rows at most: a third time they would be at fault
+        place = -1 if window is None else int(window.rows[0])
+        losses[place] += (dead := losses[place] < 2 and chance.random() < 0.3)
+        return dead
+
+    crew = Crew(3, dies)
+    run(examples, CountingBackbone(tokens=True), tmp_path / "there", engine=Elsewhere(crew), rows_per_shard=11)
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+    assert len(crew.started) > 3
+    assert not crew.there
+
+
+def test_a_lost_worker_costs_its_units_and_no_more(tmp_path: Path) -> None:
+    deaths = iter([False, False, False, True, *[False] * 99])
+    crew, driver = Crew(2, lambda window: next(deaths)), CountingBackbone()
+    run(load_examples(rows(words(48))), driver, tmp_path / "c", engine=Elsewhere(crew), rows_per_shard=6)
+    assert len(crew.started) == 3
+    assert sum(worker.done for worker in crew.started) == 3 + 8
+    assert len(driver.rows_seen) == 48
+
+
+@given(sizes=st.lists(st.integers(0, 29), min_size=1, max_size=31), data=st.data())
+def test_a_window_cut_anyhow_is_put_together_again(sizes: list[int], data: st.DataObject) -> None:
+    backbone = CountingBackbone(tokens=True)
+    contents = [b"%03d" % number + b"x" * size for number, size in enumerate(sizes)]
+    window = Window(np.arange(len(sizes)) * 3 + 1, contents)
+    whole = work(backbone, window)
+    parts = [Unit.all_of(window)]
+    for _ in range(data.draw(st.integers(0, 3))):
+        unit = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        part_of = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(unit.places), max_size=len(unit.places))))
+        parts += unit.cut([np.flatnonzero(part_of == part) for part in np.unique(part_of)])
+    assert sorted(place for unit in parts for place in unit.places.tolist()) == list(range(len(sizes)))
+    for unit in data.draw(st.permutations(parts)):
+        assert not unit.whole.finished
+        unit.whole.put(unit.places, work(backbone, unit.window))
+    assert parts[0].whole.finished
+    again = parts[0].whole.computed()
+    assert (again.rows.tolist(), again.costs.extracted, again.costs.shards) == (window.rows.tolist(), len(sizes), 1)
+    for name, stored in whole.features.items():
+        assert [part.tobytes() for part in stored.arrays] == [part.tobytes() for part in again.features[name].arrays]
+
+
+@pytest.mark.parametrize(("positions", "longest", "spare"), [(64, 64, 0), (64, 64, 1), (61, 1, 0)])
+def test_units_are_whole_batches_of_a_window(positions: int, longest: int, spare: int) -> None:
+    """Or whole windows, where there are enough; cut or not, the same batches are computed."""
+    backbone = CountingBackbone()
+    backbone.policy = ShapePolicy(positions=positions, step=1, max_length=longest, spare=spare)
+    window = Window(np.arange(640), [b"x" * (1 + number * 37 % longest) for number in range(640)])
+    assert [len(unit.places) for unit in units_of(window, backbone, 2, 8)] == [640]
+    cut = units_of(window, backbone, 2, 1)
+    assert 6 <= len(cut) <= 8
+    assert sorted(place for unit in cut for place in unit.places.tolist()) == list(range(640))
+    lengths = np.array([len(content) for content in window.contents])
+    computed = [plan(lengths[unit.places], backbone.policy).computed for unit in cut]
+    assert sum(computed) == plan(lengths, backbone.policy).computed
+    assert max(computed) <= 2 * min(computed)
+
+
+# Rows that no worker survives
+
+
+def poison(window: Window | None) -> bool:
+    return window is not None and any(b"number 23" in content for content in window.contents)
+
+
+def poisoned() -> list[str]:
+    texts = [f"number {number} " + "y" * (number % 5) for number in range(61)]
+    return [*texts, texts[23]]
+
+
+def test_a_row_that_no_worker_survives_ends_the_run_by_name(tmp_path: Path) -> None:
+    examples, crew = load_examples(rows(poisoned())), Crew(2, poison)
+    with pytest.raises(BadRowsError, match=r"^1 bad row: row 23: every worker that computes it is lost\. .*--on-bad-r"):
+        run(examples, CountingBackbone(), tmp_path / "c", engine=Elsewhere(crew), rows_per_shard=16)
+    assert not crew.there
+    assert len(crew.started) <= 2 + 3 + 4 + 3
+    backbone = CountingBackbone()
+    run(examples, backbone, tmp_path / "c", rows_per_shard=16)
+    assert len(backbone.rows_seen) <= 61 - 16  # what was before it is committed
+
+
+def test_such_a_row_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+    texts, aside = poisoned(), tmp_path / "aside.jsonl"
+    examples, backbone = load_examples(rows(texts)), CountingBackbone()
+    with pytest.warns(EmbedcacheWarning, match=r"1 row set aside in .*aside.jsonl: workers do not survive them"):
+        report = run(
+            examples, backbone, tmp_path / "c", engine=Elsewhere(Crew(2, poison)), rows_per_shard=16, quarantine=aside
+        )
+    assert report.extracted == 60
+    (line,) = map(json.loads, aside.read_text().splitlines())
+    assert (line["file"], line["raw"]) == ("row 23", texts[23])
+    cache = FeatureCache.open(tmp_path / "c")
+    without = extract(rows(texts[:23] + texts[24:61]), output_dir=tmp_path / "without", backbone=CountingBackbone())
+    assert by_key(cache) == by_key(without)
+    assert (cache.ids(), cache.targets().tolist()) == (without.ids(), without.targets().tolist())
+    load_examples(rows(texts), on_bad_row="skip", quarantine=aside)  # it is known to be ours
+
+
+def test_two_such_rows_are_found_side_by_side(tmp_path: Path) -> None:
+    texts = [f"number {number}" for number in range(32)]
+    bad = {texts[5].encode(), texts[6].encode()}
+    crew = Crew(1, lambda window: window is not None and not bad.isdisjoint(window.contents))
+    with pytest.warns(EmbedcacheWarning, match="2 rows set aside"):
+        report = run(
+            load_examples(rows(texts)), CountingBackbone(), tmp_path / "c", engine=Elsewhere(crew),
+            quarantine=tmp_path / "aside",
+        )  # fmt: skip
+    assert report.extracted == 30
+
+
+def test_workers_that_are_lost_whatever_they_do_end_the_run(tmp_path: Path) -> None:
+    examples = load_examples(rows(words(4000)))
+    for dies, words_said in (
+        (lambda window: window is not None, "40 workers were lost, one after the other"),
+        (lambda window: window is None, "was lost 3 times while it loaded the backbone"),
+    ):
+        crew = Crew(2, dies)
+        with pytest.raises(BackboneError, match=words_said):
+            run(examples, CountingBackbone(), tmp_path / "c", engine=Elsewhere(crew))
+        assert not crew.there
+
+
+# Workers that are refused
+
+
+def test_a_worker_that_computes_otherwise_gets_no_work(tmp_path: Path) -> None:
+    examples, driver, other = load_examples(rows(words(48))), Probed(), Probed(0.001)
+    run(examples, Probed(), tmp_path / "here", rows_per_shard=6)
+    crew = Crew(2, backbones={1: other})
+    crew.start(1)
+    calls = {}
+    crew.there[1].dies = lambda window: calls.setdefault("first", driver.forward_calls) and False
+    with pytest.warns(EmbedcacheWarning, match=r"the worker \S+:\d+ computes otherwise than the first .*: it gets no"):
+        report = run(examples, driver, tmp_path / "c", engine=Elsewhere(crew), rows_per_shard=6)
+    assert "gets no work" in report.notes[0]
+    assert set(other.rows_seen) <= set(other.probe_rows)
+    assert files(tmp_path / "c") == files(tmp_path / "here")
+
+
+def test_of_two_kinds_the_one_that_the_cache_knows_works(tmp_path: Path) -> None:
+    texts = words(24)
+    run(load_examples(rows(texts[:12])), Probed(), tmp_path / "c")
+    crew = Crew(2, backbones={0: Probed(0.001), 1: Probed()})
+    with pytest.warns(EmbedcacheWarning, match="computes otherwise"):
+        run(load_examples(rows(texts)), Probed(), tmp_path / "c", engine=Elsewhere(crew))
+    alone = Crew(1, backbones={0: Probed(0.001)})
+    with pytest.raises(NumericsMismatchError, match="--accept-numerics"):
+        run(load_examples(rows(words(36))), Probed(), tmp_path / "c", engine=Elsewhere(alone))
+    assert not alone.there
+
+
+def test_a_worker_with_other_files_or_versions_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples, driver = load_examples(rows(words(5))), CountingBackbone()
+    driver.provenance = {"device": "fake", "model": "fake-7"}
+    crew = Crew(1, backbones={0: CountingBackbone(name="other")})
+    with pytest.raises(WorkerRefusedError, match=r"the worker \S+ has other files of fake-7 than this machine"):
+        run(examples, driver, tmp_path / "c", engine=Elsewhere(crew))
+    monkeypatch.setattr(worker, "__version__", "0.0.7")
+    with pytest.raises(WorkerRefusedError, match=r"has embedcache 0\.0\.7, expected \d"):
+        run(examples, CountingBackbone(), tmp_path / "c", engine=Elsewhere(Crew(1)))
+
+
+def test_what_a_worker_raises_is_told_and_what_was_before_is_kept(tmp_path: Path) -> None:
+    class Fails(CountingBackbone):
+        def vector(self, content: bytes) -> np.ndarray:
+            if content.startswith(b"text 31 "):
+                raise FeatureError("row 31 is not a row")
+            return super().vector(content)
+
+    examples = load_examples(rows(words(48)))
+    with pytest.raises(FeatureError, match="row 31 is not a row"):
+        run(examples, Fails(), tmp_path / "c", engine=Elsewhere(Crew(2)), rows_per_shard=6)
+    backbone = CountingBackbone()
+    run(examples, backbone, tmp_path / "c", rows_per_shard=6)
+    assert len(backbone.rows_seen) == 48 - 30
+
+
+# Executors of others
+
+
+def test_an_executor_that_breaks_says_what_to_do_and_is_gone_on_from(tmp_path: Path) -> None:
+    texts, deaths = words(48), iter([False] * 4 + [True] * 99)
+    extract(rows(texts), output_dir=tmp_path / "here", backbone=CountingBackbone(), rows_per_shard=6)
+    options: dict[str, Any] = {"output_dir": tmp_path / "c", "rows_per_shard": 6, "workers": 2}
+    broken = Mortal(lambda window: next(deaths))
+    with pytest.raises(BackboneError, match=r"lost a worker and takes no more work \(gone\): make a new one"):
+        extract(rows(texts), backbone=CountingBackbone(), executor=broken, **options)
+    with pytest.raises(BackboneError, match=r"takes no work \(gone\)|takes no more work"):
+        extract(rows(texts), backbone=CountingBackbone(), executor=broken, **options)
+    with ThreadPoolExecutor(2) as pool:
+        extract(rows(texts), backbone=CountingBackbone(), executor=pool, **options)
+    assert files(tmp_path / "c") == files(tmp_path / "here")
+
+
+def test_dask_says_which_unit_is_the_death_of_workers(tmp_path: Path) -> None:
+    class KilledWorker(Exception):
+        pass
+
+    class Dask(Mortal):
+        def submit(self, function: Any, /, *arguments: Any, **_: Any) -> Any:
+            future = super().submit(function, *arguments)
+            if function is worker.compute and poison(arguments[1]):
+                future = type(future)()
+                future.set_exception(KilledWorker("attempted 4 times"))
+            return future
+
+    with pytest.raises(BadRowsError, match="row 23"):
+        extract(
+            rows(poisoned()), output_dir=tmp_path / "c", backbone=CountingBackbone(), executor=Dask(lambda _: False)
+        )
+
+
+def test_an_executor_of_an_encoder(tmp_path: Path) -> None:
+    """An API, say, which answers several at a time."""
+    options: dict[str, Any] = {
+        "encoder": lambda texts: np.array([[len(text), 1.0] for text in texts]), "identity": {"model": "m"},
+        "positions": 3,
+    }  # fmt: skip
+    extract(rows(words(31)), output_dir=tmp_path / "here", **options)
+    with ThreadPoolExecutor(5) as pool:
+        extract(rows(words(31)), output_dir=tmp_path / "c", executor=pool, **options)
+    assert files(tmp_path / "c") == files(tmp_path / "here")
+
+
+def test_what_cannot_be_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import multiprocessing
+
+    with pytest.raises(SpecError, match=r"would fork this process.*get_context"):
+        engine_for(ProcessPoolExecutor(1, multiprocessing.get_context("fork")))
+    for options in ({"workers": 0}, {"executor": ThreadPoolExecutor(1), "workers": 0}):
+        with pytest.raises(SpecError, match="workers is 0: expected at least 1"):
+            extract(rows(words(3)), output_dir=tmp_path / "c", **options)
+    assert cli_run(["extract", "nowhere.csv", "-o", str(tmp_path / "c"), "--workers", "0"]) == 1
+    assert not (tmp_path / "c").exists()
+    assert Given(ThreadPoolExecutor(7)).size == 7
+
+
+# A device that only the workers have
+
+
+def test_shapes_are_those_of_the_workers_device(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Crew(1)
+    crew.kind = "cuda"
+    real = load_backbone
+
+    def on_cuda(model: Any, *, device: str, **options: Any) -> Any:
+        assert device == "cuda"
+        return real(model, device="cpu", **{"positions": 96, **options})
+
+    monkeypatch.setattr(worker, "load_backbone", on_cuda)
+    engine = Elsewhere(crew)
+    backbone = load_for(tmp_path / "c", ModelSource(tiny("bert")), BackboneSettings(("mean",)), engine)
+    assert (engine.device, backbone.device.type, backbone.policy.positions) == ("cuda", "cpu", 96)
+    run(load_examples(rows(words(31))), backbone, tmp_path / "c", engine=engine)
+    recorded = read_spec(tmp_path / "c")
+    assert recorded is not None
+    assert recorded[0]["shapes"]["positions"] == 96
