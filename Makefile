@@ -105,7 +105,7 @@ $(VENV)/installed-release: $(VENV)/installed
 
 # Trackio is left out: it wants an older Pillow than the one that is pinned. Its test runs where it is installed.
 $(VENV)/installed-engines: $(VENV)/installed-dev
-	$(PIP) --no-build-isolation -e '.[dev,docs,notebooks,remote,tensorboard,mlflow,wandb]' 'moto[s3]' flask flask-cors
+	$(PIP) --no-build-isolation -e '.[dask,dev,docs,notebooks,ray,remote,tensorboard,mlflow,wandb]' 'moto[s3]' flask flask-cors
 	@touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
