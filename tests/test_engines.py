@@ -82,6 +82,19 @@ def test_an_executor_makes_the_files_of_one_process(tmp_path: Path, tokens: bool
     assert driver.forward_calls == before
 
 
+@pytest.mark.parametrize("model", [None, "relative"])
+def test_the_cache_tells_which_model_was_asked_for_and_not_where_a_worker_found_it(
+    tmp_path: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, model: str | None
+) -> None:
+    """The default model's name, or a path as it was given: another machine, or a run that goes on, looks for that."""
+    (tmp_path / "relative").symlink_to(tiny("bert"))
+    monkeypatch.chdir(tmp_path)
+    extract(rows(words(13)), output_dir="here", model=model, device="cpu")
+    with ThreadPoolExecutor(1) as pool:
+        extract(rows(words(13)), output_dir="there", model=model, device="cpu", executor=pool)
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+
+
 @pytest.mark.parametrize("seed", range(7))
 def test_workers_lost_at_random_change_no_byte(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
@@ -168,7 +181,9 @@ def test_a_row_that_no_worker_survives_ends_the_run_by_name(tmp_path: Path) -> N
     assert len(crew.started) <= 2 + 3 + 4 + 3
     backbone = CountingBackbone()
     run(examples, backbone, tmp_path / "c", rows_per_shard=16)
-    assert len(backbone.rows_seen) <= 61 - 16  # what was before it is committed
+    assert len(backbone.rows_seen) == 61 - 16  # what was before its window is committed, and nothing of that
+    run(examples, CountingBackbone(), tmp_path / "here", rows_per_shard=16)
+    assert files(tmp_path / "c") == files(tmp_path / "here")
 
 
 def test_such_a_row_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -282,6 +297,15 @@ def test_an_executor_that_breaks_says_what_to_do_and_is_gone_on_from(tmp_path: P
     with ThreadPoolExecutor(2) as pool:
         extract(rows(texts), backbone=CountingBackbone(), executor=pool, **options)
     assert files(tmp_path / "c") == files(tmp_path / "here")
+
+
+def test_an_executor_that_was_shut_down_says_so_before_a_model_is_loaded(tmp_path: Path) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    with pytest.raises(
+        BackboneError, match=r"^the executor takes no work \(cannot schedule new futures .*: make a new"
+    ):
+        extract(rows(words(3)), output_dir=tmp_path / "c", executor=pool)
 
 
 def test_dask_says_which_unit_is_the_death_of_workers(tmp_path: Path) -> None:

@@ -62,12 +62,14 @@ def _result(future: Future[Any]) -> tuple[Any, BaseException | None]:
     except RayTaskError as error:
         return None, error.cause if isinstance(error.cause, Exception) else error
     except RayError as error:
-        return None, BrokenExecutor(_first_line(error))
+        return None, BrokenExecutor(_in_a_line(error))
     return outcome
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _in_a_line(error: BaseException) -> str:
+    """Return the first line, and the last one where the cause stands behind a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0][:200]} ... {lines[-1][:200]}"
 
 
 def _refuse_silent(address: str) -> None:
@@ -100,7 +102,7 @@ class Actors:
                 ray.init(address=address, logging_level="warning", log_to_driver=False)
             except (OSError, ValueError, RuntimeError) as error:
                 raise BackboneError(
-                    f"there is no Ray at {address} ({_first_line(error)}): expected host:port, auto for the cluster "
+                    f"there is no Ray at {address} ({_in_a_line(error)}): expected host:port, auto for the cluster "
                     "that runs here (ray start makes one), or local"
                 ) from None
         self._ray, self._workers, self._threads = ray, workers, threads

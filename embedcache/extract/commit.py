@@ -59,12 +59,13 @@ def run(
     costs, numerics, lost = Costs(), None, np.zeros(0, np.int64)
     provenance: Mapping[str, object] = backbone.provenance
     with (
+        contextlib.closing(engine),  # also where the cache is not to be written
         CacheWriter(Path(output_dir), backbone.identity, backbone.feature_sets) as writer,
         contextlib.closing(Bar(pictures=examples.kind == "image") if progress is None else progress) as display,
-        contextlib.closing(engine),
     ):
         known = writer.lookup(examples.keys)
         todo, reused = new_rows(examples, known), int((known >= 0).sum())
+        new_keys = examples.keys[todo]
         del known  # 8 bytes a row, for as long as the backbone runs
         source = windows(examples, todo, backbone, shard_rows(backbone.feature_sets, rows_per_shard))
         try:
@@ -77,11 +78,11 @@ def run(
                 contextlib.closing(engine.map(backbone, source, Watch(display, len(todo)))) as computed_windows,
             ):
                 for computed in computed_windows:
+                    lost = np.union1d(lost, computed.lost)
+                    if len(lost) and quarantine is None:  # before its window, whose shard would not be one process's
+                        raise BadRowsError(_told(examples, lost), len(lost))
                     commits.add(computed)
                     costs += computed.costs
-                    lost = np.union1d(lost, computed.lost)
-                    if len(lost) and quarantine is None:
-                        raise BadRowsError(_told(examples, lost), len(lost))
             return_memory()  # the windows' buffers
             notes = [*engine.notes]
             if len(lost) and quarantine is not None:
@@ -91,7 +92,7 @@ def run(
             notes += writer.dropped(examples)
             writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
         except KeyboardInterrupt:
-            kept = int((writer.lookup(examples.keys[todo]) >= 0).sum())
+            kept = int((writer.lookup(new_keys) >= 0).sum())
             raise Interrupted(
                 f"interrupted: {kept:,} of {len(todo):,} new rows are committed in {output_dir} and stay; "
                 "run the same command again to go on from there"

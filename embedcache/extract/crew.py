@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, TimeoutError
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from embedcache.backbone import choose_device, choose_devices
-from embedcache.errors import SpecError
+from embedcache.errors import BackboneError, EmbedcacheError, SpecError
 from embedcache.extract import worker
 from embedcache.extract.worker import Job
 
 MOST_LOSSES = 3
 """Workers that may be lost over one unit before it is looked into."""
+START_SECONDS = 900.0
+"""How long nobody may have proved, or come back, before that is an error."""
+
+T = TypeVar("T")
+
+
+def answer(executor: Executor, question: Callable[..., T], *about: object) -> T:
+    """Return what a worker answers. Raises ``BackboneError`` where none takes the question, or none answers."""
+    try:
+        return executor.submit(question, *about).result(START_SECONDS)
+    except EmbedcacheError:
+        raise
+    except TimeoutError:
+        raise BackboneError(
+            f"no worker has started in {START_SECONDS / 60:.0f} minutes: see what holds them up"
+        ) from None
+    except Exception as error:
+        told = str(error) or type(error).__name__
+        raise BackboneError(f"the executor takes no work ({told}): make a new one") from None
 
 
 class Crew(Protocol):
@@ -154,7 +173,7 @@ class Given:
 
     def device(self, asked: str) -> str:
         """Ask a worker what it has."""
-        return self.executor.submit(worker.device_of, asked).result()
+        return answer(self.executor, worker.device_of, asked)
 
     def start(self, number: int) -> Executor:
         """Return the executor."""

@@ -21,7 +21,7 @@ from embedcache.backbone import Backbone, Recipe, choose_device
 from embedcache.batching import prefetch
 from embedcache.errors import BackboneError, WorkerRefusedError
 from embedcache.extract import worker
-from embedcache.extract.crew import MOST_LOSSES, Crew
+from embedcache.extract.crew import MOST_LOSSES, START_SECONDS, Crew, answer
 from embedcache.extract.progress import Watch
 from embedcache.extract.units import Unit, Whole, units_of
 from embedcache.extract.windows import Window
@@ -36,8 +36,6 @@ MOST_STARTS = 3
 """Times that a worker may be lost before it has proved; then nobody takes its place."""
 MOST_IN_A_ROW = 40
 """Workers that may be lost in a row over whatever units: one bad row of 16,384 takes 19 until it stands alone."""
-START_SECONDS = 900.0
-"""How long nobody may have proved, or come back, before that is an error."""
 
 
 @dataclass(eq=False)
@@ -87,7 +85,9 @@ class Elsewhere:
         for desk, proof in self._first:
             if desk in self._desks:
                 self._admit(desk, proof)
-        return chosen
+        # Workers load from where the files are; the cache tells what was asked for, as that of one process does.
+        told = {name: backbone.provenance[name] for name in ("model", "revision") if name in backbone.provenance}
+        return replace(chosen, provenance={**chosen.provenance, **told})
 
     def settled(self, source: ModelSource, asked: BackboneSettings) -> tuple[ModelSource, BackboneSettings]:
         """Return whence and how the model is loaded here, to be what the workers have.
@@ -99,8 +99,9 @@ class Elsewhere:
         try:
             return replace(source, device=choose_device(self.device)), asked
         except BackboneError:
-            there = replace(source, device=self.device)
-            settings = self.crew.start(0).submit(worker.decide, there, asked).result()
+            model = Path(str(source.model))  # a worker may be in another folder
+            there = replace(source, device=self.device, model=model.absolute() if model.is_dir() else source.model)
+            settings = answer(self.crew.start(0), worker.decide, there, asked)
             return replace(source, device="cpu"), settings
 
     def _chosen(self, recorded: Probe | None) -> Proof | None:
