@@ -38,8 +38,9 @@ from embedcache.errors import (
 )
 from embedcache.extract import Here, extract, forecast, run
 from embedcache.extract import windows as cutting
+from embedcache.extract.work import Proof
 from embedcache.fingerprint import differences, row_key
-from embedcache.numerics import difference
+from embedcache.numerics import Probe, difference
 from embedcache.pictures import decode
 from embedcache.spec import ExtractionSpec
 
@@ -235,8 +236,8 @@ def test_a_second_extraction_and_a_longer_one_run_only_what_is_new(
 class Unprobed(Here):
     """The engine that does not run the built-in rows, whose passes would be counted."""
 
-    def probe(self, backbone: Backbone) -> None:
-        return None
+    def prove(self, backbone: Backbone, recorded: Probe | None = None) -> Proof:
+        return Proof(None, backbone.provenance)
 
 
 def test_windows_hold_so_many_pictures_as_their_pixels_allow(

@@ -98,7 +98,7 @@ def test_probabilities_are_averaged_over_views_where_a_head_has_them(
 def probabilities_of(table: str) -> list[float]:
     """Return the probabilities of the one row of a table that ``predict`` wrote."""
     (row,) = (line for line in table.splitlines() if line.split(",")[0].endswith(".jpg"))
-    return [float(cell) for cell in row.split(",")[3:]]
+    return [float(cell) for cell in row.split(",")[4:]]  # behind id, label, confidence, margin
 
 
 def test_files_are_predicted_by_their_names(run_folder: Path, pets: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ HEAD = {"kind": "kind", "engine": "engine", "head_options": "options"}
 ANOTHER_THING = {
     ("sweep", "metric"): "heads are compared by it, whatever they are trained by",
     ("sweep", "seed"): "of folds and draws; --seeds are those of heads",
+    ("audit", "seed"): "of folds and of UMAP",
     ("compare", "metric"): "approaches are compared by it",
     ("extract", "views"): "how many are made; train's are how many of them are read",
 }

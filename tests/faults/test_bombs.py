@@ -41,7 +41,7 @@ def test_json_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
     if name == "metrics.json":
         (tmp_path / "config.json").write_text("{}")
         monkeypatch.setattr(folder, "load", lambda path, kind: None)
-        monkeypatch.setattr(folder, "_is_ours", lambda path: True)
+        monkeypatch.setattr(folder, "is_ours", lambda path: True)
     (tmp_path / name).write_bytes(bombs.JSON[bomb])
     parse = json.loads
     monkeypatch.setattr(json, "loads", lambda text, **options: parse(text, **options) if len(text) < 9 else 1 / 0)
