@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong, said in ((["--duplicates", "0"], "duplicates is 0"), (["-o", str(path)], "is not an audit")):
         assert cli.run(["audit", str(path), *wrong]) != 0
         assert said in capsys.readouterr().err
+
+
+def test_without_jinja2_what_was_found_is_kept_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache_of(tmp_path / "c", *clusters(61))
+    monkeypatch.setitem(sys.modules, "markupsafe", None)  # which jinja2 needs; a page made before keeps its template
+    assert cli.run(["audit", str(path), "-o", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr()
+    assert told.out.endswith(f"kept in {tmp_path / 'a'}: findings.csv, audit.json\n")
+    assert "note: there is no page (" in told.err
+    assert f"then run: embedcache report {tmp_path / 'a'}" in told.err
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

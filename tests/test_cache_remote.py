@@ -400,6 +400,9 @@ def test_another_cache_is_kept(tmp_path: Path) -> None:
     (tmp_path / "notes" / "todo.txt").touch()
     with pytest.raises(CacheError, match=r"is not a feature cache .it holds todo.txt"):
         pull(URL, tmp_path / "notes")
+    with pytest.raises(CacheError, match=r"notes is not a feature cache: it holds todo.txt; choose another place"):
+        push(older, f"file://{tmp_path / 'notes'}")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["todo.txt"]
 
 
 def test_damage_is_not_pushed(tmp_path: Path) -> None:

@@ -114,6 +114,10 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(BundleError, match="me/bert holds another model than a head: choose another repository"):
         head().push_to_hub("me/bert")
     assert len(hub.commits["me/bert"]) == 1
+    hub.commits["me/weights"] = [{".gitattributes": b"", "README.md": b"mine", "model.safetensors": b"precious"}]
+    with pytest.raises(BundleError, match=r"me/weights holds model\.safetensors and no head: choose another"):
+        head().push_to_hub("me/weights")
+    assert len(hub.commits["me/weights"]) == 1
     with pytest.raises(BundleError, match=r"is not what a head's config must be|not the config of an embedcache head"):
         TrainedHead.from_pretrained("me/bert")
     with pytest.raises(BundleError, match=r"the hub has no model 'me/none' .or it is private"):

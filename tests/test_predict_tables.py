@@ -150,6 +150,19 @@ def test_another_cache_explains_nothing(made: Path, tmp_path: Path) -> None:
         NearestRows(empty, bare, 1)
 
 
+def test_nothing_that_is_read_is_written_over(made: Path, tmp_path: Path, capsys: Any) -> None:
+    run, mine = made / "classification", tmp_path / "mine.csv"
+    mine.write_text("text\ngood plot\n")
+    (tmp_path / "link.csv").symlink_to(mine)
+    cache = made / "classification.cache"
+    ours = {path: path.read_bytes() for path in (mine, run / "config.json", cache / "manifest.json")}
+    for output in (*ours, tmp_path / "link.csv"):
+        options = ("--format", "csv", "--explain", 1, "--cache", cache)
+        assert command("predict", run, mine, "-o", output, *options) == 2
+        assert f"--output {output} is read for this: name another file" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in ours.items())
+
+
 def test_mistakes_cost_one_line(made: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, cache = made / "classification", made / "classification.cache"
     for given, said in [

@@ -21,13 +21,15 @@ def push(path: Path | str, url: str, *, read_back: bool = True) -> Moves:
 
     Only what is missing is sent. Each file is hashed before it goes, and read back and hashed where it arrived;
     ``read_back=False`` compares sizes alone. A URL that holds an earlier state of the cache gets the new one; any other
-    cache there is kept, and this one refused. Stopped half-way, it has published nothing; run again, it goes on.
+    cache there is kept, and this one refused, as it is among other files. Stopped half-way, it has published nothing;
+    run again, it goes on.
 
     Raises:
         CacheNotFoundError, CorruptCacheError: there is no cache at ``path``, or it is damaged.
         IncompleteCacheError: its extraction is not finished.
         MissingExtraError: the package for the URL's protocol is not installed.
-        CacheError: the URL holds another cache, or cannot be written, or what arrived is not what was sent.
+        CacheError: the URL holds another cache or other files, or cannot be written, or what arrived is not what was
+            sent.
     """
     if url_of(url) is None:
         raise InputError(f"{url} is not a URL: expected one such as s3://bucket/reviews.cache")
@@ -40,6 +42,8 @@ def push(path: Path | str, url: str, *, read_back: bool = True) -> Moves:
     data, before = manifest.data(), remote.manifest_bytes()
     if before is not None and not data.startswith(before):  # else an upload was stopped while it wrote this manifest
         refuse_other(url, remote.parsed(before), manifest, str(path))
+    if before is None:
+        remote.refuse_foreign()
     remote.make_folders()
     sizes = remote.sizes() or {}
 

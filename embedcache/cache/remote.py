@@ -167,6 +167,16 @@ class Remote:
                 for folder in manifests.FOLDERS:
                     self.system.makedirs(self._name(folder), exist_ok=True)
 
+    def refuse_foreign(self) -> None:
+        """Raise ``CacheError`` where something else than the beginnings of a cache is."""
+        try:
+            names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in self.system.ls(self.root, detail=True)]
+        except Exception:  # nothing is there, or it may not be listed: what is written next tells
+            return
+        ours = {*manifests.FOLDERS, *_BESIDE, self.root.rstrip("/").rpartition("/")[2]}  # a file is listed as itself
+        if others := sorted(name for name in names if name and name not in ours):
+            raise CacheError(f"{self.url} is not a feature cache: it holds {others[0]}; choose another place")
+
     def put(self, folder: str, file: ShardFile, local: Path) -> None:
         """Send a local file to a folder there."""
         with _explained(f"cannot write {self.told(folder, file)}"):
@@ -178,6 +188,8 @@ class Remote:
             self.system.pipe_file(self._name(manifests.NAME), data)
 
 
+_BESIDE = (".gitattributes", "README.md")
+"""What a repository of a hub may have from its beginning."""
 ADVICE = "run embedcache push again where it was made"
 
 

@@ -36,7 +36,10 @@ from embedcache.cli.options import json_option, print_json, say, untrusted_optio
     help="How rows are laid out in two dimensions.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the folds and of UMAP.")
-@click.option("--rows", type=int, default=5, show_default=True, metavar="N", help="Findings of each kind to print.")
+@click.option(
+    "--rows", type=click.IntRange(min=0), default=5, show_default=True, metavar="N",
+    help="Findings of each kind to print.",
+)  # fmt: skip
 @json_option
 @untrusted_option
 def audit(cache: str, output_dir: str | None, rows: int, as_json: bool, **options: Any) -> None:
@@ -48,16 +51,22 @@ def audit(cache: str, output_dir: str | None, rows: int, as_json: bool, **option
     from pathlib import Path
 
     from embedcache.audit import audit_cache
+    from embedcache.errors import MissingExtraError, warn
     from embedcache.report import report
 
     found = audit_cache(cache, output_dir=output_dir, **options)
+    page = ""
     if output_dir is not None:
-        report(output_dir, Path(output_dir) / "report.html")
+        try:
+            report(output_dir, Path(output_dir) / "report.html")
+            page = " and report.html"
+        except MissingExtraError as error:  # what was found is kept and told
+            warn([f"there is no page ({error}); then run: embedcache report {output_dir}"])
     if as_json:
         return print_json(found.to_json())
     say(found.to_text(rows))
     if output_dir is not None:
-        say(f"\nkept in {output_dir}: findings.csv, report.html and audit.json")
+        say(f"\nkept in {output_dir}: findings.csv, audit.json{page}")
 
 
 COMMANDS = (audit,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from embedcache.predict import Prediction, PredictionTable, Predictor
 
     Named = tuple[str, Prediction]
+
+_OURS = ("config.json", "history.jsonl", "manifest.json", "metrics.json")
+"""Files of a run or a cache whose endings are those of tables."""
 
 
 @click.command()
@@ -62,6 +65,8 @@ def predict(
         raise click.UsageError("--json goes to stdout, all at once: leave out --output and --format, or --json")
     from embedcache.predict import Predictor, format_of, json_of, refuse_without_pyarrow
 
+    if output is not None:
+        _refuse_what_is_read(output, given.named, [run, *([] if cache is None else [cache])])
     sentences = texts and output is None and form is None and not as_json
     form = format_of(output, form)
     refuse_without_pyarrow(form)
@@ -94,6 +99,16 @@ def predict(
 
 
 _SHOWN = 5
+
+
+def _refuse_what_is_read(output: str, files: Sequence[str], folders: Sequence[str]) -> None:
+    """Raise ``click.UsageError`` where the output would replace an input, or a file of the run or the cache."""
+    from pathlib import Path
+
+    target = Path(output).resolve()
+    read = {Path(file).resolve() for file in files if file != "-"}
+    if target in read or any(target == Path(folder).resolve() / name for folder in folders for name in _OURS):
+        raise click.UsageError(f"--output {output} is read for this: name another file")
 
 
 def _line(text: str, prediction: Prediction) -> str:

@@ -65,7 +65,9 @@ if TYPE_CHECKING:
     help="Keep the best head, or the simplest of those that the data cannot tell from it.",
 )  # fmt: skip
 @click.option("--test-all", is_flag=True, default=None, help="Use the test split for every head; the table marks them.")
-@click.option("--rows", type=int, default=12, show_default=True, metavar="N", help="Rows of the table to print.")
+@click.option(
+    "--rows", type=click.IntRange(min=0), default=12, show_default=True, metavar="N", help="Rows of the table to print."
+)
 @click.option("--yes", is_flag=True, help="Run more than 10,000 configurations.")
 @click.option(
     "--minutes", type=float, metavar="N",

@@ -19,6 +19,8 @@ from embedcache.journal import explained
 SCHEME = "hf://"
 _HEAD = ("model*.safetensors", "model*.skops", "backbone-*/*")
 _FILES = (CONFIG, METRICS, HISTORY, CARD, *_HEAD)
+_OF_THE_HUB = {".gitattributes", "LICENSE", "README.md"}
+"""What a repository may have from its beginning."""
 
 
 def local_run(run: Path | str, revision: str | None = None) -> Path:
@@ -96,7 +98,10 @@ def push_head(
     try:
         api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
-        if api.file_exists(repository, CONFIG, revision=revision):
+        there = set(api.list_repo_files(repository, revision=revision))
+        if CONFIG not in there and (strangers := sorted(there - _OF_THE_HUB)):
+            raise BundleError(f"{repository} holds {strangers[0]} and no head: choose another repository")
+        if CONFIG in there:
             config = Path(api.hf_hub_download(repository, CONFIG, revision=revision))
             if not is_ours(config.resolve()):
                 raise BundleError(f"{repository} holds another model than a head: choose another repository")
