@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,39 @@ def test_dask_says_which_unit_is_the_death_of_workers(tmp_path: Path) -> None:
         extract(
             rows(poisoned()), output_dir=tmp_path / "c", backbone=CountingBackbone(), executor=Dask(lambda _: False)
         )
+
+
+def test_dask_blames_all_that_waits_and_a_row_is_left_out_only_for_what_it_does_alone(tmp_path: Path) -> None:
+    class KilledWorker(Exception):
+        pass
+
+    class Dask(ThreadPoolExecutor):
+        """One worker; when it is lost, so is all that it was handed."""
+
+        waiting: list[Future[Any]] = []  # noqa: RUF012
+
+        def submit(self, function: Any, /, *arguments: Any, **_: Any) -> Any:
+            future: Future[Any] = Future()
+            self.waiting.append(future)
+
+            def run() -> None:
+                if function is worker.compute and texts[16].encode() in list(arguments[1].contents):
+                    blamed, self.waiting[:] = self.waiting[:], []
+                    for each in blamed:
+                        each.set_exception(KilledWorker("attempted 4 times"))
+                elif future in self.waiting:
+                    self.waiting.remove(future)
+                    future.set_result(function(*arguments))
+
+            super().submit(lambda: (time.sleep(0.01), run()))
+            return future
+
+    texts, aside = words(61), tmp_path / "aside.jsonl"
+    options: dict[str, Any] = {"rows_per_shard": 16, "quarantine": aside}
+    with Dask(1) as pool, pytest.warns(EmbedcacheWarning, match="1 row set aside"):
+        run(load_examples(rows(texts)), CountingBackbone(), tmp_path / "c", engine=Elsewhere(Given(pool, 2)), **options)
+    (line,) = map(json.loads, aside.read_text().splitlines())
+    assert line["file"] == "row 16"
 
 
 def test_an_executor_of_an_encoder(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class Elsewhere:
                             order.extend(unit.whole for unit in units[:1])
                             self._again.extend(units)
                             del units
-                        if self._again and desk.proof is None and len(desk.running) <= ahead:
+                        if self._again and desk.proof is None and len(desk.running) <= ahead and self._apart(desk):
                             self._hand(desk, self._again.popleft())
                 while order and order[0].finished:
                     yield order.popleft().computed()
@@ -167,6 +167,11 @@ class Elsewhere:
             future = Future()
             future.set_exception(error)
         desk.running[future] = unit
+
+    def _apart(self, desk: Desk) -> bool:
+        """Whether the next unit may go there now: one that is to be ``alone`` goes where nothing else is."""
+        alone = self._again[0].alone or any(unit.alone for unit in desk.running.values())
+        return not (alone and desk.running)
 
     def _wait(self, watch: Watch | None = None) -> None:
         """Wait for something to happen, and see to it."""
@@ -259,6 +264,10 @@ class Elsewhere:
         """Have a unit done again, in halves where too many workers were lost over it, or leave its one row out."""
         unit.losses += losses
         if unit.losses < MOST_LOSSES:
+            self._again.appendleft(unit)
+        elif len(unit.places) == 1 and not self.crew.ours and not unit.alone:
+            # Dask blames whatever its worker had, also what only waited there.
+            unit.alone, unit.losses = True, 0
             self._again.appendleft(unit)
         elif len(unit.places) == 1:
             unit.whole.lost.append(int(unit.places[0]))

@@ -80,11 +80,15 @@ def _in_order(parts: Sequence[Stored], order: Rows) -> Stored:
 
 @dataclass(eq=False)
 class Unit:
-    """Rows of a window, at ``places`` in it, int64 [n]; ``losses`` is how many workers were lost over them."""
+    """Rows of a window, at ``places`` in it, int64 [n]; ``losses`` is how many workers were lost over them.
+
+    One that is ``alone`` is handed out while nothing else is.
+    """
 
     whole: Whole
     places: Rows
     losses: int = 0
+    alone: bool = False
 
     @classmethod
     def all_of(cls, window: Window) -> Unit:
