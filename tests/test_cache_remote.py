@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -370,6 +372,29 @@ def test_an_upload_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Remote, "put", put)
     assert push(path, URL).files == 5 - sent_before
     assert len(FeatureCache.open(URL)) == 23
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_cache_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    url = f"file://{tmp_path / 'there'}"
+    push(write(tmp_path / "c", 7, 7), url)
+    before = FeatureCache.open(url).keys()
+    longer = write(tmp_path / "c", 13, 7)
+
+    def half(self: Any, path: str, data: bytes, **_: Any) -> None:
+        Path(path).write_bytes(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(LocalFileSystem, "pipe_file", half)
+        with pytest.raises(CacheError, match="No space left"):
+            push(longer, url)
+    assert np.array_equal(FeatureCache.open(url).keys(), before)
+    push(longer, url)
+    assert len(FeatureCache.open(url).keys()) == 13
 
 
 def test_a_manifest_that_is_half_there_is_written_again(tmp_path: Path) -> None:

@@ -183,13 +183,25 @@ class Remote:
             self.system.put_file(str(local), self._name(folder, file.name))
 
     def put_manifest(self, data: bytes) -> None:
-        """Write the manifest, after which what it names is a cache."""
+        """Write the manifest, after which what it names is a cache.
+
+        Object stores have the whole of it or nothing. A file on a disk is renamed into place, as one that is written
+        over is no cache until it is whole.
+        """
+        from fsspec.implementations.local import LocalFileSystem
+
+        name = self._name(manifests.NAME)
         with _explained(f"cannot write {self.url}"):
-            self.system.pipe_file(self._name(manifests.NAME), data)
+            if not isinstance(self.system, LocalFileSystem):
+                self.system.pipe_file(name, data)
+                return
+            self.system.pipe_file(part := self._name(_PART), data)
+            self.system.mv(part, name)
 
 
-_BESIDE = (".gitattributes", "README.md")
-"""What a repository of a hub may have from its beginning."""
+_PART = f".{manifests.NAME}.0.tmp"
+_BESIDE = (".gitattributes", "README.md", _PART)
+"""What may lie beside a cache that is not there yet: a hub's own files, and what a push that was stopped has left."""
 ADVICE = "run embedcache push again where it was made"
 
 
