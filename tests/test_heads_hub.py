@@ -97,6 +97,16 @@ def test_without_a_network_what_was_fetched_is_used(hub: Hub, monkeypatch: pytes
         TrainedHead.from_pretrained("me/other")
 
 
+def test_a_part_that_the_hubs_client_has_is_not_kept_for_a_head(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    head().push_to_hub("me/head")
+    huggingface_hub.hf_hub_download("me/head", "config.json", endpoint=hub.endpoint)
+    with monkeypatch.context() as cut:
+        cut.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(BundleError, match=r"me/head.*model\.safetensors is missing.*fetched in part\? connect"):
+            TrainedHead.from_pretrained("me/head")
+    assert same(TrainedHead.from_pretrained("me/head"), head())
+
+
 def test_a_run_whose_backbone_was_trained_takes_it_along(hub: Hub, tmp_path: Path) -> None:
     name = "backbone-" + hashlib.sha256(b"x").hexdigest()[:16]
     head(model=f"./{name}", revision=None).save_pretrained(tmp_path / "run")

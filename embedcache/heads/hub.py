@@ -48,6 +48,11 @@ def local_run(run: Path | str, revision: str | None = None) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as made:
                 shutil.copytree(fetched, Path(made) / "run", copy_function=_again)
+                try:  # what the hub's client has may be a part, and is asked again as long as it is
+                    load(Path(made) / "run", HeadRecord)
+                except BundleError as error:
+                    told = str(error).replace(str(Path(made) / "run"), repository)
+                    raise BundleError(f"{told} (fetched in part? connect, and run it again)") from None
                 with contextlib.suppress(OSError):  # another process was faster
                     os.replace(Path(made) / "run", folder)
     return folder
