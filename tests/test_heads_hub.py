@@ -159,7 +159,7 @@ def test_the_card_has_what_the_hub_reads() -> None:
     text = model_card(head(), METRICS, {})
     card = ModelCard(text)
     assert (card.data.pipeline_tag, card.data.base_model) == ("text-classification", "some/model")
-    assert card.data.library_name == "embedcache"
+    assert card.data.to_dict()["library_name"] == "embedcache"
     results = [(each.dataset_split, each.metric_type, each.metric_value) for each in card.data.eval_results]
     assert results == [("test: all", "accuracy", 0.75), ("test: all", "f1", 0.5)]
     assert card_errors(text) == []
