@@ -58,7 +58,6 @@ class Elsewhere:
         self._desks: list[Desk] = []
         self._starts: dict[int, int] = {}
         self._first: list[tuple[Desk, Proof]] = []
-        self._refused: Exception | None = None
         self._in_a_row = 0
         self._again: deque[Unit] = deque()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from embedcache.backbone import MOST_PASSES, Backbone, kept_for, probe_of, replicas_of
 from embedcache.backbone import threads as torch_threads
@@ -33,7 +33,7 @@ class Here:
     threads: int | None = None
     processes: bool = False
     devices: Sequence[str] = ()
-    notes = ()
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -70,6 +70,7 @@ class Here:
                     f"a process of its own computes otherwise than this one ({other.to_text()}): extract --threads 1"
                 )
             yield from engine.map(backbone, windows, watch)
+            self.notes.extend(engine.notes)  # which of the processes were of no use, and why
 
     def close(self) -> None:
         """Nobody else works."""
