@@ -48,7 +48,7 @@ from embedcache.shard import STORED, FeatureSet, rounded
 from embedcache.spec import HeadSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL
 
-HEADS = ("linear", "mlp", "residual", "attention", "attention-pooling")
+HEADS = ("linear", "mlp", "residual", "attention", "attention-pooling", "layer-mix")
 ENDINGS = ("", "in the film", "and the plot", "of the old actor")
 ROWS = [
     {"id": f"r{at}", "text": f"{text} {ending}".strip(), "label": "no" if "bad" in text or at % 5 == 0 else "yes"}
@@ -743,14 +743,16 @@ def test_differences_of_bits() -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_plain_heads_are_the_same_function(kind: str) -> None:
-    attends = kind.startswith("attention")
-    feature = (
-        FeatureSet("tokens", "tokens", 13, 1, "float32") if attends else FeatureSet("m", "pooled", 13, 1, "float32")
-    )
+    attends, layers = kind.startswith("attention"), 5 if kind == "layer-mix" else 1
+    what = "tokens" if attends else "layers" if layers > 1 else "pooled"
+    feature = FeatureSet("m", what, 13, layers, "float32")  # type: ignore[arg-type]
     ours = build_head(HeadSpec(kind), feature, 3, seed=5).eval()
+    with torch.no_grad():
+        for vectors in (value for name, value in ours.named_parameters() if value.dim() == 1):
+            vectors.add_(torch.arange(len(vectors)) * 0.1)  # a mix, norms and biases that are all alike hide a fault
     state = {name: value.numpy() for name, value in ours.state_dict().items()}
     plain = plain_head(HeadSpec(kind), state, torch.Generator()).eval()
-    x = torch.randn(7, 5, 13) if attends else torch.randn(7, 13)
+    x = torch.randn(7, 13) if what == "pooled" else torch.randn(7, 5, 13)
     mask = torch.arange(5) < torch.tensor([[5], [1], [3], [5], [2], [4], [5]]) if attends else None
     with torch.no_grad():
         torch.testing.assert_close(plain(x, mask), ours(x, mask), rtol=0, atol=2e-6)

@@ -60,6 +60,7 @@ HEADS = {
     "mlp": ("mlp", "l2:mean"),
     "residual": ("residual", "cls"),
     "layers": ("attention-pooling", "mean@-2+-1"),
+    "mix": ("layer-mix", "mean@-2+-1"),
     "tokens": ("attention", "tokens"),
     "sklearn": ("logistic-regression", "pooler"),
 }

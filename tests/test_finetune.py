@@ -199,6 +199,7 @@ def test_an_unfrozen_backbone_is_another_backbone(folder: Path) -> None:
         ("residual", "l2:mean", {"width": 11}),
         ("attention", "tokens", {"width": 14}),
         ("attention-pooling", "mean@all", {"width": 6}),
+        ("layer-mix", "mean@all", {}),
     ],
 )
 def test_forward_says_what_the_head_trained_on_the_cache_says(

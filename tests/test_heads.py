@@ -28,6 +28,7 @@ POOLED = FeatureSet("mean", "pooled", 5, 1, "float32")
 LAYERS = FeatureSet("mean@all", "layers", 7, 3, "float32")
 TOKENS = FeatureSet("tokens", "tokens", 7, 1, "float32")
 B, C, T = 11, 3, 13
+WITHOUT_DROPOUT = ("linear", "layer-mix")
 SPECS = {
     "linear": (HeadSpec("linear"), POOLED),
     "mlp": (HeadSpec("mlp", options={"hidden": [17, 19], "norm": True}), POOLED),
@@ -36,6 +37,7 @@ SPECS = {
     "attention over layers": (HeadSpec("attention", options={"width": 10, "heads": 2}), LAYERS),
     "attention-pooling": (HeadSpec("attention-pooling", options={"width": 6, "heads": 3, "queries": 2}), TOKENS),
     "attention-pooling over layers": (HeadSpec("attention-pooling", options={"queries": 5}), LAYERS),
+    "layer-mix": (HeadSpec("layer-mix"), LAYERS),
 }
 
 
@@ -143,6 +145,24 @@ def test_layers_are_told_apart() -> None:
         assert not torch.allclose(head(x), head(x.flip(1)), atol=1e-4)
 
 
+def test_a_layer_mix_is_a_matrix_on_the_layers_weighed() -> None:
+    head = build_head(HeadSpec("layer-mix"), LAYERS, C, seed=3).eval()
+    x, _ = features(LAYERS)
+    said = []
+    for learned in (torch.zeros(LAYERS.layers), torch.arange(LAYERS.layers) * 0.7):
+        shares = np.exp(learned.numpy()) / np.exp(learned.numpy()).sum()
+        mixed = sum(share * x[:, layer] for layer, share in enumerate(shares.tolist()))
+        with torch.no_grad():
+            head.get_parameter("mix.weight").copy_(learned)
+            said.append(head(x))
+            torch.testing.assert_close(said[-1], head.output(mixed), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(*said, atol=1e-3)
+    spec, feature = SPECS["layer-mix"]
+    state = {name: value.detach().numpy() for name, value in head.named_parameters()}
+    told = TrainedHead(spec, "classification", ("a", "b", "c"), feature, state).facts()["weights of the layers"]
+    assert told == " ".join(f"{share:.2f}" for share in shares)
+
+
 # Masks.
 
 
@@ -176,7 +196,7 @@ def stack_of(name: str, heads: int) -> tuple[list[Head], Head]:
     spec, feature = SPECS[name]
     alone = [
         build_head(
-            HeadSpec(spec.kind, "torch", spec.options | ({} if spec.kind == "linear" else {"dropout": 0.1 * at})),
+            HeadSpec(spec.kind, "torch", spec.options | ({} if spec.kind in WITHOUT_DROPOUT else {"dropout": 0.1 * at})),
             feature, C, seed=at,
         )
         for at in range(heads)
@@ -206,7 +226,7 @@ def test_a_stack_says_what_its_heads_say_alone(name: str, heads: int, seed: int,
         torch.testing.assert_close(choose_heads(stacked, wanted)(x, mask), said[wanted], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "linear"])
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in WITHOUT_DROPOUT])
 def test_dropout_draws_are_a_heads_own(name: str) -> None:
     alone, stacked = stack_of(name, 4)
     x, mask = features(SPECS[name][1])
@@ -390,6 +410,7 @@ WIDE = {
     "attention over layers": HeadSpec("attention", options={"width": 16, "heads": 2}),
     "attention-pooling": HeadSpec("attention-pooling", options={"width": 16, "heads": 2, "queries": 3}),
     "attention-pooling over layers": HeadSpec("attention-pooling", options={"width": 32, "queries": 5}),
+    "layer-mix": HeadSpec("layer-mix"),
 }
 
 

@@ -102,6 +102,8 @@ def test_the_default_has_a_baseline_and_takes_heads_to_the_sets_they_read() -> N
     kinds = {each.head.kind for each in made}
     assert kinds == {"majority", "linear", "mlp", "residual", "attention-pooling"}
     assert {each.feature for each in made if each.head.kind == "attention-pooling"} == {"tokens"}
+    layers = {"mean@all": FeatureSet("mean@all", "layers", 8, 3, "float32")}
+    assert {each.head.kind for each in parse(None, layers).configurations()} == {"attention-pooling", "layer-mix"}
     assert len([each for each in made if each.train.solver == "convex" and each.feature == "cls@-2"]) == 16
     assert all(SETS[each.feature].kind == "pooled" for each in made if each.head.kind != "attention-pooling")
 

@@ -194,6 +194,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "residual": {"width": 6, "depth": 2, "expansion": 1},
     "attention": {"width": 6, "heads": 2},
     "attention-pooling": {"width": 6, "heads": 3, "queries": 2},
+    "layer-mix": {},
 }
 
 
@@ -202,7 +203,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataObject) -> None:
     draw = data.draw
     count = draw(st.integers(2, 5))
-    layers = kind.startswith("attention")
+    layers = kind.startswith(("attention", "layer"))
     x, y = made(67, 21 if layers else 7)
     x = x.reshape(67, 3, 7) if layers else x
     optimizer = draw(st.sampled_from(["adamw", "sgd"]))
@@ -211,7 +212,7 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
     heads, specs = [], []
     for seed in range(count):
         rate = draw(st.sampled_from([0.0, 0.1, 0.5]))
-        heads.append(HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind == "linear" else {"dropout": rate})}))
+        heads.append(HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind in ("linear", "layer-mix") else {"dropout": rate})}))
         specs.append(
             TrainSpec(
                 epochs=3, batch_size=17, optimizer=optimizer, shuffle_seed=11, seed=seed, patience=2,

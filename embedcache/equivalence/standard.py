@@ -193,12 +193,24 @@ class _AttentionPooling(_Attending):
         return out
 
 
+class _LayerMix(nn.Module):
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
+        super().__init__()
+        self.output, self.mix = _linear(state, "output"), _Vectors(state["mix.weight"])
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        mixed = torch.tensordot(x, self.mix.weight.softmax(0), dims=([1], [0]))
+        out: Tensor = self.output(mixed)
+        return out
+
+
 STANDARD_HEADS: dict[str, Callable[[Options, Named, torch.Generator], nn.Module]] = {
     "linear": _Linear,
     "mlp": _MLP,
     "residual": _Residual,
     "attention": _SelfAttention,
     "attention-pooling": _AttentionPooling,
+    "layer-mix": _LayerMix,
 }
 
 

@@ -1,4 +1,4 @@
-"""Heads that attend over the vectors of a row: its tokens, padded and with a mask, or the backbone's layers."""
+"""Heads on several vectors a row: its tokens, padded and with a mask, or the backbone's layers."""
 
 from __future__ import annotations
 
@@ -147,3 +147,35 @@ class AttentionPooling(_Attending):
             scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
         pooled = self._joined(scores.softmax(dim=-1) @ self._split(value))
         return self.output(self.dropout(pooled.flatten(-2)))  # type: ignore[no-any-return]
+
+
+class Mix(nn.Module):
+    """A weighted mean of L layers, whose weights are the softmax of what is learned; equal at the start."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., B, L, C] -> [..., B, C]."""
+        shares = self.weight.softmax(dim=-1).unsqueeze(-1)
+        return (x * (shares if shares.dim() == 2 else shares.unsqueeze(1))).sum(dim=-2)
+
+
+class LayerMix(Head):
+    """A matrix on a learned mix of the backbone's layers (ELMo's, Peters et al. 2018).
+
+    The matrix comes first and the mix after it, which is the same, as the weights of the layers add up to 1: heads of a
+    stack then read the features in one product.
+    """
+
+    takes: ClassVar[tuple[Kind, ...]] = ("layers",)
+
+    def __init__(self, feature: FeatureSet, outputs: int) -> None:
+        super().__init__(feature, outputs)
+        self.output = Affine(feature.dim, outputs, first=True)
+        self.mix = Mix(feature.layers)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, C]."""
+        return self.mix(self.output(x))  # type: ignore[no-any-return]

@@ -33,6 +33,7 @@ TORCH: dict[str, str | type[Head]] = {
     "residual": "embedcache.heads.modules:ResidualMLP",
     "attention": "embedcache.heads.attention:SelfAttention",
     "attention-pooling": "embedcache.heads.attention:AttentionPooling",
+    "layer-mix": "embedcache.heads.attention:LayerMix",
 }
 """Kind -> class, or where it is: naming a kind must not import torch."""
 

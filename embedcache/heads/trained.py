@@ -84,10 +84,19 @@ class TrainedHead(HeadRecord):
             "task": f"{self.task}: {listed(self.class_names, 12)}",
             "reads": f"{self.feature.name} [{', '.join(map(str, self.feature.row_shape))}]",
             "of": self.model,
+            "weights of the layers": self._layer_weights,
             "parameters": f"{self.parameters:,}" if self.state else None,
             "solver": solver if self.spec.engine == "torch" else None,
             "settings": ", ".join(f"{name} {self.training[name]}" for name in settings if name in self.training),
         }
+
+    @property
+    def _layer_weights(self) -> str | None:
+        """What a learned mix of layers came to, from the set's first layer to its last."""
+        if self.spec.kind != "layer-mix" or not self.state:
+            return None
+        shares = np.exp(self.state["mix.weight"] - self.state["mix.weight"].max())
+        return " ".join(f"{share:.2f}" for share in shares / shares.sum())
 
     def __getstate__(self) -> dict[str, object]:
         # What is cached beside the fields (the torch module) is made again where it is needed.

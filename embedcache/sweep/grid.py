@@ -426,7 +426,7 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
 
     Every set with one vector a row gets a linear head by the convex solver at 16 penalties. The first of them also gets
     the heads trained by minibatches, which cost more, in widths that suit 10,000 rows. Sets of tokens or layers get
-    attention pooling. A majority head shows how much the features add.
+    attention pooling, those of layers a learned mix too. A majority head shows how much the features add.
     """
     vectors = [name for name in names if feature_sets[name].kind == "pooled"]
     others = [name for name in names if feature_sets[name].kind != "pooled"]
@@ -445,4 +445,9 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
              "features": first},
         ]  # fmt: skip
     heads += [{"head": "attention-pooling", "learning_rate": [0.0003, 0.001], "features": [name]} for name in others]
+    layers = [name for name in others if feature_sets[name].kind == "layers"]
+    if layers:
+        heads.append(
+            {"head": "layer-mix", "learning_rate": [0.001, 0.003, 0.01], "batch_size": 128, "features": layers}
+        )
     return heads
