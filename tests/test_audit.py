@@ -16,7 +16,7 @@ from embedcache import cli, sweep
 from embedcache.audit import Audit, audit_cache, neighbours
 from embedcache.audit.labels import confident_joint, doubts
 from embedcache.audit.layout import layout
-from embedcache.audit.neighbours import Neighbours, Vectors, search
+from embedcache.audit.neighbours import Neighbours, Vectors, search, strangers
 from embedcache.audit.probabilities import OutOfFold, with_neighbours
 from embedcache.audit.result import read_audit
 from embedcache.cache import CacheWriter, FeatureCache
@@ -74,6 +74,7 @@ def vectors_of(x: np.ndarray) -> Vectors:
 @pytest.mark.parametrize(("rows", "panel"), [(101, 13), (5, 13), (13, 13), (1, 13)])
 def test_neighbours_are_those_of_the_whole_matrix(rows: int, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "PANEL", panel)
+    monkeypatch.setattr(neighbours, "_MOST_STRANGERS", np.inf)
     x = np.random.default_rng(rows).normal(1, 1, (rows, 5)).astype(np.float32)
     x[1:2] = x[0] + 1e-3
     unit = x.astype(np.float64) - x.astype(np.float64).mean(axis=0)
@@ -97,6 +98,21 @@ def test_too_many_pairs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     x[:, 0] += np.where(np.arange(211) % 2, 9, -9)  # two heaps: a cosine of 1 within each
     with vectors_of(x) as vectors:
         assert search(vectors, 3, 0.8).pairs is None
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(1, 9), (2, 40), (4, 100), (8, 300), (32, 10), (32, 3000), (384, 12)])
+def test_where_strangers_are_alike_no_pair_is_kept(dim: int, rows: int) -> None:
+    """How many there are by chance is known from a few cosines, and duplicates among them change nothing."""
+    x = np.random.default_rng(dim).normal(size=(rows, dim)).astype(np.float32)
+    x[: rows // 4] = x[rows // 4 : 2 * (rows // 4)] + np.float32(1e-3)
+    with vectors_of(x) as vectors:
+        by_chance = strangers(vectors, 0.85)
+        units = vectors.panel(0, len(vectors))
+        alike = (units @ units.T >= 0.85).sum() / len(vectors) - 1.5
+        assert by_chance == pytest.approx(alike, abs=0.1, rel=3)
+        found = search(vectors, 3, 0.85).pairs
+    assert (found is None) == (dim <= 8)
+    assert found is None or len(found.left) == rows // 4
 
 
 def test_the_same_findings_on_any_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

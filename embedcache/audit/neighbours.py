@@ -23,6 +23,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from embedcache.dataset import evenly_spread
 from embedcache.errors import FeatureError
 from embedcache.features import Features, Rows
 from embedcache.task import Floats
@@ -35,6 +36,9 @@ PANEL = 2048
 """Rows of a tile. Smaller ones stay in the cache a little better, and then merging costs more than that saves."""
 _MOST_PAIRS = 20
 """Pairs for each row from which on the features do not tell rows apart: nobody reads so many."""
+_MOST_STRANGERS = 0.05
+"""Unrelated rows that may be as alike as duplicates, for each row: with more of them duplicates cannot be told."""
+_SAMPLE = 400
 
 
 class Vectors:
@@ -192,6 +196,8 @@ def search(vectors: Vectors, k: int, alike: float, tick: Callable[[float], None]
     panels = vectors.panels()
     best = _Best(len(vectors), min(k, max(1, len(vectors) - 1)), alike)
     pairs: list[Found] | None = []
+    if strangers(vectors, alike) > _MOST_STRANGERS:
+        best.alike, pairs = np.float32(np.inf), None
     number = 0
     # Diagonal tiles first: each row then has a k-th neighbour, and few of what comes later are nearer than that.
     tiles = [(panel, panel) for panel in range(len(panels))]
@@ -215,6 +221,24 @@ def search(vectors: Vectors, k: int, alike: float, tick: Callable[[float], None]
             if tick is not None:
                 tick(done / len(tiles))
     return Neighbours(best.similarity, best.vector, None if pairs is None else _exact(vectors, pairs, alike))
+
+
+def strangers(vectors: Vectors, alike: float) -> float:
+    """Return how many unrelated vectors each vector is as ``alike`` to by chance.
+
+    Cosines of random directions in d dimensions follow a beta distribution with the variance 1 / d. The d of these
+    vectors is taken from the lower half of a sample's cosines, in which duplicates and rows of one class are not.
+    """
+    from scipy.special import betainc
+
+    sample = vectors.take(evenly_spread(len(vectors), _SAMPLE)).astype(np.float64)
+    if len(sample) < 2:
+        return 0.0
+    cosines = (sample @ sample.T)[np.triu_indices(len(sample), 1)]
+    middle = np.median(cosines)
+    spread = round(1.4826 * float(np.median(middle - cosines[cosines <= middle])), 6)
+    half = (min(vectors.dim, 1 / max(spread, 1e-6) ** 2) - 1) / 2
+    return (len(vectors) - 1) * float(betainc(max(half, 1e-6), max(half, 1e-6), (1 - alike) / 2))
 
 
 _ROUNDING = 1e-4

@@ -163,8 +163,8 @@ class _Work:
         pairs = self.near.pairs
         if pairs is None:
             notes.append(
-                f"so many pairs of rows have a cosine of {self.settings.duplicates:g} or more that it does not tell "
-                "duplicates: only rows with the same features count as such; ask for a higher --duplicates"
+                f"rows that are no duplicates have a cosine of {self.settings.duplicates:g} or more in these features: "
+                "only rows with the same features count as duplicates; ask for a higher --duplicates"
             )
         repeated = twins(self.vectors, self.of_row, pairs, _split_numbers(dataset), names.rank)
         findings, contrary = rows_repeated(names, repeated)
