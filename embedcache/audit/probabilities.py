@@ -21,7 +21,7 @@ from embedcache.sweep.problem import Problem, k_folds, strata
 from embedcache.sweep.store import Outputs, SweepFolder, read_identity, read_results
 from embedcache.sweep.summary import read_summary
 from embedcache.task import CLASSIFICATION, REGRESSION, Array, Flags, Task
-from embedcache.train.cached import rows_of
+from embedcache.train.cached import CachedRows, rows_of
 from embedcache.train.convex import Solution, solve, walk_folds
 from embedcache.train.convex.design import by_problems, workers
 from embedcache.train.data import LabelledRows
@@ -152,13 +152,12 @@ def _alone(keys: npt.NDArray[np.uint8], y: Array, classes: int) -> Rows:
 def _matrix(
     cache: FeatureCache, feature: FeatureSet, rows: Rows, y: Array, task: Task, masks: Flags
 ) -> tuple[npt.NDArray[np.floating], Rows]:
-    """Return features of rows [n, D], and in which order: those that memory does not hold lie in a file as the solver
-    reads them."""
-    x = rows_of(cache, rows, feature, copies=2)
-    order: Rows = np.arange(len(rows))
-    if isinstance(x, OnDisk):
-        order, _ = by_problems(masks)
-        x = x.take(order).mapped()
+    """Return features of rows [n, D], and in which order.
+
+    They lie in a file as the solver reads them, which takes no longer, and memory does not grow with their number.
+    """
+    order, _ = by_problems(masks)
+    x = OnDisk(CachedRows(cache, cache.places()[rows[order]], feature), feature).mapped()
     return LabelledRows(x, y, task, tuple(cache.class_names)).matrix("the audit"), order
 
 
