@@ -131,8 +131,9 @@ def test_a_head_is_saved_over_another(tmp_path: Path) -> None:
         ("linear", "torch", r"model\.safetensors"),
         ("mlp", "torch", r"model-[0-9a-f]{16}\.safetensors"),
         ("linear", "torch", r"model\.safetensors"),
-        ("knn", "sklearn", r"model\.skops"),
-        ("knn", "sklearn", r"model-[0-9a-f]{16}\.skops"),
+        ("hist-gradient-boosting", "sklearn", r"model\.skops"),
+        ("hist-gradient-boosting", "sklearn", r"model-[0-9a-f]{16}\.skops"),
+        ("knn", "sklearn", r"model\.safetensors"),
     ):
         trained(kind, engine).save_pretrained(run, metrics={"validation": {"of": kind}}, history=[{"of": kind}])
         assert TrainedHead.from_pretrained(run).spec.kind == kind
@@ -335,7 +336,8 @@ def test_the_card_escapes_what_comes_from_data(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: Any) -> dict[str, Path]:
     made = {}
-    for name, what in {"mlp": ("mlp",), "linear": ("linear",), "knn": ("knn", "sklearn"),
+    for name, what in {"mlp": ("mlp",), "linear": ("linear",), "trees": ("hist-gradient-boosting", "sklearn"),
+                       "knn": ("knn", "sklearn"),
                        "attention": ("attention", "torch", "classification", TOKENS),
                        "labels": ("linear", "torch", "multilabel")}.items():  # fmt: skip
         made[name] = tmp_path_factory.mktemp("good") / name
@@ -405,7 +407,8 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("knn", put("head", "options", {"n_neighbors": -3}), "n_neighbors is -3"),
     ("knn", put("head", "engine", "torch"), "has no head 'knn' on torch"),
     ("knn", put("task", "regression"), "calibration"),
-    ("knn", put("feature", "dim", D + 2), "reads 5 features, and the config beside it says 7"),
+    ("knn", put("feature", "dim", D + 2), r"has the shape \(.*, 5\), expected \(.*, 7\)"),
+    ("trees", put("feature", "dim", D + 2), "reads 5 features, and the config beside it says 7"),
     ("mlp", put("task", "ranking"), "unknown task 'ranking'"),
     ("mlp", put("task", ["classification"]), "unknown task"),
     ("mlp", put("id2label", {"0": "a"}), "label2id is not the inverse"),
@@ -537,8 +540,8 @@ WEIGHTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("mlp", header(200_000_000, b"{" + b" " * 1000), "cannot be read as safetensors"),
     ("mlp", header(3, b"{]}"), "cannot be read as safetensors"),
     ("mlp", header(75, b'{"output.bias":{"dtype":"F32","shape":[9999999999999],"data_offsets":[0,4]}}'), "cannot"),
-    ("knn", lambda run: (run / "model.skops").write_bytes(pickle.dumps({"a": 1})), "cannot be read"),
-    ("knn", lambda run: (run / "model.skops").write_bytes(b""), "cannot be read"),
+    ("trees", lambda run: (run / "model.skops").write_bytes(pickle.dumps({"a": 1})), "cannot be read"),
+    ("trees", lambda run: (run / "model.skops").write_bytes(b""), "cannot be read"),
 ]  # fmt: skip
 
 
@@ -557,7 +560,7 @@ def test_weights_that_are_not_right_are_refused(
 
 
 def test_types_that_no_head_is_made_of_are_not_made(good: dict[str, Path], tmp_path: Path) -> None:
-    run = copied(good["knn"], tmp_path / "run")
+    run = copied(good["trees"], tmp_path / "run")
     with zipfile.ZipFile(run / "model.skops") as file:
         parts = {each: file.read(each) for each in file.namelist()}
     schema = json.loads(parts["schema.json"])
@@ -571,7 +574,7 @@ def test_types_that_no_head_is_made_of_are_not_made(good: dict[str, Path], tmp_p
 
 
 def test_an_estimator_of_another_task_or_number_of_classes_is_refused(good: dict[str, Path], tmp_path: Path) -> None:
-    run = copied(good["knn"], tmp_path / "run")
+    run = copied(good["trees"], tmp_path / "run")
 
     def fewer(config: dict[str, Any]) -> None:
         names = [f"class {at}" for at in range(3)]
@@ -581,8 +584,8 @@ def test_an_estimator_of_another_task_or_number_of_classes_is_refused(good: dict
     sealed(run, fewer)
     with pytest.raises(BundleError, match="does not fit the config beside it"):
         TrainedHead.from_pretrained(run)
-    other = copied(good["knn"], tmp_path / "other")
-    (other / "model.skops").write_bytes(saved(tmp_path, "hist-gradient-boosting"))
+    other = copied(good["trees"], tmp_path / "other")
+    (other / "model.skops").write_bytes(saved(tmp_path, "mlp"))
     sealed(other)
     # Another estimator of the same shape is only another estimator, which the forger could have trained himself.
     TrainedHead.from_pretrained(other)
@@ -640,9 +643,9 @@ def test_a_head_whose_numbers_overflow_is_refused(good: dict[str, Path], tmp_pat
 def test_every_error_is_an_embedcache_error_for_any_bytes(good: dict[str, Path], tmp_path_factory: Any) -> None:
     @given(data=st.data())
     def damaged(data: st.DataObject) -> None:
-        which = data.draw(st.sampled_from(["linear", "knn"]))
+        which = data.draw(st.sampled_from(["linear", "knn", "trees"]))
         run = copied(good[which], tmp_path_factory.mktemp("damaged") / "run")
-        path = run / ("model.safetensors" if which == "linear" else "model.skops")
+        path = run / ("model.skops" if which == "trees" else "model.safetensors")
         raw = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(1, 3))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

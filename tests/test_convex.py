@@ -421,7 +421,7 @@ def test_a_fault_on_a_thread_is_raised_and_blas_has_its_threads_back(monkeypatch
 def test_blocks_of_rows_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(3, n=1009)
     whole = solve(x.astype(np.float64), y, task=CLASSIFICATION, outputs=3, l2=0.1, standardize=True)
-    monkeypatch.setattr("embedcache.train.convex.design._ROWS", 67)
+    monkeypatch.setattr("embedcache.threads._ROWS", 67)
     same(whole, solve(x.astype(np.float64), y, task=CLASSIFICATION, outputs=3, l2=0.1, standardize=True), 1e-6)
 
 
@@ -582,7 +582,7 @@ def test_a_wrong_inverse_costs_steps_and_not_the_optimum(monkeypatch: pytest.Mon
 def test_every_blas_has_one_thread_while_blocks_are_worked_on() -> None:
     # scipy's own BLAS, were it loaded later, would keep its threads: ten times the seconds on shared cores.
     code = (
-        "from embedcache.train.convex.design import workers\n"
+        "from embedcache.threads import workers\n"
         "with workers():\n"
         "    import scipy.linalg\n"
         "    from threadpoolctl import threadpool_info\n"

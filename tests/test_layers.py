@@ -20,7 +20,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = (
     ("version", "wording"),
     ("errors", "notebook"),
-    ("journal", "arguments", "memory", "decoding", "hub"),
+    ("journal", "arguments", "memory", "threads", "decoding", "hub"),
     ("fingerprint", "pooling", "batching", "shard", "pictures"),
     ("spec",),
     ("task", "features"),

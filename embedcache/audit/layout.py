@@ -13,7 +13,7 @@ from embedcache.dataset import evenly_spread
 from embedcache.errors import MissingExtraError
 from embedcache.features import Rows
 from embedcache.task import Floats
-from embedcache.train.convex.design import workers
+from embedcache.threads import workers
 
 Kind = Literal["pca", "umap"]
 MOST = 20_000

@@ -27,7 +27,7 @@ from embedcache.dataset import evenly_spread
 from embedcache.errors import FeatureError
 from embedcache.features import Features, Rows
 from embedcache.task import Floats
-from embedcache.train.convex.design import workers
+from embedcache.threads import workers
 
 Unit = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int32]

@@ -14,7 +14,7 @@ import numpy as np
 from embedcache.audit.neighbours import Vectors
 from embedcache.features import Rows
 from embedcache.task import Flags, Floats
-from embedcache.train.convex.design import workers
+from embedcache.threads import workers
 
 FAR = 3.5
 """Robust deviations from which on a row is named (Iglewicz and Hoaglin 1993)."""

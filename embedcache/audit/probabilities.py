@@ -21,9 +21,10 @@ from embedcache.sweep.problem import Problem, k_folds, strata
 from embedcache.sweep.store import Outputs, SweepFolder, read_identity, read_results
 from embedcache.sweep.summary import read_summary
 from embedcache.task import CLASSIFICATION, REGRESSION, Array, Flags, Task
+from embedcache.threads import workers
 from embedcache.train.cached import CachedRows, rows_of
 from embedcache.train.convex import Solution, solve, walk_folds
-from embedcache.train.convex.design import by_problems, workers
+from embedcache.train.convex.design import by_problems
 from embedcache.train.data import LabelledRows
 from embedcache.wording import counted, shortened
 

@@ -71,9 +71,10 @@ def to_torch(source: Source, folder: Path, *, head_only: bool) -> Proof:
 
 
 def _module(source: Source, head_only: bool) -> tuple[nn.Module, tuple[Tensor, ...], list[str]]:
-    if not source.head.state:
+    if not source.head.state or source.head.votes:
+        what = "training rows" if source.head.votes else "a scikit-learn estimator"
         raise SpecError(
-            f"the head {source.head.spec.kind} is a scikit-learn estimator without matrices: torch heads and "
+            f"the head {source.head.spec.kind} is {what} without matrices: torch heads and "
             "scikit-learn's linear ones can be exported"
         )
     if head_only:

@@ -4,6 +4,7 @@
 ``modules``        layers, each working on one head or on K stacked ones, and heads on one vector a row
 ``attention``      heads on several vectors a row
 ``sklearn_kinds``  heads that scikit-learn fits
+``neighbours``     the nearest training rows, exactly, and their votes
 ``registry``       which kinds there are on both engines, and how one is built
 ``sklearn_io``     what a fitted estimator gives for features, and the estimator as a file, without pickle
 ``record``         what is known of a trained head: the value that a bundle holds, and the model card

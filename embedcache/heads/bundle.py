@@ -4,7 +4,8 @@
 
     run/
     ├── config.json        head, task, id2label/label2id, feature set, the backbone's spec and its hash, calibration
-    ├── model.safetensors  the arrays; or model.skops for a scikit-learn estimator that is not linear
+    ├── model.safetensors  the arrays, of nearest neighbours the training rows; or model.skops for a scikit-learn
+    │                      estimator that is not linear
     ├── metrics.json       what was measured, by split
     ├── history.jsonl      one line an epoch
     ├── README.md          model card
@@ -30,7 +31,9 @@ import numpy as np
 
 from embedcache import decoding
 from embedcache.errors import BundleError, EmbedcacheError, FeatureError, SpecError
+from embedcache.features import LARGEST
 from embedcache.fingerprint import hash_json, is_number, read_json, sha256_bytes, strict_json
+from embedcache.heads.neighbours import FEATURES, MEAN, SCALE, TARGETS
 from embedcache.heads.record import Calibration, HeadRecord
 from embedcache.heads.registry import blank_head, checked_kind, kinds, refuse_unknown_options
 from embedcache.heads.sklearn_io import load_estimator, outputs
@@ -280,6 +283,8 @@ def refuse_misfit(head: HeadRecord, where: Path) -> None:
     if extra := sorted(set(head.state) - set(expected)):
         raise BundleError(f"{where} holds an array {extra[0]!r} that the head {head.spec.kind} does not have")
     for name, shape in expected.items():
+        if name == TARGETS:
+            continue
         value = head.state[name]
         if value.shape != shape:
             raise BundleError(f"{where}: {name} has the shape {value.shape}, expected {shape}")
@@ -287,11 +292,30 @@ def refuse_misfit(head: HeadRecord, where: Path) -> None:
             raise BundleError(f"{where}: {name} is of type {value.dtype}, expected float32 or float64")
         if not np.isfinite(value).all():
             raise BundleError(f"{where}: {name} holds NaN or infinity")
+        if head.votes and np.abs(value).max(initial=0) > LARGEST:
+            raise BundleError(f"{where}: {name} holds {np.abs(value).max():.3g}, expected {LARGEST:g} at most")
+    if head.votes:
+        _refuse_wrong_targets(head, where)
+
+
+def _refuse_wrong_targets(head: HeadRecord, where: Path) -> None:
+    """Raise ``BundleError`` for targets that no row can have: votes are counted by them, without looking."""
+    task, rows, targets = task_named(head.task), len(head.state[FEATURES]), head.state[TARGETS]
+    shape = task.target_shape(rows, len(head.class_names))
+    if not rows or targets.shape != shape or targets.dtype != task.dtype:
+        found = f"{targets.dtype} {list(targets.shape)}"
+        raise BundleError(f"{where}: {TARGETS} is {found}, expected {task.dtype} {list(shape)} and a row at least")
+    if (fault := task.stored_fault(targets, len(head.class_names))) or not task.labelled(targets).all():
+        raise BundleError(f"{where}: {TARGETS} is not that of labelled rows ({fault or 'a row has none'})")
 
 
 def _array_shapes(head: HeadRecord, where: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a head's arrays, with those of the standardisation where it has one."""
     outputs, dim = len(head.class_names), head.feature.dim
+    if (head.spec.engine, head.spec.kind) == ("sklearn", "knn"):
+        rows = head.state[FEATURES].shape[:1] if FEATURES in head.state else ()
+        scaled = (MEAN, SCALE) if {MEAN, SCALE} & set(head.state) else ()
+        return {FEATURES: (*rows, dim), TARGETS: (), **dict.fromkeys(scaled, (dim,))}
     if head.linear or head.spec.engine == "sklearn":
         shapes: dict[str, tuple[int, ...]] = {"output.weight": (outputs, dim), "output.bias": (outputs,)}
         first = ["output"]

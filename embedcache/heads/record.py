@@ -47,11 +47,16 @@ class HeadRecord:
     @property
     def linear(self) -> bool:
         """Whether it is one matrix: ``output.weight`` [C, D] and ``output.bias`` [C]."""
-        return bool(self.state) and (self.spec.engine == "sklearn" or self.spec.kind == "linear")
+        return bool(self.state) and not self.votes and (self.spec.engine == "sklearn" or self.spec.kind == "linear")
+
+    @property
+    def votes(self) -> bool:
+        """Whether it is training rows, of which the nearest vote; see ``neighbours``."""
+        return bool(self.state) and (self.spec.engine, self.spec.kind) == ("sklearn", "knn")
 
     @property
     def parameters(self) -> int:
-        """How many numbers were learned; 0 for an estimator that is not linear."""
+        """How many numbers it keeps, standardisation aside; 0 for an estimator that is not linear."""
         return sum(int(value.size) for name, value in self.state.items() if not name.endswith((".mean", ".scale")))
 
     @property
@@ -92,7 +97,7 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
         f"| {task_named(head.task).outputs_are} | {len(names)}: {shown} |",
         f"| backbone | {plain(backbone)}{f' @ {plain(head.revision)}' if head.revision else ''}, frozen |",
         f"| features | {plain(head.feature.name)} ({head.feature.kind}, {head.feature.dim} wide) |",
-        f"| parameters | {head.parameters:,} |" if head.state else "| parameters | a scikit-learn estimator |",
+        f"| parameters | {_parameters(head)} |" if head.state else "| parameters | a scikit-learn estimator |",
     ]
     if head.calibration:
         lines.append(f"| calibration | {plain(_calibration(head))} |")
@@ -113,6 +118,10 @@ def model_card(head: HeadRecord, metrics: Mapping[str, object], facts: Mapping[s
         "",
     ]
     return "\n".join(lines)
+
+
+def _parameters(head: HeadRecord) -> str:
+    return "the training rows" if head.votes else f"{head.parameters:,}"
 
 
 _METRICS = {

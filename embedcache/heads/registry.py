@@ -175,6 +175,8 @@ def checked_kind(head: HeadSpec, task: Task) -> tuple[Kind, Options]:
         options[name] = value = head.options.get(name, option.default)
         if not option.allowed(value):
             raise SpecError(f"{head.kind}: {name} is {value!r}, expected {option.expected}")
+    if (fault := kind.fault(head.options, options)) is not None:
+        raise SpecError(f"{head.kind}: {fault}")
     return kind, options
 
 

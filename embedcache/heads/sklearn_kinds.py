@@ -6,7 +6,7 @@
 ``linear-svm``              squared hinge, one-vs-rest
 ``ridge``                   squared error, of +1 and -1 for classes
 ``lda``                     linear discriminant analysis, shrunk by Ledoit and Wolf's rule
-``knn``                     nearest neighbours, brute force
+``knn``                     the votes of the nearest training rows, which are the head: see ``neighbours``
 ``mlp``                     scikit-learn's multi-layer perceptron, Adam
 ``hist-gradient-boosting``  histogram gradient boosting, one model a label
 ``majority``                how often each class is in training, whatever the features; the mean for numbers
@@ -14,7 +14,8 @@
 ==========================  ==================================================================================
 
 The last two are baselines: they show what is reached without features, and with very little of them. Linear heads
-become two arrays (see ``embedcache.train.sklearn_engine``); the others are saved by skops (``sklearn_io``).
+become two arrays (see ``embedcache.train.sklearn_engine``), nearest neighbours are the training rows; the others are
+saved by skops (``sklearn_io``).
 
 Importing this loads neither scikit-learn nor torch.
 """
@@ -65,12 +66,11 @@ class Options(dict[str, object]):
 
 @dataclass(frozen=True)
 class Setting:
-    """What an estimator is built for: the task, strength of the penalty, seed, training rows and features."""
+    """What an estimator is built for: the task, strength of the penalty, seed, number of features."""
 
     task: Task
     l2: float
     seed: int
-    rows: int
     dim: int
 
     @property
@@ -80,6 +80,7 @@ class Setting:
 
 
 Build = Callable[[Setting, Options], "BaseEstimator"]
+Fault = Callable[[Mapping[str, object], Options], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Kind:
         weights: whether rows can weigh differently; ``estimator`` if that depends on the version of scikit-learn.
         scaled: whether standardising the features changes what it learns.
         options: by name.
-        build: makes the estimator, not yet fitted.
+        build: makes the estimator, not yet fitted; None where there is none.
+        fault: what is wrong with options that are each possible, given those that were asked for and all of them.
     """
 
     tasks: tuple[Task, ...]
@@ -101,6 +103,7 @@ class Kind:
     build: Build
     weights: bool = True
     scaled: bool = True
+    fault: Fault = lambda asked, options: None
 
 
 def _in_range(default: float | None, above: Callable[[float], bool], expected: str) -> Option:
@@ -191,17 +194,14 @@ def _lda(setting: Setting, options: Options) -> BaseEstimator:
     return LinearDiscriminantAnalysis(solver=options["solver"], shrinkage=None if svd else options["shrinkage"])
 
 
-def _knn(setting: Setting, options: Options) -> BaseEstimator:
-    from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-
-    # Brute force: in hundreds of dimensions no tree helps, and a tree in a file would have to be trusted.
-    estimator = KNeighborsRegressor if setting.regression else KNeighborsClassifier
-    return estimator(
-        n_neighbors=min(options.whole("n_neighbors"), setting.rows),
-        weights=options["weights"],
-        metric=options["metric"],
-        algorithm="brute",
-    )
+def _no_softmax(asked: Mapping[str, object], options: Options) -> str | None:
+    """Return what is wrong with the options of nearest neighbours: a temperature is that of a softmax of cosines."""
+    if options["weights"] != "softmax":
+        return (
+            None if "temperature" not in asked else "temperature goes with weights=softmax: leave it out, or add that"
+        )
+    metric = options["metric"]
+    return None if metric == "cosine" else f"weights=softmax is of cosines, and the metric is {metric}: leave it out"
 
 
 def _mlp(setting: Setting, options: Options) -> BaseEstimator:
@@ -241,8 +241,8 @@ def _projection(setting: Setting, options: Options) -> BaseEstimator:
     return Pipeline([("project", projection), ("head", _logistic(setting, options))])
 
 
-def _majority(setting: Setting, options: Options) -> None:
-    return None  # counted by the engine: there is nothing to fit
+def _nothing(setting: Setting, options: Options) -> None:
+    return None  # there is nothing to fit: the engine counts, or keeps the rows
 
 
 _CLASSES = (CLASSIFICATION, MULTILABEL)
@@ -273,11 +273,13 @@ KINDS: Mapping[str, Kind] = {
         False,
         {
             "n_neighbors": _count(10),
-            "weights": _choice("uniform", "distance"),
+            "weights": _choice("uniform", "distance", "softmax"),
+            "temperature": _positive(0.07),
             "metric": _choice("cosine", "euclidean", "manhattan"),
         },
-        _knn,
+        _nothing,
         weights=False,
+        fault=_no_softmax,
     ),
     "mlp": Kind(
         _TASKS,
@@ -305,7 +307,7 @@ KINDS: Mapping[str, Kind] = {
         _boosting,
         scaled=False,
     ),
-    "majority": Kind(_TASKS, True, {}, _majority, scaled=False),
+    "majority": Kind(_TASKS, True, {}, _nothing, scaled=False),
     "random-projection": Kind(_TASKS, True, {"dims": _count(8), **_SOLVED}, _projection),
 }
 """Every kind of head that scikit-learn fits; a new one is a line here and a function that builds its estimator.

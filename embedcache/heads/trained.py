@@ -23,8 +23,9 @@ from embedcache.features import Dense, InMemory, features_of
 from embedcache.heads.bundle import load
 from embedcache.heads.folder import BACKBONE, RunFolder
 from embedcache.heads.hub import local_run, push_head
+from embedcache.heads.neighbours import TrainingRows, Vote
 from embedcache.heads.record import HeadRecord
-from embedcache.heads.registry import build_head
+from embedcache.heads.registry import build_head, checked_kind
 from embedcache.heads.sklearn_io import logits_of, outputs
 from embedcache.notebook import panel
 from embedcache.spec import HeadSpec
@@ -55,7 +56,8 @@ class TrainedHead(HeadRecord):
         task: ``classification``, ``multilabel`` or ``regression``.
         class_names: the C classes, or the names of the regression targets.
         feature: the feature set it reads.
-        state: its arrays by name; empty for a scikit-learn estimator that is not linear.
+        state: its arrays by name; empty for a scikit-learn estimator that is not linear. Of nearest neighbours they
+            are the training rows.
         estimator: the scikit-learn estimator of a head that is not linear.
         extraction: the spec of the cache it was trained on, {} for features of unknown origin.
         model, revision: the name by which the backbone was asked for.
@@ -110,8 +112,10 @@ class TrainedHead(HeadRecord):
         Raises ``FeatureError`` for features of another shape, or that hold NaN or infinity, and where the head's own
         numbers are so large that the result is not a number.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # an overflow is refused below, not warned of
-            parts = [self._logits(part) for part in features_of(x, self.feature).blocks(PASS_ROWS)]
+        return logits_of_each([self], x)[0]
+
+    def _joined(self, parts: Sequence[Array]) -> Array:
+        """Return the logits of all blocks of rows. Raises ``FeatureError`` for what is not finite, naming the row."""
         if not parts:
             return np.zeros((0, len(self.class_names)), np.float32)
         logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -127,6 +131,8 @@ class TrainedHead(HeadRecord):
         if isinstance(rows, Dense) and self.linear:
             weight, bias = self._matrix
             return self._in_passes(rows.values, lambda part: part.astype(weight.dtype, copy=False) @ weight.T + bias)
+        if isinstance(rows, Dense) and self.votes:
+            return _votes_of([self], rows.values)[0]
         if isinstance(rows, Dense) and self.estimator is not None:
             return self._estimated(rows.values)
         return self._run(rows)
@@ -151,6 +157,11 @@ class TrainedHead(HeadRecord):
         return logits_of(estimate(rows) if whole else self._in_passes(rows, estimate), task)
 
     @cached_property
+    def _rows(self) -> tuple[TrainingRows, Vote]:
+        _, options = checked_kind(self.spec, task_named(self.task))
+        return TrainingRows(self.state, str(options["metric"])), Vote.of(options)
+
+    @cached_property
     def _matrix(self) -> tuple[Array, Array]:
         weight, bias = self.state["output.weight"], self.state["output.bias"]
         if "output.mean" in self.state:
@@ -173,8 +184,9 @@ class TrainedHead(HeadRecord):
         """The head as a torch module, for ``forward``; a copy of its arrays. Raises ``SpecError`` where it has none."""
         import torch
 
-        if not self.state:
-            raise SpecError(f"the head {self.spec.kind} is a scikit-learn estimator: it has no torch module")
+        if not self.state or self.votes:
+            what = "training rows" if self.votes else "a scikit-learn estimator"
+            raise SpecError(f"the head {self.spec.kind} is {what}: it has no torch module")
         spec = self.spec if not self.linear else HeadSpec("linear")
         module = build_head(spec, self.feature, len(self.class_names))
 
@@ -271,6 +283,32 @@ class TrainedHead(HeadRecord):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "run", metrics=metrics, history=history, facts=facts)
             return push_head(Path(folder) / "run", repository, **options)
+
+
+def logits_of_each(heads: Sequence[TrainedHead], x: object) -> list[Array]:
+    """Return the logits of heads that read one feature set, to the bit as ``TrainedHead.logits`` gives each.
+
+    Nearest neighbours that hold the same rows, and measure distance alike, have one search. Raises as that does.
+    """
+    first = heads[0]
+    together = first.votes and all(head.votes and head._rows[0].alike(first._rows[0]) for head in heads)
+    parts: list[list[Array]] = [[] for _ in heads]
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is refused below, not warned of
+        for block in features_of(x, first.feature).blocks(PASS_ROWS):
+            if together and isinstance(block, Dense):
+                logits = _votes_of(heads, block.values)
+            else:
+                logits = [head._logits(block) for head in heads]
+            for part, own in zip(parts, logits, strict=True):
+                part.append(own)
+    return [head._joined(part) for head, part in zip(heads, parts, strict=True)]
+
+
+def _votes_of(heads: Sequence[TrainedHead], x: Array) -> list[Array]:
+    """Return the logits of heads that hold the same rows, from one search."""
+    rows, task = heads[0]._rows[0], task_named(heads[0].task)
+    values = rows.voted(x, [head._rows[1] for head in heads], task, len(heads[0].class_names))
+    return [logits_of(value, task) for value in values]
 
 
 def passes(rows: InMemory) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor | None]]:

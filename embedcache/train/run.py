@@ -243,7 +243,7 @@ def train_head(
         remarks += _epoch_notes(fitted, spec)
     remarks += fitted.notes
     trained = _head_of(fitted, head, spec, rows, Origin(ExtractionSpec(extraction or {}), model, revision, probe))
-    if trained.parameters > 20 * len(rows) * max(1, rows.feature.dim // 100):
+    if not trained.votes and trained.parameters > 20 * len(rows) * max(1, rows.feature.dim // 100):
         remarks.append(
             f"the head has {trained.parameters:,} parameters for {counted(len(rows), 'training row')}: "
             "a linear or a narrower head may do better"

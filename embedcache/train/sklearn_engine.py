@@ -1,5 +1,7 @@
 """Heads that scikit-learn fits: from features to one matrix or, where the head is not linear, an estimator.
 
+Nearest neighbours are not fitted at all: they are the training rows (``embedcache.heads.neighbours``).
+
 A linear head becomes a weight [C, D] and a bias [C], with standardisation and projection folded in. Its outputs are
 logits; probabilities are their softmax, or their sigmoid for each label. For logistic regression and LDA these are the
 estimator's own ``predict_proba``. For two classes scikit-learn has one decision value z; it becomes the logits
@@ -19,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.errors import EmbedcacheError, SpecError, TrainingError
+from embedcache.heads.neighbours import FEATURES, MEAN, SCALE, TARGETS
 from embedcache.heads.registry import checked_kind
-from embedcache.heads.sklearn_kinds import Kind, Setting
+from embedcache.heads.sklearn_kinds import Kind, Options, Setting
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
-from embedcache.train.data import LabelledRows, class_weights, rounding
+from embedcache.train.data import LabelledRows, class_weights, moments, rounding
 from embedcache.train.result import Fitted
 
 if TYPE_CHECKING:
@@ -54,7 +57,9 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
         weight, bias = _majority(problem, rows.feature.dim, weights)
         return Fitted({"output.weight": weight, "output.bias": bias})
     x = rows.matrix(head.kind)
-    setting = Setting(rows.task, float(spec.l2), spec.seed, len(x), x.shape[1])
+    if head.kind == "knn":
+        return _training_rows(problem, x, options, spec.standardize)
+    setting = Setting(rows.task, float(spec.l2), spec.seed, x.shape[1])
     fitting = _Fitting(problem, weights, lambda: kind.build(setting, options), spec.standardize and kind.scaled)
     with _heard(fitting.notes):
         if kind.linear:
@@ -62,9 +67,6 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
             fitted = Fitted({"output.weight": weight, "output.bias": bias})
         else:
             fitted = Fitted(estimator=fitting.estimator(x))
-    if head.kind == "knn" and options.whole("n_neighbors") > len(x):
-        asked = options["n_neighbors"]
-        fitting.notes.append(f"knn asks for {asked} neighbours and has {len(x)} rows: it uses them all")
     return replace(fitted, notes=tuple(dict.fromkeys(fitting.notes)))
 
 
@@ -297,6 +299,16 @@ def _majority(problem: _Problem, dim: int, weights: _Weights) -> Matrix:
         on, off = (mass @ y) * label_weight, mass @ (1 - y)
         bias = np.array([_log_odds(float(a), float(a + b)) for a, b in zip(on, off, strict=True)])
     return np.zeros((outputs, dim)), np.asarray(bias, np.float64)
+
+
+def _training_rows(problem: _Problem, x: Array, options: Options, standardize: bool) -> Fitted:
+    """Return nearest neighbours: the rows themselves."""
+    state: dict[str, Array] = {FEATURES: np.array(x), TARGETS: problem.y.astype(problem.rows.task.dtype)}
+    if standardize:
+        state[MEAN], state[SCALE] = moments(problem.rows.x, problem.rows.weight)
+    asked = options.whole("n_neighbors")
+    short = f"knn asks for {asked} neighbours and has {len(x)} rows: it uses them all"
+    return Fitted(state, notes=(short,) if asked > len(x) else ())
 
 
 def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> BaseEstimator:

@@ -5,7 +5,7 @@ The objective is ``sum_i w_i loss_i + l2 / 2 ||W||^2`` with the bias unpenalised
 two classes the penalty is on the difference of their rows, as scikit-learn has it.
 
 =============  =================================================================================================
-``design``     rows, targets and weights, checked; blocks of rows on several threads
+``design``     rows, targets and weights, checked
 ``curvature``  what makes it fast: an approximate inverse Hessian, from one eigendecomposition for every penalty
 ``descent``    losses and gradients of K problems, and limited-memory BFGS for them in lock-step
 ``solver``     ``solve``, ``path``, ``path_folds`` and ``walk_folds``; squared errors in closed form

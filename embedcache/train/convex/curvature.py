@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.task import Array, Floats
-from embedcache.train.convex.design import Design, Workers
+from embedcache.threads import Workers
+from embedcache.train.convex.design import Design
 
 Inverse = Callable[[Floats], Floats]
 """Gradient [D + 1, C] -> step [D + 1, C]."""

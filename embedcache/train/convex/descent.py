@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.task import Array, Floats
+from embedcache.threads import Workers, blocks
 from embedcache.train.convex.curvature import Curvature, Inverse
-from embedcache.train.convex.design import Design, Segment, Workers, blocks, segments
+from embedcache.train.convex.design import Design, Segment, segments
 
 Ordered = tuple[Array, Array, Floats | None, list[Segment]]
 """What ``segments`` returns."""

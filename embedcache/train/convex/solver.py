@@ -22,18 +22,17 @@ import numpy.typing as npt
 from embedcache.errors import SpecError
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.task import REGRESSION, Flags, Floats, Task
+from embedcache.threads import Workers, workers
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.descent import Objective, Walk, descend
 from embedcache.train.convex.design import (
     Design,
     Solution,
-    Workers,
     checked_l2,
     checked_l2s,
     checked_masks,
     design,
     segments,
-    workers,
 )
 from embedcache.train.data import LabelledRows, class_weights
 from embedcache.train.result import Fitted
