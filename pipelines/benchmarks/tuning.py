@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,36 +57,41 @@ class Result:
     seconds: float
 
 
-def measured(examples: Examples, blocks: Sequence[int], **options: Any) -> Mapping[str, Result]:
-    """Train a head, the last blocks in float32, the largest number of them in bfloat16 too, and the whole network."""
+def measure(name: str, examples: Examples, blocks: Sequence[int], *, halved: bool = True, **options: Any) -> None:
+    """Train a head, the whole network, and the last blocks, whose largest number in bfloat16 too where ``halved``.
+
+    On a CPU without AMX a convolutional network trains in bfloat16 several times slower than in float32.
+    """
     torch.set_num_threads(1)  # a second thread that waits takes CPU time too
-    found: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        kinds = [(number, "float32") for number in (0, *blocks)] + [(blocks[-1], "bfloat16")]
-        for number, computed in kinds:
-            begun = time.process_time()
+
+        def extracted(number: int, computed: str = "float32") -> FeatureCache:
             states = [f"states@-{number + 1}"] if number else []
-            cache = extract(
+            return extract(
                 examples, output_dir=Path(folder) / f"{computed}-{number}", pooling=["auto", *states], device="cpu",
                 keep_inputs=True, compute_dtype=computed, **options,
             )  # fmt: skip
-            test, y = cache.rows("test"), cache.targets("test")
-            if not number:
-                head = train_on_cache(cache, progress=False).head
-                spent = time.process_time() - begun
-                said = head.probabilities(cache.arrays("test")[0])
-                found["a linear head on cached features"] = Result(said.argmax(1) == y, spent)
-                whole = cache
-                continue
+
+        begun = time.process_time()
+        cache = extracted(0)
+        test, y = cache.rows("test"), cache.targets("test")
+        head = train_on_cache(cache, progress=False).head
+        spent = time.process_time() - begun
+        alone = Result(head.probabilities(cache.arrays("test")[0]).argmax(1) == y, spent)
+        full = _full(cache, **options)
+        tell(name, "full fine-tuning", full)
+        tell(name, "a linear head on cached features", alone, full)
+        kinds = [(number, "float32") for number in blocks] + [(blocks[-1], "bfloat16")] * halved
+        for number, computed in kinds:
+            begun = time.process_time()
+            cache = extracted(number, computed)
             tuned = tune(cache, number, progress=False, device="cpu")
             spent = time.process_time() - begun
             said = tuned.tuned.probabilities_of(CachedStates(cache, test, cached_states(cache, number)))
             what = f"the last {number} blocks from the cache" + (", in bfloat16" if computed != "float32" else "")
-            found[what] = Result(said.argmax(1) == y, spent)
+            tell(name, what, Result(said.argmax(1) == y, spent), full)
             if number == blocks[-1]:
                 _checked(cache, number, computed)
-        found["full fine-tuning"] = _full(whole, **options)
-    return found
 
 
 def _checked(cache: FeatureCache, number: int, computed: str) -> None:
@@ -114,17 +119,16 @@ def _full(cache: FeatureCache, **options: Any) -> Result:
     return Result(tuned.head.probabilities(kept.select(test)).argmax(1) == y[test], spent)
 
 
-def tell(name: str, found: Mapping[str, Result]) -> None:
-    """Add a row for each way: accuracy with Wilson's interval, the paired difference to the whole network, CPU time."""
-    full = found["full fine-tuning"]
-    for how, result in found.items():
-        low, high = wilson(float(result.correct.sum()), len(result.correct))
-        told = f"{result.correct.mean():.3f} [{low:.3f}, {high:.3f}]"
-        if result is not full:
-            apart = result.correct.astype(float) - full.correct
-            half = 1.96 * float(apart.std()) / np.sqrt(len(apart))
-            told += f", {apart.mean():+.3f} [{apart.mean() - half:+.3f}, {apart.mean() + half:+.3f}] to full"
-        row(f"{name}: {how}", f"{told}; {result.seconds:.0f} s of CPU, {result.seconds / full.seconds:.0%}", "report")
+def tell(name: str, how: str, result: Result, full: Result | None = None) -> None:
+    """Add a row: accuracy with Wilson's interval, CPU time, and both against the whole network."""
+    low, high = wilson(float(result.correct.sum()), len(result.correct))
+    told, took = f"{result.correct.mean():.3f} [{low:.3f}, {high:.3f}]", f"{result.seconds:.0f} s of CPU"
+    if full is not None:
+        apart = result.correct.astype(float) - full.correct
+        half = 1.96 * float(apart.std()) / np.sqrt(len(apart))
+        told += f", {apart.mean():+.3f} [{apart.mean() - half:+.3f}, {apart.mean() + half:+.3f}] to full"
+        took += f", {result.seconds / full.seconds:.0%}"
+    row(f"{name}: {how}", f"{told}; {took}", "report")
 
 
 def padding(name: str, examples: Examples) -> None:
@@ -149,12 +153,12 @@ def tuning_padding() -> None:
 
 def tuning() -> None:
     """TREC, 2,000 questions through MiniLM, 5 epochs."""
-    tell("TREC", measured(texts_of("trec"), (1, 2, 3)))
+    measure("TREC", texts_of("trec"), (1, 2, 3))
 
 
 def tuning_reviews() -> None:
     """2,000 movie reviews through MiniLM, 5 epochs."""
-    tell("movie reviews", measured(texts_of("movie-reviews"), (1, 2, 3)))
+    measure("movie reviews", texts_of("movie-reviews"), (1, 2, 3))
 
 
 def tuning_pictures() -> None:
@@ -163,7 +167,8 @@ def tuning_pictures() -> None:
     examples = load_examples(str(pictures / "train"), split="45/10/45")
     by_key = np.argsort(examples.keys[:, :8].copy().view(">u8").ravel())  # in which classes are mixed
     model = made_by("efficientnet_lite.py")
-    tell("CIFAR-10", measured(examples.select(np.sort(by_key[:PICTURES])), (1, 4, 8), model=model))
+    chosen = examples.select(np.sort(by_key[:PICTURES]))
+    measure("CIFAR-10", chosen, (1, 4, 8), halved=False, model=model)
 
 
 SECTIONS = (tuning_padding, tuning, tuning_reviews, tuning_pictures)
