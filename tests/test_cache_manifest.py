@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import embedcache
 from embedcache.cache import manifest
 from embedcache.cache.manifest import DatasetEntry, Manifest, Shard, ShardFile, file_of
-from embedcache.cache.text import parts, reads_as
+from embedcache.cache.text import found, parts, reads_as
 from embedcache.errors import CorruptCacheError, SpecError, SpecMismatchError
 from embedcache.fingerprint import hash_json, strict_json
 from embedcache.shard import STORED, FeatureSet
@@ -220,3 +220,36 @@ def test_equal_objects_of_texts_are_one_where_they_may_be() -> None:
     assert strict_json(text, shared=True) == strict_json(text) == json.loads(text)
     with pytest.raises(ValueError, match="the key 'b' occurs twice"):
         strict_json('{"a": 1, "b": 2, "b": 2}')
+
+
+RAN = {"device": "cpu", "torch": "2.13.0"}
+ODD = {"a": '] \n } é"', "deep": {"list": [1, {"x": None}], "shards": []}, "": 1.5}
+
+
+@pytest.mark.parametrize("provenances", [[{}], [RAN, RAN, {}, ODD, RAN], [ODD, {"shards": []}]])
+def test_entries_read_by_their_form_are_those_of_the_json(provenances: list[Any], monkeypatch: Any) -> None:
+    shards = tuple(Shard(file_of(number, b"x" * 500), 7, ran) for number, ran in enumerate(provenances))
+    data = Manifest(ExtractionSpec({"shards": [], "b": "\n ]"}), (SET,), shards, None, False, 0).data()
+    by_form = found(data.decode())
+    assert by_form is not None
+    assert len(by_form.shards) == len(shards)
+    read = manifest.parse(data)
+    monkeypatch.setattr(manifest, "found", lambda text: None)
+    assert read == manifest.parse(data)
+    assert read.data() == data
+
+
+@given(st.data())
+def test_a_manifest_with_any_byte_changed_is_refused_by_form_and_by_json(data: st.DataObject) -> None:
+    shards = tuple(Shard(file_of(number, b"x" * 500), 7, ran) for number, ran in enumerate([RAN, ODD, {}]))
+    whole = bytearray(Manifest(ExtractionSpec({"b": 1}), (SET,), shards, None, False, 0).data())
+    start = whole.index(b'"shards"') - 5
+    place = data.draw(st.integers(start, len(whole) - 1))
+    changed = data.draw(
+        st.sampled_from([b"", b" ", b"\n", b"0", b"}", b'"', b",", b"\\u0041", bytes([whole[place]]) * 2])
+    )
+    if changed == whole[place : place + 1]:
+        return
+    whole[place : place + 1] = changed
+    with pytest.raises((ValueError, CorruptCacheError, KeyError, TypeError, AttributeError)):
+        manifest.parse(bytes(whole))

@@ -194,9 +194,10 @@ def test_a_mask_that_did_not_mask_would_be_seen() -> None:
 
 def stack_of(name: str, heads: int) -> tuple[list[Head], Head]:
     spec, feature = SPECS[name]
+    dropout = {} if spec.kind in WITHOUT_DROPOUT else {"dropout": 0.1}
     alone = [
         build_head(
-            HeadSpec(spec.kind, "torch", spec.options | ({} if spec.kind in WITHOUT_DROPOUT else {"dropout": 0.1 * at})),
+            HeadSpec(spec.kind, "torch", {**spec.options, **{name: rate * at for name, rate in dropout.items()}}),
             feature, C, seed=at,
         )
         for at in range(heads)

@@ -212,7 +212,9 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
     heads, specs = [], []
     for seed in range(count):
         rate = draw(st.sampled_from([0.0, 0.1, 0.5]))
-        heads.append(HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind in ("linear", "layer-mix") else {"dropout": rate})}))
+        heads.append(
+            HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind in ("linear", "layer-mix") else {"dropout": rate})})
+        )
         specs.append(
             TrainSpec(
                 epochs=3, batch_size=17, optimizer=optimizer, shuffle_seed=11, seed=seed, patience=2,

@@ -10,7 +10,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-from embedcache.cache.text import HASH, Text, entry_text, hash_of, parts, reads_as
+from embedcache.cache.text import HASH, Text, entry_text, found, hash_of, parts, reads_as
 from embedcache.decoding import FLAT, fields_to_json, from_json
 from embedcache.errors import (
     CacheError,
@@ -19,7 +19,7 @@ from embedcache.errors import (
     NumericsMismatchError,
     SpecMismatchError,
 )
-from embedcache.fingerprint import differences, hash_json, is_count, require, strict_json
+from embedcache.fingerprint import differences, hash_json, is_count, refuse_bombs, require, strict_json
 from embedcache.journal import commit, explain, explained, url_of
 from embedcache.memory import uncollected
 from embedcache.numerics import Probe, difference
@@ -308,7 +308,10 @@ def parse(data: bytes) -> Manifest:
 
     Raises ``CorruptCacheError`` where it can say what happened, else ``ValueError`` or one of its kin.
     """
-    body = strict_json(data if data.isascii() else data.decode("ascii"), most=_MOST_VALUES, shared=True)
+    refuse_bombs(data, _MOST_VALUES)
+    text = data.decode("ascii")
+    by_form = found(text)
+    body = strict_json(text if by_form is None else by_form.rest, most=_MOST_VALUES, shared=True)
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CorruptCacheError("not an embedcache manifest: choose the directory of a cache")
     written = body.get("version")
@@ -318,11 +321,19 @@ def parse(data: bytes) -> Manifest:
             f"this cache has format {written}, and this version of embedcache reads {MAJOR}.x: upgrade embedcache"
         )
     # Comparing the bytes too leaves no room for a change that JSON does not see, such as the case of an escape.
-    alike, own = reads_as(data, parts(body))
+    alike, own = reads_as(data if by_form is None else by_form.rest.encode("ascii"), parts(body))
+    if by_form is not None:
+        own = by_form.hash(body)
     if body.get(HASH) != own or not alike:
         raise CorruptCacheError("it was changed after it was written (its own hash differs): restore it from a copy")
     for name in ("spec_hash", "shards", "examples", "complete", "generation"):
         body[name]  # what a new manifest need not say, one on disk must
     manifest = from_json(Manifest, {**body, "newer": written if int(version[2]) > MINOR else None})
     require(manifest.spec_hash == body["spec_hash"], "spec_hash")
-    return manifest
+    if by_form is None:
+        return manifest
+    shards = (
+        Shard(ShardFile(name, size, digest), rows, provenance)
+        for size, name, provenance, rows, digest in by_form.shards
+    )
+    return replace(manifest, shards=tuple(shards))

@@ -1,17 +1,21 @@
 """The text of a manifest: the one form in which it stands on disk, and the canonical JSON that it is hashed by.
 
 Both are what ``json.dumps`` gives. That takes seconds for 100,000 shards, whose entries are alike, and so each entry is
-put together from parts, with the text of what ran it made once.
+put together from parts, with the text of what ran it made once. For the same reason entries are read by their form
+(``found``); where a single one deviates, the whole is read as JSON, which tells what is wrong.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from embedcache.fingerprint import strict_json
 
 SHARDS, HASH = "shards", "manifest_hash"
 _AT_ONCE = 1000
@@ -67,6 +71,9 @@ def _dumps(value: object, indent: int | None = None) -> str:
     )  # fmt: skip
 
 
+_last: tuple[Mapping[str, object], Text] = ({}, _text_of({}))
+
+
 def parts(body: Mapping[str, object], entries: Iterable[Text] | None = None) -> Iterator[Text]:
     """Yield the text of a manifest, part by part; its own hash is not a part of what is canonical.
 
@@ -115,4 +122,54 @@ def reads_as(data: bytes, body: Iterable[Text]) -> tuple[bool, str]:
     return same and position == len(data), digest.hexdigest()
 
 
-_last: tuple[Mapping[str, object], Text] = ({}, _text_of({}))
+class Found(NamedTuple):
+    """A manifest read by the form of its shards: each as (bytes, name, provenance, rows, sha256).
+
+    ``rest`` is the manifest as it would be without shards, ``canonical`` the text of the shards as it is hashed.
+    """
+
+    shards: list[tuple[int, str, Mapping[str, object], int, str]]
+    rest: str
+    canonical: str
+
+    def hash(self, body: Mapping[str, object]) -> str:
+        """Return the hash of the whole, given what is in ``rest``."""
+        return hash_of(parts({**body, SHARDS: self.shards}, [Text("", self.canonical)]))
+
+
+_START, _END = f'\n "{SHARDS}": [\n', "\n ]"
+_ENTRY = re.compile(
+    r'  \{\n   "bytes": ([1-9][0-9]{0,15}),\n   "name": "([0-9a-f.h-]*)",\n'
+    r'   "provenance": (\{\}|\{\n(?:    .*\n)*   \}),\n'
+    r'   "rows": ([1-9][0-9]{0,15}),\n   "sha256": "([0-9a-f]*)"\n  \}(?:,\n|$)'
+)
+_AROUND = len(",\n") + len(entry_text({"bytes": 1, "name": "", "provenance": {}, "rows": 1, "sha256": ""}).shown) - 4
+
+
+def found(text: str) -> Found | None:
+    """Return what a manifest's text says of its shards; None unless every entry has the one form to the last byte.
+
+    Raises ``ValueError`` for what ran a shard that is not JSON.
+    """
+    start = text.find(_START) + len(_START)
+    end = text.find(_END, start)
+    if start < len(_START) or end < 0:
+        return None
+    entries = _ENTRY.findall(text, start, end)
+    if sum(map(len, [part for entry in entries for part in entry])) + len(entries) * _AROUND != end - start + len(
+        ",\n"
+    ):
+        return None
+    known: dict[str, tuple[Any, str]] = {}
+    shards, canonical = [], []
+    for size, name, ran, rows, digest in entries:
+        if ran not in known:
+            provenance = strict_json(ran)
+            shown, hashed = _text_of(provenance)
+            if shown != ran:
+                return None
+            known[ran] = provenance, hashed
+        provenance, hashed = known[ran]
+        shards.append((int(size), name, provenance, int(rows), digest))
+        canonical.append(f'{{"bytes":{size},"name":"{name}","provenance":{hashed},"rows":{rows},"sha256":"{digest}"}}')
+    return Found(shards, f"{text[: start - 1]}{text[end + 2 :]}", ",".join(canonical))
