@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from embedcache.backbone import load_backbone
 from embedcache.batching import ShapePolicy, plan
-from embedcache.cache import FeatureCache, read_spec
+from embedcache.cache import CacheWriter, FeatureCache, read_spec
 from embedcache.cli import run as cli_run
 from embedcache.errors import (
     BackboneError,
@@ -202,6 +202,98 @@ def test_such_a_row_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert by_key(cache) == by_key(without)
     assert (cache.ids(), cache.targets().tolist()) == (without.ids(), without.targets().tolist())
     load_examples(rows(texts), on_bad_row="skip", quarantine=aside)  # it is known to be ours
+
+
+class Killed(BaseException):
+    """What ends a run at a commit, with nothing of it done."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Kill runs at their shard of that number, counted from 0 in each; None lets them live."""
+    append, left = CacheWriter.append, [0]
+
+    def set_up(number: int | None) -> None:
+        left[0] = -1 if number is None else number
+
+        def dies(self: CacheWriter, *arguments: Any) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                raise Killed
+            append(self, *arguments)
+
+        monkeypatch.setattr(CacheWriter, "append", append if number is None else dies)
+
+    return set_up
+
+
+def test_rows_are_set_aside_alike_however_often_a_run_is_killed(
+    tmp_path: Path, killed: Callable[[int | None], None]
+) -> None:
+    """At an end of a window, at the start of one, a whole window, the last row of all."""
+    texts = [f"number {number:02d}" for number in range(41)]
+    bad = {texts[number].encode() for number in (3, 4, 8, 9, 10, 11, 22, 40)}
+
+    def go(path: Path) -> Crew:
+        crew = Crew(2, lambda window: window is not None and not bad.isdisjoint(window.contents))
+        with pytest.warns(EmbedcacheWarning, match="8 rows set aside"):
+            run(
+                load_examples(rows(texts), on_bad_row="skip", quarantine=path.with_suffix(".aside")),
+                CountingBackbone(), path, engine=Elsewhere(crew), rows_per_shard=4,
+                quarantine=path.with_suffix(".aside"),
+            )  # fmt: skip
+        return crew
+
+    go(tmp_path / "whole")
+    aside = (tmp_path / "whole.aside").read_bytes()
+    assert [json.loads(line)["file"] for line in aside.splitlines()] == [
+        f"row {number}" for number in (3, 4, 8, 9, 10, 11, 22, 40)
+    ]
+    for at in (0, 1, 2, 4, 8):
+        path = tmp_path / str(at)
+        for number in (at, (8 - at) // 2):
+            killed(number)
+            with pytest.raises(Killed):
+                go(path)
+        killed(None)
+        go(path)
+        assert files(path) == files(tmp_path / "whole"), f"killed at shard {at}"
+        assert path.with_suffix(".aside").read_bytes() == aside
+    cache = FeatureCache.open(tmp_path / "whole")
+    assert cache.provenance() == [{"device": "fake"}]
+    # Again: no row is tried that is known to be bad. Without a quarantine they are, by workers with more memory, say.
+    assert len(go(tmp_path / "whole").started) == 2 + 3  # row 40 is before no shard that could tell of it
+    assert files(path) == files(tmp_path / "whole")
+    run(load_examples(rows(texts)), backbone := CountingBackbone(), tmp_path / "whole")
+    assert sorted(set(backbone.rows_seen)) == sorted(bad)
+    with pytest.warns(EmbedcacheWarning) as told:
+        run(load_examples(rows([*texts, "x"])), CountingBackbone(), path, quarantine=tmp_path / "aside")
+    assert "8 rows" not in str(told)
+
+
+def test_bad_cells_are_set_aside_alike_however_often_a_run_is_killed(
+    tmp_path: Path, killed: Callable[[int | None], None]
+) -> None:
+    given = rows(words(31))
+    for number in (0, 6, 7, 20, 30):
+        given[number] = {"text": "", "label": ""}
+
+    def go(path: Path) -> None:
+        with pytest.warns(EmbedcacheWarning, match="5 bad rows set aside"):
+            extract(
+                given, output_dir=path, backbone=CountingBackbone(), rows_per_shard=5, on_bad_row="skip",
+                quarantine=path.with_suffix(".aside"),
+            )  # fmt: skip
+
+    go(tmp_path / "whole")
+    for at in range(6):
+        killed(at)
+        with pytest.raises(Killed):
+            go(tmp_path / str(at))
+        killed(None)
+        go(tmp_path / str(at))
+        assert files(tmp_path / str(at)) == files(tmp_path / "whole")
+        assert (tmp_path / f"{at}.aside").read_bytes() == (tmp_path / "whole.aside").read_bytes()
 
 
 def test_two_such_rows_are_found_side_by_side(tmp_path: Path) -> None:

@@ -19,11 +19,13 @@
 from embedcache.cache.fetch import local_folder, pull
 from embedcache.cache.files import verify
 from embedcache.cache.join import merge, relabel
+from embedcache.cache.manifest import SET_ASIDE
 from embedcache.cache.push import push
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter, known_rows, read_spec
 
 __all__ = [
+    "SET_ASIDE",
     "CacheWriter",
     "FeatureCache",
     "known_rows",

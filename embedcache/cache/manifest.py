@@ -30,6 +30,8 @@ from embedcache.task import CLASSIFICATION
 NAME = "manifest.json"
 FOLDERS = ("features", "examples")
 FORMAT = "embedcache"
+SET_ASIDE = "set_aside"
+"""What a shard's provenance calls the keys, in hexadecimal, of rows that were left out of it or before it."""
 MAJOR, MINOR = 1, 1
 LARGEST = 256 << 20
 _MOST_VALUES = 4_000_000  # 100,000 shards have two

@@ -362,8 +362,9 @@ class FeatureCache:
         """Return what ran the shards, each different answer once."""
         seen: list[dict[str, Any]] = []
         for shard in self._manifest.shards:
-            if dict(shard.provenance) not in seen:
-                seen.append(dict(shard.provenance))
+            ran = {name: value for name, value in shard.provenance.items() if name != manifests.SET_ASIDE}
+            if ran not in seen:
+                seen.append(ran)
         return seen
 
     def describe(self) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -14,7 +15,17 @@ import numpy as np
 from embedcache.cache import manifest as manifests
 from embedcache.cache.files import StoredShard, check, dataset_arrays, find_fault, stored_keys
 from embedcache.cache.gather import Keys, RowIndex, Rows, take
-from embedcache.cache.manifest import FILE_NAME, DatasetEntry, Hashed, Manifest, Numerics, Shard, ShardFile, file_of
+from embedcache.cache.manifest import (
+    FILE_NAME,
+    SET_ASIDE,
+    DatasetEntry,
+    Hashed,
+    Manifest,
+    Numerics,
+    Shard,
+    ShardFile,
+    file_of,
+)
 from embedcache.dataset import Contents, Dataset
 from embedcache.errors import (
     CacheError,
@@ -24,12 +35,14 @@ from embedcache.errors import (
     InputError,
 )
 from embedcache.features import Stored
-from embedcache.fingerprint import canonical_json
+from embedcache.fingerprint import KEY_BYTES, canonical_json
 from embedcache.journal import commit, explained, refuse_foreign, replacing, writing
 from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet, build, pieces, stand_in
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
+
+_KEY = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 
 class CacheWriter:
@@ -97,6 +110,14 @@ class CacheWriter:
         shards = StoredShard.all_of(self.path, self._manifest)
         starts = np.concatenate([[0], np.cumsum([shard.entry.rows for shard in shards], dtype=np.int64)])
         return take(feature, starts, lambda shard: shards[shard].piece(feature.name), places)
+
+    @property
+    def set_aside(self) -> Keys:
+        """Return the keys, u1 [n, 16], of rows that were left out of the shards there, as their provenance tells."""
+        told = [shard.provenance.get(SET_ASIDE) for shard in self._manifest.shards]
+        keys = [key for each in told if isinstance(each, list) for key in each]
+        keys = [key for key in keys if isinstance(key, str) and _KEY.fullmatch(key)]
+        return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
 
     @property
     def probe(self) -> Probe | None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.backbone import Backbone, views_of
-from embedcache.cache import CacheWriter
-from embedcache.dataset import Examples
+from embedcache.cache import SET_ASIDE, CacheWriter
+from embedcache.dataset import Examples, key_values
 from embedcache.errors import BadRowsError, FeatureError, Interrupted, warn
 from embedcache.examples import set_aside
 from embedcache.extract.here import Here
@@ -43,7 +43,7 @@ def run(
     """Bring a cache up to date with ``examples``: run the backbone over the rows it does not hold, and nothing else.
 
     ``engine`` says who computes, None for ``Here()``. Rows that its workers do not survive are written to the
-    ``quarantine`` and left out of the dataset; with None they end the run. Where there are new rows, the backbone's
+    ``quarantine`` and left out of the dataset, now and by later runs with a quarantine; with None they end the run. Where there are new rows, the backbone's
     probe is run first: rows are added only to rows of the same bits, or with ``accept_numerics`` to others, which the
     cache then records.
 
@@ -65,6 +65,9 @@ def run(
     ):
         known = writer.lookup(examples.keys)
         todo, reused = new_rows(examples, known), int((known >= 0).sum())
+        if quarantine is not None:  # not tried again, or the others would be cut otherwise than they were
+            aside = np.isin(key_values(examples.keys[todo]), key_values(writer.set_aside))
+            lost, todo = todo[aside], todo[~aside]
         new_keys = examples.keys[todo]
         del known  # 8 bytes a row, for as long as the backbone runs
         source = windows(examples, todo, backbone, shard_rows(backbone.feature_sets, rows_per_shard))
@@ -124,6 +127,7 @@ class Commits:
         self._writer, self._examples, self._backbone, self._provenance = writer, examples, backbone, provenance
         self._thread = ThreadPoolExecutor(1, "embedcache-commit")
         self._last: Future[None] | None = None
+        self._aside: list[str] = []
 
     def __enter__(self) -> Commits:
         return self
@@ -145,7 +149,14 @@ class Commits:
 
     def _commit(self, computed: Computed) -> None:
         refuse_non_finite(computed, self._backbone, self._examples)
-        self._writer.append(self._examples.keys[computed.rows], computed.features, self._provenance)
+        # Kept with the shard, so that a run that goes on knows what was cut; of a window without a row with the next.
+        self._aside += [key.tobytes().hex() for key in self._examples.keys[computed.lost]]
+        if len(computed.rows):
+            told = {SET_ASIDE: self._aside} if self._aside else {}
+            self._writer.append(
+                self._examples.keys[computed.rows], computed.features, {**self._provenance, **told}
+            )
+            self._aside = []
 
 
 def refuse_non_finite(computed: Computed, backbone: Backbone, examples: Examples) -> None:
