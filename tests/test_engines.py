@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from embedcache.errors import (
     WorkerRefusedError,
 )
 from embedcache.examples import load_examples
-from embedcache.extract import Elsewhere, Window, engine_for, extract, load_for, run, work, worker
+from embedcache.extract import Bar, Elsewhere, Window, elsewhere, engine_for, extract, load_for, run, work, worker
 from embedcache.extract.crew import Given
+from embedcache.extract.progress import Watch
 from embedcache.extract.units import Unit, units_of
 from embedcache.spec import BackboneSettings, ModelSource
 
@@ -160,6 +161,55 @@ def test_units_are_whole_batches_of_a_window(positions: int, longest: int, spare
     computed = [plan(lengths[unit.places], backbone.policy).computed for unit in cut]
     assert sum(computed) == plan(lengths, backbone.policy).computed
     assert max(computed) <= 2 * min(computed)
+
+
+class Slow(Executor):
+    """Gives everything at once, except what is of row 0, until everybody has nothing to do but to wait for that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held: list[Callable[[], None]] = []
+        self.handed: set[int] = set()
+        real = elsewhere.wait
+
+        def waits(futures: Any, **options: Any) -> Any:
+            if not any(future.done() for future in futures):
+                self.held.pop()()
+            return real(futures, **options)
+
+        monkeypatch.setattr(elsewhere, "wait", waits)
+
+    def submit(self, function: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def give() -> None:
+            future.set_result(function(*arguments))
+
+        window = arguments[1] if function is worker.compute else None
+        if window is not None:
+            self.handed |= set(window.rows.tolist())
+        if window is not None and 0 in window.rows:
+            self.held.append(give)
+        else:
+            give()
+        return future
+
+
+@pytest.mark.parametrize("fitting", [3, 5, 99])
+def test_no_more_is_held_than_the_bound_while_the_first_window_is_slow(
+    monkeypatch: pytest.MonkeyPatch, fitting: int
+) -> None:
+    """Counted in rows that were handed out and not given back; of windows, the last is cut where few fit."""
+    texts, backbone = [b"%03d" % number + b"x" * 9 for number in range(240)], CountingBackbone()
+    monkeypatch.setattr(elsewhere, "HELD_BYTES", fitting * 6 * (12 + 5 * 4) + 7)
+    windows = [Window(np.arange(start, start + 6), texts[start : start + 6]) for start in range(0, 240, 6)]
+    pool, back, most = Slow(monkeypatch), [], 0
+    engine = Elsewhere(Given(pool, 7))
+    engine.prove(backbone)
+    for computed in engine.map(backbone, iter(windows), Watch(Bar(), 240)):
+        most = max(most, len(pool.handed) - len(back))
+        back += computed.rows.tolist()
+    assert back == list(range(240))
+    assert most == 6 * min(fitting, 2 * 7)
 
 
 # Rows that no worker survives

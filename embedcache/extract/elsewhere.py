@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from embedcache.extract import worker
 from embedcache.extract.crew import MOST_LOSSES, START_SECONDS, Crew, answer
 from embedcache.extract.progress import Watch
 from embedcache.extract.units import Unit, Whole, units_of
-from embedcache.extract.windows import Window
+from embedcache.extract.windows import Window, bytes_of
 from embedcache.extract.work import Computed, Proof
 from embedcache.extract.worker import Job
 from embedcache.fingerprint import hash_json
@@ -34,6 +34,10 @@ from embedcache.wording import counted
 
 MOST_STARTS = 3
 """Times that a worker may be lost before it has proved; then nobody takes its place."""
+WINDOWS_EACH = 2
+"""Windows for each worker that are held at most."""
+HELD_BYTES = 1 << 30
+"""Bytes of contents and features that are held at most, of windows handed out and of those that wait for their turn."""
 MOST_IN_A_ROW = 40
 """Workers that may be lost in a row over whatever units: one bad row of 16,384 takes 19 until it stands alone."""
 
@@ -112,14 +116,18 @@ class Elsewhere:
         return proofs[0] if proofs else None
 
     def map(self, backbone: Backbone, windows: Iterator[Window], watch: Watch) -> Generator[Computed, None, None]:
-        """Hand the windows out, and give what became of them in their order. At most twice as many as workers wait."""
+        """Hand the windows out, and give what became of them in their order.
+
+        At most twice as many as workers are handed out or wait for their turn, and no more than ``HELD_BYTES`` of them;
+        another one or two are being read.
+        """
         order: deque[Whole] = deque()
         with contextlib.closing(prefetch(self._cut(backbone, windows, watch.total))) as source:
             more = watch.total > 0
             while more or order:
                 for ahead in range(self.crew.ahead):  # one for everybody before anybody gets a second
                     for desk in self._desks:
-                        while more and not self._again and len(order) < 2 * self.crew.size:
+                        while more and not self._again and self._has_room(order):
                             units = next(source, [])
                             more = bool(units)
                             order.extend(unit.whole for unit in units[:1])
@@ -134,7 +142,21 @@ class Elsewhere:
 
     def _cut(self, backbone: Backbone, windows: Iterator[Window], rows: int) -> Iterator[list[Unit]]:
         for window in windows:
-            yield units_of(window, backbone, self.crew.size, -(-rows // len(window)))
+            size = bytes_of(window, backbone)
+            # Where few windows fit, they are cut as if there were no more, for all workers to have something.
+            held, there = max(1, HELD_BYTES // size), -(-rows // len(window))
+            units = units_of(
+                window, backbone, self.crew.size, there if held >= WINDOWS_EACH * self.crew.size else min(held, there)
+            )
+            units[0].whole.bytes = size
+            yield units
+
+    def _has_room(self, order: Sequence[Whole]) -> bool:
+        """Whether one more window, as large as the largest, may be held besides those of ``order``."""
+        if not order:
+            return True
+        sizes = [whole.bytes for whole in order]
+        return len(order) < WINDOWS_EACH * self.crew.size and sum(sizes) + max(sizes) <= HELD_BYTES
 
     def close(self) -> None:
         """Let go of the workers."""
@@ -269,8 +291,7 @@ class Elsewhere:
             unit.alone, unit.losses = True, 0
             self._again.appendleft(unit)
         elif len(unit.places) == 1:
-            unit.whole.lost.append(int(unit.places[0]))
-            unit.whole.waiting -= 1
+            unit.whole.lose(int(unit.places[0]))
         else:
             halves = unit.cut(np.array_split(np.arange(len(unit.places)), 2), MOST_LOSSES - 1)
             for half in halves:

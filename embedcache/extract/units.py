@@ -27,9 +27,10 @@ UNITS_EACH = 4
 
 @dataclass(eq=False)
 class Whole:
-    """A window whose units come back in any order."""
+    """A window whose units come back in any order; ``bytes`` are those of its contents and features."""
 
     window: Window
+    bytes: int = 0
     waiting: int = 0
     lost: list[int] = field(default_factory=list)
     error: Exception | None = None
@@ -42,8 +43,18 @@ class Whole:
 
     def put(self, places: Rows, computed: Computed) -> None:
         """Take what was made of the rows at some places."""
-        self.waiting -= 1
         self._parts.append((places, computed))
+        self._one_less()
+
+    def lose(self, place: int) -> None:
+        """Leave out the row at a place."""
+        self.lost.append(place)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        self.waiting -= 1
+        if not self.waiting:  # nothing is to be computed again
+            self.window = Window(self.window.rows, ())
 
     def computed(self) -> Computed:
         """Return the window's features in the order of its rows, without those that workers were lost over.
@@ -93,14 +104,15 @@ class Unit:
     @classmethod
     def all_of(cls, window: Window) -> Unit:
         """Return a window as one unit."""
-        return cls(Whole(window, waiting=1), np.arange(len(window)))
+        # Prepared rows are for the cutting; they are prepared again where they are computed.
+        return cls(Whole(Window(window.rows, window.contents), waiting=1), np.arange(len(window)))
 
     @property
     def window(self) -> Window:
-        """The rows as a window of their own; they are prepared where they are computed."""
+        """The rows as a window of their own."""
         whole = self.whole.window
         if len(self.places) == len(whole):
-            return Window(whole.rows, whole.contents)
+            return whole
         return Window(whole.rows[self.places], [whole.contents[place] for place in self.places.tolist()])
 
     def cut(self, parts: Sequence[Rows], losses: int = 0) -> list[Unit]:

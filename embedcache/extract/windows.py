@@ -72,6 +72,24 @@ def shard_rows(feature_sets: Sequence[FeatureSet], asked: int | None = None) -> 
     return max(1024, min(SHARD_ROWS, SHARD_BYTES // max(row_bytes, 1) // 1024 * 1024))
 
 
+def bytes_of(window: Window, backbone: Backbone) -> int:
+    """Return how many bytes a window's contents and its features have; token-level ones that nobody counted, at most."""
+    of_row, of_vector = (
+        sum(row_bytes_of(feature) for feature in backbone.feature_sets if (feature.kind == "tokens") is tokens)
+        for tokens in (False, True)
+    )
+    size = sum(len(content) for content in window.contents) + len(window) * of_row
+    if of_vector and window.prepared is None:
+        return size + RAGGED_BYTES
+    return size + (int(_vectors(window).sum()) * of_vector if of_vector else 0)
+
+
+def _vectors(window: Window) -> Rows:
+    """Return how many vectors a token-level set has of each row of a window that is ready."""
+    assert window.prepared is not None
+    return vectors_of(window.prepared)[:: views_of(window.prepared) + 1]
+
+
 def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> Iterator[Window]:
     """Read ``rows`` (increasing) window by window, of ``most`` rows each or fewer.
 
@@ -94,9 +112,7 @@ def windows(examples: Examples, rows: Rows, backbone: Backbone, most: int) -> It
         window = Window(rows[start : start + count], [waiting[place] for place in range(count)])
         if vector_bytes:
             whole = window.ready(backbone)
-            assert whole.prepared is not None
-            vectors = vectors_of(whole.prepared)[:: views_of(whole.prepared) + 1]
-            count = min(count, _fitting(vectors * vector_bytes, RAGGED_BYTES))
+            count = min(count, _fitting(_vectors(whole) * vector_bytes, RAGGED_BYTES))
             # What works elsewhere prepares the rows there, of their contents.
             whole = replace(whole, contents=window.contents)
             window = whole if count == len(whole) else Window(window.rows[:count], window.contents[:count])
