@@ -72,6 +72,9 @@ class Crew:
     def losses(self, error: BaseException) -> int:
         return int(isinstance(error, BrokenExecutor))
 
+    def waits(self) -> str:
+        return "there is no room"
+
     def end(self, number: int) -> None:
         self.there.pop(number).pool.shutdown(wait=False)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from embedcache.errors import (
     WorkerRefusedError,
 )
 from embedcache.examples import load_examples
-from embedcache.extract import Bar, Elsewhere, Window, elsewhere, engine_for, extract, load_for, run, work, worker
+from embedcache.extract import Bar, Elsewhere, Window, crew, elsewhere, engine_for, extract, load_for, run, work, worker
 from embedcache.extract.crew import Given
 from embedcache.extract.progress import Watch
 from embedcache.extract.units import Unit, units_of
@@ -423,6 +426,131 @@ def test_what_a_worker_raises_is_told_and_what_was_before_is_kept(tmp_path: Path
     backbone = CountingBackbone()
     run(examples, backbone, tmp_path / "c", rows_per_shard=6)
     assert len(backbone.rows_seen) == 48 - 30
+
+
+# Workers that do not start
+
+
+class Never(Crew):
+    """One of whose workers some never start."""
+
+    def __init__(self, size: int, starts: int, **options: Any) -> None:
+        super().__init__(size, **options)
+        self.starts = starts
+
+    def start(self, number: int) -> Executor:
+        executor = super().start(number)
+        if number >= self.starts:
+            executor.submit = lambda *_: Future()  # type: ignore[method-assign]
+        return executor
+
+
+def test_workers_without_room_are_told_of_and_gone_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all of them must be seen, as the first is not of the cache's kind."""
+    texts = words(24)
+    run(load_examples(rows(texts[:12])), Probed(), tmp_path / "c")
+    for name, seconds in (("TELL_SECONDS", 0.05), ("GRACE_SECONDS", 0.3), ("START_SECONDS", 30.0)):
+        monkeypatch.setattr(elsewhere, name, seconds)
+    crew = Never(3, 1, backbones={0: Probed(0.001)})
+    with pytest.warns(EmbedcacheWarning, match="1 of 3 workers started: there is no room"):
+        run(load_examples(rows(texts)), Probed(), tmp_path / "c", engine=Elsewhere(crew), accept_numerics=True)
+    assert len(FeatureCache.open(tmp_path / "c")) == 24
+    monkeypatch.setattr(elsewhere, "START_SECONDS", 0.3)
+    with (
+        pytest.warns(EmbedcacheWarning, match="0 of 2 workers started: there is no room"),
+        pytest.raises(BackboneError, match=r"^no worker has started in 0 minutes: there is no room$"),
+    ):
+        run(load_examples(rows(words(36))), Probed(), tmp_path / "c", engine=Elsewhere(Never(2, 0)))
+
+
+class Connected:
+    """The module ``ray`` in a process that is connected to a cluster of two nodes."""
+
+    def __init__(self) -> None:
+        self.util = self
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_node_ip_address(self) -> str:
+        return "10.0.0.7"
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(gcs_address="10.0.0.7:6379")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 4.0}}] * 2
+
+
+def test_of_a_ray_the_one_that_is_connected_is_used_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", Connected())
+    for address in ("auto", "10.0.0.7:6379", "127.0.0.1:6379"):
+        engine = engine_for(ray=address)
+        assert engine is not None
+        assert engine.crew.size == 2
+        engine.close()  # leaves it connected
+    for address in ("10.0.0.8:6379", "10.0.0.7:6380", "local", "ray://10.0.0.7:10001"):
+        told = f"^this process is connected to the Ray at 10.0.0.7:6379, and cannot be to the one at {address} too: "
+        with pytest.raises(BackboneError, match=told):
+            engine_for(ray=address)
+
+
+# What travels to workers
+
+
+class Heavy(CountingBackbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = bytes(1 << 20)
+
+
+class Apart(Executor):
+    """Workers of a pool, each with a memory of its own, in turn; one ``forgets`` what it had at a call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, forgets: int | None = None) -> None:
+        self.sizes: list[int] = []
+        self.held: list[Any] = [None] * 3
+        self.calls, self.forgets, self.patch = 0, forgets, monkeypatch
+
+    def submit(self, function: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        number, self.calls = self.calls % 3, self.calls + 1
+        data = pickle.dumps((function, arguments))
+        self.sizes.append(len(data))
+        self.patch.setattr(worker, "_held", self.held[number] if self.calls != self.forgets else None)
+        function, arguments = pickle.loads(data)
+        future.set_result(function(*arguments))
+        self.held[number] = worker._held
+        return future
+
+
+@pytest.mark.parametrize("forgets", [None, 7])
+def test_a_backbone_travels_once_to_each_worker_and_is_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: int | None
+) -> None:
+    """One that is no recipe, which may be large. A worker that lost it gets it again."""
+    extract(rows(words(96)), output_dir=tmp_path / "here", backbone=Heavy(), rows_per_shard=6)
+    pool = Apart(monkeypatch, forgets)
+    extract(
+        rows(words(96)), output_dir=tmp_path / "c", backbone=Heavy(), rows_per_shard=6, executor=pool, workers=3,
+    )  # fmt: skip
+    assert files(tmp_path / "c") == files(tmp_path / "here")
+    large = [size for size in pool.sizes if size > 1 << 20]
+    assert 3 <= len(large) <= 3 + (0 if forgets is None else 2 * 3)  # all that it was handed comes back
+    assert sum(pool.sizes) - sum(large) < 2000 * len(pool.sizes)
+    assert pool.held == [None] * 3
+
+
+def test_a_worker_that_nobody_tells_lets_go_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Elsewhere(Given(ThreadPoolExecutor(1)))
+    monkeypatch.setattr(crew, "IDLE_SECONDS", 0.2)
+    engine.prove(CountingBackbone())
+    assert worker._held is not None
+    for _ in range(500):
+        if worker._held is None:
+            return
+        time.sleep(0.02)
+    pytest.fail("the backbone is still held")
 
 
 # Executors of others

@@ -199,7 +199,9 @@ def extract(
             model and takes batches as it gets free; changes no bit. In the place of ``device``.
         executor: a ``concurrent.futures.Executor`` whose workers compute, such as a ``ProcessPoolExecutor`` (of the
             context ``spawn``) or Dask's ``client.get_executor(pure=False)``. Each worker loads the model and gets work
-            once it has proved to compute the same bits; this process reads, cuts and commits. Changes no byte.
+            once it has proved to compute the same bits; this process reads, cuts and commits. Changes no byte. The
+            executor stays yours: at the end its workers are told to let go of the model, and one that is not reached
+            does so after ten minutes without work.
         workers: how many workers the executor or Ray has, None to ask; without either, processes of this machine to
             compute in: they share ``threads``, or each has a GPU. One that dies is replaced, its rows computed again.
         ray: the address of a Ray cluster whose actors compute, one for each GPU or else for each node: ``host:port``,

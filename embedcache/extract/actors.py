@@ -14,6 +14,7 @@ from typing import Any
 
 from embedcache.errors import BackboneError, MissingExtraError, SpecError
 from embedcache.extract.worker import Job
+from embedcache.wording import counted
 
 
 class Worker:
@@ -28,13 +29,17 @@ class Worker:
 
 
 class Actor(Executor):
-    """An actor as an executor of one worker; when it is no more, its futures raise ``BrokenExecutor``."""
+    """An actor as an executor of one worker; when it is no more, its futures raise ``BrokenExecutor``.
+
+    ``placed`` is done once the actor has found a node.
+    """
 
     def __init__(self, **resources: Any) -> None:
         import ray
 
         options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **resources}
         self.handle = ray.remote(**options)(Worker).remote()
+        self.placed = self.submit(socket.gethostname)
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         """Have the actor call a function, after what it was handed before."""
@@ -79,9 +84,30 @@ def _refuse_silent(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def _refuse_other(address: str) -> None:
+    """Raise ``BackboneError`` where this process is connected to another cluster than that at an address."""
+    import ray
+
+    connected = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    there, _, known = connected.rpartition(":")
+    try:
+        machines = {socket.gethostbyname(host)} if host and "://" not in host else set()
+    except OSError:
+        machines = set()
+    if any(machine.startswith("127.") for machine in machines):
+        machines.add(ray.util.get_node_ip_address())
+    if address != "auto" and not (port == known and there in machines | {host}):
+        raise BackboneError(
+            f"this process is connected to the Ray at {connected}, and cannot be to the one at {address} too: leave "
+            "the address out to use it, or call ray.shutdown() first"
+        )
+
+
 class Actors:
     """Actors on the cluster at ``address``: ``auto`` is the one that runs here or that ``RAY_ADDRESS`` names.
 
+    Where this process is connected to a cluster, it is that one, and ``BackboneError`` is raised for any other.
     ``local`` starts one on this machine. There are ``workers`` of them, None for one for each GPU, or for each node
     where there is none; on a CPU they have a node's cores, or their share of them, and ``threads`` of those.
     """
@@ -96,7 +122,9 @@ class Actors:
         except ImportError:
             raise MissingExtraError("extract --ray", "ray", "ray") from None
         self._connected = not ray.is_initialized()
-        if self._connected:
+        if not self._connected:
+            _refuse_other(address)
+        else:
             try:
                 _refuse_silent(address)
                 ray.init(address=address, logging_level="warning", log_to_driver=False)
@@ -145,6 +173,20 @@ class Actors:
     def losses(self, error: BaseException) -> int:
         """Whether an actor is no more."""
         return int(isinstance(error, BrokenExecutor))
+
+    def waits(self) -> str:
+        """Say how much of the cluster is free, where actors have found no node with room for them."""
+        waiting = sum(not actor.placed.done() for actor in self._actors.values())
+        if not waiting:
+            return ""
+        takes, free = self._resources, self._ray.available_resources()
+        what = "GPU" if "num_gpus" in takes else "CPU"
+        there = int(sum(node.get(what, 0) for node in self._nodes))
+        return (
+            f"the Ray cluster has no room for {counted(waiting, 'worker')} ({free.get(what, 0):.0f} of {there} {what}s "
+            f"are free, and each takes {takes[f'num_{what.lower()}s']}); see ray status, add machines or ask for fewer "
+            "with --workers N"
+        )
 
     def end(self, number: int) -> None:
         """Kill an actor."""

@@ -43,9 +43,9 @@ def run(
     """Bring a cache up to date with ``examples``: run the backbone over the rows it does not hold, and nothing else.
 
     ``engine`` says who computes, None for ``Here()``. Rows that its workers do not survive are written to the
-    ``quarantine`` and left out of the dataset, now and by later runs with a quarantine; with None they end the run. Where there are new rows, the backbone's
-    probe is run first: rows are added only to rows of the same bits, or with ``accept_numerics`` to others, which the
-    cache then records.
+    ``quarantine`` and left out of the dataset, by later runs too; with None they are tried again, and end the run.
+    Where there are new rows, the backbone's probe is run first: rows are added only to rows of the same bits, or with
+    ``accept_numerics`` to others, which the cache then records.
 
     Raises:
         SpecMismatchError: the cache there holds features made another way.
@@ -153,9 +153,7 @@ class Commits:
         self._aside += [key.tobytes().hex() for key in self._examples.keys[computed.lost]]
         if len(computed.rows):
             told = {SET_ASIDE: self._aside} if self._aside else {}
-            self._writer.append(
-                self._examples.keys[computed.rows], computed.features, {**self._provenance, **told}
-            )
+            self._writer.append(self._examples.keys[computed.rows], computed.features, {**self._provenance, **told})
             self._aside = []
 
 

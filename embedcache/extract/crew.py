@@ -16,6 +16,8 @@ from embedcache.extract.worker import Job
 
 MOST_LOSSES = 3
 """Workers that may be lost over one unit before it is looked into."""
+IDLE_SECONDS = 600.0
+"""After how long without work a worker that outlives the extraction lets go of the backbone, where it was not told."""
 START_SECONDS = 900.0
 """How long nobody may have proved, or come back, before that is an error."""
 
@@ -69,6 +71,10 @@ class Crew(Protocol):
         """Return how many workers were lost if a future raised this; 0 where a worker raised it."""
         ...
 
+    def waits(self) -> str:
+        """Return what workers wait for that cannot even begin, and what to do about it; nothing for none of them."""
+        ...
+
     def end(self, number: int) -> None:
         """Let go of a worker, whatever it is at: it holds nothing that is not computed again."""
         ...
@@ -115,6 +121,10 @@ class Processes:
     def losses(self, error: BaseException) -> int:
         """Whether a process has died."""
         return int(isinstance(error, BrokenExecutor))
+
+    def waits(self) -> str:
+        """There is room for any number."""
+        return ""
 
     def end(self, number: int) -> None:
         """Kill a process."""
@@ -180,13 +190,17 @@ class Given:
         return self.executor
 
     def job(self, job: Job, number: int) -> Job:
-        """Leave the number of threads to the workers, unless it was asked for."""
-        return replace(job, threads=self.threads)
+        """Leave the number of threads to the workers, unless it was asked for; they are still there afterwards."""
+        return replace(job, threads=self.threads, idle=IDLE_SECONDS)
 
     def losses(self, error: BaseException) -> int:
         """Whether a process has died, or Dask says that a unit has been the death of several workers."""
         gone = isinstance(error, BrokenExecutor | CancelledError)
         return MOST_LOSSES if type(error).__name__ == "KilledWorker" else int(gone)
+
+    def waits(self) -> str:
+        """Nobody tells."""
+        return ""
 
     def end(self, number: int) -> None:
         """Leave the executor to whom it belongs."""

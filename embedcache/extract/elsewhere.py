@@ -7,6 +7,7 @@ unit over which workers are lost again and again is cut in halves until it is on
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 from embedcache.backbone import Backbone, Recipe, choose_device
 from embedcache.batching import prefetch
-from embedcache.errors import BackboneError, WorkerRefusedError
+from embedcache.errors import BackboneError, WorkerRefusedError, warn
 from embedcache.extract import worker
 from embedcache.extract.crew import MOST_LOSSES, START_SECONDS, Crew, answer
 from embedcache.extract.progress import Watch
@@ -34,6 +35,10 @@ from embedcache.wording import counted
 
 MOST_STARTS = 3
 """Times that a worker may be lost before it has proved; then nobody takes its place."""
+TELL_SECONDS = 10.0
+"""After how long it is told what workers wait for that have not started."""
+GRACE_SECONDS = 30.0
+"""How long the first workers wait for others at least, where none of them computes as the cache has it."""
 WINDOWS_EACH = 2
 """Windows for each worker that are held at most."""
 HELD_BYTES = 1 << 30
@@ -44,12 +49,16 @@ MOST_IN_A_ROW = 40
 
 @dataclass(eq=False)
 class Desk:
-    """A worker as it is seen from here: what it was handed, the oldest first; its proof is None once it has proved."""
+    """A worker as it is seen from here: what it was handed, the oldest first; its proof is None once it has proved.
+
+    ``brought`` is how often the backbone was handed over with it.
+    """
 
     number: int
     executor: Executor
     proof: Future[Proof] | None
-    running: dict[Future[Computed], Unit] = field(default_factory=dict)
+    brought: int = 0
+    running: dict[Future[Computed | None], Unit] = field(default_factory=dict)
 
 
 class Elsewhere:
@@ -82,8 +91,7 @@ class Elsewhere:
         )  # fmt: skip
         for number in range(self.crew.size if self.crew.ours else 1):
             self._start(number)
-        while not (chosen := self._chosen(recorded)):
-            self._wait()
+        chosen = self._first_of(recorded)
         self._job = replace(self._job, probe=chosen.probe)
         for desk, proof in self._first:
             if desk in self._desks:
@@ -107,12 +115,37 @@ class Elsewhere:
             settings = answer(self.crew.start(0), worker.decide, there, asked)
             return replace(source, device="cpu"), settings
 
-    def _chosen(self, recorded: Probe | None) -> Proof | None:
-        """Return the proof that all must agree with, once it is there."""
+    def _first_of(self, recorded: Probe | None) -> Proof:
+        """Wait for the proof that all must agree with.
+
+        If none that is there computes as ``recorded``, wait for the others as long again as the first took, and more:
+        who has no place yet may never get one.
+        """
+        begun, deadline, look = time.monotonic(), START_SECONDS, TELL_SECONDS
+        while True:
+            waited = time.monotonic() - begun
+            if self._first:
+                deadline = min(deadline, max(GRACE_SECONDS, 3 * waited))
+            if (chosen := self._chosen(recorded, late=waited >= deadline)) is not None:
+                return chosen
+            if waited >= deadline:
+                raise self._nobody()
+            if waited >= look:
+                look = START_SECONDS  # told once
+                if reason := self.crew.waits():
+                    warn([f"{len(self._first)} of {counted(self.crew.size, 'worker')} started: {reason}"])
+            self._wait(seconds=max(0.0, min(deadline, look) - waited))
+
+    def _nobody(self) -> BackboneError:
+        reason = self.crew.waits() or "see what holds them up"
+        return BackboneError(f"no worker has started in {START_SECONDS / 60:.0f} minutes: {reason}")
+
+    def _chosen(self, recorded: Probe | None, late: bool) -> Proof | None:
+        """Return the proof that all must agree with, once it is there; of those there are, if it is ``late``."""
         proofs = [proof for _, proof in self._first]
         if recorded is not None:
             alike = [proof for proof in proofs if difference(recorded, proof.probe).same_bits]
-            proofs = alike or (proofs if all(desk.proof is None for desk in self._desks) else [])
+            proofs = alike or (proofs if late or all(desk.proof is None for desk in self._desks) else [])
         return proofs[0] if proofs else None
 
     def map(self, backbone: Backbone, windows: Iterator[Window], watch: Watch) -> Generator[Computed, None, None]:
@@ -159,10 +192,14 @@ class Elsewhere:
         return len(order) < WINDOWS_EACH * self.crew.size and sum(sizes) + max(sizes) <= HELD_BYTES
 
     def close(self) -> None:
-        """Let go of the workers."""
+        """Let go of the workers, and have those that stay let go of the backbone."""
         for desk in self._desks:
             for future in desk.running:
                 future.cancel()
+            if not self.crew.ours and self._job is not None:
+                with contextlib.suppress(Exception):  # it may be broken; and who is not reached lets go by itself
+                    for _ in range(self.crew.size):
+                        desk.executor.submit(worker.release, self._job.token)
             self.crew.end(desk.number)
         self._desks = []
         self.crew.close()
@@ -176,12 +213,18 @@ class Elsewhere:
             proof = executor.submit(worker.prove, self.crew.job(self._job, number))
         except RuntimeError as error:
             raise BackboneError(f"the executor takes no work ({error}): make a new one") from None
-        self._desks.append(Desk(number, executor, proof))
+        self._desks.append(Desk(number, executor, proof, brought=1))
 
     def _hand(self, desk: Desk, unit: Unit) -> None:
         assert self._job is not None
+        job = self.crew.job(self._job, desk.number)
+        # Once for each worker; behind an executor that stands for all, one that got none says so.
+        if unit.lacks or desk.brought < (1 if self.crew.ours else self.crew.size):
+            unit.lacks, desk.brought = False, desk.brought + 1
+        elif not isinstance(job.backbone, Recipe):
+            job = replace(job, backbone=None)
         try:
-            future = desk.executor.submit(worker.compute, self.crew.job(self._job, desk.number), unit.window)
+            future = desk.executor.submit(worker.compute, job, unit.window)
         except Exception as error:  # it was lost since, which its other futures tell too
             if not self.crew.losses(error):
                 raise
@@ -194,13 +237,13 @@ class Elsewhere:
         alone = self._again[0].alone or any(unit.alone for unit in desk.running.values())
         return not (alone and desk.running)
 
-    def _wait(self, watch: Watch | None = None) -> None:
-        """Wait for something to happen, and see to it."""
+    def _wait(self, watch: Watch | None = None, seconds: float | None = None) -> None:
+        """Wait for something to happen, and see to it; no longer than ``seconds``, if they are given."""
         waited: dict[Future[Any], Desk] = {future: desk for desk in self._desks for future in desk.running}
         waited |= {desk.proof: desk for desk in self._desks if desk.proof is not None}
-        done, _ = wait(waited, timeout=START_SECONDS, return_when=FIRST_COMPLETED)
-        if not done and not any(desk.running for desk in self._desks):
-            raise BackboneError(f"no worker has started in {START_SECONDS / 60:.0f} minutes: see what holds them up")
+        done, _ = wait(waited, timeout=START_SECONDS if seconds is None else seconds, return_when=FIRST_COMPLETED)
+        if not done and seconds is None and not any(desk.running for desk in self._desks):
+            raise self._nobody()
         # In the order in which they were handed out, results before losses.
         happened = [future for future in waited if future in done]
         for future in sorted(happened, key=lambda each: each.cancelled() or each.exception() is not None):
@@ -228,6 +271,9 @@ class Elsewhere:
             return self._admit(desk, outcome)
         self._in_a_row = 0
         unit = desk.running.pop(future)
+        if outcome is None:
+            unit.lacks = True
+            return self._again.appendleft(unit)
         unit.whole.put(unit.places, outcome)
         if watch is not None:
             watch.planned(outcome.costs.extracted, outcome.costs.tokens)

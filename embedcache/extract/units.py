@@ -93,13 +93,15 @@ def _in_order(parts: Sequence[Stored], order: Rows) -> Stored:
 class Unit:
     """Rows of a window, at ``places`` in it, int64 [n]; ``losses`` is how many workers were lost over them.
 
-    One that is ``alone`` is handed out while nothing else is.
+    One that is ``alone`` is handed out while nothing else is. One that ``lacks`` was handed to a worker without a
+    backbone, which comes with it the next time.
     """
 
     whole: Whole
     places: Rows
     losses: int = 0
     alone: bool = False
+    lacks: bool = False
 
     @classmethod
     def all_of(cls, window: Window) -> Unit:

@@ -73,7 +73,7 @@ def shard_rows(feature_sets: Sequence[FeatureSet], asked: int | None = None) -> 
 
 
 def bytes_of(window: Window, backbone: Backbone) -> int:
-    """Return how many bytes a window's contents and its features have; token-level ones that nobody counted, at most."""
+    """Return how many bytes a window's contents and features have, and at most, where nobody has counted tokens."""
     of_row, of_vector = (
         sum(row_bytes_of(feature) for feature in backbone.feature_sets if (feature.kind == "tokens") is tokens)
         for tokens in (False, True)

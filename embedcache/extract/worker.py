@@ -32,34 +32,67 @@ class Job:
 
     ``token`` is that of one extraction, as what is loaded serves no other. ``named`` is where a model is looked for
     whose folder is not on the worker's machine. ``probe`` is None until somebody has proved. ``threads`` are those that
-    a worker's passes share, None for what its process has.
+    a worker's passes share, None for what its process has. ``backbone`` is None where the worker should have it, as
+    one that is no recipe may be large. ``idle`` is after how many seconds without work a process that outlives the
+    extraction lets go of the backbone, None for never.
     """
 
     token: str
-    backbone: Recipe | Backbone
+    backbone: Recipe | Backbone | None
     identity: str
     named: ModelSource
     device: str
     threads: int | None = None
     probe: Probe | None = None
+    idle: float | None = None
     version: str = __version__
 
 
 _lock = threading.Lock()
 _held: tuple[str, Backbone, Probe | None] | None = None
+_alarm: threading.Timer | None = None
 
 
 def prove(job: Job) -> Proof:
     """Load the backbone and run its built-in rows. Raises ``WorkerRefusedError`` where that cannot be, or differs."""
-    backbone, probe = _ready(job)
+    ready = _ready(job)
+    assert ready is not None
+    _release_later(job)
+    backbone, probe = ready
     return Proof(probe, dict(backbone.provenance), name())
 
 
-def compute(job: Job, window: Window) -> Computed:
-    """Make features of a window's rows, by a worker that has proved or does so first."""
-    backbone, _ = _ready(job)
+def compute(job: Job, window: Window) -> Computed | None:
+    """Make features of a window's rows, by a worker that has proved or does so first; None where it has no backbone."""
+    ready = _ready(job)
+    if ready is None:
+        return None
+    backbone, _ = ready
     with torch_threads(job.threads), kept_for(backbone):
-        return work(backbone, window)
+        computed = work(backbone, window)
+    _release_later(job)
+    return computed
+
+
+def release(token: str) -> None:
+    """Let go of the backbone of an extraction, if this process has it."""
+    global _held
+    with _lock:
+        if _held is not None and _held[0] == token:
+            _held = None
+
+
+def _release_later(job: Job) -> None:
+    """Let go of the backbone when no more work of its extraction comes; what comes later brings it again."""
+    global _alarm
+    if job.idle is None:
+        return
+    with _lock:
+        if _alarm is not None:
+            _alarm.cancel()
+        _alarm = threading.Timer(job.idle, release, (job.token,))
+        _alarm.daemon = True
+        _alarm.start()
 
 
 def decide(source: ModelSource, asked: BackboneSettings) -> BackboneSettings:
@@ -80,24 +113,26 @@ def name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def _ready(job: Job) -> tuple[Backbone, Probe | None]:
+def _ready(job: Job) -> tuple[Backbone, Probe | None] | None:
     global _held
     with _lock:
         if _held is None or _held[0] != job.token:
+            if job.backbone is None:
+                return None
             _held = None  # the one before may be large
-            _held = (job.token, *_loaded(job))
+            _held = (job.token, *_loaded(job, job.backbone))
         _, backbone, probe = _held
     if job.probe is not None and not (other := difference(job.probe, probe)).same_bits:
         raise WorkerRefusedError(f"the worker {name()} computes otherwise than the first ({other.to_text()})")
     return backbone, probe
 
 
-def _loaded(job: Job) -> tuple[Backbone, Probe | None]:
+def _loaded(job: Job, given: Recipe | Backbone) -> tuple[Backbone, Probe | None]:
     if job.version != __version__:
         raise WorkerRefusedError(f"the worker {name()} has embedcache {__version__}, expected {job.version}")
     try:
         with torch_threads(job.threads), quiet():
-            backbone = _load(job, job.backbone) if isinstance(job.backbone, Recipe) else job.backbone
+            backbone = _load(job, given) if isinstance(given, Recipe) else given
             probe = probe_of(backbone)
     except EmbedcacheError as error:
         raise WorkerRefusedError(f"the worker {name()} cannot load the backbone: {error}") from None
