@@ -175,17 +175,21 @@ class Actors:
         return int(isinstance(error, BrokenExecutor))
 
     def waits(self) -> str:
-        """Say how much of the cluster is free, where actors have found no node with room for them."""
-        waiting = sum(not actor.placed.done() for actor in self._actors.values())
-        if not waiting:
+        """Say how much room the cluster has, where processes of actors have not begun."""
+        if all(actor.placed.done() for actor in self._actors.values()):
             return ""
-        takes, free = self._resources, self._ray.available_resources()
-        what = "GPU" if "num_gpus" in takes else "CPU"
-        there = int(sum(node.get(what, 0) for node in self._nodes))
+        what = "GPU" if self._on_gpus else "CPU"
+        takes = self._resources[f"num_{what.lower()}s"]
+        room = int(sum(node.get(what, 0) // takes for node in self._nodes))
+        if room < self.size:
+            return (
+                f"the Ray cluster has room for {room}, as each takes {counted(takes, what)}: ask for fewer "
+                "(--workers N), or add machines"
+            )
+        free = self._ray.available_resources().get(what, 0)
         return (
-            f"the Ray cluster has no room for {counted(waiting, 'worker')} ({free.get(what, 0):.0f} of {there} {what}s "
-            f"are free, and each takes {takes[f'num_{what.lower()}s']}); see ray status, add machines or ask for fewer "
-            "with --workers N"
+            f"the others begin, or wait for what else runs on the Ray cluster ({free:.0f} of "
+            f"{counted(int(self._ray.cluster_resources().get(what, 0)), what)} are free): see ray status"
         )
 
     def end(self, number: int) -> None:
