@@ -65,8 +65,8 @@ class Crew:
         return self.there[number]
 
     def job(self, job: Job, number: int) -> Job:
-        # All are in one process, where each would find what another has loaded.
-        token = f"{job.token}{number}{self.there[number].pool}"
+        # All are in one process, where each finds what another has loaded: to be another's, it needs another token.
+        token = f"{job.token}{number}" if number in self.backbones else job.token
         return replace(job, token=token, backbone=self.backbones.get(number, job.backbone), threads=1)
 
     def losses(self, error: BaseException) -> int:

@@ -97,6 +97,27 @@ def test_without_a_network_what_was_fetched_is_used(hub: Hub, monkeypatch: pytes
         TrainedHead.from_pretrained("me/other")
 
 
+def test_a_mistyped_folder_is_no_matter_of_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match=r"^there is no folder runs/bset, and the hub has no model 'runs/bset'"):
+        TrainedHead.from_pretrained("runs/bset")
+    (tmp_path / "runs").mkdir()
+    for command in (
+        ["predict", "runs/bset", "--text", "x"],
+        ["evaluate", "runs/bset", "c"],
+        ["export", "runs/bset", "--to", "onnx", "-o", "x"],
+    ):
+        assert run(command) == 1
+        assert capsys.readouterr().err == (
+            "error: there is no folder runs/bset: make one with embedcache train CACHE -o runs/bset, or write "
+            "hf://runs/bset for a head on the hub\n"
+        )
+    with pytest.raises(BundleError, match=r"^the hub has no model 'runs/bset'"):
+        TrainedHead.from_pretrained("hf://runs/bset")
+
+
 def test_a_part_that_the_hubs_client_has_is_not_kept_for_a_head(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     head().push_to_hub("me/head")
     huggingface_hub.hf_hub_download("me/head", "config.json", endpoint=hub.endpoint)

@@ -175,6 +175,9 @@ def test_mistakes_cost_one_line(made: Path, tmp_path: Path, capsys: Any, monkeyp
     ]:
         assert command("predict", run, made / "new.txt", *given) == 2
         assert said in capsys.readouterr().err
+    for url in ("s3://bucket/out.csv", "gs://bucket/out.parquet"):  # before anything is loaded, or a row is computed
+        assert command("predict", "no run", made / "new.txt", "-o", url) == 2
+        assert f"{url} is a URL, and predictions are written to a file of this machine" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert command("predict", run, made / "new.txt", "-o", tmp_path / "out.parquet") == 1
     assert "run pip install 'embedcache[parquet]'" in capsys.readouterr().err

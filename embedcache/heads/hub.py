@@ -37,9 +37,19 @@ def local_run(run: Path | str, revision: str | None = None) -> Path:
             raise SpecError(f"{run} is a local folder, and a revision is of a repository: leave it out")
         return Path(run)
     repository, revision = _repository(name, revision)
-    fetched = snapshot(
-        repository, revision, _FILES, what="head", kind=BundleError, otherwise="or give the folder of a run"
-    )
+    if not name.startswith(SCHEME) and Path(name).parent.exists():  # more likely mistyped than somebody's head
+        raise BundleError(
+            f"there is no folder {name}: make one with embedcache train CACHE -o {name}, or write {SCHEME}{name} for a "
+            "head on the hub"
+        )
+    try:
+        fetched = snapshot(
+            repository, revision, _FILES, what="head", kind=BundleError, otherwise="or give the folder of a run"
+        )
+    except BundleError as error:
+        raise BundleError(
+            str(error) if name.startswith(SCHEME) else f"there is no folder {name}, and {error}"
+        ) from None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     # Named by the commit; a snapshot is made of links, and a head's files must not be any.
     folder = Path(home) / "embedcache" / "hub" / f"{repository.replace('/', '--')}-{fetched.name}"

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, get_args
 
 from embedcache.errors import InputError, MissingExtraError, SpecError
 from embedcache.heads import TrainedHead
-from embedcache.journal import replacing
+from embedcache.journal import replacing, url_of
 from embedcache.predict.nearest import Neighbour
 from embedcache.predict.predictor import Prediction
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Named, task_named
@@ -31,12 +31,14 @@ _GROUP_ROWS = 4096
 def format_of(output: Path | str | None, form: Format | None = None) -> Format:
     """Return the format that was asked for, or by the ending of a file; standard output, None, has CSV.
 
-    Raises ``SpecError`` for an ending that says nothing, and for Parquet on standard output.
+    Raises ``SpecError`` for an ending that says nothing, for a URL, and for Parquet on standard output.
     """
     if output is None:
         if form == "parquet":
             raise SpecError("Parquet is no text for standard output: name a file with --output")
         return form or "csv"
+    if (url := url_of(output)) is not None:
+        raise SpecError(f"{url} is a URL, and predictions are written to a file of this machine: name one, and copy it")
     known = form or _ENDINGS.get(Path(output).suffix.lower())
     if known is None:
         raise SpecError(
