@@ -13,17 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fakes import CountingBackbone
 
 POISON = b"poison"
 
 
 class Doomed(CountingBackbone):
-    """Each process that runs a pass of it leaves its number in ``folder``; one that meets ``POISON`` dies."""
+    """Each process that runs a pass of it leaves its number in ``folder``; one that meets ``POISON`` dies.
 
-    def __init__(self, folder: Path | None = None, **options: Any) -> None:
+    ``nudge`` is added to features.
+    """
+
+    def __init__(self, folder: Path | None = None, nudge: float = 0.0, **options: Any) -> None:
         super().__init__(tokens=True, **options)
-        self.folder, self.probe_rows = folder, (b"a row", b"another row")
+        self.folder, self.nudge, self.probe_rows = folder, nudge, (b"a row", b"another row")
+
+    def vector(self, content: bytes) -> np.ndarray:
+        return super().vector(content) + np.float32(self.nudge)
 
     def forward(self, prepared: Any, batch: Any) -> dict[str, Any]:
         if self.folder is not None:

@@ -19,7 +19,7 @@ from killing import Doomed, Killer, files, words
 
 from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneError, BadRowsError, EmbedcacheWarning
-from embedcache.extract import extract
+from embedcache.extract import elsewhere, extract
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
@@ -64,6 +64,21 @@ def test_actors_killed_at_random(cluster: Any, signed: Path, tmp_path: Path, see
         extract(rows, output_dir=tmp_path / "there", backbone=backbone, ray=cluster.address, **options)
     assert killer.killed
     assert files(tmp_path / "there") == files(tmp_path / "here")
+
+
+def test_more_workers_than_there_is_room_for(
+    cluster: Any, signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are told of, and the cache whose kind of worker nobody is waits for them no longer than it says."""
+    extract(words(29), output_dir=tmp_path / "c", backbone=Doomed())
+    monkeypatch.setattr(elsewhere, "TELL_SECONDS", 1.0)
+    monkeypatch.setattr(elsewhere, "GRACE_SECONDS", 3.0)
+    with pytest.warns(EmbedcacheWarning, match="of 5 workers started: the Ray cluster has room for 2, as each takes 1"):
+        extract(
+            words(57), output_dir=tmp_path / "c", backbone=Doomed(nudge=0.001), ray=cluster.address, workers=5,
+            accept_numerics=True,
+        )  # fmt: skip
+    assert len(FeatureCache.open(tmp_path / "c")) == 57
 
 
 def test_a_poison_row_is_named_or_set_aside(cluster: Any, signed: Path, tmp_path: Path) -> None:
