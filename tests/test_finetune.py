@@ -150,8 +150,12 @@ def test_the_mode_of_an_unfrozen_backbone_is_set(folder: Path) -> None:
     model = FeatureBasedModel(backbone, LinearClassifier(13, 2), freeze_backbone=False)
     assert model.backbone.training
     assert changed(model.backbone, before) == [], "looking for unused parameters moved the statistics"
-    model(*inputs(model, TEXTS))
-    assert "norm.running_mean" in changed(model.backbone, before)
+    ids, mask = inputs(model, TEXTS)
+    model.backbone.dropout.eval()  # type: ignore[union-attr]
+    said = model(ids, mask).features
+    assert changed(model.backbone, before) == [], "batch normalisation is live"
+    torch.testing.assert_close(model(ids[:1], mask[:1]).features, said[:1])
+    assert not torch.equal(model.train()(ids, mask).features, said), "dropout is not live"
     assert not model.eval().backbone.training
 
 

@@ -73,6 +73,9 @@ class PlainBlocks:
         network.eval()
         for block in list(network.get_submodule(self.place))[-self.blocks :]:  # type: ignore[call-overload]
             block.train()
+            for module in block.modules():
+                if isinstance(module, nn.BatchNorm2d):  # frozen, as whoever tunes a few blocks on small batches has it
+                    module.eval()
         losses = []
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)

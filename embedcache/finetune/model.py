@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils.generic import ModelOutput
 
 from embedcache.arguments import checks_arguments
@@ -45,12 +46,25 @@ class FeatureBasedOutput(ModelOutput):
     features: Tensor | None = None
 
 
+def in_training(network: nn.Module) -> None:
+    """Put a network in training mode, but for its batch normalisation, which keeps the statistics that it came with.
+
+    By those of a batch, a row's features would depend on its neighbours. Of 16 rows they are also so far off that a
+    pretrained network forgets more than it learns: the head that was trained on cached features starts from others.
+    """
+    network.train()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
 class FeatureBasedModel(nn.Module):
     """A Hugging Face backbone and a head.
 
     A frozen backbone stays in eval mode even after ``.train()`` (no dropout, no change of batch-norm statistics), runs
     without gradients, and has no trainable parameter. In an unfrozen one, the parameters that the features depend on
-    are trainable; others, such as those of an unused pooler, are neither trained nor counted.
+    are trainable; others, such as those of an unused pooler, are neither trained nor counted. Its batch normalisation
+    goes by the statistics that the network came with (see ``in_training``).
 
     Args:
         backbone: what ``load_backbone`` gives, with one feature set. Unfreezing changes its network in place.
@@ -136,6 +150,8 @@ class FeatureBasedModel(nn.Module):
         super().train(mode)
         if self.freeze_backbone:
             self.backbone.eval()
+        elif mode:
+            in_training(self.backbone)
         return self
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from embedcache.backbone import FrozenModel, Inputs, text_inputs
 from embedcache.errors import BackboneError, SpecError
-from embedcache.finetune.model import FeatureBasedModel
+from embedcache.finetune.model import FeatureBasedModel, in_training
 from embedcache.spec import states_set
 from embedcache.wording import counted
 
@@ -105,7 +105,7 @@ class TailModel(FeatureBasedModel):
         nn.Module.train(self, False)
         self.head.train(mode)
         for block in self._trained if mode else ():
-            block.train()
+            in_training(block)
         self.training = mode
         return self
 
