@@ -73,6 +73,10 @@ if TYPE_CHECKING:
     "--minutes", type=float, metavar="N",
     help="Stop training in time to be done after N minutes; what was left out is named.",
 )  # fmt: skip
+@click.option(
+    "--protocol", type=click.Choice(["mteb"]),
+    help="Measure as published tables do: heads, rows, choice and metric are fixed, and printed.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be trained and about how long it takes; write nothing.")
 @report_option
 @json_option
@@ -102,7 +106,7 @@ def sweep(
     grid: Any = Path(config) if config is not None else (_heads(heads, settings) if heads else None)
     if dry_run:
         asked = Asked(**{name: options[name] for name in ASKED if name in options})
-        which = {name: options[name] for name in ("features", "yes")}
+        which = {name: options[name] for name in ("features", "yes", "protocol")}
         return say(planned(cache, grid, output_dir=output_dir, seeds=_numbers(seeds), asked=asked, **which).to_text())
     try:
         with reporting(output_dir, report_to):

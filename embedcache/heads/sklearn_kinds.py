@@ -248,10 +248,11 @@ def _nothing(setting: Setting, options: Options) -> None:
 _CLASSES = (CLASSIFICATION, MULTILABEL)
 _TASKS = (*_CLASSES, REGRESSION)
 _SOLVED = {"C": _positive(None), "max_iter": _count(1000), "tol": _positive(1e-4)}
+_LOGISTIC = {**_SOLVED, "dtype": _choice("float64", "float32")}
 
 KINDS: Mapping[str, Kind] = {
-    "linear": Kind(_TASKS, True, _SOLVED, _logistic),
-    "logistic-regression": Kind(_TASKS, True, _SOLVED, _logistic),
+    "linear": Kind(_TASKS, True, _LOGISTIC, _logistic),
+    "logistic-regression": Kind(_TASKS, True, _LOGISTIC, _logistic),
     "linear-svm": Kind(
         _CLASSES, True, {"C": _positive(None), "max_iter": _count(10_000), "tol": _positive(1e-4)}, _svm
     ),
@@ -313,5 +314,6 @@ KINDS: Mapping[str, Kind] = {
 """Every kind of head that scikit-learn fits; a new one is a line here and a function that builds its estimator.
 
 Options that are None by default follow the training settings: ``C`` is 1 / ``l2``, ``alpha`` is ``l2``, and the
-squared error of ridge regression is not halved, as scikit-learn has it.
+squared error of ridge regression is not halved, as scikit-learn has it. ``dtype`` is the precision of the solver:
+float32 is what a script has that hands scikit-learn the features as they come.
 """

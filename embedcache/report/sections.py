@@ -335,4 +335,6 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("dataset", ran.dataset),
         ("sweep", ran.sweep),
     ]
+    if summary.published is not None:
+        lines[3:4] = summary.published.fixed.items()
     return [("command", ran.command), *lines] if ran.command else lines

@@ -5,6 +5,7 @@
 ``configuration``  one configuration, and how heads are compared
 ``grid``           a file, values or flags -> configurations
 ``cost``           how long a head takes, and from which size of a sweep on it is asked about
+``protocols``      what protocols of published tables fix
 ``plan``           what is trained, in which order, for about how long; a budget of minutes
 ``problem``        the rows and their division into folds; what makes two sweeps the same
 ``jobs``           configurations x folds, and what of them is trained in one go

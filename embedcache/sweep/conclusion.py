@@ -22,8 +22,18 @@ from embedcache.sweep.comparison import DRAWS, Candidate, Resampler, Scored, row
 from embedcache.sweep.findings import measured, mistakes
 from embedcache.sweep.jobs import Job, TrainedJob, batches
 from embedcache.sweep.problem import Problem, subset
+from embedcache.sweep.protocols import Published
 from embedcache.sweep.store import SweepFolder
-from embedcache.sweep.summary import CurvePoint, FewShot, LeaderboardRow, LearningCurve, Mistakes, TestResult, TestScore
+from embedcache.sweep.summary import (
+    CurvePoint,
+    FewShot,
+    Figure,
+    LeaderboardRow,
+    LearningCurve,
+    Mistakes,
+    TestResult,
+    TestScore,
+)
 from embedcache.sweep.training import outputs_of, train_batch
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train.metrics import score
@@ -52,13 +62,14 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
 
     Raises ``TrainingError`` when it cannot be trained on these rows.
     """
-    shots = problem.protocol.shots
+    shots, to_test = problem.protocol.shots, problem.protocol.to_test
     folds = problem.folds if shots is not None else [problem.final]
     every = [_trained(problem, Job(chosen.first, fold, number, kept=True)) for number, fold in enumerate(folds)]
     trained = every[0]
     if trained.head is None:
         raise TrainingError(f"{chosen.first.label} could not be trained on all rows: {trained.error}")
-    head = trained.head if shots is not None else _calibrated(problem, folder, chosen, trained.head)
+    apart = shots is None and not to_test  # else its outputs on rows apart from train and test are not there
+    head = _calibrated(problem, folder, chosen, trained.head) if apart else trained.head
     if not len(problem.test_rows):
         rows, outputs = _out_of_fold(problem, folder, chosen)
         wrong = mistakes(problem, "out of fold", problem.rows[rows], problem.y[rows], outputs, head.thresholds)
@@ -74,7 +85,7 @@ def finish(problem: Problem, folder: SweepFolder, chosen: Candidate) -> Final:
     wrong = mistakes(problem, "test", problem.test_rows, problem.test_y, outputs, head.thresholds)
     heads = [of_draw.head for of_draw in every if of_draw.head]
     few = None if shots is None else _few_shot(problem, shots, heads, x)
-    return Final(trained, head, test, wrong, few)
+    return Final(trained, head, None if to_test and shots is not None else test, wrong, few)
 
 
 def _few_shot(problem: Problem, shots: int, heads: Sequence[TrainedHead], x: Features) -> FewShot:
@@ -124,6 +135,45 @@ def _tested(problem: Problem, outputs: Array, thresholds: Sequence[float]) -> tu
         problem.metric, problem.task, problem.test_y, scored, resampler([scored])[0], problem.protocol.alpha
     )
     return TestScore(float(value), interval, len(rows)), method
+
+
+def figures(
+    problem: Problem, folder: SweepFolder, published: Published, rows: Sequence[LeaderboardRow], final: Final
+) -> tuple[Figure, ...]:
+    """Return what a published table prints: of every head where nothing was chosen, else of the chosen one."""
+    tested = len(problem.test_rows)
+    if not problem.protocol.to_test:
+        assert final.test is not None  # the protocol was refused without a test split
+        score, test = final.test.score, final.test
+        beside = {name: _number(test.metrics.get(name)) for name in published.beside}
+        return (Figure(test.label, score, None, (score,), test.interval, tested, beside),)
+    out = []
+    for row in rows:
+        results = [result for result in folder.results.values() if result.candidate == row.id]
+        values = {name: [result.metrics.get(name) for result in results] for name in published.beside}
+        beside = {name: _mean(of_draws) for name, of_draws in values.items()}
+        if len(problem.class_names) == 2:
+            beside["ap"] = _mean(_precisions_of_decisions(problem, folder, results[0].id))
+        out.append(Figure(row.label, row.score, row.sd, row.fold_scores, row.interval, tested, beside))
+    return tuple(out)
+
+
+def _precisions_of_decisions(problem: Problem, folder: SweepFolder, name: str) -> list[float]:
+    """Return the average precision of each draw's decisions, 0 or 1: MTEB ranks rows by them, not by probabilities."""
+    outputs = folder.predictions(name)
+    return [
+        score("average_precision", problem.task, problem.y[fold.score], np.eye(2)[outputs[number].argmax(axis=1)])
+        for number, fold in enumerate(problem.folds)
+    ]
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, float) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def test_all(problem: Problem, others: Sequence[Candidate], known: Collection[str]) -> dict[str, TestScore]:
@@ -196,14 +246,15 @@ def curves(problem: Problem, folder: SweepFolder, of: Sequence[Candidate]) -> li
 
 def save_best(problem: Problem, folder: SweepFolder, final: Final, row: LeaderboardRow) -> None:
     """Write ``best/``, the chosen head's bundle."""
+    split = "test" if problem.protocol.to_test else "validation"
     metrics: dict[str, object] = {
-        "validation": {problem.metric: row.score, "folds": row.fold_scores, "interval": row.interval}
+        split: {problem.metric: row.score, "folds": row.fold_scores, "interval": row.interval}
     }
     if final.test is not None:
         metrics["test"] = {**final.test.metrics, "intervals": {problem.metric: final.test.interval}}
     facts = {
         "chosen by": f"a sweep of {problem.metric}, {problem.protocol.text()}",
-        "rows": f"{len(problem):,} of train and validation",
+        "rows": f"{int(problem.learnable.sum()):,} of train{'' if problem.protocol.to_test else ' and validation'}",
     }
     make_folder(folder.path / "best", SweepError)  # not through a link
     final.head.save_pretrained(

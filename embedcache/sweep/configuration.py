@@ -29,6 +29,10 @@ class Protocol:
     ``folds`` is 1 for the cache's own validation split. With ``shots`` there are ``draws`` few-shot draws instead.
     ``stopping_share`` of a fold's training rows is held out where a head stops early, so that no head sees the rows
     that it is scored on.
+
+    Two are for published tables. With ``to_test`` nothing is chosen: heads learn from the train split, or from draws
+    of it, and are scored on the test split. ``held_out`` is the share of train that stands in for a validation split
+    where the cache has none.
     """
 
     folds: int = 5
@@ -38,6 +42,8 @@ class Protocol:
     seed: int = 0
     stopping_share: float = 0.1
     alpha: float = 0.05
+    to_test: bool = False
+    held_out: float | None = None
 
     def __post_init__(self) -> None:
         if self.shots is None and (self.folds < 1 or self.repeats < 1):
@@ -57,7 +63,9 @@ class Protocol:
 
     @property
     def kind(self) -> str:
-        """``folds``, ``split`` or ``shots``."""
+        """``folds``, ``split``, ``shots``, or ``test`` where heads are scored on the test split."""
+        if self.to_test:
+            return "test"
         if self.shots is not None:
             return "shots"
         return "split" if self.folds == 1 else "folds"
@@ -65,16 +73,30 @@ class Protocol:
     def to_json(self) -> dict[str, object]:
         """Return what of it decides the results."""
         body: dict[str, object] = {"kind": self.kind, "seed": self.seed, "stopping_share": self.stopping_share}
+        if self.held_out is not None:
+            body["held_out"] = self.held_out
         if self.shots is not None:
             return {**body, "shots": self.shots, "draws": self.draws}
         return {**body, "folds": self.folds, "repeats": self.repeats}
 
     def text(self) -> str:
         """Return it as a sentence for people."""
+        if self.to_test and self.shots is not None:
+            return (
+                f"{counted(self.draws, 'draw')} of {counted(self.shots, 'row')} a class from the train split, "
+                f"as MTEB draws them (seed {self.seed}), each scored on the whole test split"
+            )
+        if self.to_test:
+            return "trained on the train split, scored on the test split"
         if self.shots is not None:
             return (
                 f"{counted(self.draws, 'draw')} of {counted(self.shots, 'row')} a class from train and "
                 "validation, each scored on all rows that were not drawn"
+            )
+        if self.folds == 1 and self.held_out is not None:
+            return (
+                f"trained on the train split less {100 * self.held_out:g} % of its rows, drawn at random "
+                f"(seed {self.seed}) and scored: the cache has no validation split"
             )
         if self.folds == 1:
             return "trained on the train split, scored on the validation split"

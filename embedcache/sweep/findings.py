@@ -56,7 +56,7 @@ def data_facts(problem: Problem) -> DataFacts:
         name=cache.path.resolve().name,
         model=provenance[-1].get("model") if provenance else None,
         rows=cache.split_sizes(),
-        development_rows=len(problem),
+        development_rows=int(problem.learnable.sum()),
         unique_rows=problem.strata.groups,
         feature_sets=tuple(
             FeatureSetFacts(feature.name, feature.kind, feature.dim, feature.layers)
@@ -186,7 +186,7 @@ def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
     """Return notes on how far to trust the results on a problem, a line each."""
     notes = []
     duplicates = len(problem) - problem.strata.groups
-    if duplicates:
+    if duplicates and not problem.protocol.to_test:
         what = "row of train and validation has" if duplicates == 1 else "rows of train and validation have"
         notes.append(f"{duplicates:,} {what} the content of another, and its fold")
     if not len(problem.test_rows):
@@ -196,7 +196,8 @@ def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
     notes += _edges(rows)
     if any(row.head.kind == "majority" and not row.distinguishable for row in rows) and len(rows) > 1:
         notes.append("these rows cannot tell the best head from one that always says the same: more rows are needed")
-    if problem.task is CLASSIFICATION and (unseen := sorted({*problem.test_y.tolist()} - {*problem.y.tolist()})):
+    known = {*problem.y[problem.learnable].tolist()}
+    if problem.task is CLASSIFICATION and (unseen := sorted({*problem.test_y.tolist()} - known)):
         names = ", ".join(problem.class_names[label] for label in unseen[:5])
         notes.append(f"the test split has classes that no other row has, so no head can know them: {names}")
     looked = sum(row.looked_at_test for row in rows)

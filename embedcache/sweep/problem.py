@@ -1,13 +1,14 @@
 """The labelled rows of a cache that heads are compared on, and their division into folds.
 
 Everything is decided by a row's content key, its label and a seed, never by its place: another order of the rows gives
-every row the same fold. Rows of equal content are one *group*, which is never divided.
+every row the same fold. Rows of equal content are one *group*, which is never divided. Protocols of published tables
+alone draw by place, as their authors did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from embedcache.features import Features, Rows
 from embedcache.fingerprint import sha256_bytes
 from embedcache.spec import TrainSpec
 from embedcache.sweep.configuration import Protocol
+from embedcache.sweep.protocols import Published
 from embedcache.task import CLASSIFICATION, MULTILABEL, Array, Flags, Task, task_named
 from embedcache.train.cached import rows_of
 from embedcache.train.metrics import metric_named
@@ -40,12 +42,19 @@ class Fold:
     """One division of N development rows: bool [N] masks of the rows to learn from, to stop early by, and to score.
 
     ``stopping`` may be empty. The three never share a row, nor a content. ``repeat`` says which repeat or draw it is.
+    ``order`` has the rows of ``train`` in the order in which a protocol drew them, which moves a sum's last bits.
     """
 
     train: Flags
     stopping: Flags
     score: Flags
     repeat: int = 0
+    order: Rows | None = None
+
+    @property
+    def learned(self) -> Rows:
+        """The rows a head may use, as numbers in the order in which it gets them."""
+        return np.flatnonzero(self.usable) if self.order is None else self.order
 
     @property
     def usable(self) -> Flags:
@@ -258,6 +267,33 @@ def shots(of: Strata, per_class: int, draws: int, *, seed: int = 0) -> list[Fold
     return out
 
 
+def mteb_draws(y: Array, train: Flags, score: Flags, per_class: int, draws: int, *, seed: int) -> list[Fold]:
+    """Return MTEB's draws of ``per_class`` train rows a class, all there are of a smaller one; score the test rows.
+
+    Every draw shuffles the order that the last one left, by a generator that begins again from the seed
+    (``AbsTaskClassification._undersample_data`` of mteb 2), and takes the first rows of each class.
+    """
+    rows, out = np.flatnonzero(train), []
+    for draw in range(draws):
+        np.random.RandomState(seed).shuffle(rows)
+        labels = y[rows]
+        drawn = np.sort(np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)]))
+        learn = np.zeros(len(y), bool)
+        learn[rows[drawn]] = True
+        out.append(Fold(learn, np.zeros(len(y), bool), score, draw, rows[drawn]))
+    return out
+
+
+def random_share(rows: int, share: float, seed: int) -> Flags:
+    """Return a random share of rows, rounded down, as DINOv2 holds it out of train (``eval/log_regression.py``)."""
+    import torch
+
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).numpy()
+    chosen = np.zeros(rows, bool)
+    chosen[order[: int(rows * share + 1e-9)]] = True
+    return chosen
+
+
 def subset(of: Strata, fold: Fold, share: float, *, seed: int = 0, stopping: float = 0.1) -> Fold:
     """Return a fold that learns from a share of the rows, of every stratum at least one; larger shares hold smaller."""
     rows = fold.usable & _first(of, fold.usable, share, (seed, 15485863), at_least=1)
@@ -268,7 +304,9 @@ def subset(of: Strata, fold: Fold, share: float, *, seed: int = 0, stopping: flo
 class Problem:
     """Labelled rows of a cache: N for choosing (``rows``, in train and validation) and those of the test split.
 
-    ``y`` are the targets of ``rows``; ``test_rows`` is empty where there is no test split.
+    ``y`` are the targets of ``rows``; ``test_rows`` is empty where there is no test split. Where a ``published``
+    protocol scores on the test split, ``rows`` are those of train and test, and ``validation`` marks the latter;
+    ``fixed`` is what it fixes, in words.
     """
 
     cache: FeatureCache
@@ -282,12 +320,21 @@ class Problem:
     test_y: Array
     metric: str
     protocol: Protocol
+    published: Published | None = None
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cache: FeatureCache, metric: str | None = None, protocol: Protocol | None = None) -> Problem:
+    def of(
+        cls,
+        cache: FeatureCache,
+        metric: str | None = None,
+        protocol: Protocol | None = None,
+        published: Published | None = None,
+    ) -> Problem:
         """Look at a cache. Raises ``SweepError`` without labels or rows to learn from, ``SpecError`` for a metric."""
         if cache.task is None:
             raise SweepError(f"{cache.path} has no labels: give it some with embedcache relabel {cache.path} INPUT")
+        plan = protocol or Protocol()
         task = task_named(cache.task)
         name = metric or task.headline_metric
         metric_named(name, task)
@@ -295,19 +342,24 @@ class Problem:
         labelled = task.labelled(targets)
         by_name = {split: codes == code for code, split in enumerate(cache.split_names)}
         none = np.zeros(len(codes), bool)
-        train, validation = by_name.get("train", none), by_name.get("validation", none)
+        train, validation = by_name.get("train", none), by_name.get("test" if plan.to_test else "validation", none)
         rows = np.flatnonzero((train | validation) & labelled)
         if not len(rows):
             raise SweepError(f"{cache.path} has no labelled row in train or validation: there is nothing to learn from")
         if task is CLASSIFICATION and len(np.unique(targets[rows])) < 2:
             only = cache.class_names[int(targets[rows[0]])]
             raise SweepError(f"every row of train and validation has the class {only!r}: expected at least two classes")
+        scored = validation[rows]
+        if scored.any():
+            plan = replace(plan, held_out=None)
+        elif plan.held_out is not None:
+            scored = random_share(len(rows), plan.held_out, plan.seed)
         keys = np.asarray(cache.keys())
         test = np.flatnonzero(by_name.get("test", none) & labelled)
         return cls(
-            cache, task, tuple(cache.class_names), rows, targets[rows], validation[rows],
+            cache, task, tuple(cache.class_names), rows, targets[rows], scored,
             strata(keys[rows], targets[rows], task, cache.class_names), test, targets[test], name,
-            protocol or Protocol(),
+            plan, published,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -322,6 +374,10 @@ class Problem:
     def folds(self) -> list[Fold]:
         """The divisions by which heads are compared. Raises ``SweepError`` where the rows do not allow them."""
         plan = self.protocol
+        if plan.to_test and plan.shots is not None:
+            return mteb_draws(self.y, ~self.validation, self.validation, plan.shots, plan.draws, seed=plan.seed)
+        if plan.to_test:
+            return [Fold(~self.validation, np.zeros(len(self), bool), self.validation)]
         if plan.shots is not None:
             if self.task is not CLASSIFICATION:
                 raise SweepError(f"--shots draws rows of each class, and this is {self.task}: use --learning-curve")
@@ -342,13 +398,18 @@ class Problem:
         """Rows to score, a fold."""
         return float(np.mean([int(fold.score.sum()) for fold in self.folds]))
 
+    @property
+    def learnable(self) -> Flags:
+        """Which rows a head may ever learn from, bool [N]: all of train and validation."""
+        return ~self.validation if self.protocol.to_test else np.ones(len(self), bool)
+
     @cached_property
     def final(self) -> Fold:
         """All rows to learn from, less the share to stop early by: how the chosen head is trained for the test."""
-        everything = np.ones(len(self), bool)
+        everything = self.learnable
         nothing = np.zeros(len(self), bool)
         whole = Fold(everything, nothing, nothing)
-        if self.protocol.shots is not None:
+        if self.protocol.shots is not None or self.protocol.to_test:
             return whole
         # A subset that leaves nothing out, so that the held-out share is drawn as it is in every fold.
         stopping = Fold(everything, everything, nothing)
@@ -383,4 +444,5 @@ class Problem:
             "class_names": list(self.class_names),
             "metric": self.metric,
             "protocol": self.protocol.to_json(),
+            **({} if self.published is None else {"published": self.published.name}),
         }

@@ -22,7 +22,7 @@ from embedcache.journal import exists
 from embedcache.notebook import shows_bars
 from embedcache.sweep import conclusion
 from embedcache.sweep.comparison import Candidate, candidates, leaderboard, simplest
-from embedcache.sweep.configuration import Asked, Configuration
+from embedcache.sweep.configuration import NOTHING_ASKED, Asked, Configuration
 from embedcache.sweep.findings import data_facts, machine, notes_on, protocol_facts, versions
 from embedcache.sweep.jobs import Interruption, Job, JobBatch, TrainedJob, batches
 from embedcache.sweep.plan import Budget, Plan, jobs_of, read_asked
@@ -35,9 +35,11 @@ from embedcache.sweep.summary import (
     VERSION,
     Choice,
     Failure,
+    Figure,
     LeaderboardRow,
     LearningCurve,
     Metric,
+    PublishedFacts,
     Ran,
     Summary,
     TestScore,
@@ -75,6 +77,7 @@ def sweep(
     test_all: bool | None = None,
     yes: bool = False,
     minutes: float | None = None,
+    protocol: str | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> SweepResult:
@@ -100,6 +103,9 @@ def sweep(
         test_all: also measure every other head on the test split; they are marked.
         yes: run more than 10,000 configurations.
         minutes: stop training in time to be done after so many; what was left out stands in the notes.
+        protocol: measure one feature set as a published table does: ``mteb``. It fixes heads, rows, choice
+            and metric, as ``embedcache.sweep.protocols`` says; ``summary["published"]`` has what it fixed and its
+            figures.
         progress: say on stderr what is going to be trained, and on a terminal how far it is.
 
     Raises:
@@ -116,7 +122,10 @@ def sweep(
             folds=folds, repeats=repeats, shots=shots, draws=draws, metric=metric, learning_curve=learning_curve,
             random=random, seed=seed, test_all=test_all,
         ),
+        protocol,
     )  # fmt: skip
+    if problem.published is not None:
+        problem.published.asked(NOTHING_ASKED, choose=choose != "best", minutes=minutes)
     path = Path(tempfile.mkdtemp(prefix="embedcache-sweep-") if output_dir is None else output_dir)
     with SweepFolder(path, problem.identity()) as folder:
         ending = Ending(choose, bool(asked.learning_curve), bool(asked.test_all))
@@ -295,6 +304,9 @@ class Run:
             raise SweepError(f"none of {counted(len(failures), 'head')} could be trained; the first: {first}")
         plainest = simplest([row for row in rows if not row.distinguishable], self.problem.greater_is_better)
         chosen = plainest if self.ending.choose == "simplest" else rows[0]
+        published = self.problem.published
+        if published is not None and self.problem.protocol.to_test:
+            chosen = next(row for row in rows if published.is_kept(row.head.options))
         curve = self._curves([by_id[name] for name in dict.fromkeys((chosen.id, plainest.id))], by_id.values())
         try:
             final = conclusion.finish(self.problem, self.folder, by_id[chosen.id])
@@ -308,7 +320,8 @@ class Run:
         if tested:
             self.folder.write(conclusion.TESTED, to_json(tested))
         conclusion.save_best(self.problem, self.folder, final, chosen)
-        rows = [replace(row, looked_at_test=row.id in tested, test=tested.get(row.id)) for row in rows]
+        looked = {row.id for row in rows if self.problem.protocol.to_test or row.id in tested}
+        rows = [replace(row, looked_at_test=row.id in looked, test=tested.get(row.id)) for row in rows]
         summary = self._summary(rows, failures)
         notes = [*summary.notes, *notes_on(self.problem, rows)]
         if self.left_out:
@@ -320,10 +333,11 @@ class Run:
         if final.trained.improving:
             notes.append(f"{chosen.label}: {STILL_IMPROVING}")
         chosen_choice, recommended = self._choices(rows, chosen, plainest)
+        figures = () if published is None else conclusion.figures(self.problem, self.folder, published, rows, final)
         whole = replace(
             summary, complete=True, chosen=chosen_choice, recommended=recommended, test=final.test,
             mistakes=final.mistakes, learning_curve=tuple(curve), few_shot=final.few_shot, notes=tuple(notes),
-            ran=replace(summary.ran, state=state),
+            ran=replace(summary.ran, state=state), published=self._published(figures),
         )  # fmt: skip
         self.folder.write(SUMMARY, to_json(whole))
 
@@ -354,10 +368,16 @@ class Run:
         self.train(conclusion.curve_jobs(self.problem, drawn))
         return conclusion.curves(self.problem, self.folder, drawn)
 
+    def _published(self, figures: tuple[Figure, ...] = ()) -> PublishedFacts | None:
+        published = self.problem.published
+        return None if published is None else PublishedFacts(published.name, self.problem.fixed, figures)
+
     def _choices(
         self, rows: Sequence[LeaderboardRow], chosen: LeaderboardRow, plainest: LeaderboardRow
-    ) -> tuple[Choice, Choice]:
-        """Return the chosen and the recommended head, each with the reason."""
+    ) -> tuple[Choice, Choice | None]:
+        """Return the chosen and the recommended head, each with the reason; none is recommended by the test split."""
+        if self.problem.protocol.to_test:
+            return Choice(chosen.id, chosen.label, "the protocol chooses none: this one is kept"), None
         group = sum(not row.distinguishable for row in rows)
         among = f"simplest of the {group} heads that cannot be told from the winner"
         best = chosen.rank == 1 and self.ending.choose == "best"
@@ -386,7 +406,7 @@ class Run:
                 configurations=len({result.id for result in folder.results.values()}), fits=len(folder.results),
                 started=self.started, finished=_now(), seconds=time.perf_counter() - self.begun, machine=machine(),
             ),
-            notes=tuple(folder.notes),
+            notes=tuple(folder.notes), published=self._published(),
         )  # fmt: skip
 
 

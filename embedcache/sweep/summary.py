@@ -61,7 +61,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class ProtocolFacts:
-    """How heads were compared; ``kind`` is "folds", "split" or "shots", ``text`` one sentence for people."""
+    """How heads were compared; ``text`` is one sentence for people.
+
+    ``kind`` is "folds", "split", "shots", or "test" where a published protocol scores heads on the test split.
+    """
 
     kind: str
     folds: int | None
@@ -308,6 +311,32 @@ class FewShot:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What a published table prints of a head: ``score`` on ``rows`` of the test split.
+
+    ``scores`` are those of the draws, ``score`` their mean and ``sd`` their standard deviation (None for one);
+    ``beside`` has the means of other metrics.
+    """
+
+    label: str
+    score: float
+    sd: float | None
+    scores: tuple[float, ...]
+    interval: Interval | None
+    rows: int
+    beside: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class PublishedFacts:
+    """The protocol of a published table: its name, what it fixed in words, and its figures, none before the end."""
+
+    name: str
+    fixed: Mapping[str, str]
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
 class Ran:
     """What was run: versions by package, hashes, times in ISO 8601 UTC; ``state`` hashes what was concluded from."""
 
@@ -333,6 +362,7 @@ class Summary:
     are those of the targets for regression. ``baseline`` is the best score of a majority head among those tried.
     ``leaderboard`` is best first. ``chosen`` is the winner, or the simplest of those not distinguishable from it where
     that was asked for, and best/ holds it; ``recommended`` is that simplest. ``notes`` are for people.
+    ``published`` is there where the protocol of a published table was named.
     """
 
     format: str
@@ -354,6 +384,7 @@ class Summary:
     few_shot: FewShot | None
     ran: Ran
     notes: tuple[str, ...]
+    published: PublishedFacts | None = field(default=None, metadata={"omitted": True})
 
     @property
     def group(self) -> list[LeaderboardRow]:

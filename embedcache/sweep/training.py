@@ -180,14 +180,14 @@ class _Fitting:
         self, number: int, job: Job, x: npt.NDArray[np.float32], y: Array, views: Sequence[npt.NDArray[np.float32]] = ()
     ) -> tuple[int, TrainedHead | None, float, str | None]:
         """Train one head in a process of its own; ``number`` says which, for they come back in any order."""
-        usable = job.fold.usable
-        trained = self.fit(job, x[usable], y[usable], [view[usable] for view in views])
+        rows = job.fold.learned
+        trained = self.fit(job, x[rows], y[rows], [view[rows] for view in views])
         return number, trained.head, trained.seconds, trained.error
 
 
 def _one_by_one(problem: Problem, jobs: Sequence[Job], x: Features) -> Iterator[TrainedJob]:
     for job in jobs:
-        rows = np.flatnonzero(job.fold.usable)
+        rows = job.fold.learned
         views = [view.take(rows) for view in problem.views(job.configuration.feature, job.configuration.train)]
         yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(rows), problem.y[rows], views)
 
@@ -200,7 +200,7 @@ def _sklearn(problem: Problem, batch: JobBatch, x: Features) -> Iterator[Trained
         return
     assert isinstance(x, Dense)  # no head of scikit-learn reads tokens
     workers = min(len(jobs), os.cpu_count() or 1)
-    if workers < 2 or len(jobs) < 3 or np.size(x.values) * len(jobs) < _WORTH_PROCESSES:
+    if workers < 2 or len(jobs) < 3 or x.feature.dim * sum(job.fold.rows for job in jobs) < _WORTH_PROCESSES:
         yield from _one_by_one(problem, jobs, x)
         return
     from joblib import Parallel, delayed

@@ -42,8 +42,8 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
     """Fit a head that scikit-learn has. The same arguments give the same bits.
 
     ``head`` is a kind and its options, see ``embedcache.heads.sklearn_kinds``; of ``spec`` it reads ``seed``,
-    ``standardize``, ``class_weight`` and ``l2``. What is linear is fitted in float64, and becomes a weight [C, D] and a
-    bias [C] for raw features.
+    ``standardize``, ``class_weight`` and ``l2``. What is linear is fitted in float64, or in the ``dtype`` among its
+    options, and becomes a weight [C, D] and a bias [C] for raw features.
 
     Raises ``SpecError`` for a kind, option or weight that cannot be, ``FeatureError`` for features with several vectors
     a row, ``TrainingError`` for labels from which nothing can be learned.
@@ -63,7 +63,7 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
     fitting = _Fitting(problem, weights, lambda: kind.build(setting, options), spec.standardize and kind.scaled)
     with _heard(fitting.notes):
         if kind.linear:
-            weight, bias = fitting.linear(x, spec.standardize)
+            weight, bias = fitting.linear(x, spec.standardize, str(options.get("dtype", "float64")))
             fitted = Fitted({"output.weight": weight, "output.bias": bias})
         else:
             fitted = Fitted(estimator=fitting.estimator(x))
@@ -178,10 +178,10 @@ class _Fitting:
     scaled: bool
     notes: list[str] = field(default_factory=list)
 
-    def linear(self, x: Array, standardize: bool) -> Matrix:
-        """Fit a linear head and return its matrix for raw features."""
+    def linear(self, x: Array, standardize: bool, dtype: str) -> Matrix:
+        """Fit a linear head and return its matrix for raw features, in float64."""
         problem, rows = self.problem, self.problem.rows
-        stored, x = x.dtype, x.astype(np.float64)
+        stored, x = x.dtype, x.astype(dtype)
         dim = x.shape[1]
         mean, scale = np.zeros(dim), np.ones(dim)
         if standardize:

@@ -1,0 +1,171 @@
+"""Protocols of published tables: what each fixes, as a value, and where that comes from.
+
+==========  ==================================================================================================
+``mteb``    MTEB's classification tasks: few-shot logistic regressions, scored on the whole test split
+==========  ==================================================================================================
+
+A figure is comparable with a published one when rows are drawn, heads trained and chosen, and scores taken as there.
+What a protocol draws, it draws by the place of a row: the cache has to have the rows in the order of the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from embedcache.errors import SweepError, SweepSpecError
+from embedcache.sweep.configuration import DEFAULTS, Asked, Configuration, Protocol
+from embedcache.task import CLASSIFICATION
+from embedcache.wording import counted, did_you_mean
+
+if TYPE_CHECKING:
+    from embedcache.cache import FeatureCache
+
+
+@dataclass(frozen=True)
+class Published:
+    """A protocol by name.
+
+    ``source`` is the paper and the code that it follows, ``heads`` the entries of a grid, ``figure`` what the table
+    prints, in words, ``beside`` the metrics that stand beside it. ``kept`` are the options of the head that ``best/``
+    keeps where nothing is chosen; ``differs`` what is not as published. Of what a call can ask for, it takes
+    ``adjustable``.
+    """
+
+    name: str
+    title: str
+    source: str
+    heads: tuple[Mapping[str, object], ...]
+    protocol: Protocol
+    figure: str
+    metric: str = "accuracy"
+    beside: tuple[str, ...] = ()
+    kept: Mapping[str, object] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
+    adjustable: tuple[str, ...] = ()
+
+    def asked(self, asked: Asked, **others: object) -> Protocol:
+        """Return how rows are divided. Raises ``SweepSpecError`` for what a call asks for and the protocol fixes."""
+        for name, value in {**others, **vars(asked)}.items():
+            if value is not None and value is not False and value != [] and name not in self.adjustable:
+                flag = {"grid": "--head or --config", "learning_curve": "--learning-curve", "test_all": "--test-all"}
+                raise SweepSpecError(
+                    f"--protocol {self.name} and {flag.get(name, f'--{name}')} contradict each other: the protocol "
+                    "fixes what is trained on which rows, and how it is chosen and scored; leave one of them out"
+                )
+        if asked.shots is None:
+            return self.protocol
+        if asked.shots < 1:
+            raise SweepSpecError(f"--shots {asked.shots}: expected at least 1")
+        return replace(self.protocol, shots=asked.shots)
+
+    def feature(self, cache: FeatureCache, features: Sequence[str]) -> list[str]:
+        """Return the one feature set that is measured.
+
+        Raises ``SweepError`` for a cache without labelled rows in train and test, of another task, or with several
+        feature sets to take it from.
+        """
+        if cache.task is not None and cache.task != CLASSIFICATION.name:
+            raise SweepError(
+                f"--protocol {self.name} is of classification, and {cache.path} is {cache.task}: "
+                "a sweep without --protocol takes it"
+            )
+        for split in ("train", "test"):
+            if cache.task is not None and not (split in cache.split_names and (cache.targets(split) >= 0).any()):
+                raise SweepError(
+                    f"--protocol {self.name} needs a {split} split, and {cache.path} has no labelled row in it: "
+                    f"give it one with embedcache relabel {cache.path} INPUT"
+                )
+        vectors = [name for name, feature in cache.plain_sets.items() if feature.kind == "pooled"]
+        names = list(features) or vectors
+        if len(names) != 1:
+            raise SweepSpecError(
+                f"--protocol {self.name} measures one feature set, not {len(names)}: "
+                f"name it by --feature, one of {', '.join(vectors)}"
+            )
+        return names
+
+    def grid(self, cache: FeatureCache, feature: str) -> dict[str, object]:
+        """Return the grid as a sweep file has it. Augmented views of pictures are left out."""
+        extra = {"views": 0} if cache.views(cache.feature(feature)) else {}
+        return {"features": [feature], "heads": [{**head, **extra} for head in self.heads]}
+
+    def is_kept(self, options: Mapping[str, object]) -> bool:
+        """Whether ``best/`` keeps the head with these options, where nothing is chosen."""
+        return all(options.get(name) == value for name, value in self.kept.items())
+
+    def fixed(self, protocol: Protocol, configurations: Sequence[Configuration]) -> dict[str, str]:
+        """Return what is fixed in words, made from the values that run."""
+        first = configurations[0]
+        kept = "".join(f"; best/ keeps {name}={value}" for name, value in self.kept.items())
+        choice = (
+            f"nothing is chosen{kept}"
+            if protocol.to_test
+            else f"highest {self.metric} on the validation rows, of equals the strongest penalty; that head is trained "
+            "again on train and validation, and scored on the test split once"
+        )
+        scaled = "standardised" if first.train.standardize else "not standardised"
+        lines = {
+            "protocol": f"{self.name}: {self.title}",
+            "source": self.source,
+            "rows": protocol.text(),
+            "heads": _described(configurations),
+            "features": f"{first.feature}, {scaled}",
+            "choice": choice,
+            "figure": self.figure,
+        }
+        if protocol.shots != self.protocol.shots:
+            lines["changed"] = f"--shots {protocol.shots}, not {self.protocol.shots}"
+        return {**lines, "not as published": "; ".join(self.differs) or "nothing that is known"}
+
+
+def _described(configurations: Sequence[Configuration]) -> str:
+    """Return heads with the settings that are not at their defaults, and the ranges of those that differ."""
+    settings = [configuration.flat() for configuration in configurations]
+    options = configurations[0].head.options
+    parts = []
+    for name, value in settings[0].items():
+        usual = all(of_head[name] == getattr(DEFAULTS, name, None) for of_head in settings)
+        if name in ("head", "engine", "standardize") or (name not in options and usual):
+            continue
+        values = list(dict.fromkeys(of_head.get(name) for of_head in settings))
+        numbers = sorted(number for number in values if isinstance(number, (int, float)))
+        if len(values) == 1:
+            parts.append(f"{name}={value}")
+        elif len(numbers) > 5:
+            parts.append(f"{name} in {counted(len(numbers), 'value')} from {numbers[0]:g} to {numbers[-1]:g}")
+        else:
+            parts.append(f"{name} in {', '.join(map(str, values))}")
+    engine = "scikit-learn's " if settings[0]["engine"] == "sklearn" else ""
+    return f"{engine}{settings[0]['head']}, {', '.join(parts)}"
+
+
+_MTEB = Published(
+    "mteb",
+    "MTEB classification",
+    "Muennighoff et al. 2023, as mteb 2 runs it (abstasks/classification.py: AbsTaskClassification)",
+    # LogisticRegression(max_iter=100) of scikit-learn, its defaults named, on embeddings as the model gives them.
+    ({"head": "logistic-regression", "engine": "sklearn", "C": 1.0, "max_iter": 100, "tol": 1e-4, "dtype": "float32",
+      "standardize": False},),
+    Protocol(shots=8, draws=10, seed=42, stopping_share=0.0, to_test=True),
+    "mean accuracy over the draws with its standard deviation, beside it f1 (macro and weighted) and ap of two classes",
+    beside=("f1_macro", "f1_weighted"),
+    differs=(
+        "f1 leaves out a class that the test split lacks and was predicted",
+        "tasks that MTEB draws more rows for need --shots 16 or 32; those with another main score have it beside",
+    ),
+    adjustable=("shots",),
+)  # fmt: skip
+
+PUBLISHED: Mapping[str, Published] = {protocol.name: protocol for protocol in (_MTEB,)}
+"""Every protocol by its name."""
+
+
+def published_named(name: str) -> Published:
+    """Return a protocol. Raises ``SweepSpecError`` for an unknown one."""
+    if name not in PUBLISHED:
+        raise SweepSpecError(
+            f"there is no protocol {name!r}{did_you_mean(name, PUBLISHED)}: expected {', '.join(PUBLISHED)}"
+        )
+    return PUBLISHED[name]

@@ -1,0 +1,169 @@
+"""Protocols of published tables: each equals a straight-line program of the published procedure."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import planted_cache, planted_rows
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, f1_score
+
+from embedcache.cache import FeatureCache
+from embedcache.cli import cli, run
+from embedcache.errors import SweepError, SweepSpecError
+from embedcache.report import report
+from embedcache.report.sections import show
+from embedcache.sweep import SweepResult, planned, sweep
+from embedcache.sweep.protocols import PUBLISHED
+
+NAMES = sorted(PUBLISHED)
+
+
+def made(path: Path, classes: int = 3, **options: Any) -> FeatureCache:
+    return planted_cache(path, planted_rows(331, classes=classes, test=61, wrong=0.1), noise=1.3, **options)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+    return made(tmp_path_factory.mktemp("planted") / "c")
+
+
+@pytest.fixture(scope="module")
+def swept(cache: FeatureCache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, SweepResult]:
+    folder = tmp_path_factory.mktemp("swept")
+    return {name: sweep(cache, protocol=name, output_dir=folder / name, progress=False) for name in NAMES}
+
+
+def mteb_by_hand(cache: FeatureCache, shots: int) -> list[np.ndarray]:
+    """What ten experiments of MTEB predict for the test split, int [N] each."""
+    (x, y), (x_test, _) = cache.arrays("train"), cache.arrays("test")
+    order, out = list(range(len(y))), []
+    for _ in range(10):
+        np.random.RandomState(42).shuffle(order)
+        seen: dict[int, int] = defaultdict(int)
+        drawn = []
+        for row in order:
+            if seen[y[row]] < shots:
+                drawn.append(row)
+                seen[y[row]] += 1
+        out.append(LogisticRegression(max_iter=100, random_state=42).fit(x[drawn], y[drawn]).predict(x_test))
+    return out
+
+
+def test_mteb_is_its_ten_experiments_to_the_bit(cache: FeatureCache, swept: dict[str, SweepResult]) -> None:
+    (figure,) = swept["mteb"].summary["published"]["figures"]
+    y = cache.arrays("test")[1]
+    scores = [float(np.mean(predicted == y)) for predicted in mteb_by_hand(cache, 8)]
+    assert figure["scores"] == scores
+    assert len(set(scores)) > 5  # draws differ
+    assert figure["score"] == pytest.approx(np.mean(scores), abs=1e-15)
+    assert figure["sd"] == pytest.approx(np.std(scores, ddof=1))
+    assert figure["rows"] == len(y) == 61
+    by_hand = [f1_score(y, predicted, average="macro") for predicted in mteb_by_hand(cache, 8)]
+    assert figure["beside"]["f1_macro"] == pytest.approx(np.mean(by_hand))
+
+
+def test_mteb_of_two_classes_has_average_precision_and_takes_other_shots(tmp_path: Path) -> None:
+    cache = made(tmp_path / "c", 2)
+    (figure,) = sweep(cache, protocol="mteb", shots=16, progress=False).summary["published"]["figures"]
+    y, predictions = cache.arrays("test")[1], mteb_by_hand(cache, 16)
+    assert figure["scores"] == [float(np.mean(predicted == y)) for predicted in predictions]
+    by_hand = [average_precision_score(y, predicted) for predicted in predictions]
+    assert figure["beside"]["ap"] == pytest.approx(np.mean(by_hand))
+
+
+def test_mteb_takes_all_rows_of_a_class_that_has_too_few(tmp_path: Path) -> None:
+    rows = planted_rows(331, test=61)
+    kept = [row for at, row in enumerate(rows) if row["label"] != "z" or row["split"] == "test" or at < 16]
+    cache = planted_cache(tmp_path / "c", kept)
+    result = sweep(cache, protocol="mteb", progress=False)
+    assert {row.train_rows for row in result.results} == {8 + 8 + int((cache.arrays("train")[1] == 2).sum())}
+
+
+def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
+    fixed = swept["mteb"].summary["published"]["fixed"]
+    assert fixed["rows"].startswith("10 draws of 8 rows a class from the train split")
+    assert fixed["heads"] == "scikit-learn's logistic-regression, C=1.0, dtype=float32, max_iter=100, tol=0.0001"
+    assert fixed["features"] == "mean, not standardised"
+    results = swept["mteb"].results
+    assert [row.train_rows for row in results] == [24] * 10
+    assert {row.eval_rows for row in results} == {61}
+    options = {"C": 1.0, "dtype": "float32", "max_iter": 100, "tol": 1e-4}
+    assert all(row.head == {"kind": "logistic-regression", "engine": "sklearn", "options": options} for row in results)
+    assert not any(row.train["standardize"] for row in results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_fixed_is_said_before_and_after(
+    name: str, cache: FeatureCache, swept: dict[str, SweepResult], tmp_path: Path
+) -> None:
+    facts = swept[name].summary["published"]
+    lines = [f"{fact}: {text}" for fact, text in facts["fixed"].items()]
+    assert planned(cache, protocol=name).to_text().splitlines()[:-1] == lines
+    assert set(lines) < set(swept[name].to_text().splitlines())
+    report(swept[name].path, str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    for figure in facts["figures"]:
+        assert f"{show(figure['score'])}</b>" in page
+        assert f"accuracy {figure['score']:.4f}" in swept[name].to_text()
+    for format_ in ("html", "markdown"):
+        report(swept[name].path, str(tmp_path / format_), format_)
+        assert all(fact in (tmp_path / format_).read_text() for fact in facts["fixed"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "flags",
+    ["--head linear", "--config s.yaml", "--folds 3", "--seeds 1", "--metric f1_macro", "--random 3", "--seed 0",
+     "--draws 3", "--repeats 2", "--learning-curve", "--test-all", "--choose simplest", "--minutes 3"],
+)  # fmt: skip
+def test_a_flag_that_contradicts_a_protocol_is_refused(
+    name: str, flags: str, cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["sweep", str(cache.path), "-o", str(tmp_path / "s"), "--protocol", name, *flags.split()]
+    assert run(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--protocol {name} and" in line
+    assert flags.split()[0] in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_shots_belong_to_mteb_alone(cache: FeatureCache) -> None:
+    for name in NAMES:
+        if name != "mteb":
+            with pytest.raises(SweepSpecError, match="--shots contradict"):
+                sweep(cache, protocol=name, shots=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_that_does_not_suit_is_refused(name: str, tmp_path: Path) -> None:
+    rows = planted_rows(90)
+    with pytest.raises(SweepError, match=r"needs a test split.*relabel"):
+        sweep(planted_cache(tmp_path / "a", rows), protocol=name)
+    numbers = [{**row, "label": at + 0.5} for at, row in enumerate(planted_rows(90, test=20))]
+    with pytest.raises(SweepError, match="is of classification"):
+        sweep(planted_cache(tmp_path / "b", numbers), protocol=name)
+    with pytest.raises(SweepSpecError, match=f"did you mean {name}"):
+        sweep(planted_cache(tmp_path / "a", rows), protocol=f"{name}x")
+
+
+def test_the_command_says_what_is_fixed_first_and_its_folder_is_the_protocols_own(
+    cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["sweep", str(cache.path), "-o", str(tmp_path / "s")]
+    assert run([*given, "--protocol", "mteb", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "rows: 10 draws of 8 rows a class" in printed.err.split("1 head on 10 folds")[0]
+    assert json.loads(printed.out)["published"]["name"] == "mteb"
+    assert run(given) == 1
+    assert "holds a sweep of something else" in capsys.readouterr().err
+
+
+def test_the_flag_offers_every_protocol() -> None:
+    option = next(option for option in cli.commands["sweep"].params if option.name == "protocol")
+    assert sorted(option.type.choices) == NAMES
