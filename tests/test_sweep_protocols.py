@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from planted import planted_cache, planted_rows
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
@@ -20,6 +21,7 @@ from embedcache.report import report
 from embedcache.report.sections import show
 from embedcache.sweep import SweepResult, planned, sweep
 from embedcache.sweep.protocols import PUBLISHED
+from embedcache.task import Array
 
 NAMES = sorted(PUBLISHED)
 
@@ -85,17 +87,72 @@ def test_mteb_takes_all_rows_of_a_class_that_has_too_few(tmp_path: Path) -> None
     assert {row.train_rows for row in result.results} == {8 + 8 + int((cache.arrays("train")[1] == 2).sum())}
 
 
+def probed_by_hand(cache: FeatureCache, penalties: list[float]) -> tuple[float, float]:
+    """Return the penalty that validation chooses, the strongest of equals, and the accuracy on test thereafter."""
+
+    def right(x: Array, y: Array, penalty: float, x_scored: Array, y_scored: Array) -> float:
+        head = LogisticRegression(C=1 / penalty, max_iter=100_000, tol=1e-10).fit(x.astype(np.float64), y)
+        return float(np.mean(head.predict(x_scored.astype(np.float64)) == y_scored))
+
+    x, y = cache.arrays("train")
+    if "validation" in cache.split_names:
+        x_chosen, y_chosen = cache.arrays("validation")
+    else:
+        torch.manual_seed(0)
+        order = torch.randperm(len(y)).numpy()
+        held, rest = order[: len(y) // 10], order[len(y) // 10 :]
+        (x_chosen, y_chosen), (x, y) = (x[held], y[held]), (x[rest], y[rest])
+    chosen = max(penalties, key=lambda penalty: (right(x, y, penalty, x_chosen, y_chosen), penalty))
+    both = np.concatenate([x, x_chosen]), np.concatenate([y, y_chosen])
+    return chosen, right(*both, chosen, *cache.arrays("test"))
+
+
+PENALTIES = {"clip": np.logspace(-6, 6, 97).tolist(), "dinov2": (1 / np.logspace(-6, 5, 45)).tolist()}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_probe_is_the_straight_line_one(name: str, classes: int, validation: bool, tmp_path: Path) -> None:
+    rows = planted_rows(331, classes=classes, test=61, wrong=0.1)
+    if not validation:
+        rows = [{**row, "split": "test" if row["split"] == "test" else "train"} for row in rows]
+    cache = planted_cache(tmp_path / "c", rows, noise=1.3)
+    result = sweep(cache, protocol=name, progress=False)
+    penalty, accuracy = probed_by_hand(cache, PENALTIES[name])
+    best = next(row for row in result.leaderboard if row.id == result.summary["chosen"]["id"])
+    assert best.train["l2"] == pytest.approx(penalty)
+    (figure,) = result.summary["published"]["figures"]
+    assert figure["score"] == accuracy
+    assert ("the cache has no validation split" in result.summary["published"]["fixed"]["rows"]) is not validation
+
+
 def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
     fixed = swept["mteb"].summary["published"]["fixed"]
     assert fixed["rows"].startswith("10 draws of 8 rows a class from the train split")
     assert fixed["heads"] == "scikit-learn's logistic-regression, C=1.0, dtype=float32, max_iter=100, tol=0.0001"
-    assert fixed["features"] == "mean, not standardised"
+    assert fixed["features"].startswith("mean, not standardised;")
     results = swept["mteb"].results
     assert [row.train_rows for row in results] == [24] * 10
     assert {row.eval_rows for row in results} == {61}
     options = {"C": 1.0, "dtype": "float32", "max_iter": 100, "tol": 1e-4}
     assert all(row.head == {"kind": "logistic-regression", "engine": "sklearn", "options": options} for row in results)
     assert not any(row.train["standardize"] for row in results)
+    for name, heads, count in (
+        ("clip", "linear, solver=convex, l2 in 97 values from 1e-06 to 1e+06", 97),
+        ("dinov2", "linear, solver=convex, l2 in 45 values from 1e-05 to 1e+06", 45),
+    ):
+        fixed, results = swept[name].summary["published"]["fixed"], swept[name].results
+        assert fixed["heads"] == heads
+        assert fixed["rows"] == "trained on the train split, scored on the validation split"
+        assert fixed["features"].startswith("mean, not standardised")
+        strengths = [row.train["l2"] for row in results]
+        assert len(set(strengths)) == len(results) == count
+        assert heads.endswith(f"from {min(strengths):g} to {max(strengths):g}")
+        assert {(row.head["kind"], row.train["solver"], row.train["standardize"]) for row in results} == {
+            ("linear", "convex", False)
+        }
+        assert {(row.train_rows, row.eval_rows) for row in results} == {(243, 27)}
 
 
 @pytest.mark.parametrize("name", NAMES)

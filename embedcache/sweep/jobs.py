@@ -25,7 +25,7 @@ _BYTES_A_PARAMETER = 28  # weight, gradient, two moments, scratch, the best so f
 class Job:
     """One head to train: a configuration on one fold. ``number`` is the fold's; ``curve`` a learning curve's point.
 
-    ``kept`` is the chosen head, which the convex solver takes to the optimum; folds it takes as far as a choice needs.
+    ``kept`` is what the convex solver takes to the optimum, such as the chosen head; folds as far as a choice needs.
     """
 
     configuration: Configuration

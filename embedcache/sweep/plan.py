@@ -115,7 +115,7 @@ def read_asked(
     division = None if published is None else published.asked(asked, grid=grid, seeds=list(seeds))
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     if published is not None:
-        features = published.feature(opened, features)
+        features = published.feature_of(opened, features)
         grid = published.grid(opened, features[0])
     value = read_file(grid) if isinstance(grid, Path) or (isinstance(grid, str) and _is_file(grid)) else grid
     parsed = parse(value, opened.plain_sets, features=features, seeds=seeds)
@@ -134,8 +134,10 @@ def read_asked(
 
 
 def jobs_of(problem: Problem, configurations: Sequence[Configuration]) -> list[Job]:
+    # By published scores heads are chosen among neighbours in a fine grid: there the convex solver goes to the optimum.
+    exact = problem.published is not None
     return [
-        Job(configuration, fold, number)
+        Job(configuration, fold, number, kept=exact)
         for configuration in configurations
         for number, fold in enumerate(problem.folds)
     ]

@@ -2,6 +2,8 @@
 
 ==========  ==================================================================================================
 ``mteb``    MTEB's classification tasks: few-shot logistic regressions, scored on the whole test split
+``clip``    CLIP's linear probe: logistic regression, its penalty chosen on validation
+``dinov2``  DINOv2's logistic regression on frozen features, the same with penalties of its own
 ==========  ==================================================================================================
 
 A figure is comparable with a published one when rows are drawn, heads trained and chosen, and scores taken as there.
@@ -27,15 +29,16 @@ if TYPE_CHECKING:
 class Published:
     """A protocol by name.
 
-    ``source`` is the paper and the code that it follows, ``heads`` the entries of a grid, ``figure`` what the table
-    prints, in words, ``beside`` the metrics that stand beside it. ``kept`` are the options of the head that ``best/``
-    keeps where nothing is chosen; ``differs`` what is not as published. Of what a call can ask for, it takes
-    ``adjustable``.
+    ``source`` is the paper and the code that it follows, ``features`` what its own figures are of, ``heads`` the
+    entries of a grid, ``figure`` what the table prints, in words, ``beside`` the metrics that stand beside it.
+    ``kept`` are the options of the head that ``best/`` keeps where nothing is chosen; ``differs`` is what is not as
+    published. Of what a call can ask for, it takes ``adjustable``.
     """
 
     name: str
     title: str
     source: str
+    features: str
     heads: tuple[Mapping[str, object], ...]
     protocol: Protocol
     figure: str
@@ -60,7 +63,7 @@ class Published:
             raise SweepSpecError(f"--shots {asked.shots}: expected at least 1")
         return replace(self.protocol, shots=asked.shots)
 
-    def feature(self, cache: FeatureCache, features: Sequence[str]) -> list[str]:
+    def feature_of(self, cache: FeatureCache, features: Sequence[str]) -> list[str]:
         """Return the one feature set that is measured.
 
         Raises ``SweepError`` for a cache without labelled rows in train and test, of another task, or with several
@@ -111,7 +114,7 @@ class Published:
             "source": self.source,
             "rows": protocol.text(),
             "heads": _described(configurations),
-            "features": f"{first.feature}, {scaled}",
+            "features": f"{first.feature}, {scaled}; published figures are of {self.features}",
             "choice": choice,
             "figure": self.figure,
         }
@@ -145,6 +148,7 @@ _MTEB = Published(
     "mteb",
     "MTEB classification",
     "Muennighoff et al. 2023, as mteb 2 runs it (abstasks/classification.py: AbsTaskClassification)",
+    "what a model gives as the embedding of a text",
     # LogisticRegression(max_iter=100) of scikit-learn, its defaults named, on embeddings as the model gives them.
     ({"head": "logistic-regression", "engine": "sklearn", "C": 1.0, "max_iter": 100, "tol": 1e-4, "dtype": "float32",
       "standardize": False},),
@@ -158,7 +162,50 @@ _MTEB = Published(
     adjustable=("shots",),
 )  # fmt: skip
 
-PUBLISHED: Mapping[str, Published] = {protocol.name: protocol for protocol in (_MTEB,)}
+
+def _probe(penalties: Sequence[float]) -> tuple[Mapping[str, object], ...]:
+    """Return logistic regression on the features as they are, at each of the penalties on the sum of losses."""
+    return ({"head": "linear", "solver": "convex", "l2": list(penalties), "standardize": False},)
+
+
+_AT_THE_OPTIMUM = "every penalty is solved to its optimum, where the published solver stops after 1,000 iterations"
+_TWINS = "a train row with the content of a validation row is left out while the penalty is chosen"
+
+_CLIP = Published(
+    "clip",
+    "CLIP's linear probe",
+    "Radford et al. 2021, appendix A.3: logistic regression by L-BFGS of scikit-learn",
+    "the image encoder's output before its projection",
+    _probe([10 ** (step / 8) for step in range(-48, 49)]),  # 96 logarithmic steps from 1e-6 to 1e6, 8 a decade
+    Protocol(folds=1, held_out=0.1, stopping_share=0.0),
+    "accuracy on the test split; beside it balanced_accuracy, the mean over classes, which some data sets have there",
+    beside=("balanced_accuracy",),
+    differs=(
+        "the paper searches around a peak and tries 15 of the 97 penalties: here all are tried, and the best of them "
+        "is at least as good on validation",
+        _AT_THE_OPTIMUM,
+        "the paper does not say which share of train it holds out where there is no validation split: a tenth here",
+        _TWINS,
+    ),
+)
+
+_DINOV2 = Published(
+    "dinov2",
+    "DINOv2's logistic regression",
+    "Oquab et al. 2023, as its eval/log_regression.py runs it",
+    "the class token of the last layer",
+    _probe([10 ** (6 - step / 4) for step in range(45)]),  # C, which is 1 / l2, in 45 values from 1e-6 to 1e5
+    Protocol(folds=1, held_out=0.1, stopping_share=0.0),
+    "top-1 accuracy on the test split; beside it balanced_accuracy, the mean over classes",
+    beside=("balanced_accuracy",),
+    differs=(
+        _AT_THE_OPTIMUM,
+        _TWINS,
+        "the linear evaluation (SGD over learning rates, last blocks and average pooling) is no part of this",
+    ),
+)
+
+PUBLISHED: Mapping[str, Published] = {protocol.name: protocol for protocol in (_MTEB, _CLIP, _DINOV2)}
 """Every protocol by its name."""
 
 
