@@ -127,10 +127,25 @@ def test_a_probe_is_the_straight_line_one(name: str, classes: int, validation: b
     assert ("the cache has no validation split" in result.summary["published"]["fixed"]["rows"]) is not validation
 
 
+def test_neighbours_vote_as_in_a_straight_line(cache: FeatureCache, swept: dict[str, SweepResult]) -> None:
+    (x, y), (x_test, y_test) = cache.arrays("train"), cache.arrays("test")
+    unit, unit_test = (torch.nn.functional.normalize(torch.tensor(each), dim=1) for each in (x, x_test))
+    similarity, nearest = (unit_test @ unit.T).topk(200)
+    votes = torch.nn.functional.one_hot(torch.tensor(y)[nearest], 3) * (similarity / 0.07).softmax(1)[:, :, None]
+    expected = {k: float((votes[:, :k].sum(1).argmax(1).numpy() == y_test).mean()) for k in (10, 20, 100, 200)}
+    found = swept["dinov2-knn"]
+    of = {row.label: row.head.options["n_neighbors"] for row in found.leaderboard}
+    assert {of[figure["label"]]: figure["score"] for figure in found.summary["published"]["figures"]} == expected
+    assert len(set(expected.values())) > 1
+    assert found.best.spec.options["n_neighbors"] == 20  # whichever was best
+    assert found.summary["test"]["score"] == expected[20]
+    assert [row.looked_at_test for row in found.leaderboard] == [True] * 4
+
+
 def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
     fixed = swept["mteb"].summary["published"]["fixed"]
     assert fixed["rows"].startswith("10 draws of 8 rows a class from the train split")
-    assert fixed["heads"] == "scikit-learn's logistic-regression, C=1.0, dtype=float32, max_iter=100, tol=0.0001"
+    assert fixed["heads"] == "sklearn:logistic-regression, C=1.0, dtype=float32, max_iter=100, tol=0.0001"
     assert fixed["features"].startswith("mean, not standardised;")
     results = swept["mteb"].results
     assert [row.train_rows for row in results] == [24] * 10
@@ -138,6 +153,15 @@ def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
     options = {"C": 1.0, "dtype": "float32", "max_iter": 100, "tol": 1e-4}
     assert all(row.head == {"kind": "logistic-regression", "engine": "sklearn", "options": options} for row in results)
     assert not any(row.train["standardize"] for row in results)
+    fixed, results = swept["dinov2-knn"].summary["published"]["fixed"], swept["dinov2-knn"].results
+    assert fixed["heads"] == (
+        "sklearn:knn, metric=cosine, n_neighbors in 10, 20, 100, 200, temperature=0.07, weights=softmax"
+    )
+    assert fixed["rows"] == "trained on the train split, scored on the test split"
+    assert fixed["choice"] == "nothing is chosen; best/ keeps n_neighbors=20"
+    assert {(row.train_rows, row.eval_rows) for row in results} == {(243, 61)}
+    votes = {"metric": "cosine", "temperature": 0.07, "weights": "softmax"}
+    assert [row.head["options"] for row in results] == [votes | {"n_neighbors": k} for k in (10, 20, 100, 200)]
     for name, heads, count in (
         ("clip", "linear, solver=convex, l2 in 97 values from 1e-06 to 1e+06", 97),
         ("dinov2", "linear, solver=convex, l2 in 45 values from 1e-05 to 1e+06", 45),

@@ -196,8 +196,10 @@ def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
     notes += _edges(rows)
     if any(row.head.kind == "majority" and not row.distinguishable for row in rows) and len(rows) > 1:
         notes.append("these rows cannot tell the best head from one that always says the same: more rows are needed")
-    known = {*problem.y[problem.learnable].tolist()}
-    if problem.task is CLASSIFICATION and (unseen := sorted({*problem.test_y.tolist()} - known)):
+    unseen: list[int] = []
+    if problem.task is CLASSIFICATION:
+        unseen = sorted({*problem.test_y.tolist()} - {*problem.y[problem.learnable].tolist()})
+    if unseen:
         names = ", ".join(problem.class_names[label] for label in unseen[:5])
         notes.append(f"the test split has classes that no other row has, so no head can know them: {names}")
     looked = sum(row.looked_at_test for row in rows)

@@ -103,9 +103,9 @@ def sweep(
         test_all: also measure every other head on the test split; they are marked.
         yes: run more than 10,000 configurations.
         minutes: stop training in time to be done after so many; what was left out stands in the notes.
-        protocol: measure one feature set as a published table does: ``mteb``, ``clip`` or ``dinov2``. It fixes
-            heads, rows, choice and metric, as ``embedcache.sweep.protocols`` says; ``summary["published"]`` has what
-            it fixed, and its figures.
+        protocol: measure one feature set as a published table does: ``mteb``, ``clip``, ``dinov2`` or
+            ``dinov2-knn``. It fixes heads, rows, choice and metric, as ``embedcache.sweep.protocols`` says;
+            ``summary["published"]`` has what it fixed, and its figures.
         progress: say on stderr what is going to be trained, and on a terminal how far it is.
 
     Raises:
@@ -375,9 +375,9 @@ class Run:
     def _choices(
         self, rows: Sequence[LeaderboardRow], chosen: LeaderboardRow, plainest: LeaderboardRow
     ) -> tuple[Choice, Choice | None]:
-        """Return the chosen and the recommended head, each with the reason; none is recommended by the test split."""
-        if self.problem.protocol.to_test:
-            return Choice(chosen.id, chosen.label, "the protocol chooses none: this one is kept"), None
+        """Return the chosen and the recommended head, each with the reason; a published protocol recommends none."""
+        if self.problem.published is not None:
+            return Choice(chosen.id, chosen.label, self.problem.fixed["choice"]), None
         group = sum(not row.distinguishable for row in rows)
         among = f"simplest of the {group} heads that cannot be told from the winner"
         best = chosen.rank == 1 and self.ending.choose == "best"
