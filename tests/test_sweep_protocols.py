@@ -18,7 +18,6 @@ from embedcache.cache import FeatureCache
 from embedcache.cli import cli, run
 from embedcache.errors import SweepError, SweepSpecError
 from embedcache.report import report
-from embedcache.report.sections import show
 from embedcache.sweep import SweepResult, planned, sweep
 from embedcache.sweep.protocols import PUBLISHED
 from embedcache.task import Array
@@ -187,14 +186,15 @@ def test_what_is_fixed_is_said_before_and_after(
     lines = [f"{fact}: {text}" for fact, text in facts["fixed"].items()]
     assert planned(cache, protocol=name).to_text().splitlines()[:-1] == lines
     assert set(lines) < set(swept[name].to_text().splitlines())
-    report(swept[name].path, str(tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
-    for figure in facts["figures"]:
-        assert f"{show(figure['score'])}</b>" in page
-        assert f"accuracy {figure['score']:.4f}" in swept[name].to_text()
-    for format_ in ("html", "markdown"):
-        report(swept[name].path, str(tmp_path / format_), format_)
-        assert all(fact in (tmp_path / format_).read_text() for fact in facts["fixed"])
+    texts = [swept[name].to_text(), swept[name]._repr_html_()]
+    for form in ("html", "markdown"):
+        report(swept[name].path, str(tmp_path / form), form)
+        texts.append((tmp_path / form).read_text())
+    for text in texts:
+        assert all(fact in text for fact in facts["fixed"])
+        assert "AbsTaskClassification" in text or name != "mteb"
+        assert all(f"accuracy {figure['score']:.4f}" in text for figure in facts["figures"])
+    assert facts["figures"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,6 +16,7 @@ from embedcache.heads.record import plain
 from embedcache.report.audits import audit_values
 from embedcache.report.audits import facts as audit_facts
 from embedcache.report.sections import facts, p_value, page_values, show
+from embedcache.sweep.result import published_lines
 from embedcache.sweep.summary import LeaderboardRow, Summary
 from embedcache.wording import counted, markdown_table
 
@@ -65,6 +66,9 @@ def to_markdown(summary: Summary, most: int = 30) -> str:
         if choice is not None:
             lines.append(f"- {name}: {plain(choice.label)} ({plain(choice.why)})")
     lines += [f"- {plain(note)}" for note in summary.notes]
+    if summary.published is not None:
+        lines += ["", f"## Protocol {summary.published.name}", ""]
+        lines += markdown_table(["", ""], [[plain(name), plain(text)] for name, text in published_lines(summary)])
     header = ["rank", "head", metric, f"{percent} interval", "p (Holm)", "from the best", "parameters", "seconds"]
     chosen = summary.chosen.id if summary.chosen else None
     lines += ["", "## Leaderboard", ""]

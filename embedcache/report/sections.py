@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 from embedcache.report import charts
 from embedcache.report.charts import Point
+from embedcache.sweep.result import published_lines
 from embedcache.sweep.summary import (
     Confusion,
     FewShot,
@@ -55,6 +56,7 @@ def page_values(summary: Summary) -> dict[str, object]:
         "test": summary.test,
         "pictures": None if summary.test is None else pictures_of(summary.test),
         "mistakes": mistakes_with_safe_pictures(summary.mistakes),
+        "published": published_lines(summary),
         "facts": facts(summary),
         "number": show,
     }
@@ -335,6 +337,4 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("dataset", ran.dataset),
         ("sweep", ran.sweep),
     ]
-    if summary.published is not None:
-        lines[3:4] = summary.published.fixed.items()
     return [("command", ran.command), *lines] if ran.command else lines

@@ -73,7 +73,7 @@ class Published:
         if cache.task is not None and cache.task != CLASSIFICATION.name:
             raise SweepError(
                 f"--protocol {self.name} is of classification, and {cache.path} is {cache.task}: "
-                "a sweep without --protocol takes it"
+                "sweep it without a protocol"
             )
         for split in ("train", "test"):
             if cache.task is not None and not (split in cache.split_names and (cache.targets(split) >= 0).any()):

@@ -14,7 +14,7 @@ from embedcache.errors import SweepError
 from embedcache.journal import commit
 from embedcache.notebook import Table, panel
 from embedcache.sweep.store import Result, read_results
-from embedcache.sweep.summary import Interval, LeaderboardRow, PublishedFacts, Summary, read_summary
+from embedcache.sweep.summary import Interval, LeaderboardRow, Summary, read_summary
 from embedcache.wording import counted, shown, table
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def to_text(summary: Summary, most: int = 12) -> str:
     if failures:
         lines.append(f"{len(failures)} could not be trained, such as {failures[0].label}: {failures[0].error}")
     if summary.published is not None:
-        lines += [f"{name}: {text}" for name, text in _published(summary.published, metric)]
+        lines += [f"{name}: {text}" for name, text in published_lines(summary)]
     elif (test := summary.test) is not None:
         lines.append(
             f"* {test.label}: {metric} {test.score:.4f} {_ends(test.interval)} "
@@ -62,15 +62,17 @@ def to_text(summary: Summary, most: int = 12) -> str:
     return "\n".join(map(shown, lines))
 
 
-def _published(published: PublishedFacts, metric: str) -> list[tuple[str, str]]:
-    """Return what was fixed, and the figures that a table published by the same protocol prints: name and text."""
-    lines = [*published.fixed.items()]
+def published_lines(summary: Summary) -> list[tuple[str, str]]:
+    """Return the figures that a table of the same protocol prints, and what it fixed: name and text; [] without one."""
+    published, lines = summary.published, []
+    if published is None:
+        return []
     for figure in published.figures:
         spread = "" if figure.sd is None else f", standard deviation {figure.sd:.4f} over {len(figure.scores)} draws"
         beside = "".join(f", {name} {value:.4f}" for name, value in figure.beside.items() if value is not None)
-        rows = f"on {counted(figure.rows, 'row')} of test"
-        lines.append((f"{published.name}, {figure.label}", f"{metric} {figure.score:.4f}{spread}{beside}, {rows}"))
-    return lines
+        value = f"{summary.metric.name} {figure.score:.4f}{spread}{beside}, on {counted(figure.rows, 'row')} of test"
+        lines.append((f"{published.name}, {figure.label}", value))
+    return [*published.fixed.items(), *lines]
 
 
 def _table(summary: Summary, most: int) -> tuple[list[str], list[list[str]], list[int]]:
@@ -144,8 +146,7 @@ class SweepResult:
             test.split if test is not None else "test":
                 test and f"{metric} {test.score:.4f} {_ends(test.interval)} on {counted(test.rows, 'row')}",
         }  # fmt: skip
-        if found.published is not None:
-            facts |= dict(_published(found.published, metric))
+        facts |= dict(published_lines(found))
         more = f"{counted(len(found.leaderboard), 'head')}; = cannot be told from the best, * is the chosen one"
         return panel("SweepResult", facts, [Table(header, rows, _NUMBERS, chosen)], found.notes, more=more)
 
