@@ -36,6 +36,7 @@ from embedcache.errors import (
 )
 from embedcache.examples import load_examples
 from embedcache.extract import Bar, Elsewhere, Window, crew, elsewhere, engine_for, extract, load_for, run, work, worker
+from embedcache.extract.actors import Actors
 from embedcache.extract.crew import Given
 from embedcache.extract.progress import Watch
 from embedcache.extract.units import Unit, units_of
@@ -481,6 +482,12 @@ class Connected:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 4.0}}] * 2
 
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 8.0}
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 3.0}
+
 
 def test_of_a_ray_the_one_that_is_connected_is_used_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", Connected())
@@ -493,6 +500,30 @@ def test_of_a_ray_the_one_that_is_connected_is_used_and_no_other(monkeypatch: py
         told = f"^this process is connected to the Ray at 10.0.0.7:6379, and cannot be to the one at {address} too: "
         with pytest.raises(BackboneError, match=told):
             engine_for(ray=address)
+
+
+@pytest.mark.parametrize(
+    ("workers", "placed", "told"),
+    [
+        (3, 3, ""),
+        (
+            3,
+            1,
+            "1 have begun, and others begin, or wait for what else runs on the Ray cluster (3 of 8 CPUs are free): ",
+        ),
+        (9, 2, "2 have begun, and the Ray cluster has room for 8, as each takes 1 CPU: ask for fewer (--workers N), "),
+    ],
+)
+def test_what_workers_of_a_ray_wait_for(monkeypatch: pytest.MonkeyPatch, workers: int, placed: int, told: str) -> None:
+    monkeypatch.setitem(sys.modules, "ray", Connected())
+    actors = Actors("auto", workers)
+    for number in range(workers):
+        future: Future[str] = Future()
+        if number < placed:
+            future.set_result("a node")
+        actors._actors[number] = SimpleNamespace(placed=future)  # type: ignore[assignment]
+    assert actors.waits().startswith(told)
+    assert bool(actors.waits()) == bool(told)
 
 
 # What travels to workers

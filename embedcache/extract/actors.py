@@ -176,19 +176,21 @@ class Actors:
 
     def waits(self) -> str:
         """Say how much room the cluster has, where processes of actors have not begun."""
-        if all(actor.placed.done() for actor in self._actors.values()):
+        placed = sum(actor.placed.done() for actor in self._actors.values())
+        if placed == len(self._actors):
             return ""
+        begun = f"{placed} have begun, and " if placed else ""
         what = "GPU" if self._on_gpus else "CPU"
         takes = self._resources[f"num_{what.lower()}s"]
         room = int(sum(node.get(what, 0) // takes for node in self._nodes))
         if room < self.size:
             return (
-                f"the Ray cluster has room for {room}, as each takes {counted(takes, what)}: ask for fewer "
+                f"{begun}the Ray cluster has room for {room}, as each takes {counted(takes, what)}: ask for fewer "
                 "(--workers N), or add machines"
             )
         free = self._ray.available_resources().get(what, 0)
         return (
-            f"the others begin, or wait for what else runs on the Ray cluster ({free:.0f} of "
+            f"{begun}others begin, or wait for what else runs on the Ray cluster ({free:.0f} of "
             f"{counted(int(self._ray.cluster_resources().get(what, 0)), what)} are free): see ray status"
         )
 
