@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from embedcache.spec import HeadSpec, TrainSpec
     from embedcache.sweep import sweep
     from embedcache.tracking import track
-    from embedcache.train import evaluate_on_cache, train_head, train_on_cache
+    from embedcache.train import add_classes, evaluate_on_cache, train_head, train_on_cache
 
 _WHERE = {
     "AttentionClassifier": "finetune",
@@ -67,6 +67,7 @@ _WHERE = {
     "TextClassificationPipeline": "finetune",
     "TrainSpec": "spec",
     "TrainedHead": "heads",
+    "add_classes": "train",
     "audit_cache": "audit",
     "check_equivalence": "equivalence",
     "check_tuning": "equivalence",
@@ -108,6 +109,7 @@ __all__ = [
     "TrainSpec",
     "TrainedHead",
     "__version__",
+    "add_classes",
     "audit_cache",
     "check_equivalence",
     "check_tuning",

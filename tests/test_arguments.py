@@ -6,6 +6,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class Place:
         result = ec.train_on_cache(self.cache, progress=False)
         self.head = result.head
         result.save(folder / "run")
+        centroids = ec.train_on_cache(self.cache, "nearest-centroid", progress=False).head
+        self.centroids = replace(centroids, class_names=("a", "another"))
         self._numbers = itertools.count()
 
     @property
@@ -91,6 +94,7 @@ ENTRIES: dict[str, tuple[Callable[[Place], Callable[..., Any]], Given]] = {
     "relabel": (lambda place: ec.relabel, lambda place: {"path": place.cache.path, "examples": place.examples}),
     "train_head": (lambda place: ec.train_head, lambda place: {"x": X, "y": Y, "class_names": ["a", "b"]}),
     "train_on_cache": (lambda place: ec.train_on_cache, lambda place: {"cache": place.cache.path}),
+    "add_classes": (lambda place: ec.add_classes, lambda place: {"head": place.centroids, "cache": place.cache.path}),
     "evaluate_on_cache": (
         lambda place: ec.evaluate_on_cache,
         lambda place: {"head": place.head, "cache": place.cache.path, "intervals": False},

@@ -34,6 +34,7 @@ SAID_BY = {
     "backbone": MODEL,
     "extract": frozenset({"extract"}),
     "cache": frozenset({"extract", "relabel", "merge"}),
+    "train/adding.py": frozenset({"add-classes"}),
     "train/cached.py": frozenset({"train", "tune"}),
     "finetune": frozenset({"tune", "check"}),
     "train": frozenset({"train", "sweep", "check", "compare"}),

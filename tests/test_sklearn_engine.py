@@ -23,7 +23,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestCentroid
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.class_weight import compute_class_weight
@@ -52,7 +52,7 @@ QUICK = {"mlp": {"max_iter": 3, "hidden": [11]}, "hist-gradient-boosting": {"max
 LINEAR = [kind for kind, each in KINDS.items() if each.linear]
 OTHER = [kind for kind in KINDS if kind not in (*LINEAR, "knn")]  # which is in test_neighbours
 EVERY = [(kind, task) for kind, each in KINDS.items() if kind != "knn" for task in each.tasks]
-FITTED = [kind for kind in LINEAR if kind != "majority"]
+FITTED = [kind for kind in LINEAR if kind not in ("majority", "nearest-centroid")]
 
 
 def data(task: Task, seed: int = 0, rows: int = N, dim: int = D) -> tuple[Any, Any, int]:
@@ -250,6 +250,30 @@ def test_one_class_is_enough_for_the_majority_and_for_nothing_else() -> None:
     for kind in KINDS.keys() - {"majority"}:
         with pytest.raises(TrainingError, match="of the same class"):
             fit_sklearn(head(kind), x, y, task=CLASSIFICATION, classes=C)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_nearest_centroids_are_scikit_learns(standardize: bool) -> None:
+    x, y, _ = data(CLASSIFICATION)
+    y = np.array([1, 1, 4, 6, 6])[y]
+    arguments = {"task": CLASSIFICATION, "classes": 8, "standardize": standardize}
+    rows = labelled_rows_of(x, y, CLASSIFICATION, [*"abcdefgh"])
+    state = sklearn_engine.fit_sklearn(rows, head("nearest-centroid"), TrainSpec(standardize=standardize)).state
+    z = (x - x.mean(axis=0)) / x.std(axis=0) if standardize else x.astype(float)
+    theirs = NearestCentroid().fit(z, y)
+    np.testing.assert_allclose(state["output.weight"][[1, 4, 6]], theirs.centroids_, atol=1e-5)
+    logits = z @ state["output.weight"].T + state["output.bias"]
+    assert (logits.argmax(axis=1) == theirs.predict(z)).all()
+    assert (
+        {"output.mean", "output.scale"} <= set(state) if standardize else set(state) == {"output.weight", "output.bias"}
+    )
+    assert (state["output.bias"][[0, 2, 3, 5, 7]] == NEVER).all()
+    weight, bias = fit_sklearn(head("nearest-centroid", metric="cosine"), x, y, **arguments).linear
+    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+    means = np.stack([unit[y == label].mean(axis=0) for label in (1, 4, 6)])
+    cosines = unit @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    assert (np.array([1, 4, 6])[cosines.argmax(axis=1)] == (z @ weight.T + bias).argmax(axis=1)).all()
+    np.testing.assert_allclose(np.linalg.norm(weight[[1, 4, 6]], axis=1), 1)
 
 
 def test_a_random_projection_keeps_few_dimensions() -> None:
@@ -754,6 +778,8 @@ def test_bad_data_is_refused() -> None:
         (InputError, "5 rows of features and 97 of targets", lambda: fit_sklearn(
             head("linear"), x[:5], y, task=CLASSIFICATION, classes=C)),
         (SpecError, "lda cannot weigh", with_weights("lda", sample_weight=np.arange(N))),
+        (SpecError, "nearest-centroid cannot weigh", with_weights("nearest-centroid", class_weight="balanced")),
+        (SpecError, "the head nearest-centroid cannot do regression", lambda: fit("nearest-centroid", REGRESSION)),
         (SpecError, "knn cannot weigh", with_weights("knn", class_weight="balanced")),
         (InputError, "sample weights must be 97", with_weights("linear", sample_weight=np.ones(3))),
         (InputError, "of 0 or more", with_weights("linear", sample_weight=-np.ones(N))),

@@ -16,6 +16,7 @@ from embedcache.cli import cli
 from embedcache.errors import Interrupted, SpecError, SweepError, TrainingError
 from embedcache.extract import extract
 from embedcache.heads import TrainedHead
+from embedcache.heads.neighbours import TrainingRows
 from embedcache.spec import HeadSpec, TrainSpec
 from embedcache.sweep import Configuration, SweepResult, conclusion, stacks, sweep, training
 from embedcache.sweep import run as running
@@ -24,6 +25,7 @@ from embedcache.sweep.configuration import Protocol
 from embedcache.sweep.cost import refuse_too_many
 from embedcache.sweep.jobs import Job, JobBatch
 from embedcache.sweep.problem import Problem
+from embedcache.sweep.store import SweepFolder
 from embedcache.task import CLASSIFICATION
 from embedcache.train import train_head
 from embedcache.train.metrics import score
@@ -390,6 +392,28 @@ def test_heads_of_scikit_learn_run_beside(cache: FeatureCache, monkeypatch: pyte
     assert min(row.parameters for row in result.leaderboard if row.head.kind == "knn") > 7 * 100
 
 
+def test_nearest_neighbours_of_a_fold_have_one_search(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all numbers, weights and temperatures; each says, to the bit, what it says trained and searched by itself."""
+    searched: list[int] = []
+    real = TrainingRows.search
+    monkeypatch.setattr(TrainingRows, "search", lambda self, x, k: searched.append(k) or real(self, x, k))
+    ways = {"n_neighbors": [1, 5, 200], "weights": ["uniform", "distance", "softmax"], "temperature": [0.07, 0.5]}
+    grid = [{"head": "knn", "standardize": False, **ways}, {"head": "knn", "metric": "euclidean"}]
+    result = sweep(cache, grid, folds=2, progress=False)
+    assert sorted(searched[:-1]) == [10, 10, 200, 200]  # the last is the chosen head, on the test split
+    assert len(result.leaderboard) == 3 * (2 + 2) + 1
+    problem = Problem.of(cache, protocol=Protocol(folds=2))
+    x = problem.features("mean", problem.rows).values
+    kept = SweepFolder(result.path, problem.identity())
+    for each in result.results:
+        learn, judged = problem.folds[each.fold].usable, problem.folds[each.fold].score
+        alone = train_head(
+            x[learn], problem.y[learn], None, None, HeadSpec(**each.head), TrainSpec(**each.train),
+            class_names=problem.class_names, progress=False, calibrate=False,
+        ).head  # fmt: skip
+        np.testing.assert_array_equal(kept.predictions(each.id)[each.fold], training.outputs_of(alone, x[judged]))
+
+
 def test_what_cannot_be_trained_is_a_failure_with_its_reason(cache: FeatureCache, tmp_path: Path) -> None:
     grid = [{**FAST, "seeds": [0], "learning_rate": [0.03, 1e30], "clip": 0, "optimizer": "sgd"}]
     with np.errstate(all="ignore"):
@@ -502,7 +526,7 @@ def test_a_path_of_penalties_is_each_of_them_alone(cache: FeatureCache, passes: 
 
 def test_the_default_sweep_has_every_sort_of_head_and_says_where_to_look_further(cache: FeatureCache) -> None:
     result = sweep(cache, folds=2, progress=False)
-    assert {row.head.kind for row in result.leaderboard} == {"majority", "linear", "mlp", "residual"}
+    assert {row.head.kind for row in result.leaderboard} == {"majority", "linear", "mlp", "residual", "knn"}
     simple = next(row for row in result.leaderboard if row.id == result.summary["recommended"]["id"])
     group = [row for row in result.leaderboard if not row.distinguishable]
     assert simple.parameters == min(row.parameters for row in group)

@@ -73,6 +73,15 @@ def test_linear_is_the_optimum_unless_a_setting_of_minibatches_is_named() -> Non
     assert old[0].label == "linear epochs=7 lr=0.01 wd=0.01 · mean"
 
 
+def test_a_temperature_makes_no_difference_to_votes_that_do_not_read_it() -> None:
+    grid = [{"head": "knn", "weights": ["uniform", "softmax"], "temperature": [0.05, 0.07], "features": "mean"}]
+    assert sorted(configuration.label for configuration in parse(grid, SETS).configurations()) == [
+        "sklearn:knn temperature=0.05 weights=softmax · mean",
+        "sklearn:knn temperature=0.07 weights=softmax · mean",
+        "sklearn:knn weights=uniform · mean",
+    ]
+
+
 def test_hidden_is_a_choice_of_widths_or_of_lists_of_them() -> None:
     made = parse([{"head": "mlp", "hidden": [16, [32, 8]], "features": "mean"}], SETS).configurations()
     assert [each.head.options["hidden"] for each in made] == [[16], [32, 8]]
@@ -100,7 +109,7 @@ def test_python_values_are_as_good_as_a_file() -> None:
 def test_the_default_has_a_baseline_and_takes_heads_to_the_sets_they_read() -> None:
     made = parse(None, SETS).configurations()
     kinds = {each.head.kind for each in made}
-    assert kinds == {"majority", "linear", "mlp", "residual", "attention-pooling"}
+    assert kinds == {"majority", "linear", "mlp", "residual", "knn", "attention-pooling"}
     assert {each.feature for each in made if each.head.kind == "attention-pooling"} == {"tokens"}
     layers = {"mean@all": FeatureSet("mean@all", "layers", 8, 3, "float32")}
     assert {each.head.kind for each in parse(None, layers).configurations()} == {"attention-pooling", "layer-mix"}
@@ -167,6 +176,7 @@ def test_ranges() -> None:
         ([{"head": "linear", "seed": 3}], r"write seeds: \[3\]"),
         ([{"learning_rate": 1}], "names no head"),
         ([7], "expected the name of a head"),
+        ([{"head": "knn", "temperature": 0.1}], "knn reads a temperature with weights: softmax"),
         ({"seeds": [-1]}, "seeds holds -1"),
         ({"folds": "five"}, "folds is 'five': expected a whole number"),
     ],
@@ -207,4 +217,4 @@ def test_the_documented_file_is_read() -> None:
     text = (grid.__doc__ or "").partition("::\n\n")[2]
     found = parse(yaml.safe_load(text), SETS)
     assert found.asked == Asked(folds=5)
-    assert len(found) == 1 + 2 * 4 * 3 + 2 * 16 + 4 * 3 + 2 * 2
+    assert len(found) == 1 + 2 * 4 * 3 + 2 * 16 + 4 * 3 + 2 * 2 + 2 * 8 * 2

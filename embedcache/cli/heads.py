@@ -1,4 +1,4 @@
-"""train, tune, evaluate."""
+"""train, tune, add-classes, evaluate."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _refuse_unused(head: HeadSpec, given: Mapping[str, Any], device: str | None)
     if head.engine == "sklearn":
         from embedcache.heads.sklearn_kinds import KINDS
 
-        penalised = head.kind in KINDS and KINDS[head.kind].linear
+        penalised = head.kind in KINDS and KINDS[head.kind].linear and head.kind != "nearest-centroid"
         unused: Sequence[str] = (*MINIBATCH_SETTINGS, "solver", *(() if penalised else ("l2",)))
         what, instead = f"the scikit-learn head {head.kind}", "its own settings are given by --head-option"
     elif solver == "convex":
@@ -209,6 +209,36 @@ def _number(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+@click.command("add-classes")
+@click.argument("run", type=click.Path())
+@click.argument("cache", type=click.Path())
+@click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
+@json_option
+@untrusted_option
+def add_classes(run: str, cache: str, output_dir: str, as_json: bool) -> None:
+    """Add the classes of CACHE that the head of RUN lacks, from their training rows alone, without training.
+
+    The heads nearest-centroid and knn can: what they hold of their own classes keeps every bit, and so do the
+    standardisation and the temperature. CACHE must hold features made as those that the head was trained on.
+    """
+    from embedcache.cache import FeatureCache
+    from embedcache.heads import TrainedHead
+    from embedcache.heads.folder import RunFolder
+    from embedcache.train import add_classes as add
+
+    head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
+    with RunFolder(output_dir) as folder:
+        longer = add(head, opened)
+        new = longer.class_names[len(head.class_names) :]
+        rows = {name: longer.training["added_classes"][name] for name in new}  # type: ignore[index]
+        text = ", ".join(f"{shown(name)} ({counted(number, 'row')})" for name, number in rows.items())
+        longer.save_pretrained(folder, facts={"added classes": text})
+    if as_json:
+        return print_json({"added": rows, "classes": list(longer.class_names)})
+    say(f"added {text}: {len(longer.class_names):,} classes now")
+    say(f"saved in {output_dir}: try  embedcache evaluate {output_dir} {cache}")
 
 
 @click.command()
@@ -262,4 +292,4 @@ def evaluate(run: str, cache: str, split: str, average_views: bool, record: bool
         say(f"\nnot in {split}: {', '.join(map(shown, missing))}")
 
 
-COMMANDS = (train, tune, evaluate)
+COMMANDS = (train, tune, add_classes, evaluate)

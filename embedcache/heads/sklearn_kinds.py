@@ -7,6 +7,7 @@
 ``ridge``                   squared error, of +1 and -1 for classes
 ``lda``                     linear discriminant analysis, shrunk by Ledoit and Wolf's rule
 ``knn``                     the votes of the nearest training rows, which are the head: see ``neighbours``
+``nearest-centroid``        the mean of each class, which is one matrix: no training, and classes can be added
 ``mlp``                     scikit-learn's multi-layer perceptron, Adam
 ``hist-gradient-boosting``  histogram gradient boosting, one model a label
 ``majority``                how often each class is in training, whatever the features; the mean for numbers
@@ -242,7 +243,7 @@ def _projection(setting: Setting, options: Options) -> BaseEstimator:
 
 
 def _nothing(setting: Setting, options: Options) -> None:
-    return None  # there is nothing to fit: the engine counts, or keeps the rows
+    return None  # there is nothing to fit: the engine counts, takes means, or keeps the rows
 
 
 _CLASSES = (CLASSIFICATION, MULTILABEL)
@@ -281,6 +282,9 @@ KINDS: Mapping[str, Kind] = {
         _nothing,
         weights=False,
         fault=_no_softmax,
+    ),
+    "nearest-centroid": Kind(
+        (CLASSIFICATION,), True, {"metric": _choice("euclidean", "cosine")}, _nothing, weights=False
     ),
     "mlp": Kind(
         _TASKS,

@@ -191,8 +191,8 @@ class HeadSpec:
     kind: str = _setting(
         "linear",
         "Which head: linear, mlp, residual, attention, attention-pooling, layer-mix; or scikit-learn's "
-        "logistic-regression, linear-svm, ridge, lda, knn, hist-gradient-boosting, and the baselines majority and "
-        "random-projection.",
+        "logistic-regression, linear-svm, ridge, lda, nearest-centroid, knn, hist-gradient-boosting, and the baselines "
+        "majority and random-projection.",
         lambda value: isinstance(value, str), "the name of a head", metavar="NAME",
     )  # fmt: skip
     engine: Literal["torch", "sklearn"] = _choice(

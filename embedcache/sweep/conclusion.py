@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from embedcache.sweep.summary import (
     TestResult,
     TestScore,
 )
-from embedcache.sweep.training import outputs_of, train_batch
+from embedcache.sweep.training import outputs_of, outputs_of_each, train_batch
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats
 from embedcache.train.metrics import score
 
@@ -184,10 +183,11 @@ def test_all(problem: Problem, others: Sequence[Candidate], known: Collection[st
         return by_id
     for batch in batches(problem, jobs):
         x = problem.features(batch.jobs[0].configuration.feature, problem.test_rows)
-        for trained in itertools.chain.from_iterable(train_batch(problem, batch)):
-            if trained.head is not None:
-                tested, _ = _tested(problem, outputs_of(trained.head, x), trained.head.thresholds)
-                by_id[trained.job.configuration.candidate] = tested
+        for together in train_batch(problem, batch):
+            there = [(trained.job, trained.head) for trained in together if trained.head is not None]
+            every = outputs_of_each([head for _, head in there], x) if there else iter(())
+            for (job, head), outputs in zip(there, every, strict=True):
+                by_id[job.configuration.candidate], _ = _tested(problem, outputs, head.thresholds)
     return by_id
 
 

@@ -282,7 +282,10 @@ class Configuration:
             # One order of batches for all seeds: heads that differ in their seed can share a pass.
             idle["shuffle_seed"] = 0
         object.__setattr__(self, "train", replace(self.train, **idle))
-        object.__setattr__(self, "head", replace(self.head, options=_plain(self.head.options)))
+        options = _plain(self.head.options)
+        if (self.head.engine, self.head.kind) == ("sklearn", "knn") and options.get("weights") != "softmax":
+            options.pop("temperature", None)  # of a grid whose other weights read it
+        object.__setattr__(self, "head", replace(self.head, options=options))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Configuration) and self.id == other.id

@@ -21,6 +21,8 @@ _STEPS = 8
 """What the convex solver takes for a penalty and a fold: 3 for a strong one, 30 for a weak one that separates much."""
 _MINIBATCH = 0.75
 """The share of that speed that is left in training by minibatches."""
+_SEARCHED = 0.35
+"""The share that is left in a search for neighbours."""
 _STEP = 1e-4
 """Seconds of a step of a head in a small stack beside its products."""
 
@@ -43,6 +45,8 @@ def seconds_of(problem: Problem, configuration: Configuration) -> float:
     """Return roughly how many seconds one fold of a configuration takes on two cores."""
     feature = problem.cache.feature(configuration.feature)
     rows, outputs = len(problem), len(problem.class_names)
+    if configuration.head.engine == "sklearn" and configuration.head.kind == "knn":
+        return 2 * problem.mean_train_rows * problem.mean_score_rows * feature.dim / (_SEARCHED * _FLOPS)
     if configuration.head.engine == "sklearn":
         return 0.0 if configuration.head.kind == "majority" else 1.0
     if configuration.train.solver == "convex":

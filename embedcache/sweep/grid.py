@@ -17,6 +17,10 @@ The written form (``sweep.yaml``; every key may be left out)::
         dropout: [0.1, 0.5]
         features: mean                  # features and seeds may also stand here
       - {head: logistic-regression, engine: sklearn, C: [0.1, 1]}
+      - head: knn                       # one search for neighbours for all of them, with the largest number
+        n_neighbors: [1, 2, 5, 10, 20, 50, 100, 200]
+        weights: [uniform, softmax]     # softmax as in DINO's evaluation, which compares raw features:
+        standardize: false
 """
 
 from __future__ import annotations
@@ -301,6 +305,10 @@ class _Reader:
             if name not in read:
                 raise SweepSpecError(f"{where}: {_not_read(name, head, solvers)}: it reads {', '.join(sorted(read))}")
         _refuse_unknown(options, allowed, f"{where} ({kind})")
+        if "temperature" in options and "softmax" not in choices(where, options.get("weights", "")).values:
+            raise SweepSpecError(
+                f"{where}: {kind} reads a temperature with weights: softmax: add that, or leave it out"
+            )
         features = self._readable(where, head, written)
         own_seeds = "seeds" in written and not self.seeds_of_call
         seeds = _seeds(_listed(written["seeds"])) if own_seeds else self.seeds
@@ -425,8 +433,9 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
     """Return the heads of a sweep that names none, as the ``heads`` of a file.
 
     Every set with one vector a row gets a linear head by the convex solver at 16 penalties. The first of them also gets
-    the heads trained by minibatches, which cost more, in widths that suit 10,000 rows. Sets of tokens or layers get
-    attention pooling, those of layers a learned mix too. A majority head shows how much the features add.
+    nearest neighbours, and the heads trained by minibatches, which cost more, in widths that suit 10,000 rows. Sets of
+    tokens or layers get attention pooling, those of layers a learned mix too. A majority head shows how much the
+    features add.
     """
     vectors = [name for name in names if feature_sets[name].kind == "pooled"]
     others = [name for name in names if feature_sets[name].kind != "pooled"]
@@ -443,6 +452,8 @@ def default_heads(feature_sets: Mapping[str, FeatureSet], names: Sequence[str]) 
              "features": first},
             {"head": "residual", "width": 128, "depth": 1, "learning_rate": 0.001, "batch_size": 128,
              "features": first},
+            # As DINO is evaluated. One search serves all three, in less time than any head above takes.
+            {"head": "knn", "n_neighbors": [5, 20, 100], "weights": "softmax", "standardize": False, "features": first},
         ]  # fmt: skip
     heads += [{"head": "attention-pooling", "learning_rate": [0.0003, 0.001], "features": [name]} for name in others]
     layers = [name for name in others if feature_sets[name].kind == "layers"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
+from embedcache.heads.sklearn_kinds import KINDS
 from embedcache.spec import MAY_DIFFER
 from embedcache.sweep.configuration import Configuration
 from embedcache.sweep.cost import seconds_of
@@ -57,18 +58,23 @@ class TrainedJob:
         return self.head.parameters or estimator_size(self.head.estimator)
 
 
-How = Literal["convex", "sklearn", "stack"]
+How = Literal["convex", "neighbours", "sklearn", "stack"]
 
 
 @dataclass(frozen=True)
 class JobBatch:
-    """Jobs that are trained in one go; ``how`` is ``stack``, ``convex`` or ``sklearn``.
+    """Jobs that are trained in one go; ``how`` is ``stack``, ``convex``, ``neighbours`` or ``sklearn``.
 
     Stacks may be of several shapes: they train side by side, and no core waits between one shape and the next.
     """
 
     how: How
     jobs: tuple[Job, ...]
+
+    @property
+    def works(self) -> int:
+        """How often the work of one head is done: nearest neighbours have one search for all heads of a fold."""
+        return len({(job.number, job.curve) for job in self.jobs}) if self.how == "neighbours" else len(self.jobs)
 
     @property
     def title(self) -> str:
@@ -89,8 +95,8 @@ def batches(problem: Problem, jobs: Iterable[Job]) -> list[JobBatch]:
         groups.setdefault(_group_of(problem, job), []).append(job)
 
     def cost(group: _Group) -> tuple[float, str]:
-        members = groups[group]
-        return len(members) * seconds_of(problem, members[-1].configuration), group.name
+        batch = JobBatch(group.how, tuple(groups[group]))
+        return batch.works * seconds_of(problem, batch.jobs[-1].configuration), group.name
 
     out: list[JobBatch] = []
     stacked: dict[str, int] = {}  # where the stacks that read a feature set are
@@ -134,9 +140,12 @@ class _Group:
 
 def _group_of(problem: Problem, job: Job) -> _Group:
     configuration = job.configuration
+    train = asdict(configuration.train)
+    if configuration.head.engine == "sklearn" and configuration.head.kind == "knn":
+        metric = configuration.head.options.get("metric", KINDS["knn"].options["metric"].default)
+        return _Group("neighbours", (configuration.feature, metric, train["standardize"], train["views"]))
     if configuration.head.engine == "sklearn":
         return _Group("sklearn", (configuration.feature,))
-    train = asdict(configuration.train)
     if configuration.train.solver == "convex":
         alike = canonical_json({name: train[name] for name in ("class_weight", "standardize", "views")})
         alone = (job.number, job.curve) if is_small(problem, job) else ()

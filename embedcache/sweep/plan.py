@@ -76,7 +76,7 @@ def _seconds(problem: Problem, batch: JobBatch) -> float:
     for job in batch.jobs:
         if job.configuration not in known:
             known[job.configuration] = seconds_of(problem, job.configuration)
-    return sum(known[job.configuration] for job in batch.jobs)
+    return sum(known[job.configuration] for job in batch.jobs) * batch.works / len(batch.jobs)
 
 
 @checks_arguments()

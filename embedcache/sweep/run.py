@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from embedcache.arguments import checks_arguments
 from embedcache.decoding import to_json
 from embedcache.errors import Interrupted, SweepError, SweepSpecError, warn
-from embedcache.features import Features, Rows
+from embedcache.features import Rows
 from embedcache.fingerprint import hash_json
 from embedcache.journal import exists
 from embedcache.notebook import shows_bars
@@ -45,7 +46,7 @@ from embedcache.sweep.summary import (
     TestScore,
     read_summary,
 )
-from embedcache.sweep.training import outputs_of, train_batch
+from embedcache.sweep.training import outputs_of_each, train_batch
 from embedcache.train.loop import STILL_IMPROVING
 from embedcache.train.metrics import metrics_of, score
 from embedcache.wording import counted, duration
@@ -239,22 +240,25 @@ class Run:
         """Score heads on the rows of their folds, and keep the results."""
         results: list[Result] = []
         outputs: dict[str, dict[int, Outputs]] = {}
-        loaded: dict[tuple[str, int], Features] = {}
-        for trained in heads:
-            job = trained.job
-            rows = np.flatnonzero(job.fold.score)
-            probabilities = None
-            if trained.head is not None:
-                key = job.configuration.feature, job.number
-                if key not in loaded:
-                    loaded = {key: self.problem.features(job.configuration.feature, self.problem.rows[rows])}
-                probabilities = outputs_of(trained.head, loaded[key])
-                if not np.isfinite(probabilities).all():
+        for _, group in itertools.groupby(heads, lambda one: (one.job.configuration.feature, one.job.number)):
+            of_fold = list(group)
+            rows = np.flatnonzero(of_fold[0].job.fold.score)
+            for trained, scored in zip(of_fold, self._outputs(of_fold, rows), strict=True):
+                job, probabilities = trained.job, scored
+                if probabilities is not None and not np.isfinite(probabilities).all():
                     trained, probabilities = replace(trained, error=DIVERGED), None
-            results.append(self._result(trained, rows, probabilities))
-            if probabilities is not None and job.curve is None:
-                outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
+                results.append(self._result(trained, rows, probabilities))
+                if probabilities is not None and job.curve is None:
+                    outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
         self.folder.add(results, outputs)
+
+    def _outputs(self, of_fold: Sequence[TrainedJob], rows: Rows) -> Iterator[Outputs | None]:
+        """Yield what heads of one fold and feature set say of some rows, None for one that could not be trained."""
+        heads = [trained.head for trained in of_fold if trained.head is not None]
+        if heads:
+            x = self.problem.features(of_fold[0].job.configuration.feature, self.problem.rows[rows])
+            said = outputs_of_each(heads, x)
+        yield from (None if trained.head is None else next(said) for trained in of_fold)
 
     def _result(self, trained: TrainedJob, rows: Rows, outputs: Outputs | None) -> Result:
         problem, job, configuration = self.problem, trained.job, trained.job.configuration

@@ -1,7 +1,8 @@
 """Configurations x folds -> trained heads: together where that is possible, else in parallel processes.
 
 Torch heads of one shape are stacked (``stacks``). Linear heads of the convex solver are solved as a path over
-penalties. Heads of scikit-learn are fitted by joblib's processes.
+penalties. Nearest neighbours are their rows, and those of a fold are searched once for all heads that look for
+neighbours alike. Other heads of scikit-learn are fitted by joblib's processes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from embedcache.features import Dense, Features, OnDisk, features_of, joined
 from embedcache.fingerprint import canonical_json
 from embedcache.heads import TrainedHead, build_head, stack_key
 from embedcache.heads.registry import checked_kind
+from embedcache.heads.trained import logits_of_each
 from embedcache.shard import FeatureSet
 from embedcache.spec import TrainSpec
 from embedcache.sweep.configuration import Configuration
@@ -64,7 +66,8 @@ def train_batch(
 ) -> Iterator[list[TrainedJob]]:
     """Train the jobs of a batch and yield what is to be kept together; what cannot be trained comes with its error.
 
-    These are a head of scikit-learn, a penalty on all folds, or a shape's stacks on all folds.
+    These are a head of scikit-learn, all nearest neighbours of a fold, a penalty on all folds, or a shape's stacks on
+    all folds.
 
     Raises ``Interruption`` after Ctrl-C, and where stacks are not done ``until`` then, by ``time.perf_counter``.
     """
@@ -72,6 +75,9 @@ def train_batch(
         yield from train_stacks(problem, batch.jobs, progress=progress, title=title or batch.title, until=until)
         return
     x = problem.features(batch.jobs[0].configuration.feature, problem.rows)
+    if batch.how == "neighbours":
+        yield from _neighbours(problem, batch, x)
+        return
     if batch.how == "sklearn":
         for trained in _sklearn(problem, batch, x):
             yield [trained]
@@ -192,6 +198,41 @@ def _one_by_one(problem: Problem, jobs: Sequence[Job], x: Features) -> Iterator[
         yield _Fitting.on(problem, job.configuration.feature).fit(job, x.take(rows), problem.y[rows], views)
 
 
+def _neighbours(problem: Problem, batch: JobBatch, x: Features) -> Iterator[list[TrainedJob]]:
+    """Yield the heads of each fold, which hold the same rows: ``outputs_of_each`` searches them once."""
+    if isinstance(x, OnDisk):
+        yield [TrainedJob(job, None, error=_TOO_LARGE) for job in batch.jobs]
+        return
+    from embedcache.train.sklearn_engine import fit_sklearn
+
+    first = batch.jobs[0].configuration
+    views = problem.views(first.feature, first.train)
+    train = replace(first.train, views=len(views)) if views else first.train
+    learned = LabelledRows(
+        x, problem.y, problem.task, problem.class_names, views=joined([x, *views]) if views else None
+    )  # fmt: skip
+    of_fold: dict[tuple[int, int | None], list[Job]] = {}
+    for job in batch.jobs:
+        of_fold.setdefault((job.number, job.curve), []).append(job)
+    for jobs in of_fold.values():
+        begun = time.perf_counter()
+        rows = learned.take(np.flatnonzero(jobs[0].fold.usable))
+        try:
+            state = fit_sklearn(rows.every_view(), first.head, train).state
+        except EmbedcacheError as error:
+            yield [TrainedJob(job, None, error=str(error)) for job in jobs]
+            continue
+        heads = [
+            TrainedHead(
+                job.configuration.head, problem.task.name, problem.class_names, x.feature, state=state,
+                training=train.record(), **vars(Origin.of(problem.cache)),
+            )
+            for job in jobs
+        ]  # fmt: skip
+        seconds = (time.perf_counter() - begun) / len(jobs)
+        yield [TrainedJob(job, head, seconds) for job, head in zip(jobs, heads, strict=True)]
+
+
 def _sklearn(problem: Problem, batch: JobBatch, x: Features) -> Iterator[TrainedJob]:
     yield from _one_by_one(problem, [job for job in batch.jobs if job.configuration.head.kind in _IN_PROCESS], x)
     jobs = [job for job in batch.jobs if job.configuration.head.kind not in _IN_PROCESS]
@@ -218,9 +259,17 @@ def _sklearn(problem: Problem, batch: JobBatch, x: Features) -> Iterator[Trained
 
 def outputs_of(head: TrainedHead, x: object) -> Outputs:
     """Return the uncalibrated outputs of a head, float32 [n, C]: probabilities or values, NaN where it diverged."""
-    features = features_of(x, head.feature)
-    try:
-        logits = head.logits(features)
-    except FeatureError:  # the features are sound, so it is the head whose numbers overflow
-        return np.full((len(features), len(head.class_names)), np.nan, np.float32)
-    return np.asarray(head.calibrated(logits), np.float32)
+    (outputs,) = outputs_of_each([head], x)
+    return outputs
+
+
+def outputs_of_each(heads: Sequence[TrainedHead], x: object) -> Iterator[Outputs]:
+    """Yield the outputs of heads that read one feature set; nearest neighbours of the same rows have one search."""
+    features = features_of(x, heads[0].feature)
+    together = [heads] if all(head.votes for head in heads) else [[head] for head in heads]
+    for part in together:
+        try:
+            for head, logits in zip(part, logits_of_each(part, features), strict=True):
+                yield np.asarray(head.calibrated(logits), np.float32)
+        except FeatureError:  # the features are sound, so it is the head whose numbers overflow
+            yield from (np.full((len(features), len(head.class_names)), np.nan, np.float32) for head in part)

@@ -3,6 +3,7 @@
 ==================  ===========================================================================================
 ``run``             one head, or many of one shape, on features in hand: picks the engine, calibrates, measures
 ``cached``          the same on the splits of a cache
+``adding``          new classes for a head that needs no training
 ``data``            labelled rows, checked once; their moments and class weights
 ``parts``           the features of rows and of their views, one behind the other without a copy
 ``result``          what an engine made (``Fitted``), and the head with its record (``TrainingResult``)
@@ -24,6 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from embedcache.train.adding import add_classes
     from embedcache.train.cached import evaluate_on_cache, train_on_cache
     from embedcache.train.data import LabelledRows, labelled_rows_of
     from embedcache.train.minibatch import PassOptions
@@ -35,6 +37,7 @@ _WHERE = {
     "PassOptions": "minibatch",
     "Origin": "result",
     "TrainingResult": "result",
+    "add_classes": "adding",
     "evaluate_on_cache": "cached",
     "labelled_rows_of": "data",
     "train_head": "run",
@@ -43,7 +46,7 @@ _WHERE = {
 }
 
 __all__ = [
-    "LabelledRows", "Origin", "PassOptions", "TrainingResult", "evaluate_on_cache", "labelled_rows_of",
+    "LabelledRows", "Origin", "PassOptions", "TrainingResult", "add_classes", "evaluate_on_cache", "labelled_rows_of",
     "train_head", "train_on_cache", "train_stack",
 ]  # fmt: skip
 

@@ -53,7 +53,7 @@ def train_on_cache(
     Raises as ``train_head`` does, and ``TrainingError`` for a class in test that no training row has, unless
     ``allow_unseen``; ``FeatureError`` for a feature set that the cache does not have.
     """
-    cache, head = _opened(cache), head_named(head)
+    cache, head = opened(cache), head_named(head)
     chosen = feature_for(cache, head, feature)
     train, judged, notes = training_rows(cache)
     targets = cache.targets()
@@ -75,7 +75,7 @@ def train_on_cache(
     return replace(result, facts=facts)
 
 
-def _opened(cache: FeatureCache | Path | str) -> FeatureCache:
+def opened(cache: FeatureCache | Path | str) -> FeatureCache:
     from embedcache.cache import FeatureCache
 
     return cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
@@ -193,7 +193,7 @@ def evaluate_on_cache(
         BackboneMismatchError: the cache was made by another backbone or other settings than the head was trained on.
         InputError: no such split, no labels, or a class that the head does not know.
     """
-    cache = _opened(cache)
+    cache = opened(cache)
     refuse_other_cache(head, cache)
     common = cache.common_probe and cache.common_probe.only(head.feature.name)
     warn(difference(head.probe, common).notes("what the head was trained on"))

@@ -1,6 +1,7 @@
 """Heads that scikit-learn fits: from features to one matrix or, where the head is not linear, an estimator.
 
-Nearest neighbours are not fitted at all: they are the training rows (``embedcache.heads.neighbours``).
+Nearest neighbours are not fitted at all: they are the training rows (``embedcache.heads.neighbours``). Nearest
+centroids are the means of classes (``centroids``).
 
 A linear head becomes a weight [C, D] and a bias [C], with standardisation and projection folded in. Its outputs are
 logits; probabilities are their softmax, or their sigmoid for each label. For logistic regression and LDA these are the
@@ -12,7 +13,7 @@ softmax of their decision values has the right order, but means little before a 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -59,6 +60,8 @@ def fit_sklearn(rows: LabelledRows, head: HeadSpec, spec: TrainSpec) -> Fitted:
     x = rows.matrix(head.kind)
     if head.kind == "knn":
         return _training_rows(problem, x, options, spec.standardize)
+    if head.kind == "nearest-centroid":
+        return _nearest_centroids(problem, x, str(options["metric"]), spec.standardize)
     setting = Setting(rows.task, float(spec.l2), spec.seed, x.shape[1])
     fitting = _Fitting(problem, weights, lambda: kind.build(setting, options), spec.standardize and kind.scaled)
     with _heard(fitting.notes):
@@ -309,6 +312,44 @@ def _training_rows(problem: _Problem, x: Array, options: Options, standardize: b
     asked = options.whole("n_neighbors")
     short = f"knn asks for {asked} neighbours and has {len(x)} rows: it uses them all"
     return Fitted(state, notes=(short,) if asked > len(x) else ())
+
+
+def _nearest_centroids(problem: _Problem, x: Array, metric: str, standardize: bool) -> Fitted:
+    """Return the centroids of classes as a matrix; standardisation is kept beside it, for classes that are added."""
+    scaled: dict[str, Array] = {}
+    if standardize:
+        scaled["output.mean"], scaled["output.scale"] = moments(problem.rows.x, problem.rows.weight)
+    weight, bias = centroids(x, problem.y, problem.outputs, metric, scaled)
+    return Fitted({"output.weight": weight, "output.bias": bias, **scaled})
+
+
+def centroids(x: Array, y: Array, classes: int, metric: str, scaled: Mapping[str, Array]) -> Matrix:
+    """Return weight [C, D] and bias [C] by which the nearest centroid has the highest logit, for scaled features.
+
+    By ``euclidean`` distance a class has the mean c of its rows: c x - c c / 2 is highest where x - c is shortest. By
+    ``cosine`` it has the direction of the mean of its rows at length 1; a logit is then the cosine times the length of
+    x. A softmax of either has the right order, and is a probability once a temperature is fitted on validation. Each
+    class is computed from its own rows alone.
+    """
+    weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, NEVER)
+    order = np.argsort(y, kind="stable")
+    first = np.searchsorted(y[order], np.arange(classes + 1))
+    for number in np.unique(y).tolist():
+        own = x[order[first[number] : first[number + 1]]].astype(np.float64)
+        if scaled:
+            own = (own - scaled["output.mean"]) * scaled["output.scale"]
+        if metric == "cosine":
+            weight[number], bias[number] = _unit(_unit(own).mean(axis=0)), 0.0
+        else:
+            weight[number] = own.mean(axis=0)
+            bias[number] = -np.square(weight[number]).sum() / 2
+    return weight, bias
+
+
+def _unit(vectors: Floats) -> Floats:
+    """Return vectors of length 1; those of zeros stay."""
+    length = np.sqrt(np.square(vectors).sum(axis=-1, keepdims=True))
+    return np.asarray(np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0))
 
 
 def _scaler(x: Array, weight: Array | None, stored: npt.DTypeLike, *, copy: bool) -> BaseEstimator:
