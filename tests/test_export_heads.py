@@ -183,7 +183,7 @@ UNMAPPED = [
     ("sentence-transformers", "linear", "pooler", "does not hold the pooling pooler"),
     ("transformers", "linear", "mean", "its classifiers read cls or pooler; --to sentence-transformers holds mean"),
     ("transformers", "mlp", "cls", "its classifiers are one matrix"),
-    ("torch-export", "knn", "mean", "the head knn is a scikit-learn estimator without matrices"),
+    ("torch-export", "knn", "mean", "the head knn is training rows without matrices"),
 ]
 
 
