@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+import torch
 from fakes import CountingBackbone
 from hypothesis import given
 from hypothesis import strategies as st
@@ -546,3 +547,15 @@ def test_signals_in_the_middle_lose_nothing(tmp_path: Path, number: signal.Signa
     assert 0 < len(backbone.rows_seen) <= 380  # a shard may be in its place and not yet in the manifest
     extract(texts, output_dir=tmp_path / "whole", backbone=CountingBackbone(), rows_per_shard=20)
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("dtype", "supported"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_a_half_type_without_instructions_is_told_of(
+    dtype: str, supported: bool, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    cache = extract(
+        [{"text": "one", "label": "a"}], model=str(bert), output_dir=tmp_path / "c", device="cpu", compute_dtype=dtype
+    )
+    told = [note for note in cache.notes if "no instructions for bfloat16, which takes several times as long" in note]
+    assert bool(told) == (dtype == "bfloat16" and not supported)

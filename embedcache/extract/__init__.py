@@ -25,7 +25,7 @@ from embedcache.examples import Examples, load_examples, quarantine_file
 from embedcache.extract.commit import run
 from embedcache.extract.crew import Given, Processes
 from embedcache.extract.elsewhere import Elsewhere
-from embedcache.extract.forecast import Forecast, compile_hint, forecast
+from embedcache.extract.forecast import Forecast, compile_hint, forecast, half_type_hint
 from embedcache.extract.here import Here
 from embedcache.extract.progress import Bar, ExtractionReport, Progress
 from embedcache.extract.windows import Window, new_rows
@@ -246,8 +246,8 @@ def extract(
     selected = parse_part(part)
     if selected is not None:
         examples = part_of(examples, *selected)
-    hint = compile_hint(examples, backbone, output_dir) if others is None else None
-    hints = () if hint is None else (hint,)
+    found = (compile_hint(examples, backbone, output_dir), half_type_hint(backbone)) if others is None else ()
+    hints = tuple(hint for hint in found if hint is not None)
     warn(hints)
     report = run(
         examples,

@@ -209,3 +209,18 @@ def compile_hint(examples: Examples, backbone: Backbone, output_dir: Path | str)
         f"about {duration(seconds)} of computing: --compile would save about {duration(saved)} "
         "(other last bits, so another cache)"
     )
+
+
+def half_type_hint(backbone: Backbone) -> str | None:
+    """Return one line where a half type was asked for that this CPU has no instructions for; else None."""
+    import torch
+
+    dtype = str(backbone.identity.get("compute_dtype"))
+    asks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, asks.get(dtype, ""), None)
+    if getattr(backbone, "device", torch.device("meta")).type != "cpu" or supported is None or supported():
+        return None
+    return (
+        f"this CPU has no instructions for {dtype}, which takes several times as long as float32 here: leave --dtype "
+        "out; --store keeps features small all the same"
+    )
