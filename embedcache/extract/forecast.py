@@ -221,6 +221,6 @@ def half_type_hint(backbone: Backbone) -> str | None:
     if getattr(backbone, "device", torch.device("meta")).type != "cpu" or supported is None or supported():
         return None
     return (
-        f"this CPU has no instructions for {dtype}, which takes several times as long as float32 here: leave --dtype "
-        "out; --store keeps features small all the same"
+        f"this CPU has no instructions for {dtype}, which takes several times as long as float32 here: --dtype "
+        "float32 is quicker, and --store float16 keeps features small all the same"
     )
