@@ -30,8 +30,10 @@ from embedcache.errors import (
 )
 from embedcache.finetune import CachedStates, LiveStates, TailModel, cached_states, evaluate_tuned, tuning
 from embedcache.finetune.live import LiveLearner
+from embedcache.finetune.tuning import better_before
 from embedcache.heads import TrainedHead, build_head
 from embedcache.spec import TUNING, HeadSpec, TrainSpec
+from embedcache.task import CLASSIFICATION, REGRESSION
 
 WORDS = ("good", "bad", "film", "plot", "old", "very", "a")
 FAST = TrainSpec(epochs=3, batch_size=5, learning_rate=1e-2, patience=0, weight_decay=0.01, seed=3)
@@ -363,3 +365,15 @@ def test_pictures_all_the_way(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CachedStates, "laid_out", laid_out)
     assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False, reference="canonical").equal
+
+
+def test_a_head_that_did_better_alone_is_told_of() -> None:
+    def told(task: Any, name: str, before: float, after: float) -> list[str]:
+        return better_before(task, {"validation": {name: before}}, {"validation": {name: after}})
+
+    (note,) = told(CLASSIFICATION, "accuracy", 0.81, 0.79)
+    assert "the head alone does better than with its blocks trained (accuracy 0.810, 0.790)" in note
+    assert told(REGRESSION, "rmse", 1.0, 2.0)
+    assert not told(CLASSIFICATION, "accuracy", 0.79, 0.79)
+    assert not told(REGRESSION, "rmse", 2.0, 1.0)
+    assert not better_before(CLASSIFICATION, {"train": {}}, {"train": {}})
