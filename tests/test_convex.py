@@ -20,11 +20,12 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from embedcache.errors import FeatureError, InputError, SpecError, TrainingError
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Task
+from embedcache.threads import Workers
 from embedcache.train.convex import NEVER, Solution, path, path_folds, solve, walk_folds
 from embedcache.train.convex import descent as descent_module
 from embedcache.train.convex.curvature import Curvature
 from embedcache.train.convex.descent import Objective, Pairs, Walk
-from embedcache.train.convex.design import Workers, design, segments
+from embedcache.train.convex.design import design, segments
 
 Array = np.ndarray[Any, Any]
 N, D = 211, 7

@@ -68,7 +68,8 @@ def published_lines(summary: Summary) -> list[tuple[str, str]]:
     if published is None:
         return []
     for figure in published.figures:
-        spread = "" if figure.sd is None else f", standard deviation {figure.sd:.4f} over {len(figure.scores)} draws"
+        draws = counted(len(figure.scores), "draw")
+        spread = "" if figure.sd is None else f", standard deviation {figure.sd:.4f} over {draws}"
         beside = "".join(f", {name} {value:.4f}" for name, value in figure.beside.items() if value is not None)
         value = f"{summary.metric.name} {figure.score:.4f}{spread}{beside}, on {counted(figure.rows, 'row')} of test"
         lines.append((f"{published.name}, {figure.label}", value))
