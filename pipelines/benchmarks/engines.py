@@ -58,7 +58,7 @@ def crews(workers: int) -> Iterator[dict[str, Callable[[], Crew]]]:
 
             ray.init(address="local", num_cpus=os.cpu_count(), logging_level="warning", log_to_driver=False)
             stack.callback(ray.shutdown)
-            found["Ray"] = lambda: Actors("local", workers)
+            found["Ray"] = lambda: Actors("auto", workers)
         if find_spec("distributed"):
             from distributed import Client, LocalCluster
 
