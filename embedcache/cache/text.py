@@ -143,6 +143,7 @@ _ENTRY = re.compile(
     r'   "provenance": (\{\}|\{\n(?:    .*\n)*   \}),\n'
     r'   "rows": ([1-9][0-9]{0,15}),\n   "sha256": "([0-9a-f]*)"\n  \}(?:,\n|$)'
 )
+# What an entry has around its five values and with the comma behind it; of these, four characters are in the sample.
 _AROUND = len(",\n") + len(entry_text({"bytes": 1, "name": "", "provenance": {}, "rows": 1, "sha256": ""}).shown) - 4
 
 
@@ -156,9 +157,9 @@ def found(text: str) -> Found | None:
     if start < len(_START) or end < 0:
         return None
     entries = _ENTRY.findall(text, start, end)
-    if sum(map(len, [part for entry in entries for part in entry])) + len(entries) * _AROUND != end - start + len(
-        ",\n"
-    ):
+    # The last has no comma. Where something else stands between two entries, they are shorter than the whole.
+    length = sum(map(len, [part for entry in entries for part in entry])) + len(entries) * _AROUND - len(",\n")
+    if length != end - start:
         return None
     known: dict[str, tuple[Any, str]] = {}
     shards, canonical = [], []
