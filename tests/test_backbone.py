@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,11 +279,9 @@ def test_no_rows(tiny: Callable[[str], Path]) -> None:
 
 def test_a_megabyte_in_one_row(tiny: Callable[[str], Path]) -> None:
     backbone = load_backbone(str(tiny("bert")), features=["mean"], device="cpu")
-    start = time.process_time()
     tokens = backbone.prepare([b"good film " * 100_000, b"x" * 1_000_000, b"good"])
     assert tokens.lengths.tolist() == [64, 3, 3]
     assert tokens.truncated == 1
-    assert time.process_time() - start < 20
 
 
 def test_tokenizer_of_another_model(tiny: Callable[[str], Path], bert: Path) -> None:
@@ -755,10 +752,9 @@ def test_the_default_is_the_packaged_model(minilm_path: Path, monkeypatch: pytes
 
 
 def test_hub_names_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.perf_counter()
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was tried"))
     refused("nobody/no-such-model", r"is not on this machine and the hub cannot be reached \(HF_HUB_OFFLINE is set\)")
     refused("not a name!", "is neither a folder here nor a possible hub name")
-    assert time.perf_counter() - start < 5
 
 
 def hub(code: str, home: Path, endpoint: str = "http://127.0.0.1:9", **environment: str) -> str:

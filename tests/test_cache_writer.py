@@ -466,12 +466,10 @@ def test_a_writer_is_used_in_a_with_block(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_at_once_while_readers_go_on(tmp_path: Path) -> None:
     path = write(tmp_path / "c", 5, 3, POOLED)
     code = (
-        "import sys, time; from embedcache.cache import CacheWriter, FeatureCache; from small_caches import *\n"
-        "start = time.monotonic()\n"
+        "import sys; from embedcache.cache import CacheWriter, FeatureCache; from small_caches import *\n"
         "print(len(FeatureCache.open(sys.argv[1]).features()))\n"
         "try:\n    CacheWriter(sys.argv[1], SPEC, SETS[:1]).__enter__()\n"
         "except BlockingIOError as error:\n    print(error)\n"
-        "print(time.monotonic() - start < 5)\n"
     )
 
     def other() -> list[str]:
@@ -480,17 +478,18 @@ def test_a_second_writer_is_refused_at_once_while_readers_go_on(tmp_path: Path) 
             capture_output=True,
             text=True,
             check=True,
+            timeout=120,  # who waits for the lock waits for ever: it is held until this process has ended
             cwd=Path(__file__).parent,
             env={**os.environ, "PYTHONPATH": str(Path(writer.__file__).parents[2])},
         ).stdout.splitlines()
 
     with CacheWriter(path, SPEC, POOLED) as first:
-        assert other() == ["5", f"another process is writing to {path}: wait for it, or stop it", "True"]
+        assert other() == ["5", f"another process is writing to {path}: wait for it, or stop it"]
         with pytest.raises(CacheLockedError, match="another process is writing"):
             CacheWriter(path, SPEC, POOLED).__enter__()
         first.append(keys(range(5, 8)), arrays(POOLED, range(5, 8)), {})
     write(path, 8, 3, POOLED)
-    assert other() == ["8", "True"], "and afterwards the lock is free"
+    assert other() == ["8"], "and afterwards the lock is free"
     assert sorted(os.listdir(path)) == ["examples", "features", "manifest.json"]
 
 
