@@ -279,7 +279,7 @@ def test_the_table_says_what_was_compared(
     assert said.code == 0
     told = json.loads(said.out)
     assert told["equal"]
-    assert told["sampled"]["training"] == "3 minibatch steps of 32 on 33 rows"
+    assert told["sampled"]["training"] == "3 minibatch steps of 32 on 33 rows, by adamw"
     whats = {(each["reference"], each["what"]): each for each in told["comparisons"]}
     assert whats["canonical", "losses"]["values"] == whats["canonical", "losses"]["identical"] == 3
     assert (
@@ -539,8 +539,8 @@ def test_one_stored_bit_flipped(cache: FeatureCache, csv: Path, tmp_path: Path, 
         ({"label_smoothing": 0.1}, "initial head differ at output.bias"),
         ({"class_weight": "balanced"}, "another seed, other targets, class weights or smoothing"),
         ({"learning_rate": 0.0031}, "losses differ at step 1 first: the first steps agree, then one moved"),
-        ({"weight_decay": 1.0}, "learning rate, decay, clipping or schedule"),
-        ({"optimizer": "sgd"}, "learning rate, decay, clipping or schedule"),
+        ({"weight_decay": 1.0}, "learning rate, decay, momentum, clipping or schedule"),
+        ({"optimizer": "sgd"}, "learning rate, decay, momentum, clipping or schedule"),
         ({"schedule": "linear"}, "the optimizer differs"),
     ],
 )
@@ -556,6 +556,36 @@ def test_a_head_trained_another_way(
 
     monkeypatch.setattr(check, "train_live", other)
     fails(command(cache.path, csv, *QUICK), "training, canonical reference: ", cause)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_steps_of_sgd_agree_to_the_bit_and_with_torchs(
+    head: str, cache: FeatureCache, csv: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Said]
+) -> None:
+    asked = ("--steps", "3", "--head", head, "--optimizer", "sgd")
+    said = command(cache.path, csv, *asked, "--json")
+    assert said.code == 0
+    told = json.loads(said.out)
+    assert told["sampled"]["training"] == "3 minibatch steps of 32 on 33 rows, by sgd"
+    verdicts = {(row["reference"], row["what"]): row["verdict"] for row in told["comparisons"]}
+    assert verdicts["canonical", "optimizer: first"] == verdicts["canonical", "final parameters"] == "identical"
+    assert verdicts["standard", "optimizer: first"] in ("identical", "within tolerance")
+    assert ("canonical", "optimizer: second") not in verdicts  # SGD has none
+    honest = check.train_live, check.train_standard
+
+    def lost(plan: TrainingPlan, *rest: Any, **options: Any) -> Any:
+        return honest[0](replace(plan, spec=replace(plan.spec, momentum=0.0)), *rest, **options)
+
+    def ours_lost(plan: TrainingPlan, *rest: Any, **options: Any) -> Any:
+        return honest[1](replace(plan, spec=replace(plan.spec, momentum=0.5)), *rest, **options)
+
+    monkeypatch.setattr(check, "train_live", lost)
+    fails(command(cache.path, csv, *asked, "--reference", "canonical"), "decay, momentum, clipping or schedule")
+    monkeypatch.setattr(check, "train_standard", ours_lost)
+    fails(command(cache.path, csv, *asked, "--reference", "standard"), "training, standard reference: ")
+    refused = command(cache.path, csv, *asked, "--blocks", "1")
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert "--optimizer sgd and --blocks" in refused.err
 
 
 def test_standardised_by_other_moments_and_other_dropout(

@@ -175,6 +175,47 @@ def test_steps_are_those_of_torchs_optimizer(optimizer: Any, kind: str) -> None:
         torch.testing.assert_close(stack.state(0)[name], value.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_step_of_sgd_is_torchs_to_the_bit_alone_and_in_a_stack(kind: str) -> None:
+    """Heads of a stack differ in rate, decay and schedule; the optimizer gets the same gradients everywhere."""
+    options = {"hidden": [5]} if kind == "mlp" else {}
+    rates = [(0.1, 0.3, "cosine"), (0.007, 0.0, "cosine"), (3.1, 0.01, "constant")]
+    specs = [
+        TrainSpec(optimizer="sgd", momentum=0.7, learning_rate=rate, weight_decay=decay, schedule=when, clip=0)
+        for rate, decay, when in rates
+    ]
+    heads = [HeadSpec(kind, "torch", options)] * 3
+
+    def stack_of(places: list[int]) -> HeadStack:
+        built = [build_head(heads[place], POOLED, 3, seed=place) for place in places]
+        return HeadStack(built, [specs[place] for place in places], Loss(CLASSIFICATION, 3, [0.0] * len(places)), 20)
+
+    together, alone = stack_of([0, 1, 2]), [stack_of([place]) for place in range(3)]
+    plain = [dict(build_head(heads[place], POOLED, 3, seed=place).named_parameters()) for place in range(3)]
+    groups = [
+        [{"params": [value], "weight_decay": decay if value.dim() > 1 else 0.0} for value in own.values()]
+        for own, (_, decay, _) in zip(plain, rates, strict=True)
+    ]
+    optimizers = [torch.optim.SGD(own, rate, 0.7) for own, (rate, _, _) in zip(groups, rates, strict=True)]
+    draw = torch.Generator().manual_seed(3)
+    for step in range(20):
+        drawn = [torch.randn(value.shape, generator=draw) for value in together.parameters]
+        for stack, places in ((together, [0, 1, 2]), *((own, [place]) for place, own in enumerate(alone))):
+            own = [part[places] if stack.stacked else part[places[0]].clone() for part in drawn]
+            stack.gradients = lambda *_, own=own: (torch.zeros(()), own)  # type: ignore[method-assign,misc]
+            stack.step(torch.zeros(0), None, torch.zeros(0))
+        for place, optimizer in enumerate(optimizers):
+            for value, part in zip(plain[place].values(), drawn, strict=True):
+                value.grad = part[place].clone()
+            for group in optimizer.param_groups:
+                group["lr"] = rates[place][0] * schedule_factors(specs[place], step, 1, 20)[0]
+            optimizer.step()
+    for place in range(3):
+        for name, value in plain[place].items():
+            assert torch.equal(together.state(place)[name], value), name
+            assert torch.equal(alone[place].state(0)[name], value), name
+
+
 def test_schedules() -> None:
     rising = schedule_factors(TrainSpec(schedule="constant", warmup=0.4), 0, 10, 10)
     np.testing.assert_allclose(rising, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1])

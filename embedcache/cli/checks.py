@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     help="canonical: the backbone at the cache's own batch shapes, bit for bit. standard: plain transformers and "
     "torch, within a derived tolerance.",
 )  # fmt: skip
+@setting_option("optimizer", default="adamw")
 @click.option(
     "--steps",
     type=int,
@@ -67,6 +68,8 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     from embedcache.cache import FeatureCache
     from embedcache.equivalence import check_equivalence, check_tuning
 
+    if options["blocks"] is not None and options["optimizer"] != "adamw":
+        raise click.UsageError("--optimizer sgd and --blocks contradict each other: tune trains blocks by adamw")
     opened, split = FeatureCache.open(cache), given.options["split"]
     if split is not None and "/" not in split:
         given.options["split"], options["split"] = None, split
@@ -75,7 +78,7 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
         kind = "id" if opened.spec.content == "id" else None
         examples = given.examples(f"{cache}.quarantine.jsonl", kind=kind, pixel_range=opened.spec.pixel_range)
     if (blocks := options.pop("blocks")) is not None:
-        options = {name: value for name, value in options.items() if name != "rows"}
+        options = {name: value for name, value in options.items() if name not in ("rows", "optimizer")}
         result = check_tuning(opened, examples, head=head, blocks=blocks, **options)
     else:
         result = check_equivalence(opened, examples, head=head, **options)

@@ -223,6 +223,7 @@ def check_equivalence(
     encoder: Callable[[list[Any]], Any] | None = None,
     head: HeadSpec | str | None = None,
     feature: str | None = None,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
     reference: Reference = "both",
     steps: int | None = None,
     rows: int = ROWS,
@@ -252,6 +253,7 @@ def check_equivalence(
             compared with training on the features in its files, and the result says what that does not prove.
         head: which head; None for an mlp, or for attention-pooling where the cache has no pooled set.
         feature: the feature set to train on; None for the first that the head can read. All sets are compared.
+        optimizer: what takes the steps: ``adamw``, or ``sgd`` with momentum.
         reference: ``canonical``, ``standard`` or ``both``.
         steps: training steps to compare; None for 10, with ``everything`` at least a whole epoch.
         rows: how many rows' features are recomputed.
@@ -290,7 +292,7 @@ def check_equivalence(
         seed=seed,
     )  # fmt: skip
     plan = TrainingPlan.of(
-        opened, spec, chosen, len(sampled.train), steps=steps, whole_epoch=everything, seed=seed
+        opened, spec, chosen, len(sampled.train), steps=steps, whole_epoch=everything, seed=seed, optimizer=optimizer
     )  # fmt: skip
     if by_itself is not None:
         subject = alone.subject_of(opened, raw, sampled, plan)
@@ -403,7 +405,7 @@ def _how_much(subject: Subject) -> dict[str, str]:
     return {
         "features": f"{share} rows",
         "training": f"{counted(plan.steps, 'minibatch step')} of {plan.spec.batch_size} "
-        f"on {counted(len(rows.train), 'row')}",
+        f"on {counted(len(rows.train), 'row')}, by {plan.spec.optimizer}",
         "predictions": f"{counted(len(rows.evaluate), 'row')} of {rows.split}",
         "head": f"{plan.head.kind} on {plan.feature.name}",
     }

@@ -336,7 +336,7 @@ TRAINING = {
     "dropout draws": "dropout is drawn from another seed or another number of times",
     "losses": "the same features, weights and batches give other losses: labels, loss or dropout differ",
     "gradient norms": "the same losses give other gradients",
-    "steps": "the first steps agree, then one moved another way: learning rate, decay, clipping or schedule",
+    "steps": "the first steps agree, then one moved another way: learning rate, decay, momentum, clipping or schedule",
     "final parameters": "the same gradients give other parameters: the optimizer differs",
     "optimizer: first": "the optimizer's state differs",
     "optimizer: second": "the optimizer's state differs",

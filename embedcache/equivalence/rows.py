@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -279,13 +279,15 @@ class TrainingPlan:
     @classmethod
     def of(
         cls, cache: FeatureCache, head: HeadSpec, feature: FeatureSet, rows: int, *, steps: int | None,
-        whole_epoch: bool, seed: int,
+        whole_epoch: bool, seed: int, optimizer: Literal["adamw", "sgd"] = "adamw",
     ) -> TrainingPlan:  # fmt: skip
         """Plan training on so many rows of a cache; ``steps`` None for 10, or at least a ``whole_epoch``."""
         size = min(BATCH_SIZE, rows)
         per_epoch = -(-rows // size)
         steps = steps or (max(STEPS, per_epoch) if whole_epoch else STEPS)
-        spec = TrainSpec(epochs=-(-steps // per_epoch), batch_size=size, patience=0, seed=seed)
+        spec = TrainSpec(
+            epochs=-(-steps // per_epoch), batch_size=size, optimizer=optimizer, patience=0, seed=seed
+        )  # fmt: skip
         task = task_named(cache.task or CLASSIFICATION)
         return cls(head, feature, task, tuple(cache.class_names), spec, steps, spec.epochs * per_epoch)
 

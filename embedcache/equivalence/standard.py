@@ -4,7 +4,7 @@ Parameters have the names that ours have, so that both can start from the same n
 
 ``AutoTokenizer`` with ``padding="longest"``, a plain ``AutoModel`` under ``no_grad``, pooling in a few lines of torch.
 
-A plain ``nn.Module`` as the head, autograd, ``torch.optim.AdamW`` and ``torch.nn.functional``'s losses.
+A plain ``nn.Module`` as the head, autograd, ``torch.optim``'s AdamW or SGD and ``torch.nn.functional``'s losses.
 """
 
 from __future__ import annotations
@@ -371,7 +371,11 @@ def train_standard(
     matrices = [value for name, value in net.named_parameters() if value.dim() >= 2 and name.endswith("weight")]
     others = [value for value in net.parameters() if not any(value is matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate)
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, lr=spec.learning_rate)
+        if spec.optimizer == "adamw"
+        else torch.optim.SGD(groups, lr=spec.learning_rate, momentum=spec.momentum)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plain_factor(spec, step, plan.scheduled))
     center, spread = np.zeros(1), np.ones(1)
     if plan.task is REGRESSION:
@@ -400,11 +404,16 @@ def train_standard(
         losses=np.array(losses, np.float32),
         norms=np.array(norms, np.float32),
         final={name: value.detach().numpy() for name, value in net.named_parameters()},
-        first_moments={name: state["exp_avg"].numpy() for name, state in states.items()},
-        second_moments={name: state["exp_avg_sq"].numpy() for name, state in states.items()},
+        first_moments=_state(states, "exp_avg" if spec.optimizer == "adamw" else "momentum_buffer"),
+        second_moments=_state(states, "exp_avg_sq"),
         draws=generator.get_state().numpy() if len(start.draws) else start.draws,
         logits=np.asarray(_logits(module.eval(), evaluation) * spread + center, np.float32),
     )
+
+
+def _state(states: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Array]:
+    """Return one of the optimizer's tensors of each parameter, as far as there is one."""
+    return {parameter: state[name].numpy() for parameter, state in states.items() if name in state}
 
 
 def _standardisation(x: Array) -> tuple[Tensor, Tensor]:

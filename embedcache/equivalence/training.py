@@ -28,10 +28,11 @@ Named = Mapping[str, Array]
 class Record:
     """What training did: S steps, P parameters by name.
 
-    ``initial``, ``final`` and the optimizer's moments are by parameter; ``standardisation`` is mean and 1 / deviation
-    [D] each; ``batches`` are the rows of each step; ``losses`` and ``norms`` (of the gradients, before clipping) are
-    float32 [S]; ``draws`` is the state of the dropout's generator after the last step; ``logits`` are those of the
-    evaluation rows, float32 [N, C]. ``head`` is None where the trained head is a plain module.
+    ``initial``, ``final`` and the optimizer's moments (of SGD the first ones alone) are by parameter;
+    ``standardisation`` is mean and 1 / deviation [D] each; ``batches`` are the rows of each step; ``losses`` and
+    ``norms`` (of the gradients, before clipping) are float32 [S]; ``draws`` is the state of the dropout's generator
+    after the last step; ``logits`` are those of the evaluation rows, float32 [N, C]. ``head`` is None where the trained
+    head is a plain module.
     """
 
     initial: Named
@@ -113,7 +114,7 @@ def train(
         norms=np.array(watched.norms, np.float32),
         final=_numpy(stack.state(0)),
         first_moments=_numpy({name: pair[0] for name, pair in moments.items()}),
-        second_moments=_numpy({name: pair[1] for name, pair in moments.items()}),
+        second_moments=_numpy({name: pair[1] for name, pair in moments.items() if plan.spec.optimizer == "adamw"}),
         draws=generators[0][0].get_state().numpy() if generators and generators[0] else np.zeros(0, np.uint8),
         logits=np.asarray(head.logits(evaluation), np.float32),
         head=head,

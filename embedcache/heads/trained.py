@@ -78,7 +78,7 @@ class TrainedHead(HeadRecord):
     def facts(self) -> dict[str, object]:
         """Return what it is and how it was trained, for people."""
         solver = self.training.get("solver")
-        minibatch = ("epochs", "batch_size", "learning_rate", "weight_decay", "seed")
+        minibatch = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed")
         settings = ("l2", "seed") if solver == "convex" else minibatch
         return {
             "head": " ".join([self.spec.kind, *(f"{name}={value}" for name, value in self.spec.options.items())]),

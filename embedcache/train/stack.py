@@ -70,6 +70,7 @@ class HeadStack:
 
     def __init__(self, heads: Sequence[Head], specs: Sequence[TrainSpec], loss: Loss, total_steps: int) -> None:
         self.specs = list(specs)
+        self._adam = self.specs[0].optimizer == "adamw"
         self.alive = list(range(len(heads)))
         self.loss = loss
         self._total = total_steps
@@ -108,7 +109,12 @@ class HeadStack:
         self._one_schedule = len({(spec.schedule, spec.warmup) for spec in self.specs}) == 1
 
     def _per_head(self, values: list[float]) -> float | Tensor:
-        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.float32)
+        return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=self._precision)
+
+    @property
+    def _precision(self) -> torch.dtype:
+        # SGD rounds a learning rate once, when it is applied, in a stack as alone.
+        return torch.float32 if self._adam else torch.float64
 
     def __len__(self) -> int:
         return len(self.alive)
@@ -179,28 +185,23 @@ class HeadStack:
             table = np.stack([schedule_factors(spec, self._taken, steps, self._total) for spec in different], axis=1)
             self._ahead = first, table = self._taken, table
         row = table[self._taken - first]
-        return float(row[0]) if self._one_schedule else torch.from_numpy(row.astype(np.float32))
+        return float(row[0]) if self._one_schedule else torch.from_numpy(row).to(self._precision)
 
     @torch.no_grad()
     def _update(self, gradients: list[Tensor]) -> None:
         factor = self._factor()
-        adam = self.specs[0].optimizer == "adamw"
         taken = self._taken + 1
-        if adam and self._fused is not None:
+        if self._adam and self._fused is not None:
             self._update_fused(gradients, factor, taken)
             return
         rate = self._rate * factor
+        if not self._adam:
+            self._descend(gradients, rate)
+            return
         # The moments start at 0; these correct them for the steps so far (Kingma & Ba 2015, section 3).
         grown, root = 1 - BETA1**taken, math.sqrt(1 - BETA2**taken)
         for number, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             first, second = self._moments[number]
-            if not adam:
-                if self._decays[number]:
-                    gradient = gradient + _spread(self._decay, value) * value
-                if self.specs[0].momentum:
-                    gradient = first.mul_(self.specs[0].momentum).add_(gradient)
-                _subtract(value, gradient, rate)
-                continue
             if self._decays[number]:
                 value.mul_(1 - _spread(rate * self._decay, value))
             first.lerp_(gradient, 1 - BETA1)
@@ -210,6 +211,20 @@ class HeadStack:
                 value.addcdiv_(first, below, value=-rate / grown)
             else:
                 _subtract(value, torch.div(first, below, out=below), rate / grown)
+
+    def _descend(self, gradients: list[Tensor], rate: float | Tensor) -> None:
+        """Take SGD's step, to the bit as ``torch.optim.SGD`` takes it with these gradients."""
+        momentum, decay = self.specs[0].momentum, self._decay
+        for number, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            if not self._decays[number]:
+                pass
+            elif isinstance(decay, Tensor):
+                gradient = torch.addcmul(gradient, value, _across(decay, value))
+            elif decay:
+                gradient = torch.add(gradient, value, alpha=decay)
+            if momentum:
+                gradient = self._moments[number][0].mul_(momentum).add_(gradient)
+            _subtract(value, gradient, rate)
 
     def _update_fused(self, gradients: list[Tensor], factor: float | Tensor, taken: int) -> None:
         """Take AdamW's step in one pass over memory, for the heads of each setting together."""
@@ -320,7 +335,7 @@ def _spread(value: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def _across(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.device).view(-1, *[1] * (like.dim() - 1))
+    return values.to(like.dtype).to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def _subtract(value: Tensor, gradient: Tensor, rate: float | Tensor) -> None:
