@@ -132,6 +132,11 @@ def test_an_extended_cache_sends_and_fetches_what_is_new(tmp_path: Path, monkeyp
     assert pull(URL, tmp_path / "mine").files == 2
     assert small_caches.files(tmp_path / "mine") == small_caches.files(path)
     assert (push(path, URL).files, pull(URL, tmp_path / "mine").files) == (0, 0)
+    dataset = FeatureCache.open(path).dataset
+    with CacheWriter(path, small_caches.SPEC, SETS) as writer:
+        writer.commit_dataset(dataset, None, ["0" * 32])  # what a shard that is there tells is no other shard
+    assert (push(path, URL).files, pull(URL, tmp_path / "mine").files) == (0, 0)
+    assert small_caches.files(tmp_path / "mine") == small_caches.files(path)
 
 
 def test_a_pulled_cache_can_be_extended(tmp_path: Path) -> None:

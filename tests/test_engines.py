@@ -40,6 +40,7 @@ from embedcache.extract.actors import Actors
 from embedcache.extract.crew import Given
 from embedcache.extract.progress import Watch
 from embedcache.extract.units import Unit, units_of
+from embedcache.fingerprint import row_key
 from embedcache.spec import BackboneSettings, ModelSource
 
 
@@ -316,13 +317,38 @@ def test_rows_are_set_aside_alike_however_often_a_run_is_killed(
     cache = FeatureCache.open(tmp_path / "whole")
     assert cache.provenance() == [{"device": "fake"}]
     # Again: no row is tried that is known to be bad. Without a quarantine they are, by workers with more memory, say.
-    assert len(go(tmp_path / "whole").started) == 2 + 3  # row 40 is before no shard that could tell of it
+    assert go(tmp_path / "whole").started == []
     assert files(path) == files(tmp_path / "whole")
     run(load_examples(rows(texts)), backbone := CountingBackbone(), tmp_path / "whole")
     assert sorted(set(backbone.rows_seen)) == sorted(bad)
     with pytest.warns(EmbedcacheWarning) as told:
         run(load_examples(rows([*texts, "x"])), CountingBackbone(), path, quarantine=tmp_path / "aside")
     assert "8 rows" not in str(told)
+
+
+def set_aside(path: Path) -> list[list[str] | None]:
+    """The keys that each shard tells of."""
+    return [shard["provenance"].get("set_aside") for shard in FeatureCache.open(path).manifest["shards"]]
+
+
+def test_rows_set_aside_behind_the_last_shard_are_recorded_though_the_dataset_stays(tmp_path: Path) -> None:
+    texts = [f"number {number}" for number in range(11)]
+
+    def go(texts: list[str]) -> Crew:
+        crew = Crew(1, poison)
+        run(load_examples(rows(texts)), CountingBackbone(), tmp_path / "c", engine=Elsewhere(crew), rows_per_shard=4,
+            quarantine=tmp_path / "aside")  # fmt: skip
+        return crew
+
+    go(texts)
+    before = files(tmp_path / "c")
+    for started in (1 + 3, 0):
+        with pytest.warns(EmbedcacheWarning, match="1 row set aside"):
+            assert len(go([*texts, "number 23", "number 23"]).started) == started
+    after = files(tmp_path / "c")
+    assert {name for name in after if before.get(name) != after[name]} == {"manifest.json"}
+    assert set_aside(tmp_path / "c") == [None, None, [row_key(b"number 23").hex()] * 2]
+    assert FeatureCache.open(tmp_path / "c").verify() == []
 
 
 def test_bad_cells_are_set_aside_alike_however_often_a_run_is_killed(

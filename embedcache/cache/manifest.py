@@ -19,7 +19,7 @@ from embedcache.errors import (
     NumericsMismatchError,
     SpecMismatchError,
 )
-from embedcache.fingerprint import differences, hash_json, is_count, refuse_bombs, require, strict_json
+from embedcache.fingerprint import KEY_BYTES, differences, hash_json, is_count, refuse_bombs, require, strict_json
 from embedcache.journal import commit, explain, explained, url_of
 from embedcache.memory import uncollected
 from embedcache.numerics import Probe, difference
@@ -31,13 +31,14 @@ NAME = "manifest.json"
 FOLDERS = ("features", "examples")
 FORMAT = "embedcache"
 SET_ASIDE = "set_aside"
-"""What a shard's provenance calls the keys, in hexadecimal, of rows that were left out of it or before it."""
+"""What a shard's provenance calls the keys, in hexadecimal, of rows that were left out of it or beside it."""
 MAJOR, MINOR = 1, 1
 LARGEST = 256 << 20
 _MOST_VALUES = 4_000_000  # 100,000 shards have two
 
 FILE_NAME = re.compile(r"[0-9]{6,9}-[0-9a-f]{16}\.h5")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_KEY = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 # Each of these checks itself and trusts nothing, for it may have been read: types aside, which ``decoding`` looks at.
 
@@ -95,6 +96,12 @@ class Shard:
         # A row takes at least its key, so that no claim makes a reader reserve more memory than there are bytes on
         # disk.
         require(is_count(self.rows, 1) and self.rows * 16 <= self.file.bytes, "the rows of a shard")
+
+    @property
+    def set_aside(self) -> list[str]:
+        """The keys, in hexadecimal, of rows that were left out: one for each row, duplicates among them."""
+        told = self.provenance.get(SET_ASIDE)
+        return [key for key in told if isinstance(key, str) and _KEY.fullmatch(key)] if isinstance(told, list) else []
 
     @cached_property
     def text(self) -> Text:
@@ -180,6 +187,11 @@ class Manifest:
         """How many feature rows there are in all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def set_aside(self) -> list[str]:
+        """The keys, in hexadecimal, of rows that were left out of all shards."""
+        return [key for shard in self.shards for key in shard.set_aside]
+
     def to_json(self) -> dict[str, object]:
         """Return the manifest as it stands on disk, with its own hash."""
         body = {**self._without_shards(), "shards": [fields_to_json(shard) for shard in self.shards]}
@@ -253,6 +265,14 @@ class Manifest:
     def with_shard(self, shard: Shard) -> Manifest:
         """Return the manifest with one more shard: the dataset no longer is all there is."""
         return replace(self, shards=(*self.shards, shard), complete=False)
+
+    def with_set_aside(self, keys: Sequence[str]) -> Manifest:
+        """Return the manifest with keys of rows that were left out behind its last shard, which tells of them."""
+        if not keys or not self.shards:
+            return self
+        last = self.shards[-1]
+        provenance = {**last.provenance, SET_ASIDE: [*last.set_aside, *keys]}
+        return replace(self, shards=(*self.shards[:-1], replace(last, provenance=provenance)))
 
 
 def encoded(body: Mapping[str, object]) -> bytes:

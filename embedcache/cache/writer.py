@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -17,7 +16,6 @@ from embedcache.cache.files import StoredShard, check, dataset_arrays, find_faul
 from embedcache.cache.gather import Keys, RowIndex, Rows, take
 from embedcache.cache.manifest import (
     FILE_NAME,
-    SET_ASIDE,
     DatasetEntry,
     Hashed,
     Manifest,
@@ -41,8 +39,6 @@ from embedcache.numerics import Difference, Probe, difference
 from embedcache.shard import Array, FeatureSet, build, pieces, stand_in
 from embedcache.spec import ExtractionSpec
 from embedcache.wording import counted
-
-_KEY = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 
 class CacheWriter:
@@ -114,10 +110,7 @@ class CacheWriter:
     @property
     def set_aside(self) -> Keys:
         """Return the keys, u1 [n, 16], of rows that were left out of the shards there, as their provenance tells."""
-        told = [shard.provenance.get(SET_ASIDE) for shard in self._manifest.shards]
-        keys = [key for each in told if isinstance(each, list) for key in each]
-        keys = [key for key in keys if isinstance(key, str) and _KEY.fullmatch(key)]
-        return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, KEY_BYTES)
+        return np.frombuffer(bytes.fromhex("".join(self._manifest.set_aside)), np.uint8).reshape(-1, KEY_BYTES)
 
     @property
     def probe(self) -> Probe | None:
@@ -207,10 +200,11 @@ class CacheWriter:
             notes.append(f"{self.path} loses its labels: this input has none")
         return notes
 
-    def commit_dataset(self, dataset: Dataset, inputs: Contents | None = None) -> None:
+    def commit_dataset(self, dataset: Dataset, inputs: Contents | None = None, set_aside: Sequence[str] = ()) -> None:
         """Commit a dataset whose rows are all in the cache, in place of the one before.
 
-        ``inputs`` are the contents of its rows, to be stored too. A dataset equal to the current one changes no byte.
+        ``inputs`` are the contents of its rows, to be stored too. ``set_aside`` are keys, in hexadecimal, of rows that
+        were left out behind the last shard. A dataset equal to the current one changes no byte but for these.
 
         Raises ``InputError`` when rows are not in the cache.
         """
@@ -254,16 +248,19 @@ class CacheWriter:
         )
         if fault := find_fault(entry, contents, len(self._keys[0])):
             raise InputError(fault)
-        former = self._manifest.examples
+        manifest = self._manifest.with_set_aside(set_aside)
+        former = manifest.examples
         # Rows first: the file of a few cannot be said to hold many.
         known = former if self._manifest.complete and former is not None and former.rows == entry.rows else None
         same = known is not None and known == replace(entry, file=known.file)
         if known is not None and same and known.file.sha256 == _hash(_pieces(contents, inputs)):
             with contextlib.suppress(CorruptCacheError):  # damaged since: a new one takes its place
                 check(self.path / "examples" / known.file.name, known.file)
+                if manifest is not self._manifest:
+                    self._commit(manifest)
                 return
         entry = replace(entry, file=self._publish_dataset(number, _pieces(contents, inputs)))
-        self._commit(replace(self._manifest, examples=entry, complete=True, generation=number + 1))
+        self._commit(replace(manifest, examples=entry, complete=True, generation=number + 1))
         if former is not None and former.file.name != entry.file.name:
             with contextlib.suppress(OSError):  # a reader that still maps it keeps its pages
                 os.unlink(self.path / "examples" / former.file.name)

@@ -93,7 +93,7 @@ def run(
                 notes.append(f"{counted(len(lost), 'row')} set aside in {quarantine}: workers do not survive them")
                 examples = examples.without(lost)
             notes += writer.dropped(examples)
-            writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None)
+            writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None, commits.aside)
         except KeyboardInterrupt:
             kept = int((writer.lookup(new_keys) >= 0).sum())
             raise Interrupted(
@@ -119,7 +119,10 @@ def _told(examples: Examples, lost: Rows) -> list[tuple[str, str]]:
 
 
 class Commits:
-    """Commits windows as shards, in the order they come, in a thread of its own and at most one window behind."""
+    """Commits windows as shards, in the order they come, in a thread of its own and at most one window behind.
+
+    ``aside`` are the keys, in hexadecimal, of rows that workers do not survive and that no shard tells of yet.
+    """
 
     def __init__(
         self, writer: CacheWriter, examples: Examples, backbone: Backbone, provenance: Mapping[str, object]
@@ -127,7 +130,7 @@ class Commits:
         self._writer, self._examples, self._backbone, self._provenance = writer, examples, backbone, provenance
         self._thread = ThreadPoolExecutor(1, "embedcache-commit")
         self._last: Future[None] | None = None
-        self._aside: list[str] = []
+        self.aside: list[str] = []
 
     def __enter__(self) -> Commits:
         return self
@@ -149,12 +152,16 @@ class Commits:
 
     def _commit(self, computed: Computed) -> None:
         refuse_non_finite(computed, self._backbone, self._examples)
+        keys = self._examples.keys
         # Kept with the shard, so that a run that goes on knows what was cut; of a window without a row with the next.
-        self._aside += [key.tobytes().hex() for key in self._examples.keys[computed.lost]]
+        # Of each duplicate too: where parts are merged, as many rows are expected to be missing.
+        if len(computed.lost):
+            lost = np.isin(key_values(keys), key_values(keys[computed.lost]))
+            self.aside += [key.tobytes().hex() for key in keys[lost]]
         if len(computed.rows):
-            told = {SET_ASIDE: self._aside} if self._aside else {}
-            self._writer.append(self._examples.keys[computed.rows], computed.features, {**self._provenance, **told})
-            self._aside = []
+            told = {SET_ASIDE: self.aside} if self.aside else {}
+            self._writer.append(keys[computed.rows], computed.features, {**self._provenance, **told})
+            self.aside = []
 
 
 def refuse_non_finite(computed: Computed, backbone: Backbone, examples: Examples) -> None:
