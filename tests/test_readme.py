@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from embedcache.cli import cli
 
 REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text("utf-8")
@@ -30,35 +33,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(arguments: list[str], where: Path) -> str:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(arguments, cwd=where, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+def run(script: str) -> str:
+    """Run the lines of a shell script, and return what they print: ``embedcache`` here, where its libraries are loaded."""
+    said = ""
+    for line in script.replace("\\\n", "").splitlines():
+        program, *arguments = shlex.split(line, comments=True) or [""]
+        if program == "embedcache":
+            done = CliRunner().invoke(cli, arguments)
+            assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception}"
+            said += done.stdout
+        else:
+            subprocess.run(["bash", "-euc", line], check=True)
+    return said
 
 
-def test_the_commands_run(folder: Path, minilm_path: Path) -> None:
-    said = run(["bash", "-euc", "\n".join(blocks("bash"))], folder)
+def test_the_commands_run(folder: Path, minilm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    said = run("\n".join(blocks("bash")))
     assert "60 extracted" in said
     assert re.search(r"^(negative|neutral|positive)\b", said, re.MULTILINE)
     assert (folder / "report.html").exists()
 
 
-def test_the_python_blocks_run(folder: Path, minilm_path: Path) -> None:
-    quiet = "import warnings, embedcache; warnings.simplefilter('ignore', embedcache.EmbedcacheWarning)"
-    code = "\n".join([quiet, *blocks("python")])
-    said = run([sys.executable, "-W", "error::UserWarning", "-c", code], folder)
-    assert "trainable 1,155" in said
+@pytest.mark.filterwarnings("error::UserWarning", "ignore::embedcache.EmbedcacheWarning")
+def test_the_python_blocks_run(
+    folder: Path, minilm_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    exec("\n".join(blocks("python")), {"__name__": "__main__"})
+    assert "trainable 1,155" in capsys.readouterr().out
 
 
-def test_a_command_that_fails_would_be_seen(folder: Path) -> None:
+def test_a_command_that_fails_would_be_seen() -> None:
     with pytest.raises(AssertionError, match="not a feature cache"):
-        run(["embedcache", "info", "nothing.cache"], folder)
+        run("embedcache info nothing.cache")
 
 
 def test_every_command_is_in_the_table() -> None:
-    from embedcache.cli import cli
-
     table = README.split("## Commands")[1].split("### Features")[0]
     for name in cli.commands:
         assert f"`{name} " in table or f"`{name}`" in table, f"{name} is not in the README's table"
