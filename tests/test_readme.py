@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str) -> str:
-    """Run the lines of a shell script, and return what they print: ``embedcache`` here, where its libraries are loaded."""
+    """Run the lines of a shell script and return what they print; ``embedcache`` runs here, its libraries loaded."""
     said = ""
     for line in script.replace("\\\n", "").splitlines():
         program, *arguments = shlex.split(line, comments=True) or [""]
