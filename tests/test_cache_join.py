@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_caches import SETS, SPEC, arrays, keys, values, write
 
-from embedcache.cache import CacheWriter, merge, relabel
-from embedcache.errors import CacheError, IncompleteCacheError, InputError, SpecMismatchError
+from embedcache.cache import CacheWriter, FeatureCache, merge, relabel
+from embedcache.errors import CacheError, EmbedcacheWarning, IncompleteCacheError, InputError, SpecMismatchError
 from embedcache.examples import load_examples
 
 POOLED = SETS[:1]
@@ -121,6 +121,68 @@ def test_a_missing_part_one_given_twice_and_one_of_another_input(tmp_path: Path,
     with pytest.raises(InputError, match="some are not parts"):
         merge([*eight, write(tmp_path / "no part", 3, 3)], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+# Rows that workers did not survive.
+
+
+def set_aside(path: Path, rows: list[int]) -> Path:
+    """Record rows with the last shard of a cache, as left out behind it."""
+    dataset = FeatureCache.open(path).dataset
+    with CacheWriter(path, SPEC, SETS) as writer:
+        writer.commit_dataset(dataset, None, [key.tobytes().hex() for key in keys(rows)])
+    return path
+
+
+def told(path: Path) -> list[bytes]:
+    """The keys that a cache has of rows that were left out."""
+    with CacheWriter(path, SPEC, SETS) as writer:
+        return [key.tobytes() for key in writer.set_aside]
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path, eight: list[Path]) -> list[Path]:
+    """Eight parts of which one has left out a content that three rows of the whole have, and only these."""
+    path = part_of(tmp_path / "poisoned", [11], WHOLE)
+    return [*eight[:3], set_aside(path, [3, 3, 3]), *eight[4:]]
+
+
+def test_rows_that_were_set_aside_may_lack_and_stay_known(tmp_path: Path, poisoned: list[Path]) -> None:
+    with pytest.warns(EmbedcacheWarning, match="3 rows left out: workers did not survive them in the parts"):
+        merged = merge(poisoned, tmp_path / "merged")
+    assert merged.keys().tobytes() == keys([row for row in WHOLE if row != 3]).tobytes()
+    assert merged.notes == ("3 rows left out: workers did not survive them in the parts",)
+    assert [key.hex() for key in told(merged.path)] == [keys([3]).tobytes().hex()] * 3
+
+
+def test_what_is_set_aside_hides_no_missing_part(tmp_path: Path, poisoned: list[Path], eight: list[Path]) -> None:
+    once = set_aside(part_of(tmp_path / "once", [11], WHOLE), [3])  # two more rows lack, and nobody says why
+    for parts, words in (
+        (poisoned[:5] + poisoned[6:], "have 18 of the 23 rows of their dataset, and left out 3: a part is missing"),
+        ([*poisoned, eight[2]], "have 20 of the 23 rows of their dataset, and left out 3: a part is missing or given"),
+        ([*poisoned[:3], once, *poisoned[4:]], "have 20 of the 23 rows of their dataset, and left out 1: a part"),
+    ):
+        with pytest.raises(InputError, match=words):
+            merge(parts, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_parts_that_had_another_input_before_tell_of_rows_that_others_have(
+    tmp_path: Path, poisoned: list[Path], eight: list[Path]
+) -> None:
+    set_aside(eight[5], [3, 7])
+    with pytest.warns(EmbedcacheWarning, match="3 rows left out"):
+        merge(poisoned, tmp_path / "both tell of it")
+    assert merge(eight, tmp_path / "one has it").n_rows == 23
+
+
+def test_rows_set_aside_are_carried_over_from_shards_that_are_not(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", 7, 7), set_aside(write(tmp_path / "two", 7, 7), [98, 99])
+    merge([one, two], tmp_path / "merged")
+    assert told(tmp_path / "merged") == [key.tobytes() for key in keys([98, 99])]
+    before = small_caches.files(tmp_path / "merged")
+    merge([one, two], tmp_path / "merged")
+    assert small_caches.files(tmp_path / "merged") == before
 
 
 def test_parts_made_another_way_are_refused_with_the_field(tmp_path: Path, eight: list[Path]) -> None:

@@ -23,19 +23,34 @@ from hypothesis import strategies as st
 
 from embedcache.backbone import load_backbone
 from embedcache.batching import ShapePolicy, plan
-from embedcache.cache import CacheWriter, FeatureCache, read_spec
+from embedcache.cache import CacheWriter, FeatureCache, merge, read_spec
 from embedcache.cli import run as cli_run
 from embedcache.errors import (
     BackboneError,
     BadRowsError,
     EmbedcacheWarning,
     FeatureError,
+    InputError,
     NumericsMismatchError,
     SpecError,
     WorkerRefusedError,
+    quiet,
 )
-from embedcache.examples import load_examples
-from embedcache.extract import Bar, Elsewhere, Window, crew, elsewhere, engine_for, extract, load_for, run, work, worker
+from embedcache.examples import Examples, load_examples
+from embedcache.extract import (
+    Bar,
+    Elsewhere,
+    Window,
+    crew,
+    elsewhere,
+    engine_for,
+    extract,
+    load_for,
+    part_of,
+    run,
+    work,
+    worker,
+)
 from embedcache.extract.actors import Actors
 from embedcache.extract.crew import Given
 from embedcache.extract.progress import Watch
@@ -349,6 +364,30 @@ def test_rows_set_aside_behind_the_last_shard_are_recorded_though_the_dataset_st
     assert {name for name in after if before.get(name) != after[name]} == {"manifest.json"}
     assert set_aside(tmp_path / "c") == [None, None, [row_key(b"number 23").hex()] * 2]
     assert FeatureCache.open(tmp_path / "c").verify() == []
+
+
+def test_merged_parts_leave_out_what_one_process_leaves_out(tmp_path: Path) -> None:
+    texts = [f"number {number}" for number in range(10, 34)]
+    texts[3:3] = [texts[13], texts[13], texts[5]]  # a row that no worker survives three times, a good one twice
+    examples = load_examples(rows(texts))
+
+    def go(examples: Examples, name: str) -> Crew:
+        crew = Crew(2, poison)
+        run(examples, CountingBackbone(), tmp_path / name, engine=Elsewhere(crew), rows_per_shard=4,
+            quarantine=tmp_path / f"{name}.aside")  # fmt: skip
+        return crew
+
+    with quiet():
+        go(examples, "whole")
+        for part in (1, 2, 3):
+            go(part_of(examples, part, 3), f"p{part}")
+        with pytest.raises(InputError, match="have 16 of the 27 rows of their dataset, and left out 3: a part"):
+            merge([tmp_path / "p1", tmp_path / "p3"], tmp_path / "c")
+        merge([tmp_path / "p3", tmp_path / "p1", tmp_path / "p2"], tmp_path / "other order")
+        merge([tmp_path / f"p{part}" for part in (1, 2, 3)], tmp_path / "c")
+        assert files(tmp_path / "c") == files(tmp_path / "whole")
+        assert go(examples, "c").started == []
+        assert files(tmp_path / "c") == files(tmp_path / "whole")
 
 
 def test_bad_cells_are_set_aside_alike_however_often_a_run_is_killed(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ from embedcache.cache.gather import Keys, RowIndex, Rows
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import FeatureCache
 from embedcache.cache.writer import CacheWriter
-from embedcache.dataset import Behind, Dataset, Examples, IdColumn, Packed, renumbered
+from embedcache.dataset import Behind, Dataset, Examples, IdColumn, Packed, key_values, renumbered
 from embedcache.errors import CacheError, IncompleteCacheError, InputError, warn
+from embedcache.fingerprint import KEY_BYTES
 from embedcache.journal import explained
 from embedcache.spec import SPLITS
 from embedcache.task import CLASSIFICATION
+from embedcache.wording import counted
 
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}|0")
 
@@ -53,7 +58,8 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
     """Join caches of the same spec, one shard in memory at a time.
 
     Parts made with ``--part`` give back the dataset in its original order; other caches are put one after the other.
-    A row that several parts hold is kept once. An interrupted merge goes on where it stopped. ``accept_numerics``
+    A row that several parts hold is kept once. Rows that workers did not survive stay left out: how many a note says,
+    and a later ``extract`` does not try them again. An interrupted merge goes on where it stopped. ``accept_numerics``
     joins parts whose machines computed other last bits, and records that.
 
     Raises:
@@ -78,7 +84,9 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
     for part, manifest in zip(parts, part_manifests, strict=True):
         together = replace(together.with_kinds(str(part), manifest.kinds, accept_numerics), shards=first.shards)
     caches = [FeatureCache.open(part) for part in parts]
-    dataset, order = _joined([cache.dataset for cache in caches])
+    # A content and its duplicates are of one part; caches that had another input before may both tell of it.
+    set_aside = reduce(or_, (Counter(manifest.set_aside) for manifest in part_manifests))
+    dataset, order, left_out = _joined([cache.dataset for cache in caches], set_aside)
     inputs = None
     if any(manifest.examples is not None and manifest.examples.has_ids for manifest in part_manifests):
         ids = [name for cache in caches for name in cache.ids()]
@@ -91,8 +99,13 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
         for lacking in _missing(part_manifests, [cache.stored_keys() for cache in caches], writer):
             keys, features = caches[lacking.part].shard(lacking.shard, lacking.rows)
             writer.append(keys, features, part_manifests[lacking.part].shards[lacking.shard].provenance)
-        writer.commit_dataset(dataset, inputs)
-    return FeatureCache.open(output_dir)
+        told = Counter(key.tobytes().hex() for key in writer.set_aside)
+        writer.commit_dataset(dataset, inputs, [*(set_aside - told).elements()])
+    notes = [f"{counted(left_out, 'row')} left out: workers did not survive them in the parts"] if left_out else []
+    warn(notes)
+    merged = FeatureCache.open(output_dir)
+    merged.notes = tuple(notes)
+    return merged
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,10 @@ def _missing(part_manifests: Sequence[Manifest], keys: Sequence[Keys], writer: C
                 yield _Lacking(part, shard, rows)
 
 
-def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
-    """Return the joined dataset, and the order that its rows have among those of all parts, int64 [N].
+def _joined(datasets: Sequence[Dataset], set_aside: Counter[str]) -> tuple[Dataset, Rows, int]:
+    """Return the joined dataset, the order that its rows have among those of all parts, int64 [N], and how many lack.
+
+    ``set_aside`` says how many rows with a key, in hexadecimal, parts have left out; only these may lack in a whole.
 
     Raises ``InputError`` where the parts do not fit together.
     """
@@ -140,13 +155,18 @@ def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
         raise InputError(f"the parts have different classes or splits ({named}): relabel them alike first")
     class_names = _union([part.class_names for part in datasets])
     split_names = _union([part.split_names for part in datasets])
-    order = np.arange(sum(map(len, datasets)))
+    keys = np.concatenate([part.keys for part in datasets])
+    order, lacking = np.arange(len(keys)), 0
     if wholes:
         numbers, rows = np.concatenate([whole.numbers for whole in wholes]), wholes[0].rows
         order = np.argsort(numbers, kind="stable")
-        if len(numbers) != rows or not np.array_equal(numbers[order], np.arange(rows)):
+        there = len(np.unique(numbers))
+        lacking = rows - there
+        left_out = _left_out(set_aside, keys) if lacking else 0
+        if there != len(numbers) or lacking != left_out:
+            besides = f", and left out {left_out:,}" if left_out else ""
             raise InputError(
-                f"these parts have {len(np.unique(numbers)):,} of the {rows:,} rows of their dataset: "
+                f"these parts have {there:,} of the {rows:,} rows of their dataset{besides}: "
                 "a part is missing or given twice"
             )
     targets = [np.zeros(0) if part.targets is None else part.targets for part in datasets]
@@ -155,14 +175,21 @@ def _joined(datasets: Sequence[Dataset]) -> tuple[Dataset, Rows]:
         targets = [renumbered(classes, part.class_names, class_names) for classes, part in pairs]
     splits = [renumbered(part.split, part.split_names, split_names) for part in datasets]
     joined = Dataset(
-        keys=np.concatenate([part.keys for part in datasets])[order],
+        keys=keys[order],
         targets=None if task is None else np.concatenate(targets)[order],
         task=task,
         class_names=class_names,
         split=np.concatenate(splits)[order],
         split_names=split_names,
     )
-    return joined, order
+    return joined, order, lacking
+
+
+def _left_out(set_aside: Counter[str], keys: Keys) -> int:
+    """Return how many rows with a key that was set aside are in no dataset, whose rows have ``keys``, u1 [N, 16]."""
+    given = np.frombuffer(bytes.fromhex("".join(set_aside)), np.uint8).reshape(-1, KEY_BYTES)
+    counts = np.fromiter(set_aside.values(), np.int64, len(set_aside))
+    return int(counts[~np.isin(key_values(given), key_values(keys))].sum())
 
 
 def _union(names: Sequence[Sequence[str]]) -> tuple[str, ...]:
