@@ -561,6 +561,12 @@ def test_of_a_ray_the_one_that_is_connected_is_used_and_no_other(monkeypatch: py
         assert engine is not None
         assert engine.crew.size == 2
         engine.close()  # leaves it connected
+    node = SimpleNamespace(is_head=lambda: True)
+    with monkeypatch.context() as started_here:
+        started_here.setitem(sys.modules, "ray._private.worker", SimpleNamespace(_global_node=node))
+        assert engine_for(ray="local") is not None
+    node.is_head = lambda: False
+    monkeypatch.setitem(sys.modules, "ray._private.worker", SimpleNamespace(_global_node=node))
     for address in ("10.0.0.8:6379", "10.0.0.7:6380", "local", "ray://10.0.0.7:10001"):
         told = f"^this process is connected to the Ray at 10.0.0.7:6379, and cannot be to the one at {address} too: "
         with pytest.raises(BackboneError, match=told):

@@ -7,6 +7,7 @@ place, and what is done again, is decided where units are handed out.
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import replace
@@ -84,6 +85,15 @@ def _refuse_silent(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def _is_ours() -> bool:
+    """Whether this process has started the Ray that it is connected to, which only Ray's own record of its node says.
+
+    Of a version of Ray that keeps it elsewhere, nothing is known, and ``local`` is refused.
+    """
+    node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
+    return node is not None and bool(node.is_head())
+
+
 def _refuse_other(address: str) -> None:
     """Raise ``BackboneError`` where this process is connected to another cluster than that at an address."""
     import ray
@@ -97,7 +107,8 @@ def _refuse_other(address: str) -> None:
         machines = set()
     if any(machine.startswith("127.") for machine in machines):
         machines.add(ray.util.get_node_ip_address())
-    if address != "auto" and not (port == known and there in machines | {host}):
+    same = address == "auto" or (address == "local" and _is_ours()) or (port == known and there in machines | {host})
+    if not same:
         raise BackboneError(
             f"this process is connected to the Ray at {connected}, and cannot be to the one at {address} too: leave "
             "the address out to use it, or call ray.shutdown() first"
@@ -108,8 +119,9 @@ class Actors:
     """Actors on the cluster at ``address``: ``auto`` is the one that runs here or that ``RAY_ADDRESS`` names.
 
     Where this process is connected to a cluster, it is that one, and ``BackboneError`` is raised for any other.
-    ``local`` starts one on this machine. There are ``workers`` of them, None for one for each GPU, or for each node
-    where there is none; on a CPU they have a node's cores, or their share of them, and ``threads`` of those.
+    ``local`` starts one on this machine, or is the one that this process has started. There are ``workers`` of them,
+    None for one for each GPU, or for each node where there is none; on a CPU they have a node's cores, or their share
+    of them, and ``threads`` of those.
     """
 
     ahead, ours = 2, True

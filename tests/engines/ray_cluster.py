@@ -129,6 +129,21 @@ def test_the_program_that_is_to_be_copied(tmp_path: Path, minilm_path: Path) -> 
     assert "a linear head on them: accuracy" in done.stdout
 
 
+def test_local_is_the_ray_that_this_process_has_started(cluster: Any, tmp_path: Path) -> None:
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        with pytest.raises(BackboneError, match=r"connected to the Ray at .* and cannot be to the one at local too"):
+            extract(words(13), output_dir=tmp_path / "c", backbone=Doomed(), ray="local")
+    finally:
+        ray.shutdown()
+    ray.init(address="local", num_cpus=1, log_to_driver=False)
+    try:
+        assert len(extract(words(13), output_dir=tmp_path / "c", backbone=Doomed(), ray="local")) == 13
+        assert ray.is_initialized(), "who has started it ends it"
+    finally:
+        ray.shutdown()
+
+
 def test_where_there_is_no_ray(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"there is no Ray at 127\.0\.0\.1:9 .*ray start"):
         extract(words(3), output_dir=tmp_path / "c", backbone=Doomed(), ray="127.0.0.1:9")
