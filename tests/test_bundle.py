@@ -78,7 +78,7 @@ CASES = [
     *((kind, "torch", task, POOLED) for kind in ("linear", "mlp", "residual") for task in TARGETS),
     *((kind, "torch", task, feature) for kind in ("attention", "attention-pooling") for task in TARGETS
       for feature in (TOKENS, LAYERS)),
-    *(("layer-mix", "torch", task, LAYERS) for task in TARGETS),
+    *((kind, "torch", task, LAYERS) for kind in ("layer-mix", "layer-concat") for task in TARGETS),
     *((kind, "sklearn", task.name, POOLED) for kind in KINDS for task in KINDS[kind].tasks),
 ]  # fmt: skip
 

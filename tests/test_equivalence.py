@@ -48,7 +48,7 @@ from embedcache.shard import STORED, FeatureSet, rounded
 from embedcache.spec import HeadSpec
 from embedcache.task import CLASSIFICATION, MULTILABEL
 
-HEADS = ("linear", "mlp", "residual", "attention", "attention-pooling", "layer-mix")
+HEADS = ("linear", "mlp", "residual", "attention", "attention-pooling", "layer-mix", "layer-concat")
 ENDINGS = ("", "in the film", "and the plot", "of the old actor")
 ROWS = [
     {"id": f"r{at}", "text": f"{text} {ending}".strip(), "label": "no" if "bad" in text or at % 5 == 0 else "yes"}
@@ -773,7 +773,7 @@ def test_differences_of_bits() -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_plain_heads_are_the_same_function(kind: str) -> None:
-    attends, layers = kind.startswith("attention"), 5 if kind == "layer-mix" else 1
+    attends, layers = kind.startswith("attention"), 5 if kind.startswith("layer-") else 1
     what = "tokens" if attends else "layers" if layers > 1 else "pooled"
     feature = FeatureSet("m", what, 13, layers, "float32")  # type: ignore[arg-type]
     ours = build_head(HeadSpec(kind), feature, 3, seed=5).eval()

@@ -61,6 +61,7 @@ HEADS = {
     "residual": ("residual", "cls"),
     "layers": ("attention-pooling", "mean@-2+-1"),
     "mix": ("layer-mix", "mean@-2+-1"),
+    "concat": ("layer-concat", "mean@-2+-1"),
     "tokens": ("attention", "tokens"),
     "sklearn": ("logistic-regression", "pooler"),
 }

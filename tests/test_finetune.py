@@ -204,6 +204,7 @@ def test_an_unfrozen_backbone_is_another_backbone(folder: Path) -> None:
         ("attention", "tokens", {"width": 14}),
         ("attention-pooling", "mean@all", {"width": 6}),
         ("layer-mix", "mean@all", {}),
+        ("layer-concat", "mean@all", {"layers": 2}),
     ],
 )
 def test_forward_says_what_the_head_trained_on_the_cache_says(

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embedcache
+from embedcache.equivalence.standard import plain_head
 from embedcache.errors import FeatureError, InputError, SpecError
 from embedcache.features import Ragged, features_of, refuse_non_finite
 from embedcache.heads import STACKED_OPTIONS, TrainedHead, build_head, engine_of, kinds, register_head, stack_key
@@ -28,7 +29,8 @@ POOLED = FeatureSet("mean", "pooled", 5, 1, "float32")
 LAYERS = FeatureSet("mean@all", "layers", 7, 3, "float32")
 TOKENS = FeatureSet("tokens", "tokens", 7, 1, "float32")
 B, C, T = 11, 3, 13
-WITHOUT_DROPOUT = ("linear", "layer-mix")
+SIDE_BY_SIDE = FeatureSet("cls+mean@-3+-2+-1", "layers", 14, 3, "float32")
+WITHOUT_DROPOUT = ("linear", "layer-mix", "layer-concat")
 SPECS = {
     "linear": (HeadSpec("linear"), POOLED),
     "mlp": (HeadSpec("mlp", options={"hidden": [17, 19], "norm": True}), POOLED),
@@ -38,6 +40,7 @@ SPECS = {
     "attention-pooling": (HeadSpec("attention-pooling", options={"width": 6, "heads": 3, "queries": 2}), TOKENS),
     "attention-pooling over layers": (HeadSpec("attention-pooling", options={"queries": 5}), LAYERS),
     "layer-mix": (HeadSpec("layer-mix"), LAYERS),
+    "layer-concat": (HeadSpec("layer-concat", options={"layers": 2, "mean": "last"}), SIDE_BY_SIDE),
 }
 
 
@@ -161,6 +164,46 @@ def test_a_layer_mix_is_a_matrix_on_the_layers_weighed() -> None:
     state = {name: value.detach().numpy() for name, value in head.named_parameters()}
     told = TrainedHead(spec, "classification", ("a", "b", "c"), feature, state).facts()["weights of the layers"]
     assert told == " ".join(f"{share:.2f}" for share in shares)
+
+
+def read_by_hand(x: torch.Tensor, layers: int, mean: str) -> torch.Tensor:
+    """What layer-concat reads of class tokens [:7] and means [7:] of three layers."""
+    parts = [x[:, layer] if mean == "all" else x[:, layer, :7] for layer in range(3 - layers, 3)]
+    return torch.cat([*parts, x[:, 2, 7:]] if mean == "last" else parts, dim=1)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("mean", ["all", "last", "none"])
+def test_layers_side_by_side_are_a_matrix_on_what_is_read(layers: int, mean: str) -> None:
+    spec = HeadSpec("layer-concat", options={"layers": layers, "mean": mean})
+    head = build_head(spec, SIDE_BY_SIDE, C, seed=3)
+    assert 0.005 < float(head.output.weight.detach().std()) < 0.015  # not 1 / sqrt(I)
+    with torch.no_grad():
+        torch.testing.assert_close(head.get_parameter("output.bias"), torch.zeros(C), rtol=0, atol=0)
+        x, _ = features(SIDE_BY_SIDE)
+        read = read_by_hand(x, layers, mean)
+        torch.testing.assert_close(head(x), read @ head.output.weight.T)
+        centre, scale = numbers(14, seed=5), numbers(14, seed=6).exp()
+        head.standardize(centre, scale)
+        standardised = read_by_hand((x - centre) * scale, layers, mean)
+        torch.testing.assert_close(head(x), standardised @ head.output.weight.T)
+        state = {name: value.numpy() for name, value in head.named_parameters()}
+        plain = plain_head(spec, state, torch.Generator())
+        torch.testing.assert_close(plain(x, None), read @ head.output.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("options", "feature", "match"),
+    [
+        ({"layers": 4}, LAYERS, "layers is 4: mean@all has 3 layers"),
+        ({"layers": 0}, LAYERS, "layers is 0: expected a whole number"),
+        ({"mean": "first"}, SIDE_BY_SIDE, "expected one of all, last, none"),
+        ({"mean": "last"}, LAYERS, "which only cls.mean sets have, and not mean@all"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(options: Any, feature: FeatureSet, match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        build_head(HeadSpec("layer-concat", options=options), feature, C)
 
 
 # Masks.
@@ -412,6 +455,7 @@ WIDE = {
     "attention-pooling": HeadSpec("attention-pooling", options={"width": 16, "heads": 2, "queries": 3}),
     "attention-pooling over layers": HeadSpec("attention-pooling", options={"width": 32, "queries": 5}),
     "layer-mix": HeadSpec("layer-mix"),
+    "layer-concat": HeadSpec("layer-concat", options={"layers": 2, "mean": "last"}),
 }
 
 

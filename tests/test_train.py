@@ -236,7 +236,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention": {"width": 6, "heads": 2},
     "attention-pooling": {"width": 6, "heads": 3, "queries": 2},
     "layer-mix": {},
+    "layer-concat": {"layers": 2},
 }
+
+
+PLAIN = ("linear", "layer-mix", "layer-concat")  # without dropout
 
 
 @settings(max_examples=12)
@@ -253,9 +257,7 @@ def test_a_head_in_a_stack_learns_what_it_learns_alone(kind: str, data: st.DataO
     heads, specs = [], []
     for seed in range(count):
         rate = draw(st.sampled_from([0.0, 0.1, 0.5]))
-        heads.append(
-            HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind in ("linear", "layer-mix") else {"dropout": rate})})
-        )
+        heads.append(HeadSpec(kind, "torch", {**KINDS[kind], **({} if kind in PLAIN else {"dropout": rate})}))
         specs.append(
             TrainSpec(
                 epochs=3, batch_size=17, optimizer=optimizer, shuffle_seed=11, seed=seed, patience=2,

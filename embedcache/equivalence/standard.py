@@ -204,6 +204,23 @@ class _LayerMix(nn.Module):
         return out
 
 
+class _LayerConcat(nn.Module):
+    def __init__(self, options: Options, state: Named, generator: torch.Generator) -> None:
+        super().__init__()
+        self.output = _linear(state, "output")
+        self.layers, self.mean = options.get("layers", 0), options.get("mean", "all")
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        layers = x.unbind(1)[-self.layers :]
+        if self.mean == "all":
+            parts = list(layers)
+        else:
+            parts = [layer.chunk(2, dim=1)[0] for layer in layers]
+            parts += [layers[-1].chunk(2, dim=1)[1]] if self.mean == "last" else []
+        out: Tensor = self.output(torch.cat(parts, dim=1))
+        return out
+
+
 STANDARD_HEADS: dict[str, Callable[[Options, Named, torch.Generator], nn.Module]] = {
     "linear": _Linear,
     "mlp": _MLP,
@@ -211,6 +228,7 @@ STANDARD_HEADS: dict[str, Callable[[Options, Named, torch.Generator], nn.Module]
     "attention": _SelfAttention,
     "attention-pooling": _AttentionPooling,
     "layer-mix": _LayerMix,
+    "layer-concat": _LayerConcat,
 }
 
 

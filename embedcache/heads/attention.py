@@ -12,6 +12,8 @@ from torch.nn import functional
 from embedcache.errors import SpecError
 from embedcache.heads.modules import Affine, Dropout, Head, Norm, rate, whole
 from embedcache.shard import FeatureSet, Kind
+from embedcache.spec import plain_name
+from embedcache.wording import counted, shortened
 
 
 class Vectors(nn.Module):
@@ -179,3 +181,61 @@ class LayerMix(Head):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, C]."""
         return self.mix(self.output(x))  # type: ignore[no-any-return]
+
+
+MEANS = ("all", "last", "none")
+
+
+class LayerConcat(Head):
+    """A matrix on the vectors of the last layers, side by side, as DINOv2 is evaluated (Oquab et al. 2023).
+
+    Its weights start normal, with a deviation of 0.01, and its biases at 0, as there.
+
+    Args:
+        layers: how many layers it reads, the last of the set; None for all.
+        mean: of ``cls+mean`` sets, whose mean stands behind the class tokens: that of ``all`` these layers, of the
+            ``last`` one, or ``none``.
+    """
+
+    takes: ClassVar[tuple[Kind, ...]] = ("layers",)
+    starts_at_shares: ClassVar[bool] = False
+
+    def __init__(self, feature: FeatureSet, outputs: int, layers: int | None = None, mean: str = "all") -> None:
+        super().__init__(feature, outputs)
+        self.layers = feature.layers if layers is None else whole("layer-concat", "layers", layers)
+        if self.layers > feature.layers:
+            raise SpecError(f"layer-concat: layers is {layers}: {feature.name} has {counted(feature.layers, 'layer')}")
+        if mean not in MEANS:
+            raise SpecError(f"layer-concat: mean is {shortened(mean)}: expected one of {', '.join(MEANS)}")
+        if mean != "all" and not plain_name(feature.name)[0].removeprefix("l2:").startswith("cls+mean"):
+            raise SpecError(f"layer-concat: mean is {mean}, which only cls+mean sets have, and not {feature.name}")
+        self.mean = mean
+        self.output = Affine(self._beside(torch.empty(feature.row_shape)).shape[-1], outputs, first=True)
+
+    def initialize(self, seed: int) -> None:
+        """Draw all weights from ``seed``."""
+        super().initialize(seed)
+        with torch.no_grad():
+            self.output.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+            self.get_parameter("output.bias").zero_()
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """Lay out what is read of the layers: [..., L, D] -> [..., I]."""
+        last = x[..., x.shape[-2] - self.layers :, :]
+        if self.mean == "all":
+            return last.flatten(-2)
+        half = x.shape[-1] // 2
+        tokens = last[..., :half].flatten(-2)
+        return tokens if self.mean == "none" else torch.cat([tokens, x[..., -1, half:]], dim=-1)
+
+    def standardize(self, mean: Tensor | None, scale: Tensor | None) -> None:
+        """Make the head read ``(x - mean) * scale`` from now on; the layers of a set share [D], or [K, D]."""
+        if mean is not None and scale is not None:
+            mean, scale = (
+                self._beside(part.unsqueeze(-2).expand(*part.shape[:-1], self.layers, -1)) for part in (mean, scale)
+            )
+        super().standardize(mean, scale)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, C]."""
+        return self.output(self._beside(x))  # type: ignore[no-any-return]

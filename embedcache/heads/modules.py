@@ -145,9 +145,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Head(nn.Module):
-    """The base class of heads. ``takes`` are the kinds of feature sets that it reads; ``output`` is its last layer."""
+    """The base class of heads. ``takes`` are the kinds of feature sets that it reads; ``output`` is its last layer.
+
+    ``starts_at_shares`` says that training begins with the biases that are best without features.
+    """
 
     takes: ClassVar[tuple[Kind, ...]] = ("pooled",)
+    starts_at_shares: ClassVar[bool] = True
     output: Affine
 
     def __init__(self, feature: FeatureSet, outputs: int) -> None:

@@ -34,6 +34,7 @@ TORCH: dict[str, str | type[Head]] = {
     "attention": "embedcache.heads.attention:SelfAttention",
     "attention-pooling": "embedcache.heads.attention:AttentionPooling",
     "layer-mix": "embedcache.heads.attention:LayerMix",
+    "layer-concat": "embedcache.heads.attention:LayerConcat",
 }
 """Kind -> class, or where it is: naming a kind must not import torch."""
 

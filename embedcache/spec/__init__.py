@@ -190,7 +190,7 @@ class HeadSpec:
 
     kind: str = _setting(
         "linear",
-        "Which head: linear, mlp, residual, attention, attention-pooling, layer-mix; or scikit-learn's "
+        "Which head: linear, mlp, residual, attention, attention-pooling, layer-mix, layer-concat; or scikit-learn's "
         "logistic-regression, linear-svm, ridge, lda, nearest-centroid, knn, hist-gradient-boosting, and the baselines "
         "majority and random-projection.",
         lambda value: isinstance(value, str), "the name of a head", metavar="NAME",

@@ -343,8 +343,7 @@ def _finite(interval: Interval | None) -> Interval | None:
 
 KIND_ORDER = (
     "majority", "linear", "logistic-regression", "ridge", "linear-svm", "lda", "nearest-centroid", "random-projection",
-    "layer-mix", "mlp",
-    "residual", "attention-pooling", "attention", "hist-gradient-boosting", "knn",
+    "layer-mix", "layer-concat", "mlp", "residual", "attention-pooling", "attention", "hist-gradient-boosting", "knn",
 )  # fmt: skip
 """From simple to complex, where two heads have the same number of parameters; a kind of your own comes last."""
 

@@ -150,7 +150,7 @@ def start_biases(
 
 
 def start_at(head: Head, biases: Floats) -> None:
-    """Give a head's last layer its biases [C], where it has any."""
-    if head.output.bias is not None:
+    """Give a head's last layer its biases [C], where it has any and takes them."""
+    if head.output.bias is not None and head.starts_at_shares:
         with torch.no_grad():
             head.output.bias.copy_(torch.from_numpy(biases.astype(np.float32)))
