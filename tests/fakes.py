@@ -53,7 +53,7 @@ class CountingBackbone:
         self.rows_seen += contents
         rows = np.stack([self.vector(content) for content in contents])
         out: dict[str, Any] = {"mean": rows}
-        if len(self.feature_sets) > 1:
+        if self.feature_sets[-1].kind == "tokens":
             values = np.concatenate([self.token_vectors(content) for content in contents])
             out["tokens"] = (values, np.array([min(len(content), 64) for content in contents]))
         return out

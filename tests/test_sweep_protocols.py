@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import zlib
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from planted import planted_cache, planted_rows
+from fakes import FakeRows
+from planted import Planted, planted_cache, planted_rows
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 
+from embedcache.batching import Batch
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli, run
 from embedcache.errors import SweepError, SweepSpecError
+from embedcache.extract import extract
 from embedcache.report import report
+from embedcache.shard import FeatureSet
+from embedcache.spec import TrainSpec
 from embedcache.sweep import SweepResult, planned, sweep
 from embedcache.sweep.protocols import PUBLISHED
 from embedcache.task import Array
+from embedcache.train.batches import order
 
 NAMES = sorted(PUBLISHED)
+LINEAR = PUBLISHED["dinov2-linear"]
+BLOCKS = "cls+mean@-4+-3+-2+-1"
+
+
+class Blocks(Planted):
+    """Beside the planted features the class tokens and means of four blocks, the planted ones in the last of them."""
+
+    def __init__(self, views: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        names = [BLOCKS, *(f"{BLOCKS}:view{view}" for view in range(1, views + 1))]
+        self.feature_sets += tuple(FeatureSet(name, "layers", 2 * self.dim, 4, "float32") for name in names)
+
+    def forward(self, prepared: FakeRows, batch: Batch) -> dict[str, Any]:
+        out = super().forward(prepared, batch)
+        for view, feature in enumerate(self.feature_sets[1:]):
+            out[feature.name] = np.stack([self.blocks(prepared.contents[row], view) for row in batch.indices])
+        return out
+
+    def blocks(self, content: bytes, view: int) -> np.ndarray:
+        out = np.random.default_rng([zlib.crc32(content), view]).normal(0, self.noise, (4, 2 * self.dim))
+        out[3] += np.concatenate([self.vector(content), self.vector(content[:1] + content[::-1])])
+        return out.astype(np.float32)
 
 
 def made(path: Path, classes: int = 3, **options: Any) -> FeatureCache:
-    return planted_cache(path, planted_rows(331, classes=classes, test=61, wrong=0.1), noise=1.3, **options)
+    rows = planted_rows(331, classes=classes, test=61, wrong=0.1)
+    return extract(rows, output_dir=path, backbone=Blocks(noise=1.3, **options))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> Iterator[None]:
+    """The linear evaluation has a four-hundredth of its steps, in batches that leave some rows for a smaller one."""
+    (head,) = LINEAR.heads
+    with pytest.MonkeyPatch.context() as patched:
+        few = replace(LINEAR, heads=({**head, "min_steps": 30, "batch_size": 64},))
+        patched.setitem(PUBLISHED, "dinov2-linear", few)  # type: ignore[arg-type]  # a dict, whatever its type says
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +184,90 @@ def test_neighbours_vote_as_in_a_straight_line(cache: FeatureCache, swept: dict[
     assert [row.looked_at_test for row in found.leaderboard] == [True] * 4
 
 
+def linear_by_hand(cache: FeatureCache) -> dict[tuple[int, str, float], tuple[np.ndarray, np.ndarray]]:
+    """Probabilities on validation and test rows of DINOv2's heads, by blocks, mean and learning rate."""
+    (x, y), (x_held, _), (x_test, _) = (cache.arrays(split, BLOCKS) for split in ("train", "validation", "test"))
+    half, per_epoch = x.shape[-1] // 2, -(-len(y) // 64)
+    epochs = -(-30 // per_epoch)
+    out = {}
+
+    def read(of: np.ndarray, blocks: int, mean: str) -> torch.Tensor:
+        tokens = of[:, 4 - blocks :, :half].reshape(len(of), -1)
+        return torch.tensor(np.concatenate([tokens, of[:, 3, half:]], 1) if mean == "last" else tokens)
+
+    for blocks, mean, base in itertools.product((1, 4), ("none", "last"), RATES):
+        inputs, targets = read(x, blocks, mean), torch.tensor(y)
+        net = torch.nn.Linear(inputs.shape[1], 3)
+        net.weight.data.normal_(0, 0.01, generator=torch.Generator().manual_seed(0))
+        net.bias.data.zero_()
+        optimizer = torch.optim.SGD(net.parameters(), lr=base * 1024 / 256, momentum=0.9, weight_decay=0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch, eta_min=0)
+        for epoch in range(epochs):
+            for rows in torch.from_numpy(order(len(y), 0, epoch)).split(64):
+                loss = torch.nn.functional.cross_entropy(net(inputs[rows]), targets[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            held, test = (net(read(of, blocks, mean)).softmax(1).numpy() for of in (x_held, x_test))
+        out[blocks, mean, base * 4] = held, test
+    return out
+
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+
+def test_the_linear_evaluation_is_the_straight_line_one(cache: FeatureCache, swept: dict[str, SweepResult]) -> None:
+    """Probabilities agree to 1e-6: a stack multiplies matrices of other shapes, which adds up in another order."""
+    found, by_hand = swept["dinov2-linear"], linear_by_hand(cache)
+    y, y_test = cache.arrays("validation")[1], cache.arrays("test")[1]
+    assert len(found.results) == len(by_hand) == 52
+    right: dict[tuple[int, str, float], float] = {}
+    for result in found.results:
+        options = result.head["options"]
+        at = options["layers"], options["mean"], result.train["learning_rate"]
+        held, _ = by_hand[at]
+        right[at] = float((held.argmax(1) == y).mean())
+        assert result.score == right[at], at
+    assert len(set(right.values())) > 5
+    best = max(right.values())
+    chosen = next(at for at in by_hand if right[at] == best)  # which its code meets first
+    head = found.best
+    assert (head.spec.options["layers"], head.spec.options["mean"], head.training["learning_rate"]) == chosen
+    raw = replace(head, calibration={}).probabilities(cache.arrays("test", BLOCKS)[0])
+    np.testing.assert_allclose(raw, by_hand[chosen][1], atol=1e-6, rtol=0)
+    (figure,) = found.summary["published"]["figures"]
+    assert figure["score"] == float((by_hand[chosen][1].argmax(1) == y_test).mean())
+
+
+def test_the_linear_evaluation_fixes_what_its_code_fixes() -> None:
+    (head,) = LINEAR.heads
+    assert head["learning_rate"] == pytest.approx([4 * rate for rate in RATES])
+    assert (head["layers"], head["mean"]) == ([1, 4], ["none", "last"])
+    fixed = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0, "schedule": "cosine", "warmup": 0, "clip": 0,
+             "batch_size": 1024, "epochs": 1, "min_steps": 12_500, "patience": 0, "standardize": False}  # fmt: skip
+    assert {name: head[name] for name in fixed} == fixed
+    assert TrainSpec(epochs=1, min_steps=12_500).epochs_of(1252) == 10  # of ImageNet
+
+
+def test_the_linear_evaluation_trains_on_views_where_there_are_some(tmp_path: Path) -> None:
+    found = sweep(made(tmp_path / "c", views=2), protocol="dinov2-linear", progress=False)
+    assert "in training of the plain picture or 2 views" in found.summary["published"]["fixed"]["features"]
+    assert found.best.training["views"] == 2
+    other = sweep(made(tmp_path / "d"), protocol="dinov2-linear", progress=False)
+    assert {row.label: row.score for row in found.leaderboard} != {row.label: row.score for row in other.leaderboard}
+
+
+def test_a_cache_without_the_blocks_is_told_how_to_make_them(cache: FeatureCache, tmp_path: Path) -> None:
+    there = planted_cache(tmp_path / "c", planted_rows(90, test=20))
+    for asked, features in ((there, ()), (cache, ("mean",))):
+        with pytest.raises(SweepError, match=r"not in mean: .* extract INPUT --pooling cls.mean@-4\.\.-1"):
+            sweep(asked, protocol="dinov2-linear", features=features)
+    written = sweep(cache, protocol="dinov2-linear", features=("cls+mean@-4..-1",), progress=False)
+    assert written.best.feature.name == BLOCKS
+
+
 def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
     fixed = swept["mteb"].summary["published"]["fixed"]
     assert fixed["rows"].startswith("10 draws of 8 rows a class from the train split")
@@ -161,6 +288,14 @@ def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
     assert {(row.train_rows, row.eval_rows) for row in results} == {(243, 61)}
     votes = {"metric": "cosine", "temperature": 0.07, "weights": "softmax"}
     assert [row.head["options"] for row in results] == [votes | {"n_neighbors": k} for k in (10, 20, 100, 200)]
+    fixed, results = swept["dinov2-linear"].summary["published"]["fixed"], swept["dinov2-linear"].results
+    assert fixed["heads"] == (
+        "layer-concat, layers in 1, 4, mean in none, last, solver=minibatch, epochs=1, min_steps=30, batch_size=64, "
+        "optimizer=sgd, learning_rate in 13 values from 4e-05 to 0.4, weight_decay=0.0, schedule=cosine, warmup=0.0, "
+        "clip=0.0, patience=0, momentum=0.9"
+    )
+    assert fixed["choice"].endswith("that head, as it is, is scored on the test split once")
+    assert {(row.train_rows, row.eval_rows) for row in results} == {(243, 27)}
     for name, heads, count in (
         ("clip", "linear, solver=convex, l2 in 97 values from 1e-06 to 1e+06", 97),
         ("dinov2", "linear, solver=convex, l2 in 45 values from 1e-05 to 1e+06", 45),

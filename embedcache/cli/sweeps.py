@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     help="Stop training in time to be done after N minutes; what was left out is named.",
 )  # fmt: skip
 @click.option(
-    "--protocol", type=click.Choice(["mteb", "clip", "dinov2", "dinov2-knn"]),
+    "--protocol", type=click.Choice(["mteb", "clip", "dinov2", "dinov2-knn", "dinov2-linear"]),
     help="Measure as published tables do: heads, rows, choice and metric are fixed, and printed.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be trained and about how long it takes; write nothing.")

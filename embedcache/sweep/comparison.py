@@ -178,10 +178,10 @@ def leaderboard(
         return [], failures
     sign = -1.0 if problem.greater_is_better else 1.0
     means = {candidate.id: float(np.mean(candidate.fold_scores())) for candidate in ranked}
-    # Equal scores: the plainer label first, so that the order is the same in every run; of a published grid the
-    # strongest penalty, which its code meets first and keeps.
-    strength = {candidate.id: -candidate.first.train.l2 if problem.published else 0.0 for candidate in ranked}
-    ranked.sort(key=lambda candidate: (sign * means[candidate.id], strength[candidate.id], candidate.first.label))
+    # Equal scores: the plainer label first, so that the order is the same in every run; of a published grid what its
+    # code meets first and keeps: the strongest penalty, the smallest head, the lowest learning rate.
+    first = {candidate.id: _met(candidate) if problem.published else () for candidate in ranked}
+    ranked.sort(key=lambda candidate: (sign * means[candidate.id], first[candidate.id], candidate.first.label))
     scored = [_scored(problem, folder, candidate) for candidate in ranked]
     resampler = Resampler(problem.metric, problem.task, problem.y, problem.strata.group, seed=problem.protocol.seed)
     resampled = resampler(scored)
@@ -198,6 +198,11 @@ def leaderboard(
         replace(row, rank=place + 1, p_adjusted=adjusted[place], distinguishable=not same[place])
         for place, row in enumerate(rows)
     ], failures
+
+
+def _met(candidate: Candidate) -> tuple[float, ...]:
+    train = candidate.first.train
+    return -train.l2, max(result.parameters for result in candidate.every_result), train.learning_rate
 
 
 @dataclass(frozen=True)

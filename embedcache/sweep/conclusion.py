@@ -254,7 +254,7 @@ def save_best(problem: Problem, folder: SweepFolder, final: Final, row: Leaderbo
         metrics["test"] = {**final.test.metrics, "intervals": {problem.metric: final.test.interval}}
     facts = {
         "chosen by": f"a sweep of {problem.metric}, {problem.protocol.text()}",
-        "rows": f"{int(problem.learnable.sum()):,} of train{'' if problem.protocol.to_test else ' and validation'}",
+        "rows": f"{int(problem.learnable.sum()):,} of train{' and validation' if problem.learnable.all() else ''}",
     }
     make_folder(folder.path / "best", SweepError)  # not through a link
     final.head.save_pretrained(

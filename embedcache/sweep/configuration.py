@@ -30,9 +30,9 @@ class Protocol:
     ``stopping_share`` of a fold's training rows is held out where a head stops early, so that no head sees the rows
     that it is scored on.
 
-    Two are for published tables. With ``to_test`` nothing is chosen: heads learn from the train split, or from draws
+    Three are for published tables. With ``to_test`` nothing is chosen: heads learn from the train split, or from draws
     of it, and are scored on the test split. ``held_out`` is the share of train that stands in for a validation split
-    where the cache has none.
+    where the cache has none. Without ``refit`` the chosen head never learns from the rows that it was chosen by.
     """
 
     folds: int = 5
@@ -44,6 +44,7 @@ class Protocol:
     alpha: float = 0.05
     to_test: bool = False
     held_out: float | None = None
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.shots is None and (self.folds < 1 or self.repeats < 1):
@@ -75,6 +76,8 @@ class Protocol:
         body: dict[str, object] = {"kind": self.kind, "seed": self.seed, "stopping_share": self.stopping_share}
         if self.held_out is not None:
             body["held_out"] = self.held_out
+        if not self.refit:
+            body["refit"] = False
         if self.shots is not None:
             return {**body, "shots": self.shots, "draws": self.draws}
         return {**body, "folds": self.folds, "repeats": self.repeats}

@@ -52,7 +52,8 @@ def seconds_of(problem: Problem, configuration: Configuration) -> float:
     if configuration.train.solver == "convex":
         return 0.002 + 4 * _STEPS * rows * feature.dim * outputs / _FLOPS
     size = sum(parameter.numel() for parameter in build_head(configuration.head, feature, outputs).parameters())
-    vectors = {"pooled": 1, "layers": feature.layers, "tokens": 32}[feature.kind]
+    beside = configuration.head.kind == "layer-concat"  # all layers in one product
+    vectors = 1 if beside else {"pooled": 1, "layers": feature.layers, "tokens": 32}[feature.kind]
     rows = int(problem.mean_train_rows)
     steps = -(-rows // configuration.train.batch_size)
     epochs = configuration.train.epochs_of(steps)

@@ -129,7 +129,7 @@ def read_asked(
     configurations = parsed.configurations(asked.random, asked.seed or 0)
     refuse_impossible(problem, configurations)
     if published is not None:
-        problem = replace(problem, fixed=published.fixed(problem.protocol, configurations))
+        problem = replace(problem, fixed=published.fixed(opened, problem.protocol, configurations))
     return problem, configurations, asked
 
 

@@ -401,7 +401,8 @@ class Problem:
     @property
     def learnable(self) -> Flags:
         """Which rows a head may ever learn from, bool [N]: all of train and validation."""
-        return ~self.validation if self.protocol.to_test else np.ones(len(self), bool)
+        alone = self.protocol.to_test or not self.protocol.refit
+        return ~self.validation if alone else np.ones(len(self), bool)
 
     @cached_property
     def final(self) -> Fold:
@@ -411,6 +412,8 @@ class Problem:
         whole = Fold(everything, nothing, nothing)
         if self.protocol.shots is not None or self.protocol.to_test:
             return whole
+        if not self.protocol.refit:
+            return replace(self.folds[0], score=nothing)
         # A subset that leaves nothing out, so that the held-out share is drawn as it is in every fold.
         stopping = Fold(everything, everything, nothing)
         return subset(

@@ -104,8 +104,8 @@ def sweep(
         test_all: also measure every other head on the test split; they are marked.
         yes: run more than 10,000 configurations.
         minutes: stop training in time to be done after so many; what was left out stands in the notes.
-        protocol: measure one feature set as a published table does: ``mteb``, ``clip``, ``dinov2`` or
-            ``dinov2-knn``. It fixes heads, rows, choice and metric, as ``embedcache.sweep.protocols`` says;
+        protocol: measure one feature set as a published table does: ``mteb``, ``clip``, ``dinov2``, ``dinov2-knn``
+            or ``dinov2-linear``. It fixes heads, rows, choice and metric, as ``embedcache.sweep.protocols`` says;
             ``summary["published"]`` has what it fixed, and its figures.
         progress: say on stderr what is going to be trained, and on a terminal how far it is.
 
