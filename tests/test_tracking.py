@@ -12,10 +12,13 @@ import small_caches
 
 from embedcache import cli, tracking
 from embedcache.errors import BundleError, EmbedcacheWarning, MissingExtraError, SpecError
+from embedcache.heads.folder import RunFolder
 from embedcache.shard import FeatureSet
 from embedcache.tracking import records, trackers
 from embedcache.tracking.records import Experiment, experiment_in
 from embedcache.tracking.trackers import Tracker
+
+FALLING = ("--schedule", "linear", "--warmup", "0", "--learning-rate", "0.003")
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +27,64 @@ def made(tmp_path_factory: Any) -> Path:
     folder: Path = tmp_path_factory.mktemp("tracking")
     small_caches.write(folder / "c", 97, 97, (FeatureSet("mean", "pooled", 5, 1, "float32"),))
     cache, run, sweep = (str(folder / name) for name in ("c", "run", "sweep"))
-    assert cli.run(["train", cache, "-o", run, "--head", "mlp", "--epochs", "2", "--head-option", "hidden=[7]"]) == 0
+    assert (
+        cli.run(["train", cache, "-o", run, "--head", "mlp", "--epochs", "2", "--head-option", "hidden=[7]", *FALLING])
+        == 0
+    )
     heads = ["--head", "linear", "--set", "l2=0.1,10", "--folds", "2"]
     assert cli.run(["sweep", cache, "-o", sweep, *heads]) == 0
     return folder
 
 
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Experiment]:
-    """What a tracker called fake was sent; another, called broken, always fails."""
-    sent: list[Experiment] = []
+class Told:
+    """A tracker's run, and all that it was told; at ``fails`` points it raises ``error``."""
 
-    def take(experiment: Experiment) -> None:
+    def __init__(self, folder: Path, fails: int = -1, error: BaseException | None = None) -> None:
         print("chatter")
-        sent.append(experiment)
+        self.folder, self.fails, self.error = folder, fails, error
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.saved: list[bool] = []
+        self.experiments: list[Experiment] = []
+        self.states: list[str] = []
 
-    def fail(experiment: Experiment) -> None:
+    def log(self, step: int, values: Any) -> None:
+        self.points.append((step, dict(values)))
+        self.saved.append((self.folder / "config.json").exists() or (self.folder / "summary.json").exists())
+        if len(self.points) == self.fails and self.error is not None:
+            raise self.error
+
+    def settle(self, experiment: Experiment) -> None:
+        assert not self.states
+        self.experiments.append(experiment)
+
+    def close(self, state: str) -> None:
+        self.states.append(state)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
+    """What a tracker called mlflow was told; another, called wandb, always fails."""
+    begun: list[Told] = []
+
+    def begin(folder: Path) -> Told:
+        begun.append(Told(folder))
+        return begun[-1]
+
+    def fail(folder: Path) -> Told:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Tracker("json", take))
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Tracker("json", begin))
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Tracker("json", fail))
-    return sent
+    return begun
+
+
+def fails(at: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[Told]:
+    """What a tracker called trackio was told, whose run raises at that point."""
+    begun: list[Told] = []
+    monkeypatch.setitem(
+        trackers.TRACKERS, "trackio", Tracker("json", lambda folder: begun.append(Told(folder, at, error)) or begun[-1])
+    )
+    return begun
 
 
 def test_a_run_is_its_settings_curves_metrics_and_card(made: Path) -> None:
@@ -86,12 +126,12 @@ def test_a_sweep_is_its_candidates_and_its_page(made: Path, monkeypatch: pytest.
 def test_a_setting_is_what_every_tracker_takes() -> None:
     settings = records._settings({"a": "\ud800" * 300, "b": {"c": 1}, "d": None, "e": 0.5, "f": False})
     assert settings == {"a": ("\\ud800" * 300)[:247] + "...", "b": '{"c": 1}', "e": 0.5, "f": False}
-    assert records._numbers([("a", True), ("b", float("nan")), ("c", 2), ("d", "x")]) == {"c": 2}
+    assert records.numbers([("a", True), ("b", float("nan")), ("c", 2), ("d", "x")]) == {"c": 2}
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_a_tracker_that_fails_costs_a_note(
-    command: str, made: Path, told: list[Experiment], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, made: Path, told: list[Told], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [command, str(made / "c"), "-o", str(tmp_path / "out"), "--head", "majority", "--json"]
     assert cli.run([*arguments, "--report-to", "wandb", "--report-to", "mlflow"]) == 0
@@ -101,13 +141,95 @@ def test_a_tracker_that_fails_costs_a_note(
     (note,) = (line for line in err.splitlines() if "wandb" in line)
     assert note.startswith(f"note: wandb did not take {tmp_path / 'out'} (ConnectionError: no route to host)")
     assert "reported to mlflow" in err
-    assert [experiment.folder for experiment in told] == [tmp_path / "out"]
+    assert [(each.folder, len(each.experiments), each.states) for each in told] == [(tmp_path / "out", 1, ["finished"])]
+
+
+# As it goes on.
+
+
+def train(made: Path, out: Path, *more: str) -> int:
+    arguments = ["train", str(made / "c"), "-o", str(out), "--head", "mlp", "--epochs", "2", *FALLING]
+    return cli.run([*arguments, "--head-option", "hidden=[7]", *more])
+
+
+def test_epochs_are_told_as_they_end_and_change_no_bit(made: Path, told: list[Told], tmp_path: Path) -> None:
+    assert train(made, tmp_path / "run", "--report-to", "mlflow") == 0
+    (session,) = told
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    rates = [values.pop("learning_rate") for _, values in session.points]
+    assert [{"epoch": step, **values} for step, values in session.points] == history
+    assert {"train_loss", "validation_log_loss"} <= history[0].keys()
+    assert rates == [0.003, 0.0015]
+    assert session.saved == [False, False]
+    assert (session.experiments[0].whole.name, session.states) == ("run", ["finished"])
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (made / "run" / "model.safetensors").read_bytes()
+
+
+def test_heads_of_a_sweep_are_told_as_they_are_kept(made: Path, told: list[Told], tmp_path: Path) -> None:
+    arguments = ["sweep", str(made / "c"), "-o", str(tmp_path / "sweep"), "--head", "linear", "--set", "l2=0.1,10"]
+    assert cli.run([*arguments, "--folds", "2", "--report-to", "mlflow"]) == 0
+    (session,) = told
+    assert [step for step, _ in session.points] == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
+    scores = [line["score"] for line in lines if line.get("curve") is None]
+    assert [values for _, values in session.points] == [{"kept/accuracy": score} for score in scores]
+    assert session.saved == [False] * 4
+    assert (len(session.experiments), session.states) == (1, ["finished"])
+
+
+def test_a_tracker_that_fails_in_the_middle_is_told_no_more(
+    made: Path, told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = fails(1, TimeoutError("gone"), monkeypatch)
+    assert train(made, tmp_path / "run", "--report-to", "trackio", "--report-to", "mlflow") == 0
+    err = capsys.readouterr().err
+    (note,) = (line for line in err.splitlines() if "trackio" in line)
+    assert note.startswith(f"note: trackio did not take {tmp_path / 'run'} (TimeoutError: gone)")
+    assert "reported to mlflow\n" in err
+    assert (len(failing[0].points), failing[0].experiments, failing[0].states) == (1, [], ["failed"])
+    assert (len(told[0].points), told[0].states) == (2, ["finished"])
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (made / "run" / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_ends_the_run_of_a_tracker_as_interrupted(
+    made: Path, told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it comes while a tracker is told, which is as good a moment as any."""
+    stopped = fails(1, KeyboardInterrupt(), monkeypatch)
+    reports = ["--report-to", "mlflow", "--report-to", "trackio"]
+    assert train(made, tmp_path / "run", *reports) == 1
+    for session in (told[0], stopped[0]):
+        assert (len(session.points), len(session.experiments), session.states) == (1, 1, ["interrupted"])
+    arguments = ["sweep", str(made / "c"), "-o", str(tmp_path / "sweep"), "--head", "linear", "--folds", "2"]
+    assert cli.run([*arguments, *reports]) == 1
+    for session in (told[1], stopped[1]):
+        assert (len(session.points), session.experiments, session.states) == (1, [], ["interrupted"])
+
+
+def test_training_that_fails_ends_the_run_of_a_tracker_as_failed(
+    made: Path, told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the folder is the head of before, which is not sent as if it were new."""
+    out = tmp_path / "run"
+    assert train(made, out) == 0
+
+    def full(*arguments: Any, **named: Any) -> None:
+        raise BundleError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "save", full)
+    assert train(made, out, "--report-to", "mlflow") == 1
+    assert [(len(each.points), each.experiments, each.states) for each in told] == [(2, [], ["failed"])]
+
+
+def test_a_folder_with_files_of_tensorboard_alone_may_become_a_run(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)  # of a process that was killed before its head was saved
+    assert train(made, tmp_path / "run") == 0
 
 
 def test_mistakes_are_told_before_the_work(
-    made: Path, told: list[Experiment], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+    made: Path, told: list[Told], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(trackers.TRACKERS, "trackio", Tracker("no_such_package", lambda experiment: None))
+    monkeypatch.setitem(trackers.TRACKERS, "trackio", Tracker("no_such_package", Told))
     assert cli.run(["train", str(made / "c"), "-o", str(tmp_path / "out"), "--report-to", "trackio"]) == 1
     assert "reporting to trackio needs the package no_such_package" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -97,7 +97,12 @@ def test_a_run_is_a_head_beside_a_whole_backbone(bert: Path, cache: FeatureCache
     with pytest.raises(BundleError, match="tune it again"):
         evaluate_tuned(replace(again, training={"blocks": "many"}), cache)
     assert "last 1 block" in (tmp_path / "run" / "README.md").read_text()
-    other = tune(cache, 1, spec=TrainSpec(**{**FAST.record(), "epochs": 1}), progress=False, device="cpu")
+    told: list[Any] = []
+    other = tune(
+        cache, 1, spec=TrainSpec(**{**FAST.record(), "epochs": 1}), progress=False, device="cpu",
+        observe=lambda step, values: told.append({"epoch": step, **values}),
+    )  # fmt: skip
+    assert [{name: value for name, value in each.items() if name != "learning_rate"} for each in told] == other.history
     other.save(tmp_path / "run")
     assert len(list((tmp_path / "run").glob("backbone-*"))) == 1, "the old backbone goes with its head"
     Predictor.load(tmp_path / "run", device="cpu")

@@ -64,11 +64,14 @@ def train(
         given["class_weight"] = _class_weight(given["class_weight"])
     _refuse_unused(head, given, device)
     opened = FeatureCache.open(cache)
-    with reporting(output_dir, report_to), RunFolder(output_dir) as folder:
+    with reporting(output_dir, report_to) as report, RunFolder(output_dir) as folder:
         result = train_on_cache(
-            opened, head, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=device or "cpu"
-        )
+            opened, head, TrainSpec(**given), feature=feature, allow_unseen=allow_unseen, device=device or "cpu",
+            observe=report,
+        )  # fmt: skip
         result.save(folder)
+        if report is not None:
+            report.interrupted = result.interrupted
     if as_json:
         print_json(result.metrics)
     else:
@@ -146,9 +149,11 @@ def tune(
         chosen["class_weight"] = _class_weight(chosen["class_weight"])
     spec = replace(TUNING, **chosen)
     given = {name: value for name, value in options.items() if value is not None}
-    with reporting(output_dir, report_to), RunFolder(output_dir) as folder:
-        result = tune_blocks(cache, head=head, spec=spec, **given)
+    with reporting(output_dir, report_to) as report, RunFolder(output_dir) as folder:
+        result = tune_blocks(cache, head=head, spec=spec, observe=report, **given)
         saved = result.save(folder)
+        if report is not None:
+            report.interrupted = result.interrupted
     if as_json:
         print_json(result.metrics)
     else:

@@ -17,6 +17,7 @@ from embedcache.wording import json_shown, page
 
 if TYPE_CHECKING:
     from embedcache.dataset import Examples
+    from embedcache.tracking import Reporting
 
 Decorator = Callable[[Any], Any]
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -235,17 +236,17 @@ report_option = click.option(
 
 
 @contextmanager
-def reporting(folder: str, trackers: Sequence[str]) -> Iterator[None]:
-    """Refuse trackers that are not installed, do the block, and report the folder that it saved."""
+def reporting(folder: str, trackers: Sequence[str]) -> Iterator[Reporting | None]:
+    """Refuse trackers that are not installed, yield what tells them of the block's training, and send what it saved."""
     if not trackers:
-        yield
+        yield None
         return
-    from embedcache.tracking import refuse_missing, track
+    from embedcache.tracking import Reporting
 
-    refuse_missing(trackers)
-    yield
-    if took := track(folder, trackers):
-        say(f"reported to {', '.join(took)}", err=True)
+    with Reporting(folder, trackers) as report:
+        yield report
+    if report.took:
+        say(f"reported to {', '.join(report.took)}", err=True)
 
 
 pixel_range_option = click.option(

@@ -109,9 +109,9 @@ def sweep(
         which = {name: options[name] for name in ("features", "yes", "protocol")}
         return say(planned(cache, grid, output_dir=output_dir, seeds=_numbers(seeds), asked=asked, **which).to_text())
     try:
-        with reporting(output_dir, report_to):
+        with reporting(output_dir, report_to) as report:
             result = run(
-                cache, grid, output_dir=output_dir, seeds=_numbers(seeds),
+                cache, grid, output_dir=output_dir, seeds=_numbers(seeds), observe=report,
                 command=shlex.join(["embedcache", *sys.argv[1:]]), **options,
             )  # fmt: skip
     except Interrupted:

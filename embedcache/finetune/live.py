@@ -26,10 +26,10 @@ from embedcache.spec import FINE_TUNING, TaskName, TrainSpec
 from embedcache.task import CLASSIFICATION, Array, Floats, Task, task_named
 from embedcache.train.batches import grouped_order, order
 from embedcache.train.data import checked_targets, class_weights, refuse_untrainable, target_moments
-from embedcache.train.loop import STILL_IMPROVING, Scores, Stopping, fit, still_improving
+from embedcache.train.loop import STILL_IMPROVING, Scores, Stopping, fit, still_improving, telling
 from embedcache.train.losses import Loss, start_at, start_biases
 from embedcache.train.metrics import measure, scores
-from embedcache.train.result import Fitted, TrainingResult
+from embedcache.train.result import Fitted, Observe, TrainingResult
 from embedcache.train.stack import BETA1, BETA2, EPSILON, schedule_factors
 
 # One live model in training: where its batches come from, and the step. The loop is that of training on a cache.
@@ -358,9 +358,12 @@ LabelledLive = tuple[LiveRows, Array]
 def fit_live(
     model: FeatureBasedModel, rows: LabelledLive, judged: LabelledLive | None, spec: TrainSpec, parts: Sequence[Part],
     *, task: TaskName, class_names: Sequence[str], new_head: bool, progress: bool = True, title: str = "fine-tune",
-    keep_losses: bool = False, max_steps: int | None = None,
+    keep_losses: bool = False, max_steps: int | None = None, observe: Observe | None = None,
 ) -> TrainingResult[TunedModel]:  # fmt: skip
-    """Do what ``fine_tune`` does, for rows that are ready and for ``parts`` of a model; at most so many steps."""
+    """Do what ``fine_tune`` does, for rows that are ready and for ``parts`` of a model; at most so many steps.
+
+    ``observe`` is told of each epoch.
+    """
     kind, (live, y) = task_named(task), rows
     refuse_untrainable(y, kind, class_names)
     tuned = TunedModel(model, task, tuple(class_names), target_moments(y, kind))
@@ -373,7 +376,10 @@ def fit_live(
         learner = LiveLearner(
             model, spec, parts, _loss(tuned, y, spec, new_head), stopping.epochs * batches.steps, judge
         )  # fmt: skip
-        outcome = fit(learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses)
+        outcome = fit(
+            learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses,
+            each_epoch=telling(observe, spec, stopping.epochs * batches.steps),
+        )  # fmt: skip
         learner.finish()
         if judge is not None:
             metrics["validation"] = measure(kind, judge.y, judge.outputs(), class_names)

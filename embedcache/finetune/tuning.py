@@ -49,7 +49,7 @@ from embedcache.train import train_on_cache
 from embedcache.train.cached import feature_for, refuse_unseen, targets_for, training_rows
 from embedcache.train.metrics import measure, metric_named
 from embedcache.train.metrics.measuring import MetricValues
-from embedcache.train.result import Fitted, Origin
+from embedcache.train.result import Fitted, Observe, Origin
 from embedcache.train.run import fit_temperature, fit_thresholds
 from embedcache.wording import counted
 
@@ -137,6 +137,7 @@ def tune(
     device: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
+    observe: Observe | None = None,
 ) -> Tuned:
     """Train the last blocks of a cache's backbone with a head, from the hidden states that enter them.
 
@@ -155,6 +156,8 @@ def tune(
         new_head: start from a new head.
         model, revision: the backbone, where it is no longer what the cache names.
         device: where it is trained.
+        observe: is called after each epoch of the blocks with its number and values: loss, validation metric, and the
+            head's learning rate.
 
     Raises:
         FeatureError: a cache without these states.
@@ -194,6 +197,7 @@ def tune(
     result = fit_live(
         tail, rows[0], rows[1], spec, parts_of(tail, spec, backbone_learning_rate, layer_decay), task=task.name,
         class_names=cache.class_names, new_head=new_head, progress=progress, title=f"tune {counted(blocks, 'block')}",
+        observe=observe,
     )  # fmt: skip
     warn(notes)
     tuned, origin = result.head, Origin.of(cache)

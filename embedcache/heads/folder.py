@@ -48,6 +48,10 @@ BACKBONE = re.compile(r"\.?backbone-[0-9a-f]{16}")
 """A folder beside a head whose backbone was trained with it; the head names it as its model, ``./backbone-...``."""
 
 
+TENSORBOARD = "tensorboard"
+"""The folder within a run's or a sweep's where TensorBoard's files are, from the first epoch on."""
+
+
 class RunFolder:
     """A run's folder opened for writing, as a context manager; a new one that nothing was saved in is removed again.
 
@@ -178,7 +182,7 @@ def prepare(directory: Path) -> None:
         if exists(directory, BundleError) and not directory.is_dir():
             raise BundleError(f"{directory} is a file: choose a new or an empty directory")
         names = set(os.listdir(directory)) - {LOCK} if directory.is_dir() else set()
-        names = {name for name in names if not BACKBONE.fullmatch(name)}
+        names = {name for name in names if not BACKBONE.fullmatch(name) and name != TENSORBOARD}
         # A process that was killed before it wrote the first config leaves weights, or temporaries alone.
         weights = any(WEIGHTS.fullmatch(name.removeprefix(".").removesuffix(".tmp")) for name in names)
         ours = all(name in _BESIDE or WEIGHTS.fullmatch(name) or _TEMPORARY.fullmatch(name) for name in names)

@@ -49,6 +49,7 @@ from embedcache.sweep.summary import (
 from embedcache.sweep.training import outputs_of_each, train_batch
 from embedcache.train.loop import STILL_IMPROVING
 from embedcache.train.metrics import metrics_of, score
+from embedcache.train.result import Observe
 from embedcache.wording import counted, duration
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def sweep(
     protocol: str | None = None,
     progress: bool = True,
     command: str | None = None,
+    observe: Observe | None = None,
 ) -> SweepResult:
     """Train many heads on a cache, compare them honestly, keep the best.
 
@@ -108,6 +110,7 @@ def sweep(
             or ``dinov2-linear``. It fixes heads, rows, choice and metric, as ``embedcache.sweep.protocols`` says;
             ``summary["published"]`` has what it fixed, and its figures.
         progress: say on stderr what is going to be trained, and on a terminal how far it is.
+        observe: is called for each head of a fold that is kept, with how many there are and its score.
 
     Raises:
         SweepError: a grid, protocol or folder that cannot be run.
@@ -130,7 +133,7 @@ def sweep(
     path = Path(tempfile.mkdtemp(prefix="embedcache-sweep-") if output_dir is None else output_dir)
     with SweepFolder(path, problem.identity()) as folder:
         ending = Ending(choose, bool(asked.learning_curve), bool(asked.test_all))
-        run = Run(problem, folder, ending, command, progress, budget)
+        run = Run(problem, folder, ending, command, progress, budget, observe)
         jobs = jobs_of(problem, configurations)
         run.train(jobs, announced=True)
         try:
@@ -167,6 +170,7 @@ class Run:
     command: str | None
     progress: bool
     budget: Budget = field(default_factory=Budget)
+    observe: Observe | None = None
 
     def __post_init__(self) -> None:
         self.begun = time.perf_counter()
@@ -250,7 +254,11 @@ class Run:
                 results.append(self._result(trained, rows, probabilities))
                 if probabilities is not None and job.curve is None:
                     outputs.setdefault(job.configuration.id, {})[job.number] = probabilities
+        kept = len(self.folder.results)
         self.folder.add(results, outputs)
+        for number, result in enumerate(results, kept + 1):
+            if self.observe is not None and result.score is not None and result.curve is None:
+                self.observe(number, {f"kept/{self.problem.metric}": result.score})
 
     def _outputs(self, of_fold: Sequence[TrainedJob], rows: Rows) -> Iterator[Outputs | None]:
         """Yield what heads of one fold and feature set say of some rows, None for one that could not be trained."""

@@ -79,7 +79,7 @@ def _run(folder: Path) -> Experiment:
         f"{split}/{name}": value
         for split, values in splits
         if isinstance(values, dict)
-        for name, value in _numbers(values.items()).items()
+        for name, value in numbers(values.items()).items()
     }
     whole = Record(folder.resolve().name, _settings(settings), _curves(epochs), metrics)
     return Experiment(folder, whole, (), folder / CARD, re.sub(r"\A---\n.*?\n---\n", "", card, flags=re.DOTALL))
@@ -89,7 +89,7 @@ def _curves(epochs: Iterable[Mapping[str, object]]) -> tuple[tuple[int, Values],
     curves = []
     for place, epoch in enumerate(epochs, 1):
         step = epoch.get("epoch", place)
-        values = _numbers((name, value) for name, value in epoch.items() if name != "epoch")
+        values = numbers((name, value) for name, value in epoch.items() if name != "epoch")
         curves.append((step if isinstance(step, int) else place, values))
     return tuple(curves)
 
@@ -131,10 +131,10 @@ def _metrics(summary: Summary, row: LeaderboardRow) -> Values:
     values = {f"validation/{summary.metric.name}": row.score, "parameters": row.parameters, "seconds": row.seconds}
     if row.test is not None:
         values["test/" + summary.metric.name] = row.test.score
-    return _numbers(values.items())
+    return numbers(values.items())
 
 
-def _numbers(values: Iterable[tuple[str, object]]) -> dict[str, float]:
+def numbers(values: Iterable[tuple[str, object]]) -> dict[str, float]:
     """Return those values that are numbers: a metric may not exist."""
     return {
         name: value

@@ -22,7 +22,7 @@ from embedcache.spec import HeadSpec, TrainSpec, differences_text, plain_name
 from embedcache.task import CLASSIFICATION, Flags, task_named
 from embedcache.train.data import fits_in_memory, labelled_rows_of
 from embedcache.train.metrics.measuring import MetricValues
-from embedcache.train.result import Origin, TrainingResult
+from embedcache.train.result import Observe, Origin, TrainingResult
 from embedcache.train.run import measured, train_head
 from embedcache.wording import counted
 
@@ -43,12 +43,14 @@ def train_on_cache(
     allow_unseen: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    observe: Observe | None = None,
 ) -> TrainingResult[TrainedHead]:
     """Train one head on the train split of a cache, open or where it is, judged by its validation split.
 
     Without a validation split, a tenth of the training contents is held out, chosen by content, so that duplicates
     stay together. The test split is not looked at, but for its classes. ``feature`` names the feature set; None takes
-    the first that the head can read. Features that do not fit in memory are read as they are needed.
+    the first that the head can read. Features that do not fit in memory are read as they are needed. ``observe`` is
+    told of each epoch, as ``train_head`` says.
 
     Raises as ``train_head`` does, and ``TrainingError`` for a class in test that no training row has, unless
     ``allow_unseen``; ``FeatureError`` for a feature set that the cache does not have.
@@ -68,7 +70,7 @@ def train_on_cache(
         rows_of(cache, judged, chosen) if len(judged) else None, targets[judged] if len(judged) else None,
         head, spec, task=cache.task or CLASSIFICATION.name, class_names=cache.class_names, feature=chosen,
         extraction=origin.extraction, model=origin.model, revision=origin.revision, probe=origin.probe,
-        device=device, progress=progress, notes=notes,
+        device=device, progress=progress, notes=notes, observe=observe,
         views=[rows_of(cache, train, view, 1 + len(views)) for view in views],
     )  # fmt: skip
     facts = {"features": f"{chosen.name} of a cache with spec {cache.spec_hash[:16]}", **result.facts}

@@ -20,7 +20,7 @@ from embedcache.spec import TrainSpec
 from embedcache.task import Floats, Task
 from embedcache.train.batches import BatchSource, RowsOfBatch
 from embedcache.train.metrics import metric_named
-from embedcache.train.result import Epoch
+from embedcache.train.result import Epoch, Observe
 
 # Whether the head was still improving when training ended.
 
@@ -126,6 +126,24 @@ class LoopResult:
     losses: list[Tensor] = field(default_factory=list)
 
 
+def telling(observe: Observe | None, spec: TrainSpec, steps: int) -> Callable[[int, Epoch], object] | None:
+    """Return what ``fit`` calls after every epoch of one model, to tell of it, with its last step's learning rate.
+
+    ``steps`` is how many there are in all, at most.
+    """
+    from embedcache.train.stack import schedule_factors
+
+    if observe is None:
+        return None
+
+    def told(taken: int, epoch: Epoch) -> object:
+        rate = spec.learning_rate * float(schedule_factors(spec, taken - 1, 1, steps)[0])
+        values = {name: value for name, value in epoch.items() if name != "epoch"}
+        return observe(int(epoch["epoch"]), {**values, "learning_rate": rate})
+
+    return told
+
+
 def fit(
     learner: Learner[B],
     batches: BatchSource[B],
@@ -135,11 +153,13 @@ def fit(
     progress: bool = True,
     keep_losses: bool = False,
     each_step: Callable[[], object] | None = None,
+    each_epoch: Callable[[int, Epoch], object] | None = None,
 ) -> LoopResult:
     """Train until the loop ends; see ``Stopping``.
 
     Ctrl-C stops after the step in progress: the best weights so far stay, and ``interrupted`` is set. So does
-    ``each_step``, which is called before every step, where it raises ``KeyboardInterrupt``.
+    ``each_step``, which is called before every step, where it raises ``KeyboardInterrupt``. ``each_epoch`` is called
+    after every epoch with the steps taken and the record of the first model.
 
     Raises ``TrainingError`` when a loss becomes NaN or infinite, saying what to lower.
     """
@@ -207,6 +227,8 @@ def fit(
                 if len(going) < len(alive):
                     learner.keep(going)
                 bar.set_postfix_str(f"epoch {epoch + 1}, {stopping.metric} {sign * best.max():.4f}", refresh=False)
+            if each_epoch is not None:
+                each_epoch(result.steps, result.history[0][-1])
     except KeyboardInterrupt:
         result.interrupted = True
     finally:

@@ -27,11 +27,11 @@ from embedcache.train.batches import (
     lent,
 )
 from embedcache.train.data import LabelledRows, class_weights, moments, target_moments
-from embedcache.train.loop import Scores, Stopping, fit, still_improving
+from embedcache.train.loop import Scores, Stopping, fit, still_improving, telling
 from embedcache.train.losses import Loss, start_at, start_biases
 from embedcache.train.metrics import scores
 from embedcache.train.parts import Parts
-from embedcache.train.result import Fitted
+from embedcache.train.result import Fitted, Observe
 from embedcache.train.stack import HeadStack
 from embedcache.wording import counted
 
@@ -60,6 +60,7 @@ class PassOptions:
         max_steps: end after this many steps; None for no limit.
         watch: is shown the stack before its first step.
         each_step: is called before each step; where it raises ``KeyboardInterrupt``, training ends as by Ctrl-C.
+        observe: is told of each epoch of the first head.
     """
 
     device: str = "cpu"
@@ -69,6 +70,7 @@ class PassOptions:
     max_steps: int | None = None
     watch: Callable[[HeadStack], None] | None = None
     each_step: Callable[[], object] | None = None
+    observe: Observe | None = None
 
 
 Prepared = Tensor | Ragged | OnDisk
@@ -250,6 +252,7 @@ class _Pass:
             result = fit(
                 learner, source, stopping, title=options.title, progress=options.progress,
                 keep_losses=options.keep_losses, each_step=options.each_step,
+                each_epoch=telling(options.observe, spec, stopping.epochs * source.steps),
             )  # fmt: skip
         real = target if rows.task is REGRESSION else None
         standardised = None if mean is None or scale is None else (mean, scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Epoch = dict[str, float]
 """The record of one epoch: ``epoch`` from 1 on, ``train_loss``, ``seconds``, ``validation_METRIC``."""
+Observe = Callable[[int, Mapping[str, float]], object]
+"""What is told of training as it goes on: a step, such as an epoch's number, and values."""
 
 
 @dataclass(frozen=True, eq=False)

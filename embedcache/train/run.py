@@ -23,7 +23,7 @@ from embedcache.train.data import LabelledRows, checked_names, constants_note, l
 from embedcache.train.metrics import measure
 from embedcache.train.metrics.measuring import MetricValues
 from embedcache.train.parts import Parts
-from embedcache.train.result import Fitted, Origin, TrainingResult
+from embedcache.train.result import Fitted, Observe, Origin, TrainingResult
 from embedcache.wording import counted
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def train_head(
     calibrate: bool = True,
     intervals: bool = True,
     notes: Sequence[str] = (),
+    observe: Observe | None = None,
 ) -> TrainingResult[TrainedHead]:
     """Train one head on features.
 
@@ -194,6 +195,8 @@ def train_head(
         intervals: bootstrap intervals in the validation metrics, which take seconds with many rows and labels.
         notes: what the caller has to say already. They and training's own are the result's ``notes``, and an
             ``EmbedcacheWarning`` each.
+        observe: is called after each epoch of minibatches with its number and values: loss, validation metric,
+            learning rate.
 
     Raises:
         TrainingError: one class only, fewer rows than classes, a loss that became NaN.
@@ -238,7 +241,7 @@ def train_head(
     else:
         from embedcache.train.minibatch import PassOptions, fit_minibatch
 
-        options = PassOptions(device=device, progress=progress)
+        options = PassOptions(device=device, progress=progress, observe=observe)
         (fitted,) = fit_minibatch(rows, judged, [head], [spec], options=options)
         remarks += _epoch_notes(fitted, spec)
     remarks += fitted.notes

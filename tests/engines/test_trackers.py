@@ -11,8 +11,10 @@ import pytest
 import small_caches
 
 from embedcache import cli, tracking
-from embedcache.errors import EmbedcacheWarning
+from embedcache.errors import EmbedcacheWarning, Interrupted
+from embedcache.heads.folder import RunFolder
 from embedcache.shard import FeatureSet
+from embedcache.train import train_on_cache
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,22 @@ def test_tensorboard_has_curves_hparams_and_the_page(made: Path) -> None:
     assert hparams(made / "run" / "tensorboard")["head"] == "mlp"
 
 
+def test_tensorboard_shows_epochs_as_they_end(made: Path, tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+    with tracking.Reporting(tmp_path / "run", ["tensorboard"]) as report:
+
+        def observe(step: int, values: Any) -> None:
+            report(step, values)
+            seen.append([event.step for event in events(tmp_path / "run" / "tensorboard").Scalars("learning_rate")])
+
+        with RunFolder(tmp_path / "run") as folder:
+            train_on_cache(made / "c", "mlp", {"epochs": 3}, observe=observe).save(folder)
+    assert seen == [[1], [1, 2], [1, 2, 3]]
+    read = events(tmp_path / "run" / "tensorboard")
+    assert [event.step for event in read.Scalars("train_loss")] == [1, 2, 3]
+    assert "final/train/accuracy" in read.Tags()["scalars"]
+
+
 def test_tensorboard_has_a_folder_for_each_head_of_a_sweep(made: Path) -> None:
     assert tracking.track(made / "sweep", "tensorboard") == ("tensorboard",)
     folders = sorted(path for path in (made / "sweep" / "tensorboard").iterdir() if path.is_dir())
@@ -93,6 +111,32 @@ def test_mlflow_has_nested_runs_and_the_page(made: Path, tmp_path: Path, monkeyp
     parts = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
     assert {part.data.params["l2"] for part in parts} == {"0.1", "10.0"}
     assert all("final/validation/accuracy" in part.data.metrics for part in parts)
+
+
+def test_mlflow_shows_epochs_as_they_end_and_how_the_run_ended(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # which mlflow sets, of the store of another test
+    import mlflow
+
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    client, seen = mlflow.MlflowClient(), []
+    report = tracking.Reporting(tmp_path / "run", ["mlflow"])
+
+    def observe(step: int, values: Any) -> None:
+        report(step, values)
+        (run,) = client.search_runs([client.get_experiment_by_name("embedcache").experiment_id])
+        seen.append((run.info.status, len(client.get_metric_history(run.info.run_id, "learning_rate"))))
+        if step == 3:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted), report:
+        train_on_cache(made / "c", "mlp", {"epochs": 9}, observe=observe)
+    assert seen == [("RUNNING", 1), ("RUNNING", 2), ("RUNNING", 3)]
+    (run,) = client.search_runs([client.get_experiment_by_name("embedcache").experiment_id])
+    assert run.info.status == "KILLED"
+    assert mlflow.active_run() is None
 
 
 def test_mlflow_without_its_server_costs_a_note(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
