@@ -14,8 +14,8 @@ import commands
 
 def test_every_command_that_writes() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # All links, and some calls; `make faults` has them all.
-    arguments = [sys.executable, commands.__file__, "kills=3,power_cuts=3,io_errors=3,links=1000", "0"]
+    # Some calls and links; `make faults` has them all.
+    arguments = [sys.executable, commands.__file__, "kills=3,power_cuts=3,io_errors=3,links=10", "0"]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
