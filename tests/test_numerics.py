@@ -96,11 +96,11 @@ def test_each_change_is_told_from_equality_and_from_the_others(folder: Path, mon
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_kernels_are_told_by_their_bits(minilm_path: Path, dtype: str) -> None:
+def test_other_kernels_are_told_by_their_bits(short_minilm: Path, dtype: str) -> None:
     """Two threads a pass, without oneDNN, eager for sdpa: at least one of them computes other bits on every CPU."""
 
     def of(**settings: Any) -> Probe:
-        found = probe_of(load_backbone(str(minilm_path), compute_dtype=dtype, device="cpu", **settings))
+        found = probe_of(load_backbone(str(short_minilm), compute_dtype=dtype, device="cpu", **settings))
         assert found is not None
         return found
 

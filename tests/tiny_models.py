@@ -30,14 +30,17 @@ TEXTS = (
 SMALL = {"vocab_size": 67, "hidden_size": 22, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 37}
 
 
-def build(kind: str, folder: Path) -> Path:
-    """Save a tiny model of ``kind`` (a key of ``MODELS``) with its tokenizer in ``folder``, and return it."""
+def build(kind: str, folder: Path, **changed: int) -> Path:
+    """Save a tiny model of ``kind`` (a key of ``MODELS``) with its tokenizer in ``folder``, and return it.
+
+    ``changed`` are options of its configuration.
+    """
     import torch
     import transformers
 
     config_name, model_name, tokenizer, options = MODELS[kind]
     torch.manual_seed(11)
-    config = getattr(transformers, config_name)(**options)
+    config = getattr(transformers, config_name)(**{**options, **changed})
     network = getattr(transformers, model_name)(config)
     with torch.no_grad():  # the usual initialisation is so small that layers would hardly differ
         for parameter in network.parameters():

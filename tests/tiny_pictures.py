@@ -95,14 +95,17 @@ FAMILIES: dict[str, Entry] = {
 before them, patches alone, or a feature map."""
 
 
-def build(kind: str, folder: Path, *, processor: dict[str, Any] | None = None) -> Path:
-    """Save a tiny model of ``kind`` with its processor in ``folder``, and return it."""
+def build(kind: str, folder: Path, *, processor: dict[str, Any] | None = None, **changed: int) -> Path:
+    """Save a tiny model of ``kind`` with its processor in ``folder``, and return it.
+
+    ``changed`` are options of its configuration.
+    """
     import torch
     import transformers
 
     config_name, model_name, options, processor_name, settings, _ = FAMILIES[kind]
     torch.manual_seed(13)
-    network = getattr(transformers, model_name)(getattr(transformers, config_name)(**options))
+    network = getattr(transformers, model_name)(getattr(transformers, config_name)(**{**options, **changed}))
     with torch.no_grad():  # the usual initialisation is so small that layers would hardly differ
         for parameter in network.parameters():
             if parameter.dim() > 1:
