@@ -198,6 +198,20 @@ def test_the_first_blocks_may_as_well_be_run(bert: Path, cache: FeatureCache) ->
     assert losses[0][5] < losses[0][1]
 
 
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_is_off_or_on(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, dropout: bool) -> None:
+    """Where it is off nothing is drawn: torch's generator stands in training where it stood before."""
+    stood = []
+    step = LiveLearner.step
+    monkeypatch.setattr(
+        LiveLearner, "step", lambda self, batch: stood.append(torch.random.get_rng_state()) or step(self, batch)
+    )
+    tuned = tune(cache, 1, spec=FAST, dropout=dropout, progress=False, device="cpu")
+    assert len(stood) > 2
+    assert torch.equal(stood[0], stood[-1]) == (not dropout)
+    assert tuned.record["dropout"] is dropout
+
+
 @pytest.mark.parametrize("fault", ["none", "block", "dropout", "mask", "half"])
 def test_planted_faults_are_found(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     given = CachedStates.laid_out

@@ -113,6 +113,12 @@ _TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "cl
     metavar="FACTOR",
     help="What each block before has of that rate.",
 )
+@click.option(
+    "--dropout/--no-dropout",
+    default=True,
+    show_default=True,
+    help="Whether the blocks drop what their configuration says.",
+)
 @click.option("--new-head", is_flag=True, help="Start from a new head, not from one trained on the cached features.")
 @several(
     *(

@@ -62,15 +62,18 @@ class TailModel(FeatureBasedModel):
         head: as of ``FeatureBasedModel``.
         blocks: how many are trained.
         bfloat16: whether the blocks compute in bfloat16; the weights that are trained stay in float32 (autocast).
+        dropout: whether the blocks drop in training what their configuration says; the head's dropout is its own.
 
     Raises ``BackboneError`` for a network that cannot be cut: one without a list of blocks, whose blocks share weights
     or hand on more than their states, or whose states of padding change what real tokens become.
     """
 
-    def __init__(self, backbone: FrozenModel[Any], head: nn.Module, blocks: int, *, bfloat16: bool = False) -> None:
+    def __init__(
+        self, backbone: FrozenModel[Any], head: nn.Module, blocks: int, *, bfloat16: bool = False, dropout: bool = True
+    ) -> None:
         super().__init__(backbone, head)
         states_set(blocks)
-        self.blocks, self._bfloat16 = blocks, False
+        self.blocks, self._bfloat16, self._dropout = blocks, False, dropout
         content = backbone.content
         self._picture: Inputs | None = None
         if content.given == "pixels":
@@ -105,7 +108,8 @@ class TailModel(FeatureBasedModel):
         nn.Module.train(self, False)
         self.head.train(mode)
         for block in self._trained if mode else ():
-            in_training(block)
+            if self._dropout:
+                in_training(block)
         self.training = mode
         return self
 

@@ -130,6 +130,7 @@ def tune(
     feature: str | None = None,
     backbone_learning_rate: float = TUNING_RATE,
     layer_decay: float = TUNING_DECAY,
+    dropout: bool = True,
     new_head: bool = False,
     allow_unseen: bool = False,
     model: Path | str | None = None,
@@ -153,6 +154,7 @@ def tune(
         feature: the pooled set that the head reads; None for the cache's first.
         backbone_learning_rate: the last block's.
         layer_decay: what each block before has of it.
+        dropout: whether the blocks drop what their configuration says; the head's dropout is an option of the head.
         new_head: start from a new head.
         model, revision: the backbone, where it is no longer what the cache names.
         device: where it is trained.
@@ -183,7 +185,7 @@ def tune(
     train, judged = (rows[task.labelled(y[rows])] for rows in (train, judged))
     source = ModelSource(model, revision, device, trust_remote_code)
     module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
-    tail = load_tail(cache, pooled, source, module, blocks)
+    tail = load_tail(cache, pooled, source, module, blocks, dropout=dropout)
     if not new_head:
         started = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress)
         if started.interrupted:
@@ -205,7 +207,8 @@ def tune(
     count = tail.count_trainable_params()
     record = {
         **spec.record(), "blocks": blocks, "states": states.name, "states_hash": states_hash(cache.spec, states.name),
-        "backbone_learning_rate": backbone_learning_rate, "layer_decay": layer_decay, "new_head": new_head,
+        "backbone_learning_rate": backbone_learning_rate, "layer_decay": layer_decay, "dropout": dropout,
+        "new_head": new_head,
     }  # fmt: skip
     what = f"the last {counted(blocks, 'block')} and the head, {count.trainable:,} parameters"
     facts = {
@@ -227,7 +230,13 @@ def refuse_earlier_layer(name: str) -> None:
 
 
 def load_tail(
-    cache: FeatureCache, pooled: FeatureSet, source: ModelSource, head: torch.nn.Module, blocks: int
+    cache: FeatureCache,
+    pooled: FeatureSet,
+    source: ModelSource,
+    head: torch.nn.Module,
+    blocks: int,
+    *,
+    dropout: bool = True,
 ) -> TailModel:
     """Load the backbone of a cache with one feature set, and cut off its last blocks, to be trained with a head.
 
@@ -256,7 +265,7 @@ def load_tail(
         raise BackboneMismatchError(
             f"the backbone is not the one that made {cache.path} ({shown}): give the same model with --model"
         )
-    return TailModel(backbone, head, blocks, bfloat16=computed == "bfloat16")
+    return TailModel(backbone, head, blocks, bfloat16=computed == "bfloat16", dropout=dropout)
 
 
 def _settings(spec: ExtractionSpec) -> Any:
