@@ -141,6 +141,43 @@ def test_every_family_pools_its_own_hidden_states(model: Callable[[str], Path], 
     assert widths["mean@0"] == rows_of(outputs.hidden_states[0], 0).shape[-1]
 
 
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "registers"])
+def test_earlier_layers_go_through_the_last_norm_where_that_is_asked_for(
+    model: Callable[[str], Path], kind: str
+) -> None:
+    whole, outputs = plain(model(kind))
+    names = ("norm:cls+mean@-2..-1", "norm:max@1", "norm:tokens@0", "max@1")
+    backbone = load_backbone(model(kind), features=names, device="cpu", content="image")
+    skip = 4 if kind == "registers" else 1
+    with torch.inference_mode():
+        first, second = (whole.layernorm(outputs.hidden_states[layer]) for layer in (0, -2))
+        final = outputs.last_hidden_state
+        blocks = [
+            torch.cat([hidden[: len(PICTURES), 0], rows_of(hidden, skip).mean(1)], dim=1) for hidden in (second, final)
+        ]
+        normed = whole.layernorm(outputs.hidden_states[1])
+    expected = {
+        names[0].replace("..", "+"): torch.stack(blocks, dim=1), "norm:max@1": rows_of(normed, skip).amax(1),
+        "norm:tokens@0": rows_of(first, skip).flatten(0, 1),
+    }  # fmt: skip
+    for name, vectors in expected.items():
+        values = compute_features(backbone, PICTURES, name).values
+        np.testing.assert_allclose(values, vectors, rtol=0, atol=1e-5, err_msg=name)
+    plain_values = compute_features(backbone, PICTURES, "max@1").values
+    assert np.abs(plain_values - expected["norm:max@1"].numpy()).max() > 1e-3
+    assert backbone.identity["features"]["norm:max@1"]["final_norm"] is True  # type: ignore[index]
+    assert "final_norm" not in backbone.identity["features"]["max@1"]  # type: ignore[index]
+
+
+def test_a_network_without_a_last_norm_is_said_to_have_none(model: Callable[[str], Path]) -> None:
+    for kind in ("clip", "resnet"):
+        refused(
+            model(kind), "has no last norm for its layers to go", PoolingUnavailableError, features=["norm:mean@-2"]
+        )
+    for name in ("norm:mean", "norm:states@-2"):
+        refused(model("vit"), "leave norm: out", SpecError, features=[name])
+
+
 @pytest.mark.parametrize(
     ("kind", "auto"),
     [

@@ -34,7 +34,7 @@ from embedcache.train.batches import order
 
 NAMES = sorted(PUBLISHED)
 LINEAR = PUBLISHED["dinov2-linear"]
-BLOCKS = "cls+mean@-4+-3+-2+-1"
+BLOCKS = "norm:cls+mean@-4+-3+-2+-1"
 
 
 class Blocks(Planted):
@@ -262,9 +262,9 @@ def test_the_linear_evaluation_trains_on_views_where_there_are_some(tmp_path: Pa
 def test_a_cache_without_the_blocks_is_told_how_to_make_them(cache: FeatureCache, tmp_path: Path) -> None:
     there = planted_cache(tmp_path / "c", planted_rows(90, test=20))
     for asked, features in ((there, ()), (cache, ("mean",))):
-        with pytest.raises(SweepError, match=r"not in mean: .* extract INPUT --pooling cls.mean@-4\.\.-1"):
+        with pytest.raises(SweepError, match=r"not in mean: .* extract INPUT --pooling norm:cls.mean@-4\.\.-1"):
             sweep(asked, protocol="dinov2-linear", features=features)
-    written = sweep(cache, protocol="dinov2-linear", features=("cls+mean@-4..-1",), progress=False)
+    written = sweep(cache, protocol="dinov2-linear", features=("norm:cls+mean@-4..-1",), progress=False)
     assert written.best.feature.name == BLOCKS
 
 

@@ -349,7 +349,7 @@ def _load_images(folder: Path, source: ModelSource, asked: BackboneSettings) -> 
     provenance = _provenance(name, source.revision or _commit(folder), device)
     model = FrozenModel(
         network, pictures, specs, shapes, identity, provenance=provenance, pooler=pooler, projection=projection,
-        views=views,
+        last_norm=pictures.last_norm, views=views,
     )  # fmt: skip
     if outputs is not None:
         pictures.count_patches(specs, outputs)

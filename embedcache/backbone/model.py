@@ -116,7 +116,8 @@ class FrozenModel(Generic[P]):
 
     ``network`` is the plain module, also where passes are compiled; ``specs`` are the feature sets as asked for;
     ``identity`` is all of a cache's spec but the feature sets, which are added here. ``pooler`` says whether the
-    network's own pooler has trained weights; ``projection`` is what makes CLIP's projected vector of the pooled one.
+    network's own pooler has trained weights; ``projection`` is what makes CLIP's projected vector of the pooled one,
+    ``last_norm`` the norm that the last layer goes through.
     ``pass_sets`` are the feature sets of one pass; with ``views`` of each row, ``feature_sets`` has theirs behind them.
     """
 
@@ -131,8 +132,10 @@ class FrozenModel(Generic[P]):
         provenance: Mapping[str, object],
         pooler: bool = False,
         projection: torch.nn.Module | None = None,
+        last_norm: torch.nn.Module | None = None,
         views: Views = NO_VIEWS,
     ) -> None:
+        self.last_norm = last_norm
         self.network, self.content, self.policy, self.projection = network, content, policy, projection
         self.probe_rows: Sequence[bytes] = content.probe_rows
         self.prepared_bytes = content.prepared_bytes
@@ -183,6 +186,10 @@ class FrozenModel(Generic[P]):
             if spec.pooling not in poolings:
                 raise PoolingUnavailableError(
                     f"{self.name} does not give the pooling {spec.name!r}: expected one of {', '.join(poolings)}"
+                )
+            if spec.final_norm and self.last_norm is None:
+                raise PoolingUnavailableError(
+                    f"{spec.name}: {self.name} has no last norm for its layers to go through: leave norm: out"
                 )
         with torch.inference_mode():
             return poolings, tuple(self._feature_set(spec, outputs, inputs) for spec in self.specs)
@@ -326,7 +333,7 @@ class FrozenModel(Generic[P]):
         outputs, spec = self.outputs(inputs), self.specs[0]
         if not spec.token_level:
             return self._vectors(spec, outputs, inputs), None
-        hidden = _each(spec, outputs, inputs)
+        hidden = self._each(spec, outputs, inputs)
         values = hidden.float()
         return (pooling.normalize(values) if spec.normalize else values), _mask(inputs.mask, hidden).bool()
 
@@ -339,7 +346,7 @@ class FrozenModel(Generic[P]):
         """
         if not spec.token_level:
             return (self._stored(self._vectors(spec, outputs, inputs)[:real], spec, lost),)
-        hidden = _each(spec, outputs, inputs)[:real]
+        hidden = self._each(spec, outputs, inputs)[:real]
         kept = _mask(inputs.mask, hidden)[:real].bool()
         values = hidden[kept].float()
         values = pooling.normalize(values) if spec.normalize else values
@@ -354,10 +361,22 @@ class FrozenModel(Generic[P]):
             vectors = (self.projection(pooled) if self.projection and spec.pooling == "projected" else pooled).float()
         else:
             layers = [
-                _pooled_layer(spec.pooling, hidden_of(outputs, layer), inputs) for layer in _layers(spec, outputs)
+                _pooled_layer(spec.pooling, self._hidden_of(spec, outputs, layer), inputs)
+                for layer in _layers(spec, outputs)
             ]
             vectors = torch.stack(layers, dim=1) if spec.multi_layer else layers[0]
         return pooling.normalize(vectors) if spec.normalize else vectors
+
+    def _hidden_of(self, spec: FeatureSpec, outputs: Outputs, layer: int) -> Tensor:
+        """Return a layer's hidden states [B, T, D], behind the last norm where that is asked for."""
+        hidden = hidden_of(outputs, layer)
+        normed: Tensor = self.last_norm(hidden) if spec.final_norm and self.last_norm and layer != -1 else hidden
+        return normed
+
+    def _each(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> Tensor:
+        """Return the vectors of a token-level set, [B, T, D]: all of them, or without class and register tokens."""
+        hidden = self._hidden_of(spec, outputs, _layers(spec, outputs)[0])
+        return hidden[:, 0 if spec.pooling == "states" else inputs.skip :]
 
     def _stored(self, vectors: Tensor, spec: FeatureSpec, lost: dict[str, Tensor]) -> Tensor:
         if self._storage == "float16":
@@ -406,11 +425,6 @@ def hidden_of(outputs: Outputs, layer: int) -> Tensor:
     """
     tensor = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     return tensor.flatten(2).transpose(1, 2) if tensor.ndim == 4 else tensor
-
-
-def _each(spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """Return the vectors of a token-level set, [B, T, D]: all of them, or without class and register tokens."""
-    return hidden_of(outputs, _layers(spec, outputs)[0])[:, 0 if spec.pooling == "states" else inputs.skip :]
 
 
 def _pooled_layer(name: str, hidden: Tensor, inputs: Inputs) -> Tensor:

@@ -97,6 +97,7 @@ class Pictures:
     class and register tokens, ``channels_last`` says how a convolutional network wants its pixels in memory, and
     ``patches`` is how many vectors a token-level set has of each picture. ``normed`` says that the pooler is no more
     than a norm (CLIP's of the class token, BEiT's of the mean): the vector that the network was trained to give.
+    ``last_norm`` is the norm that the last layer goes through, where it is one that layers of one shape can share.
     ``views`` are made of each row; ``pixel_range`` is that of pixels that have none of their own. ``values`` divides
     the number of values that any layer gives of a picture, see ``device.WHOLE``.
     """
@@ -112,6 +113,7 @@ class Pictures:
         parameter = next(network.parameters())
         self._dtype, self.device = parameter.dtype, parameter.device
         self.skip, self.patches, self.channels_last, self.normed, self.values = 0, 1, False, False, 1
+        self.last_norm: torch.nn.Module | None = None
 
     @property
     def poolings(self) -> tuple[str, ...]:
@@ -230,7 +232,7 @@ class Pictures:
         inputs = self.samples()[0].to(self.device)
         # What these give of a number is the same however many are taken at a time.
         exact = (torch.nn.Conv2d, torch.nn.ReLU, torch.nn.ReLU6, torch.nn.ZeroPad2d)
-        normed: list[Tensor] = []
+        normed: list[tuple[torch.nn.Module, Tensor]] = []
         counts: list[int] = []
 
         def note(module: torch.nn.Module, _: object, output: object) -> None:
@@ -239,7 +241,7 @@ class Pictures:
             if not isinstance(module, exact):
                 counts.append(output[0].numel())
             if isinstance(module, torch.nn.LayerNorm):
-                normed.append(output)
+                normed.append((module, output))
 
         hooks = [module.register_forward_hook(note) for module in network.modules()]
         try:
@@ -255,7 +257,8 @@ class Pictures:
             return None
         self.channels_last = last.ndim == 4
         pooled = getattr(outputs, "pooler_output", None)
-        self.normed = any(output is pooled for output in normed)
+        self.normed = any(output is pooled for _, output in normed)
+        self.last_norm = next((module for module, output in normed if output is last and output.ndim == 3), None)
         self.values = math.gcd(*counts) or 1
         if _joined_late(states[0], last):
             raise BackboneError(

@@ -29,7 +29,8 @@ from embedcache.wording import counted, shown, table
 @click.option(
     "--pooling", "poolings", multiple=True, metavar="POOLING[@LAYERS]",
     help="cls, mean, max, pooler, last or tokens (images: cls+mean, projected too), of the last layer or @-2, @-4..-1, "
-    "@1+3, @all; the prefix l2: scales to unit length; auto follows the model's own files. Repeat for several sets in "
+    "@1+3, @all; the prefix l2: scales to unit length, norm: puts a picture's earlier layers through the network's "
+    "last norm; auto follows the model's own files. Repeat for several sets in "
     "one pass.  [default: auto]",
 )  # fmt: skip
 @click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")

@@ -12,7 +12,6 @@ from torch.nn import functional
 from embedcache.errors import SpecError
 from embedcache.heads.modules import Affine, Dropout, Head, Norm, rate, whole
 from embedcache.shard import FeatureSet, Kind
-from embedcache.spec import plain_name
 from embedcache.wording import counted, shortened
 
 
@@ -207,7 +206,7 @@ class LayerConcat(Head):
             raise SpecError(f"layer-concat: layers is {layers}: {feature.name} has {counted(feature.layers, 'layer')}")
         if mean not in MEANS:
             raise SpecError(f"layer-concat: mean is {shortened(mean)}: expected one of {', '.join(MEANS)}")
-        if mean != "all" and not plain_name(feature.name)[0].removeprefix("l2:").startswith("cls+mean"):
+        if mean != "all" and "cls+mean" not in feature.name.partition("@")[0]:
             raise SpecError(f"layer-concat: mean is {mean}, which only cls+mean sets have, and not {feature.name}")
         self.mean = mean
         self.output = Affine(self._beside(torch.empty(feature.row_shape)).shape[-1], outputs, first=True)

@@ -29,7 +29,7 @@ AUGMENT = "crop+flip"
 MOST_VIEWS = 100
 
 _FEATURE = re.compile(
-    r"(?P<l2>l2:)?(?P<pooling>[a-z]+(?:\+[a-z]+)?)(?:@(?P<layers>all|-?\d+(?:\.\.-?\d+)?(?:\+-?\d+(?:\.\.-?\d+)?)*))?"
+    r"(?P<l2>l2:)?(?P<norm>norm:)?(?P<pooling>[a-z]+(?:\+[a-z]+)?)(?:@(?P<layers>all|-?\d+(?:\.\.-?\d+)?(?:\+-?\d+(?:\.\.-?\d+)?)*))?"
     r"(?::view(?P<view>[1-9]\d*))?"
 )
 
@@ -40,12 +40,15 @@ class FeatureSpec:
 
     ``layers`` indexes the hidden states as Hugging Face does: 0 is the embedding output, ``-1`` the last layer.
     ``None`` means every one of them. The written form, also the set's name, is
-    ``[l2:]POOLING[@LAYERS]``: ``mean``, ``cls@-2``, ``l2:mean``, ``mean@-4..-1`` (inclusive), ``mean@1+3+5``,
+    ``[l2:][norm:]POOLING[@LAYERS]``: ``mean``, ``cls@-2``, ``l2:mean``, ``mean@-4..-1`` (inclusive), ``mean@1+3+5``,
     ``cls@all``, ``tokens`` (one vector per token or patch, for sequence heads), ``states@-3`` (all vectors that a layer
     gives, as the next one reads them).
 
     A picture's ``mean``, ``max`` and ``tokens`` are of its patches alone, without the class and register tokens;
     ``cls+mean`` is the class token's vector with the mean behind it; ``projected`` is what CLIP compares with texts.
+
+    With ``final_norm``, written ``norm:``, layers before the last go through the network's last norm too, as the last
+    one does: ``norm:cls@-4..-1`` of pictures.
 
     ``view`` 1 and up is the same set of an augmented view of each picture: ``mean:view1``. 0 is the plain picture.
     """
@@ -54,6 +57,7 @@ class FeatureSpec:
     layers: tuple[int, ...] | None = (-1,)
     normalize: bool = False
     view: int = 0
+    final_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -62,6 +66,9 @@ class FeatureSpec:
             raise SpecError(f"{self.pooling}: layers must be named once each, got {self.layers}")
         if self.pooling in ("pooler", "projected") and self.layers != (-1,):
             raise SpecError(f"{self.pooling} reads the last layer only: write {self.pooling} without @")
+        if self.final_norm and (self.layers == (-1,) or self.pooling == "states"):
+            what = "states are what the next layer reads" if self.pooling == "states" else "the last layer is behind it"
+            raise SpecError(f"norm:{self.pooling} puts layers through the last norm, and {what}: leave norm: out")
         if self.token_level and (self.layers is None or len(self.layers) != 1):
             raise SpecError(f"a token-level set holds one layer: write {self.pooling} or {self.pooling}@-2")
 
@@ -71,7 +78,7 @@ class FeatureSpec:
         match = _FEATURE.fullmatch(text.strip())
         if match is None:
             raise SpecError(
-                f"cannot read the pooling {text!r}: expected [l2:]POOLING[@LAYERS][:viewN], "
+                f"cannot read the pooling {text!r}: expected [l2:][norm:]POOLING[@LAYERS][:viewN], "
                 "such as mean, cls@-2, l2:mean, mean@-4..-1"
             )
         written = match["layers"]
@@ -82,7 +89,9 @@ class FeatureSpec:
             layers = None
         else:
             layers = tuple(layer for part in written.split("+") for layer in _layer_range(part, text))
-        return cls(match["pooling"], layers, match["l2"] is not None, int(match["view"] or 0))
+        return cls(
+            match["pooling"], layers, match["l2"] is not None, int(match["view"] or 0), match["norm"] is not None
+        )
 
     @property
     def name(self) -> str:
@@ -93,13 +102,15 @@ class FeatureSpec:
             where = ""
         else:
             where = "@" + "+".join(str(layer) for layer in self.layers)
-        return view_name(f"{'l2:' if self.normalize else ''}{self.pooling}{where}", self.view)
+        before = f"{'l2:' if self.normalize else ''}{'norm:' if self.final_norm else ''}"
+        return view_name(f"{before}{self.pooling}{where}", self.view)
 
     def to_json(self) -> dict[str, object]:
         """Return the set as it is described in a cache's spec."""
         layers = None if self.layers is None else list(self.layers)
         of_view = {"view": self.view} if self.view else {}
-        return {"pooling": self.pooling, "layers": layers, "normalize": self.normalize, **of_view}
+        normed = {"final_norm": True} if self.final_norm else {}
+        return {"pooling": self.pooling, "layers": layers, "normalize": self.normalize, **normed, **of_view}
 
     @property
     def token_level(self) -> bool:

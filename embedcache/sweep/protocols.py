@@ -97,9 +97,9 @@ class Published:
         names = list(features) or vectors
         if self.blocks and (not names or any(find_name(name, vectors, feature_name) is None for name in names)):
             raise SweepError(
-                f"--protocol {self.name} reads class tokens and means of the last {self.blocks} blocks, which are not "
-                f"in {', '.join(features or sets)}: make a cache of them with embedcache extract INPUT --pooling "
-                f"cls+mean@-{self.blocks}..-1"
+                f"--protocol {self.name} reads class tokens and means of the last {self.blocks} blocks behind the last "
+                f"norm, which are not in {', '.join(features or sets)}: make a cache of them with embedcache extract "
+                f"INPUT --pooling norm:cls+mean@-{self.blocks}..-1"
             )
         if len(names) != 1:
             raise SweepSpecError(
@@ -146,13 +146,14 @@ class Published:
 
 
 def _ends_with(name: str, blocks: int) -> bool:
-    """Whether a feature set ends with class tokens and means of the last blocks."""
+    """Whether a feature set ends with class tokens and means of the last blocks, behind the final norm."""
     try:
         spec = FeatureSpec.parse(name)
     except SpecError:  # features that were made elsewhere have names of their own
         return False
     last = tuple(range(-blocks, 0))
-    return spec.pooling == "cls+mean" and not spec.normalize and (spec.layers or last)[-blocks:] == last
+    wanted = spec.pooling == "cls+mean" and spec.final_norm and not spec.normalize
+    return wanted and (spec.layers or last)[-blocks:] == last
 
 
 def _described(configurations: Sequence[Configuration], written: Mapping[str, object]) -> str:
@@ -271,7 +272,6 @@ _DINOV2_LINEAR = Published(
     "top-1 accuracy of the chosen head on the test split; beside it balanced_accuracy, the mean over classes",
     beside=("balanced_accuracy",),
     differs=(
-        "blocks before the last are read as they are, where its go through the network's final norm too",
         "its figure of ImageNet is the best head's on the rows that it is chosen by: here the test split has others",
         "it crops and flips each picture anew in every epoch: here it is one of the cache's views or the plain picture "
         "(extract --views), and where there are none the plain one",
