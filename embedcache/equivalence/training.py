@@ -72,9 +72,9 @@ class _Watched(Batches):
         """Write down what training starts from, and from now on the norm of every step's gradients."""
         self.stacks.append(stack)
         self.initial = _numpy(stack.state(0))
-        layer = next(stack.module.first_layers())
-        if layer.mean is not None and layer.scale is not None:
-            self.standardisation = _numpy({"mean": layer.mean, "scale": layer.scale})
+        if stack.module.standardised is not None:
+            mean, scale = stack.module.standardised
+            self.standardisation = _numpy({"mean": mean, "scale": scale})
         gradients_of = stack.gradients
 
         def observed(

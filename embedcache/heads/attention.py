@@ -227,13 +227,11 @@ class LayerConcat(Head):
         tokens = last[..., :half].flatten(-2)
         return tokens if self.mean == "none" else torch.cat([tokens, x[..., -1, half:]], dim=-1)
 
-    def standardize(self, mean: Tensor | None, scale: Tensor | None) -> None:
-        """Make the head read ``(x - mean) * scale`` from now on; the layers of a set share [D], or [K, D]."""
-        if mean is not None and scale is not None:
-            mean, scale = (
-                self._beside(part.unsqueeze(-2).expand(*part.shape[:-1], self.layers, -1)) for part in (mean, scale)
-            )
-        super().standardize(mean, scale)
+    def of_inputs(self, moments: Tensor | None) -> Tensor | None:
+        """Return the moments that the layers of a set share, [D] or [K, D], for each number that is read."""
+        if moments is None:
+            return None
+        return self._beside(moments.unsqueeze(-2).expand(*moments.shape[:-1], self.layers, -1))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, C]."""

@@ -147,11 +147,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Head(nn.Module):
     """The base class of heads. ``takes`` are the kinds of feature sets that it reads; ``output`` is its last layer.
 
-    ``starts_at_shares`` says that training begins with the biases that are best without features.
+    ``starts_at_shares`` says that training begins with the biases that are best without features; ``standardised`` is
+    what ``standardize`` was given.
     """
 
     takes: ClassVar[tuple[Kind, ...]] = ("pooled",)
     starts_at_shares: ClassVar[bool] = True
+    standardised: tuple[Tensor, Tensor] | None = None
     output: Affine
 
     def __init__(self, feature: FeatureSet, outputs: int) -> None:
@@ -184,8 +186,13 @@ class Head(nn.Module):
 
     def standardize(self, mean: Tensor | None, scale: Tensor | None) -> None:
         """Make the head read ``(x - mean) * scale`` from now on; [D], or [K, D] for a stack."""
+        self.standardised = None if mean is None or scale is None else (mean, scale)
         for layer in self.first_layers():
-            layer.mean, layer.scale = mean, scale
+            layer.mean, layer.scale = self.of_inputs(mean), self.of_inputs(scale)
+
+    def of_inputs(self, moments: Tensor | None) -> Tensor | None:
+        """Return moments of features as the layers that read these have them, which is the same for most heads."""
+        return moments
 
 
 def _cannot_read(name: str, takes: tuple[Kind, ...], feature: FeatureSet) -> str:
