@@ -111,9 +111,9 @@ def test_the_cache_tells_which_model_was_asked_for_and_not_where_a_worker_found_
     """The default model's name, or a path as it was given: another machine, or a run that goes on, looks for that."""
     (tmp_path / "relative").symlink_to(tiny("bert"))
     monkeypatch.chdir(tmp_path)
-    extract(rows(words(13)), output_dir="here", model=model, device="cpu")
+    extract(rows(words(13)), output_dir="here", model=model, device="cpu", positions=64)
     with ThreadPoolExecutor(1) as pool:
-        extract(rows(words(13)), output_dir="there", model=model, device="cpu", executor=pool)
+        extract(rows(words(13)), output_dir="there", model=model, device="cpu", positions=64, executor=pool)
     assert files(tmp_path / "there") == files(tmp_path / "here")
 
 

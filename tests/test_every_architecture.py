@@ -208,7 +208,7 @@ def test_an_architecture_works_or_is_refused_in_one_line(kind: str, tokenizer: P
 
     said = ""
     try:
-        backbone = load_backbone(str(tmp_path), features=["mean"], device="cpu", positions=256)
+        backbone = load_backbone(str(tmp_path), features=["mean"], device="cpu", positions=64)
     except EmbedcacheError as error:
         said = str(error)
     assert REFUSED.get(kind, "") in said

@@ -27,7 +27,7 @@ from embedcache.finetune import (
 )
 from embedcache.spec import TrainSpec
 
-FEW, MANY, AT_ONCE = 41, 163, 11
+FEW, MANY, AT_ONCE = 23, 89, 11
 PIXELS = 3 * tiny_pictures.SIDE**2
 """The bytes of one prepared picture."""
 SIDE = 31
