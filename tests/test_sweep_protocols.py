@@ -268,6 +268,13 @@ def test_a_cache_without_the_blocks_is_told_how_to_make_them(cache: FeatureCache
     assert written.best.feature.name == BLOCKS
 
 
+def test_a_protocol_of_pictures_is_not_for_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = planted_cache(tmp_path / "c", planted_rows(90, test=20))
+    monkeypatch.setattr(type(there.spec), "content", "text")
+    with pytest.raises(SweepError, match=r"is of pictures, and .* is of texts: sweep it by --protocol mteb"):
+        sweep(there, protocol="dinov2-linear", progress=False)
+
+
 def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
     fixed = swept["mteb"].summary["published"]["fixed"]
     assert fixed["rows"].startswith("10 draws of 8 rows a class from the train split")

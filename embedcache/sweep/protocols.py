@@ -75,13 +75,18 @@ class Published:
     def feature_of(self, cache: FeatureCache, features: Sequence[str]) -> list[str]:
         """Return the one feature set that is measured.
 
-        Raises ``SweepError`` for a cache without labelled rows in train and test, of another task, or without the
-        blocks that are measured; ``SweepSpecError`` for several feature sets to take it from.
+        Raises ``SweepError`` for a cache without labelled rows in train and test, of another task or content, or
+        without the blocks that are measured; ``SweepSpecError`` for several feature sets to take it from.
         """
         if cache.task is not None and cache.task != CLASSIFICATION.name:
             raise SweepError(
                 f"--protocol {self.name} is of classification, and {cache.path} is {cache.task}: "
                 "sweep it without a protocol"
+            )
+        if self.blocks and cache.spec.content == "text":
+            raise SweepError(
+                f"--protocol {self.name} is of pictures, and {cache.path} is of texts: sweep it by --protocol mteb, or "
+                "without a protocol"
             )
         for split in ("train", "test"):
             if cache.task is not None and not (split in cache.split_names and (cache.targets(split) >= 0).any()):
