@@ -115,7 +115,7 @@ _TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "cl
 )
 @click.option(
     "--dropout/--no-dropout",
-    default=True,
+    default=False,
     show_default=True,
     help="Whether the blocks drop what their configuration says.",
 )

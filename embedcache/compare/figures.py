@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from embedcache.errors import SpecError
-from embedcache.spec import TUNING_DECAY, TUNING_RATE, TaskName, TrainSpec
+from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE, TaskName, TrainSpec
 from embedcache.wording import did_you_mean
 
 # The approaches that are compared, each with a recipe that somebody published.
@@ -19,7 +19,7 @@ class Approach:
 
     ``spec`` says how it is trained but for epochs, seed and metric; ``backbone_rate`` is the learning rate of the
     backbone, None where it is frozen. ``blocks`` is how many of the last blocks are trained from cached states, 0 where
-    the approach reads none.
+    the approach reads none. It has ``most`` epochs at most.
     """
 
     name: str
@@ -28,10 +28,15 @@ class Approach:
     spec: TrainSpec
     backbone_rate: float | None = None
     blocks: int = 0
+    most: int | None = None
+
+    def epochs(self, asked: int) -> int:
+        """Return how many epochs it has where so many are asked for."""
+        return asked if self.most is None else min(asked, self.most)
 
     def train_spec(self, epochs: int, seed: int, metric: str) -> TrainSpec:
         """Return the settings of one run."""
-        return replace(self.spec, epochs=epochs, seed=seed, metric=metric)
+        return replace(self.spec, epochs=self.epochs(epochs), seed=seed, metric=metric)
 
 
 # No patience anywhere: every approach runs all its epochs and no more, and keeps the weights of its best one.
@@ -57,11 +62,12 @@ def _last(blocks: int) -> Approach:
         f"last-{blocks}",
         f"{what}, cached states",
         f"The hidden states that enter the {what} are cached too; the head is trained first, on the cache, then it and "
-        f"the {what} by the steps of full fine-tuning, the last block at {TUNING_RATE:g}, each before it at "
-        f"{TUNING_DECAY:g} of that (Howard & Ruder 2018).",
-        _TUNE,
+        f"the {what} by the steps of full fine-tuning but without dropout, in {TUNING.epochs} epochs at most, the last "
+        f"block at {TUNING_RATE:g}, each before it at {TUNING_DECAY:g} of that (Howard & Ruder 2018).",
+        TUNING,
         TUNING_RATE,
         blocks,
+        TUNING.epochs,
     )
 
 
@@ -208,7 +214,7 @@ class Row:
             "-" if self.disk is None else memory_text(self.disk),
             f"{self.trainable:,}",
             f"{self.parameters:,}",
-            f"{self.best_epoch:g} of {epochs}",
+            f"{self.best_epoch:g} of {APPROACHES[self.approach].epochs(epochs)}",
             f"{self.validation:.3f}",
             with_interval(self.test, self.test_interval),
             with_interval(self.difference, self.difference_interval, "+"),

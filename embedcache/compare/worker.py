@@ -296,7 +296,7 @@ def _last_blocks(problem: Problem, memory: Peak) -> Trained:
     if problem.task is REGRESSION:
         into_standard_units(head.module, y[split.train])
     begun = time.perf_counter()
-    model = load_tail(cache, problem.feature, job.source, head.module, approach.blocks)
+    model = load_tail(cache, problem.feature, job.source, head.module, approach.blocks, dropout=False)
     setup = time.perf_counter() - begun
     train, validation, test = (
         CachedStates(cache, rows, states, model.extractor.device)

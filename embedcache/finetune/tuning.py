@@ -130,7 +130,7 @@ def tune(
     feature: str | None = None,
     backbone_learning_rate: float = TUNING_RATE,
     layer_decay: float = TUNING_DECAY,
-    dropout: bool = True,
+    dropout: bool = False,
     new_head: bool = False,
     allow_unseen: bool = False,
     model: Path | str | None = None,

@@ -23,15 +23,16 @@ from embedcache.cache import FeatureCache
 from embedcache.examples import Examples, load_examples
 from embedcache.finetune import CachedStates, FeatureBasedModel, cached_states, fine_tune
 from embedcache.heads import build_head
-from embedcache.spec import TUNING, HeadSpec
+from embedcache.spec import FINE_TUNING, TUNING, HeadSpec
 from embedcache.train.batches import grouped_order, order
 from embedcache.train.metrics import wilson
 from embedcache.wording import counted
 
 REPO = Path(__file__).resolve().parents[2]
 ROWS, PICTURES = 2000, 900
-FEWER = (2,)
-"""Epochs of the last blocks besides the default: they start from a head that is trained already."""
+DRAWS = 2
+FULL = (5, 3)
+"""Epochs of full fine-tuning; the others are held against the first."""
 Correct = npt.NDArray[np.bool_]
 
 
@@ -42,62 +43,123 @@ def made_by(program: str, *arguments: str) -> Path:
     return Path(made.stdout.strip().splitlines()[-1])
 
 
-def texts_of(name: str) -> Examples:
-    """2,000 texts of a set, each once, drawn at random, in three splits."""
+def texts_of(name: str, seed: int, tested: int) -> Examples:
+    """Texts of a set, each once, drawn at random: 1,600 to train, 200 to validate, and ``tested`` at most to test."""
     with open(made_by("prepare.py", name), newline="", encoding="utf-8") as file:
         found = {each["text"]: each["label"] for each in csv.DictReader(file)}
     texts = sorted(found)
-    drawn = np.random.default_rng(0).permutation(len(texts))[:ROWS]
-    rows = [{"text": texts[place], "label": found[texts[place]]} for place in drawn.tolist()]
-    return load_examples(rows, split="80/10/10")
+    drawn = np.random.default_rng(seed).permutation(len(texts))
+    splits = ["train"] * (ROWS * 8 // 10) + ["validation"] * (ROWS // 10) + ["test"] * tested
+    rows = [
+        {"text": texts[place], "label": found[texts[place]], "split": split}
+        for place, split in zip(drawn.tolist(), splits, strict=False)
+    ]
+    return load_examples(rows, split_column="split")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Which test rows are right, and the CPU seconds that it took, extraction included."""
+    """Which test rows are right, and the CPU seconds that it took: extraction included, but for the test rows."""
 
     correct: Correct
     seconds: float
 
 
-def measure(name: str, examples: Examples, blocks: Sequence[int], *, halved: bool = True, **options: Any) -> None:
+class Draw:
+    """Rows in three splits, and the seed by which everything is trained on them."""
+
+    def __init__(self, examples: Examples, seed: int, folder: Path, options: dict[str, Any]) -> None:
+        self.seed, self._folder, self._options = seed, folder, options
+        tested = examples.split == examples.split_names.index("test")
+        self._rows = {
+            "learned": examples.select(np.flatnonzero(~tested)),
+            "tested": examples.select(np.flatnonzero(tested)),
+        }
+        self._made: dict[tuple[int, str], tuple[dict[str, FeatureCache], float]] = {}
+
+    def caches(self, number: int, computed: str = "float32") -> tuple[dict[str, FeatureCache], float]:
+        """Return caches with the states before the last blocks, and the seconds that the one to learn from took."""
+        if (number, computed) not in self._made:
+            states, made, seconds = [f"states@-{number + 1}"] if number else [], {}, 0.0
+            for what in ("tested", "learned"):
+                begun = time.process_time()
+                made[what] = extract(
+                    self._rows[what], output_dir=self._folder / f"{what}-{computed}-{number}", device="cpu",
+                    pooling=["auto", *states], keep_inputs=True, compute_dtype=computed, **self._options,
+                )  # fmt: skip
+                seconds = time.process_time() - begun
+            self._made[number, computed] = made, seconds
+        return self._made[number, computed]
+
+    def head(self) -> Result:
+        """Train a linear head on cached features."""
+        made, seconds = self.caches(0)
+        begun = time.process_time()
+        head = train_on_cache(made["learned"], progress=False).head
+        seconds += time.process_time() - begun
+        x, y = made["tested"].arrays("test")
+        return Result(head.probabilities(x).argmax(1) == y, seconds)
+
+    def tuned(self, number: int, computed: str) -> Result:
+        """Train the last blocks from cached states, the head first."""
+        made, seconds = self.caches(number, computed)
+        begun = time.process_time()
+        spec = replace(TUNING, seed=self.seed)
+        tuned = tune(made["learned"], number, spec=spec, progress=False, device="cpu").tuned
+        seconds += time.process_time() - begun
+        cache = made["tested"]
+        outputs = tuned.probabilities_of(CachedStates(cache, cache.rows("test"), cached_states(cache, number)))
+        return Result(outputs.argmax(1) == cache.targets("test"), seconds)
+
+    def full(self, epochs: int) -> Result:
+        """Fine-tune the whole network, with a new head."""
+        cache, tested = (self.caches(0)[0][what] for what in ("learned", "tested"))
+        backbone = load_backbone(device="cpu", features=(next(iter(cache.feature_sets)),), **self._options)
+        fresh = build_head(HeadSpec("linear"), backbone.feature_sets[0], len(cache.class_names), seed=self.seed)
+        kept, contents, y = cache.inputs(), tested.inputs(), cache.targets()
+        assert kept is not None
+        assert contents is not None
+        train, validation = (cache.rows(name) for name in ("train", "validation"))
+        begun = time.process_time()
+        tuned = fine_tune(
+            FeatureBasedModel(backbone, fresh, freeze_backbone=False), kept.select(train), y[train],
+            kept.select(validation), y[validation], replace(FINE_TUNING, epochs=epochs, seed=self.seed),
+            class_names=cache.class_names, new_head=True, progress=False,
+        )  # fmt: skip
+        seconds = time.process_time() - begun
+        return Result(tuned.head.probabilities(contents).argmax(1) == tested.targets("test"), seconds)
+
+
+def measure(
+    name: str, draws: Sequence[Examples], blocks: Sequence[int], *, halved: bool = True, **options: Any
+) -> None:
     """Train a head, the whole network, and the last blocks, whose largest number in bfloat16 too where ``halved``.
 
-    On a CPU that has no bfloat16 that is left out, and for convolutional networks, which are slow in it.
+    On several draws of rows, each with a seed of its own. A CPU that has no bfloat16 leaves that out, and so do
+    convolutional networks, which are slow in it.
     """
     torch.set_num_threads(1)  # a second thread that waits takes CPU time too
-    with tempfile.TemporaryDirectory() as folder:
-
-        def extracted(number: int, computed: str = "float32") -> FeatureCache:
-            states = [f"states@-{number + 1}"] if number else []
-            return extract(
-                examples, output_dir=Path(folder) / f"{computed}-{number}", pooling=["auto", *states], device="cpu",
-                keep_inputs=True, compute_dtype=computed, **options,
-            )  # fmt: skip
-
-        begun = time.process_time()
-        cache = extracted(0)
-        test, y = cache.rows("test"), cache.targets("test")
-        head = train_on_cache(cache, progress=False).head
-        spent = time.process_time() - begun
-        alone = Result(head.probabilities(cache.arrays("test")[0]).argmax(1) == y, spent)
-        full = _full(cache, **options)
-        tell(name, "full fine-tuning", full)
-        tell(name, "a linear head on cached features", alone, full)
-        kinds = [(number, "float32") for number in blocks] + [(blocks[-1], "bfloat16")] * (halved and _has_bfloat16())
-        for number, computed in kinds:
-            begun = time.process_time()
-            cache = extracted(number, computed)
-            extraction = time.process_time() - begun
-            for epochs in (TUNING.epochs, *FEWER) if computed == "float32" else (TUNING.epochs,):
-                begun = time.process_time()
-                tuned = tune(cache, number, spec=replace(TUNING, epochs=epochs), progress=False, device="cpu")
-                spent = extraction + time.process_time() - begun
-                said = tuned.tuned.probabilities_of(CachedStates(cache, test, cached_states(cache, number)))
-                what = f"the last {number} blocks from the cache, {counted(epochs, 'epoch')}, {computed}"
-                tell(name, what, Result(said.argmax(1) == y, spent), full)
-            if number == blocks[-1]:
-                _checked(cache, number, computed)
+    computed = ("float32", "bfloat16") if halved and _has_bfloat16() else ("float32",)
+    results: dict[str, list[Result]] = {}
+    for seed, examples in enumerate(draws):
+        with tempfile.TemporaryDirectory() as folder:
+            draw = Draw(examples, seed, Path(folder), options)
+            for epochs in FULL:
+                results.setdefault(f"full fine-tuning, {counted(epochs, 'epoch')}", []).append(draw.full(epochs))
+            results.setdefault("a linear head on cached features", []).append(draw.head())
+            for number in blocks:
+                for dtype in computed if number == blocks[-1] else ("float32",):
+                    what = f"the last {counted(number, 'block')} from the cache, {dtype}"
+                    results.setdefault(what, []).append(draw.tuned(number, dtype))
+                    if seed == 0 and number == blocks[-1]:
+                        _checked(draw.caches(number, dtype)[0]["learned"], number, dtype)
+    joined = {
+        what: Result(np.concatenate([each.correct for each in some]), float(np.mean([each.seconds for each in some])))
+        for what, some in results.items()
+    }
+    full = next(iter(joined.values()))
+    for what, result in joined.items():
+        tell(name, what, result, None if result is full else full)
 
 
 def _has_bfloat16() -> bool:
@@ -114,23 +176,8 @@ def _checked(cache: FeatureCache, number: int, computed: str) -> None:
     row(what, f"{differing} of {values:,}", "0")
 
 
-def _full(cache: FeatureCache, **options: Any) -> Result:
-    backbone = load_backbone(device="cpu", features=(next(iter(cache.feature_sets)),), **options)
-    fresh = build_head(HeadSpec("linear"), backbone.feature_sets[0], len(cache.class_names), seed=0)
-    train, validation, test = (cache.rows(name) for name in ("train", "validation", "test"))
-    kept, y = cache.inputs(), cache.targets()
-    assert kept is not None
-    begun = time.process_time()
-    tuned = fine_tune(
-        FeatureBasedModel(backbone, fresh, freeze_backbone=False), kept.select(train), y[train],
-        kept.select(validation), y[validation], TUNING, class_names=cache.class_names, new_head=True, progress=False,
-    )  # fmt: skip
-    spent = time.process_time() - begun
-    return Result(tuned.head.probabilities(kept.select(test)).argmax(1) == y[test], spent)
-
-
 def tell(name: str, how: str, result: Result, full: Result | None = None) -> None:
-    """Add a row: accuracy with Wilson's interval, CPU time, and both against the whole network."""
+    """Add a row: accuracy with Wilson's interval over all test rows, CPU time, and both against the whole network."""
     low, high = wilson(float(result.correct.sum()), len(result.correct))
     told, took = f"{result.correct.mean():.3f} [{low:.3f}, {high:.3f}]", f"{result.seconds:.0f} s of CPU"
     if full is not None:
@@ -158,17 +205,17 @@ def padding(name: str, examples: Examples) -> None:
 def tuning_padding() -> None:
     """What batches of rows of similar length save: padding, TREC and movie reviews."""
     for name in ("trec", "movie-reviews"):
-        padding(name, texts_of(name))
+        padding(name, texts_of(name, 0, ROWS // 10))
 
 
 def tuning() -> None:
-    """TREC, 2,000 questions through MiniLM, 5 epochs."""
-    measure("TREC", texts_of("trec"), (1, 2, 3))
+    """TREC, 1,800 questions to learn from through MiniLM and 3,581 to test on, in two draws."""
+    measure("TREC", [texts_of("trec", seed, 2 * ROWS) for seed in range(DRAWS)], (1, 2, 3))
 
 
 def tuning_reviews() -> None:
-    """2,000 movie reviews through MiniLM, 5 epochs."""
-    measure("movie reviews", texts_of("movie-reviews"), (1, 2, 3))
+    """1,800 sentences of movie reviews to learn from through MiniLM and 4,000 to test on, in two draws."""
+    measure("movie reviews", [texts_of("movie-reviews", seed, 2 * ROWS) for seed in range(DRAWS)], (1, 2, 3))
 
 
 def tuning_pictures() -> None:
@@ -178,7 +225,7 @@ def tuning_pictures() -> None:
     by_key = np.argsort(examples.keys[:, :8].copy().view(">u8").ravel())  # in which classes are mixed
     model = made_by("efficientnet_lite.py")
     chosen = examples.select(np.sort(by_key[:PICTURES]))
-    measure("CIFAR-10", chosen, (1, 4, 8), halved=False, model=model)
+    measure("CIFAR-10", [chosen], (1, 4, 8), halved=False, model=model)
 
 
 SECTIONS = (tuning_padding, tuning, tuning_reviews, tuning_pictures)
