@@ -639,6 +639,7 @@ def test_every_recipe_names_its_source() -> None:
         assert "et al." in each.recipe or "cache" in each.recipe
     assert chosen(["full", "cached"])[0].name == "cached"
     assert APPROACHES["cached"].spec == APPROACHES["frozen"].spec
+    assert [APPROACHES["last-2"].epochs(asked) for asked in (2, 5)] == [2, 3]
     assert APPROACHES["lp-ft"].spec.learning_rate == APPROACHES["lp-ft"].backbone_rate
 
 

@@ -144,7 +144,7 @@ def test_mlflow_without_its_server_costs_a_note(made: Path, monkeypatch: pytest.
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     mlflow.set_tracking_uri("http://127.0.0.1:9")  # the port that discards
-    with pytest.warns(EmbedcacheWarning, match="mlflow did not take .*run .*everything is kept there"):
+    with pytest.warns(EmbedcacheWarning, match="mlflow did not take .*run .*the folder has everything"):
         assert tracking.track(made / "run", "mlflow") == ()
 
 
