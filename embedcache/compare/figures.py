@@ -62,7 +62,7 @@ def _last(blocks: int) -> Approach:
         f"last-{blocks}",
         f"{what}, cached states",
         f"The hidden states that enter the {what} are cached too; the head is trained first, on the cache, then it and "
-        f"the {what} by the steps of full fine-tuning, but without dropout, with a decay of {TUNING.weight_decay:g} and "
+        f"the {what} by the steps of full fine-tuning, but without dropout, with a decay of {TUNING.weight_decay:g}, "
         f"in {TUNING.epochs} epochs at most, the last block at {TUNING_RATE:g}, each before it at {TUNING_DECAY:g} of "
         "that (Howard & Ruder 2018).",
         TUNING,

@@ -130,7 +130,7 @@ class Reporting:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             again = f"embedcache.track({str(self.folder)!r}, to={name!r}) sends it again"
-            warn([f"{name} did not take {self.folder} ({reason}); the folder has everything once it is done, and {again}"])
+            warn([f"{name} did not take {self.folder} ({reason}); the folder has everything at the end, and {again}"])
             return False
         return True
 
