@@ -32,7 +32,7 @@ OWN_DEFAULT = {
     ("compare", "epochs"): 5, ("check", "kind"): None,
     **{
         ("tune", name): getattr(TUNING, name)
-        for name in ("epochs", "batch_size", "learning_rate", "warmup", "patience")
+        for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "patience")
     },
 }  # fmt: skip
 UNIQUE = {"shuffle_seed", "seed", "views"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from embedcache.errors import SpecError
 from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE, TaskName, TrainSpec
-from embedcache.wording import did_you_mean
+from embedcache.wording import counted, did_you_mean
 
 # The approaches that are compared, each with a recipe that somebody published.
 
@@ -63,7 +63,7 @@ def _last(blocks: int) -> Approach:
         f"{what}, cached states",
         f"The hidden states that enter the {what} are cached too; the head is trained first, on the cache, then it and "
         f"the {what} by the steps of full fine-tuning, but without dropout, with a decay of {TUNING.weight_decay:g}, "
-        f"in {TUNING.epochs} epochs at most, the last block at {TUNING_RATE:g}, each before it at {TUNING_DECAY:g} of "
+        f"in {counted(TUNING.epochs, 'epoch')} at most, the last block at {TUNING_RATE:g}, each before it at {TUNING_DECAY:g} of "
         "that (Howard & Ruder 2018).",
         TUNING,
         TUNING_RATE,
