@@ -63,8 +63,8 @@ def _last(blocks: int) -> Approach:
         f"{what}, cached states",
         f"The hidden states that enter the {what} are cached too; the head is trained first, on the cache, then it and "
         f"the {what} by the steps of full fine-tuning, but without dropout, with a decay of {TUNING.weight_decay:g}, "
-        f"in {counted(TUNING.epochs, 'epoch')} at most, the last block at {TUNING_RATE:g}, each before it at {TUNING_DECAY:g} of "
-        "that (Howard & Ruder 2018).",
+        f"in {counted(TUNING.epochs, 'epoch')} at most, the last block at {TUNING_RATE:g}, each before it at "
+        f"{TUNING_DECAY:g} of that (Howard & Ruder 2018).",
         TUNING,
         TUNING_RATE,
         blocks,
