@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from embedcache.extract.work import Proof
 from embedcache.fingerprint import differences, row_key
 from embedcache.numerics import Probe, difference
 from embedcache.pictures import decode
-from embedcache.spec import ExtractionSpec
+from embedcache.spec import ExtractionSpec, FeatureSpec
 
 ROWS = 32
 PICTURES = tiny_pictures.pictures(7)
@@ -165,15 +166,18 @@ def test_earlier_layers_go_through_the_last_norm_where_that_is_asked_for(
         np.testing.assert_allclose(values, vectors, rtol=0, atol=1e-5, err_msg=name)
     plain_values = compute_features(backbone, PICTURES, "max@1").values
     assert np.abs(plain_values - expected["norm:max@1"].numpy()).max() > 1e-3
+    # As transformers 4.56 has it of DINOv3: the last of the hidden states is behind the norm already.
+    tied = SimpleNamespace(last_hidden_state=final, hidden_states=(*outputs.hidden_states[:-1], final))
+    assert backbone._hidden_of(FeatureSpec.parse("norm:max@all"), tied, len(tied.hidden_states) - 1) is final
     assert backbone.identity["features"]["norm:max@1"]["final_norm"] is True  # type: ignore[index]
     assert "final_norm" not in backbone.identity["features"]["max@1"]  # type: ignore[index]
 
 
 def test_a_network_without_a_last_norm_is_said_to_have_none(model: Callable[[str], Path]) -> None:
     for kind in ("clip", "resnet"):
-        refused(
-            model(kind), "has no last norm for its layers to go", PoolingUnavailableError, features=["norm:mean@-2"]
-        )
+        refused(model(kind), "that end in a layer norm, and", PoolingUnavailableError, features=["norm:mean@-2"])
+    message = r"have 6 numbers a vector, and its last norm takes 12: leave norm: out"
+    refused(model("swin"), message, PoolingUnavailableError, features=["norm:mean@0"])
     for name in ("norm:mean", "norm:states@-2"):
         refused(model("vit"), "leave norm: out", SpecError, features=[name])
 

@@ -286,6 +286,7 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("--head", "mlp", "--head-option", "hidden"), 2, "--head-option 'hidden': expected NAME=VALUE"),
     (("--head", "knn", "--head-option", "n_neighbors=-1"), 2, "n_neighbors is -1"),
     (("--head", "attention", "--feature", "mean"), 1, "the feature set mean has one, so there is nothing to attend to"),
+    (("--head", "layer-concat", "--feature", "mean"), 1, "has one: make such a set (extract --pooling mean@all), or"),
     (("--head", "linear", "--feature", "tokens"), 1, "reads one vector a row"),
     (("--head", "knn", "--feature", "tokens"), 1, "reads one vector a row"),
     (("--feature", "cls"), 1, "cls"),

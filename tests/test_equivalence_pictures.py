@@ -79,7 +79,7 @@ def finds(result: EquivalenceResult, *words: str) -> None:
         ("vit", ["mean", "cls@-2", "pooler", "l2:cls+mean"], {}), ("registers", ["mean", "max@1"], {}),
         ("dinov2", ["norm:cls+mean@-2..-1", "l2:norm:mean@1"], {}),
         ("resnet", ["pooler", "mean@1"], {"storage_dtype": "float16"}), ("clip", ["projected"], {"resize": "pad"}),
-        ("convnext", ["pooler"], {"resize": "crop"}), ("siglip", ["pooler"], {"resize": "squash"}),
+        ("convnext", ["pooler"], {"resize": "crop"}), ("siglip", ["pooler", "norm:mean@-2"], {"resize": "squash"}),
         ("mobilenetv2", ["mean"], {}),
     ],
 )  # fmt: skip

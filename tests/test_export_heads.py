@@ -88,7 +88,8 @@ def test_the_head_from_features(name: str, cache: FeatureCache, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not HAS_ONNX, reason="needs the extra onnx")
-@pytest.mark.parametrize("name", ["mlp", "residual", "layers", "mix"])  # another task's is linear, and so is sklearn's
+# Another task's is linear, and so is scikit-learn's.
+@pytest.mark.parametrize("name", ["mlp", "residual", "layers", "mix", "concat"])
 def test_the_head_from_features_as_onnx(name: str, cache: FeatureCache, tmp_path: Path) -> None:
     run = run_of(cache, tmp_path / "run", *HEADS[name])
     done = export_head(run, tmp_path / "out", to="onnx", head_only=True, cache=cache)

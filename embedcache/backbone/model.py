@@ -189,7 +189,8 @@ class FrozenModel(Generic[P]):
                 )
             if spec.final_norm and self.last_norm is None:
                 raise PoolingUnavailableError(
-                    f"{spec.name}: {self.name} has no last norm for its layers to go through: leave norm: out"
+                    f"{spec.name}: norm: is for networks of pictures that end in a layer norm, and {self.name} does "
+                    "not: leave norm: out"
                 )
         with torch.inference_mode():
             return poolings, tuple(self._feature_set(spec, outputs, inputs) for spec in self.specs)
@@ -202,15 +203,20 @@ class FrozenModel(Generic[P]):
                     f"{spec.name}: {self.name} has hidden states {-depth}..{depth - 1}, "
                     f"and layer {layer} is none of them"
                 )
+        both = 2 if spec.pooling == "cls+mean" else 1
         if spec.pooling in ("pooler", "projected"):
             widths = {self._vectors(spec, outputs, inputs).shape[-1]}
         else:
-            both = 2 if spec.pooling == "cls+mean" else 1
             widths = {both * hidden_of(outputs, layer).shape[-1] for layer in _layers(spec, outputs)}
         if len(widths) > 1:
             raise PoolingUnavailableError(
                 f"{spec.name}: these layers of {self.name} have different widths "
                 f"({', '.join(map(str, sorted(widths)))}): ask for a feature set of each"
+            )
+        if spec.final_norm and (width := hidden_of(outputs, -1).shape[-1] * both) not in widths:
+            raise PoolingUnavailableError(
+                f"{spec.name}: these layers of {self.name} have {widths.pop() // both} numbers a vector, and its last "
+                f"norm takes {width // both}: leave norm: out"
             )
         kind: Kind = "tokens" if spec.token_level else "layers" if spec.multi_layer else "pooled"
         layers = len(_layers(spec, outputs)) if spec.multi_layer else 1
@@ -370,7 +376,10 @@ class FrozenModel(Generic[P]):
     def _hidden_of(self, spec: FeatureSpec, outputs: Outputs, layer: int) -> Tensor:
         """Return a layer's hidden states [B, T, D], behind the last norm where that is asked for."""
         hidden = hidden_of(outputs, layer)
-        normed: Tensor = self.last_norm(hidden) if spec.final_norm and self.last_norm and layer != -1 else hidden
+        # Some versions of transformers have the normed state as the last hidden state too.
+        if not spec.final_norm or self.last_norm is None or hidden is outputs.last_hidden_state:
+            return hidden
+        normed: Tensor = self.last_norm(hidden)
         return normed
 
     def _each(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> Tensor:

@@ -95,7 +95,7 @@ class StandardPictures(StandardModel):
             layers = range(len(out.hidden_states)) if spec.layers is None else spec.layers
             states = [out.last_hidden_state if layer == -1 else out.hidden_states[layer] for layer in layers]
             if spec.final_norm:
-                norm: Any = self.model.layernorm if hasattr(self.model, "layernorm") else self.model.norm
+                norm: Any = [child for name, child in self.model.named_children() if "norm" in name][-1]
                 states = [state if state is out.last_hidden_state else norm(state) for state in states]
             pools = [self._pool_layer(state.float(), spec.pooling) for state in states]
             vectors = torch.stack(pools, dim=1) if spec.multi_layer else pools[0]

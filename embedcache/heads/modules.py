@@ -198,6 +198,11 @@ class Head(nn.Module):
 def _cannot_read(name: str, takes: tuple[Kind, ...], feature: FeatureSet) -> str:
     words = {"pooled": "one vector a row", "layers": "several layers a row", "tokens": "one vector a token"}
     if feature.kind == "pooled":
+        if "tokens" not in takes:
+            return (
+                f"{name} reads several layers a row, and the feature set {feature.name} has one: make such a set "
+                "(extract --pooling mean@all), or use mlp"
+            )
         return (
             f"{name} attends over several vectors a row, and the feature set {feature.name} has one, so there is "
             "nothing to attend to: make such a set (extract --tokens, or extract --pooling mean@all), or use mlp"
