@@ -191,7 +191,7 @@ class HeadStack:
     def _update(self, gradients: list[Tensor]) -> None:
         factor = self._factor()
         taken = self._taken + 1
-        if self._adam and self._fused is not None:
+        if self._fused is not None:
             self._update_fused(gradients, factor, taken)
             return
         rate = self._rate * factor
@@ -214,11 +214,10 @@ class HeadStack:
 
     def _descend(self, gradients: list[Tensor], rate: float | Tensor) -> None:
         """Take SGD's step, to the bit as ``torch.optim.SGD`` takes it with these gradients."""
-        momentum, decay = self.specs[0].momentum, self._decay
+        momentum = self.specs[0].momentum
         for number, (value, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
-            if not self._decays[number]:
-                pass
-            elif isinstance(decay, Tensor):
+            decay = self._decay if self._decays[number] else 0.0
+            if isinstance(decay, Tensor):
                 gradient = torch.addcmul(gradient, value, _across(decay, value))
             elif decay:
                 gradient = torch.add(gradient, value, alpha=decay)
@@ -240,10 +239,12 @@ class HeadStack:
             )  # fmt: skip
 
     def _fused_groups(self) -> list[_FusedGroup] | None:
-        """Return parameters that one fused call updates together, where that pays; None elsewhere.
+        """Return parameters that one fused call of AdamW updates together, where that pays; None elsewhere.
 
         Many small heads that all differ are faster through a few passes over everything than by many small calls.
         """
+        if not self._adam:
+            return None
         schedules = [(spec.schedule, spec.warmup) for spec in self.specs]
         settings = [
             (spec.learning_rate, spec.weight_decay, when) for spec, when in zip(self.specs, schedules, strict=True)
