@@ -388,6 +388,10 @@ def test_merged_parts_leave_out_what_one_process_leaves_out(tmp_path: Path) -> N
         assert files(tmp_path / "c") == files(tmp_path / "whole")
         assert go(examples, "c").started == []
         assert files(tmp_path / "c") == files(tmp_path / "whole")
+        examples = load_examples(rows([*texts, texts[3]]))  # a duplicate more of what is known not to be survived
+        for part in (1, 2, 3):
+            assert go(part_of(examples, part, 3), f"p{part}").started == []
+        merge([tmp_path / f"p{part}" for part in (1, 2, 3)], tmp_path / "extended")
 
 
 def test_bad_cells_are_set_aside_alike_however_often_a_run_is_killed(

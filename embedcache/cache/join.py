@@ -99,8 +99,7 @@ def merge(parts: Sequence[Path | str], output_dir: Path | str, *, accept_numeric
         for lacking in _missing(part_manifests, [cache.stored_keys() for cache in caches], writer):
             keys, features = caches[lacking.part].shard(lacking.shard, lacking.rows)
             writer.append(keys, features, part_manifests[lacking.part].shards[lacking.shard].provenance)
-        told = Counter(key.tobytes().hex() for key in writer.set_aside)
-        writer.commit_dataset(dataset, inputs, [*(set_aside - told).elements()])
+        writer.commit_dataset(dataset, inputs, [*set_aside.elements()])
     notes = [f"{counted(left_out, 'row')} left out: workers did not survive them in the parts"] if left_out else []
     warn(notes)
     merged = FeatureCache.open(output_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -204,7 +205,8 @@ class CacheWriter:
         """Commit a dataset whose rows are all in the cache, in place of the one before.
 
         ``inputs`` are the contents of its rows, to be stored too. ``set_aside`` are keys, in hexadecimal, of rows that
-        were left out behind the last shard. A dataset equal to the current one changes no byte but for these.
+        were left out, one for each; those that no shard tells of are recorded with the last. A dataset equal to the
+        current one changes no byte but for these.
 
         Raises ``InputError`` when rows are not in the cache.
         """
@@ -248,7 +250,8 @@ class CacheWriter:
         )
         if fault := find_fault(entry, contents, len(self._keys[0])):
             raise InputError(fault)
-        manifest = self._manifest.with_set_aside(set_aside)
+        untold = Counter(set_aside) - Counter(self._manifest.set_aside)
+        manifest = self._manifest.with_set_aside([*untold.elements()])
         former = manifest.examples
         # Rows first: the file of a few cannot be said to hold many.
         known = former if self._manifest.complete and former is not None and former.rows == entry.rows else None

@@ -87,13 +87,13 @@ def run(
                     commits.add(computed)
                     costs += computed.costs
             return_memory()  # the windows' buffers
-            notes = [*engine.notes]
+            notes, left_out = [*engine.notes], _left_out(examples, lost)
             if len(lost) and quarantine is not None:
                 set_aside(quarantine, _told(examples, lost), examples.contents(lost))
                 notes.append(f"{counted(len(lost), 'row')} set aside in {quarantine}: workers do not survive them")
                 examples = examples.without(lost)
             notes += writer.dropped(examples)
-            writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None, commits.aside)
+            writer.commit_dataset(examples, examples.packed_contents if keep_inputs else None, left_out)
         except KeyboardInterrupt:
             kept = int((writer.lookup(new_keys) >= 0).sum())
             raise Interrupted(
@@ -118,11 +118,16 @@ def _told(examples: Examples, lost: Rows) -> list[tuple[str, str]]:
     return [(f"row {examples.ids[row]}", "every worker that computes it is lost") for row in lost.tolist()]
 
 
-class Commits:
-    """Commits windows as shards, in the order they come, in a thread of its own and at most one window behind.
+def _left_out(examples: Examples, lost: Rows) -> list[str]:
+    """Return the keys, in hexadecimal, of lost rows and of each duplicate: merged parts have to lack as many."""
+    if not len(lost):
+        return []
+    keys = examples.keys
+    return [key.tobytes().hex() for key in keys[np.isin(key_values(keys), key_values(keys[lost]))]]
 
-    ``aside`` are the keys, in hexadecimal, of rows that workers do not survive and that no shard tells of yet.
-    """
+
+class Commits:
+    """Commits windows as shards, in the order they come, in a thread of its own and at most one window behind."""
 
     def __init__(
         self, writer: CacheWriter, examples: Examples, backbone: Backbone, provenance: Mapping[str, object]
@@ -130,7 +135,7 @@ class Commits:
         self._writer, self._examples, self._backbone, self._provenance = writer, examples, backbone, provenance
         self._thread = ThreadPoolExecutor(1, "embedcache-commit")
         self._last: Future[None] | None = None
-        self.aside: list[str] = []
+        self._aside: list[str] = []
 
     def __enter__(self) -> Commits:
         return self
@@ -154,14 +159,11 @@ class Commits:
         refuse_non_finite(computed, self._backbone, self._examples)
         keys = self._examples.keys
         # Kept with the shard, so that a run that goes on knows what was cut; of a window without a row with the next.
-        # Of each duplicate too: where parts are merged, as many rows are expected to be missing.
-        if len(computed.lost):
-            lost = np.isin(key_values(keys), key_values(keys[computed.lost]))
-            self.aside += [key.tobytes().hex() for key in keys[lost]]
+        self._aside += _left_out(self._examples, computed.lost)
         if len(computed.rows):
-            told = {SET_ASIDE: self.aside} if self.aside else {}
+            told = {SET_ASIDE: self._aside} if self._aside else {}
             self._writer.append(keys[computed.rows], computed.features, {**self._provenance, **told})
-            self.aside = []
+            self._aside = []
 
 
 def refuse_non_finite(computed: Computed, backbone: Backbone, examples: Examples) -> None:
