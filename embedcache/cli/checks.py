@@ -19,6 +19,7 @@ from embedcache.cli.options import (
     trust_option,
     untrusted_option,
 )
+from embedcache.spec import TUNING
 
 if TYPE_CHECKING:
     from embedcache.spec import HeadSpec
@@ -107,7 +108,7 @@ for parameter in check.params:  # the option of the other commands, which names 
     "--pooling", default="auto", show_default=True, metavar="POOLING[@LAYERS]", help="Pooling that the head reads."
 )
 @head_options("kind", torch="One that reads one vector a row.")
-@setting_option("epochs", default=5, more="For every approach, of the last blocks 3 at most.")
+@setting_option("epochs", default=5, more=f"For every approach, of the last blocks {TUNING.epochs} at most.")
 @click.option(
     "--fractions",
     default="1",

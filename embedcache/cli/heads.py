@@ -21,7 +21,7 @@ from embedcache.cli.options import (
     trust_option,
     untrusted_option,
 )
-from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE
+from embedcache.spec import TUNING, TUNING_DECAY, TUNING_DROPOUT, TUNING_RATE
 from embedcache.wording import counted, shown, table
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ _TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "cl
 )
 @click.option(
     "--dropout/--no-dropout",
-    default=False,
+    default=TUNING_DROPOUT,
     show_default=True,
     help="Whether the blocks drop what their configuration says.",
 )

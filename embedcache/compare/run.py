@@ -74,7 +74,7 @@ def compare_training_approaches(
         head: a ``HeadSpec`` for torch, or a kind with its defaults.
         pooling: the feature set it reads.
         approaches: which of them; None for all, without the last blocks where this model or head does not allow it.
-        epochs: of every approach; of the last blocks 3 at most, as their head is trained before.
+        epochs: of every approach; of the last blocks ``TUNING.epochs`` at most, as their head is trained before.
         fractions: shares of the training rows, for a data-efficiency curve.
         max_rows: at most so many rows in all, drawn by content from the first seed.
         seeds: initial weights, order, dropout and the rows of a fraction; results are means over them.

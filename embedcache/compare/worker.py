@@ -26,7 +26,7 @@ from embedcache.compare.measurements import Extraction, ExtractionJob, Job, Memo
 from embedcache.compare.rows import Rows, read_rows, training_rows
 from embedcache.errors import BackboneMismatchError, EmbedcacheError, InputError, quiet
 from embedcache.journal import commit
-from embedcache.spec import TUNING_DECAY, BackboneSettings, TrainSpec, differences_text, states_set
+from embedcache.spec import TUNING_DECAY, TUNING_DROPOUT, BackboneSettings, TrainSpec, differences_text, states_set
 from embedcache.task import CLASSIFICATION, REGRESSION, Array, Task, task_named
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def _last_blocks(problem: Problem, memory: Peak) -> Trained:
     if problem.task is REGRESSION:
         into_standard_units(head.module, y[split.train])
     begun = time.perf_counter()
-    model = load_tail(cache, problem.feature, job.source, head.module, approach.blocks, dropout=False)
+    model = load_tail(cache, problem.feature, job.source, head.module, approach.blocks, dropout=TUNING_DROPOUT)
     setup = time.perf_counter() - begun
     train, validation, test = (
         CachedStates(cache, rows, states, model.extractor.device)

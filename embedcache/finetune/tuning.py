@@ -36,6 +36,7 @@ from embedcache.shard import FeatureSet
 from embedcache.spec import (
     TUNING,
     TUNING_DECAY,
+    TUNING_DROPOUT,
     TUNING_RATE,
     ExtractionSpec,
     FeatureSpec,
@@ -130,7 +131,7 @@ def tune(
     feature: str | None = None,
     backbone_learning_rate: float = TUNING_RATE,
     layer_decay: float = TUNING_DECAY,
-    dropout: bool = False,
+    dropout: bool = TUNING_DROPOUT,
     new_head: bool = False,
     allow_unseen: bool = False,
     model: Path | str | None = None,

@@ -49,6 +49,7 @@ __all__ = [
     "TASKS",
     "TUNING",
     "TUNING_DECAY",
+    "TUNING_DROPOUT",
     "TUNING_RATE",
     "BackboneSettings",
     "Declared",
@@ -412,3 +413,5 @@ TUNING_RATE = 6e-4
 """The learning rate of the last block; a few blocks bear more than a whole network."""
 TUNING_DECAY = 0.9
 """What each block before the last has of the rate of the block behind it (Howard and Ruder 2018)."""
+TUNING_DROPOUT = False
+"""Whether the last blocks drop what their configuration says: in a few epochs it costs more than it gives."""
