@@ -86,6 +86,11 @@ class FeatureSet:
             raise SpecError(f"feature set {self.name}: {counted(self.layers, 'layer')}, but its kind is {self.kind}")
 
     @property
+    def for_blocks(self) -> bool:
+        """Whether these are hidden states that the last blocks are trained from, which heads read only by name."""
+        return self.kind == "tokens" and self.name.removeprefix("l2:").startswith("states@")
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of one row, or of one token's vector."""
         return (self.layers, self.dim) if self.kind == "layers" else (self.dim,)

@@ -32,6 +32,8 @@ from embedcache.errors import (
     InputError,
 )
 from embedcache.shard import FeatureSet, decoded
+from embedcache.spec import HeadSpec
+from embedcache.train.cached import feature_for
 
 VECTORS = [each for each in SETS if each.kind != "tokens"]
 RAGGED = [each for each in SETS if each.kind == "tokens"]
@@ -544,6 +546,16 @@ def test_files_are_hashed_once_in_a_process_until_they_change(tmp_path: Path, mo
     names.clear()
     assert FeatureCache.open(path).verify() == []
     assert len(names) == 5, "verify hashes all of them again"
+
+
+def test_hidden_states_for_tune_are_the_last_that_a_default_reads(tmp_path: Path) -> None:
+    states, tokens = (FeatureSet(name, "tokens", 3, 1, "float32") for name in ("states@-3", "tokens"))
+    cache = FeatureCache.open(write(tmp_path / "c", sets=(states, tokens)))
+    alone = FeatureCache.open(write(tmp_path / "alone", sets=(states,)))
+    attention = HeadSpec("attention-pooling")
+    assert [feature_for(each, attention, None) for each in (cache, alone)] == [tokens, states]
+    assert feature_for(cache, attention, "states@-3") == states
+    assert [each.ragged().feature for each in (cache, alone)] == [tokens, states]
 
 
 def test_verification_put_off_until_features_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

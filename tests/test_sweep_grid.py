@@ -117,6 +117,24 @@ def test_the_default_has_a_baseline_and_takes_heads_to_the_sets_they_read() -> N
     assert all(SETS[each.feature].kind == "pooled" for each in made if each.head.kind != "attention-pooling")
 
 
+def test_hidden_states_for_tune_are_read_where_they_are_named() -> None:
+    kept = {name: FeatureSet(name, "tokens", 7, 1, "float32") for name in ("states@-3", "l2:states@-2")}
+    vector = FeatureSet("states@1", "pooled", 7, 1, "float32")  # imported under such a name, with one vector a row
+    sets: dict[str, FeatureSet] = {**kept, **SETS, vector.name: vector}
+
+    def read(value: Any, **options: Any) -> set[str]:
+        return {each.feature for each in parse(value, sets, **options).configurations()}
+
+    assert read(None) == {*SETS, "states@1"}
+    assert read(["attention", "linear"]) == {*SETS, "states@1"}
+    assert read(None, features=["states@-3"]) == {"states@-3"}
+    assert read({"heads": ["attention"], "features": ["states@-3", "tokens"]}) == {"states@-3", "tokens"}
+    assert read([{"head": "attention", "features": "l2:states@-2"}]) == {"l2:states@-2"}
+    assert {each.feature for each in parse(None, kept).configurations()} == {*kept}, "there is nothing else"
+    with pytest.raises(SweepError, match="that: name states@-3 or l2:states@-2 by --feature to have it read that"):
+        parse(["attention"], {**kept, "mean": SETS["mean"]})
+
+
 @given(st.integers(1, 30), st.integers(0, 5))
 def test_a_random_search_draws_that_many_different_ones_the_same_each_time(count: int, seed: int) -> None:
     value = [{"head": "linear", "learning_rate": {"log": [1e-4, 1e-1]}, "seeds": [0, 1], "features": "mean"}]

@@ -325,8 +325,12 @@ class FeatureCache:
         )
 
     def ragged(self, split: str | None = None, feature: str | None = None) -> Ragged:
-        """Return a token-level set of a split; a memory map where its rows lie together in one shard."""
-        names = [name for name, feature in self.feature_sets.items() if feature.kind == "tokens"]
+        """Return a token-level set of a split; a memory map where its rows lie together in one shard.
+
+        Without a name it is the first there is, ``states@`` last.
+        """
+        sets = sorted(self.feature_sets.values(), key=lambda feature: feature.for_blocks)
+        names = [feature.name for feature in sets if feature.kind == "tokens"]
         chosen = self.feature(feature if feature is not None else (names[0] if names else "tokens"))
         if chosen.kind != "tokens":
             raise FeatureError(

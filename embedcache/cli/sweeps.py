@@ -44,7 +44,11 @@ if TYPE_CHECKING:
     help="Values to try for a setting or an option of --head.",
 )
 @click.option(
-    "--feature", "features", multiple=True, metavar="NAME", help="Feature set to try; repeat for more. Default: all."
+    "--feature",
+    "features",
+    multiple=True,
+    metavar="NAME",
+    help="Feature set to try; repeat for more. Default: all but states@, which embedcache tune reads.",
 )
 @click.option("--seeds", metavar="N[,N]", help="Seeds of the heads; scores are averaged over them.")
 @click.option(

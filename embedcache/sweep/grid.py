@@ -2,7 +2,7 @@
 
 The written form (``sweep.yaml``; every key may be left out)::
 
-    features: [mean, cls@-2]            # default: every feature set that a head can read
+    features: [mean, cls@-2]            # default: every feature set that a head can read, without states@
     seeds: [0, 1, 2]
     folds: 5                            # and repeats, shots, draws, metric, learning_curve, random, seed
     heads:
@@ -240,7 +240,8 @@ def parse(
     _refuse_unknown(written, TOP, "the sweep file")
     chosen = tuple(_feature(name, feature_sets) for name in list(features) or _listed(written.get("features")))
     everywhere = _seeds(list(seeds) or _listed(written.get("seeds", 0)))
-    reader = _Reader(feature_sets, chosen or tuple(feature_sets), everywhere, bool(seeds))
+    usual = tuple(name for name, feature in feature_sets.items() if not feature.for_blocks)
+    reader = _Reader(feature_sets, chosen or usual or tuple(feature_sets), everywhere, bool(seeds))
     heads = written.get("heads")
     if heads is None:
         heads = default_heads(feature_sets, reader.features)
@@ -326,7 +327,9 @@ class _Reader:
         readable = tuple(name for name in names if self.sets[name].kind in takes)
         if not readable:
             wanted = " or ".join(_VECTORS[kind] for kind in takes)
-            raise SweepError(f"{where}: {head.kind} reads {wanted}, and none of {', '.join(names)} has that")
+            states = [name for name, feature in self.sets.items() if feature.kind in takes and name not in names]
+            hint = f": name {' or '.join(states)} by --feature to have it read that" if states else ""
+            raise SweepError(f"{where}: {head.kind} reads {wanted}, and none of {', '.join(names)} has that{hint}")
         return readable
 
 

@@ -108,7 +108,7 @@ def training_rows(cache: FeatureCache) -> tuple[Rows, Rows, list[str]]:
 
 
 def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> FeatureSet:
-    """Return the feature set a head is to read: the one named, else the first it can read.
+    """Return the feature set a head is to read: the one named, else the first it can read, ``states@`` last.
 
     Raises ``FeatureError`` when the cache has none such.
     """
@@ -119,7 +119,7 @@ def feature_for(cache: FeatureCache, head: HeadSpec, name: str | None) -> Featur
             raise FeatureError(f"{chosen.name} is a set of views: train on {plain}, which its views go with")
         return chosen
     takes = kinds_read(head)
-    for feature in cache.plain_sets.values():
+    for feature in sorted(cache.plain_sets.values(), key=lambda feature: feature.for_blocks):
         if feature.kind in takes:
             return feature
     has = ", ".join(f"{feature.name} ({feature.kind})" for feature in cache.plain_sets.values())
