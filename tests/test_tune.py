@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import tiny_pictures
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,7 +29,7 @@ from embedcache.errors import (
     Interrupted,
     SpecError,
 )
-from embedcache.finetune import CachedStates, LiveStates, TailModel, cached_states, evaluate_tuned, tuning
+from embedcache.finetune import CachedStates, LiveStates, TailModel, Tuned, cached_states, evaluate_tuned, tuning
 from embedcache.finetune.live import LiveLearner
 from embedcache.finetune.tuning import better_before
 from embedcache.heads import TrainedHead, build_head
@@ -37,6 +38,7 @@ from embedcache.task import CLASSIFICATION, REGRESSION
 
 WORDS = ("good", "bad", "film", "plot", "old", "very", "a")
 FAST = TrainSpec(epochs=3, batch_size=5, learning_rate=1e-2, patience=0, weight_decay=0.01, seed=3)
+ONE = replace(FAST, epochs=1)
 
 
 def rows() -> list[dict[str, str]]:
@@ -247,15 +249,37 @@ def _deeper(states: Any, cache: FeatureCache) -> Any:
     return type(states)(states.values * np.float32(1.001), states.offsets, states.feature)
 
 
+def predicts_as_trained(result: Tuned, run: Path, cache: FeatureCache, contents: list[Any]) -> None:
+    """Save a run, and see that it predicts and is measured as its blocks say that were trained."""
+    head, test = result.save(run), cache.rows("test")
+    assert evaluate_tuned(TrainedHead.from_pretrained(run), cache)["rows"] == len(test)
+    tail, states = result.model.eval(), CachedStates(cache, test, cached_states(cache, 1))
+    with torch.no_grad():
+        logits = tail.run(states.laid_out(np.arange(len(test))))[0].double().numpy()
+    said = Predictor.load(run, device="cpu")([contents[row] for row in test.tolist()])
+    values = np.array([list(each.probabilities.values()) for each in said])
+    np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in tiny_models.MODELS if kind not in ("albert", "t5")])
 def test_every_network_with_a_list_of_blocks(kind: str, tmp_path: Path) -> None:
     """Making one compares the last block's bits by itself with those behind the others."""
-    backbone = load_backbone(tiny_models.build(kind, tmp_path / kind), features=("mean",), device="cpu")
-    tail = TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 1)
+    folder = tiny_models.build(kind, tmp_path / kind)
+    cache = extract(
+        rows(), model=folder, output_dir=tmp_path / "c", pooling=["mean", "states@-2"], split="60/20/20", device="cpu"
+    )
+    result = tune(cache, 1, spec=ONE, progress=False, device="cpu")
+    tail = result.model
     frozen = {id(each) for block in tail._frozen for each in block.parameters()}
     assert all(id(each) not in frozen for _, part in tail.depths() for each in part)
     with tail.whole() as network:
         assert frozen <= {id(each) for each in network.parameters()}
+    predicts_as_trained(result, tmp_path / "run", cache, [row["text"] for row in rows()])
+    (saved,) = (tmp_path / "run").glob("backbone-*")
+    before, after = ({*load_file(place / "model.safetensors")} for place in (folder, saved))
+    if kind == "gpt2":  # its folder has a language model
+        before = {name.removeprefix("transformer.") for name in before}
+    assert after == before, "also what is beside the part that was loaded, such as a decoder"
 
 
 @pytest.mark.parametrize(("kind", "message"), [("albert", "has no list of blocks"), ("t5", "hand on more than")])
@@ -269,6 +293,9 @@ def test_refusals(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
     backbone = load_backbone(bert, features=("mean",), device="cpu")
     with pytest.raises(SpecError, match="expected fewer than that"):
         TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 9)
+    backbone.identity = {**backbone.identity, "backbone": {"adapter": {}}}
+    with pytest.raises(BackboneError, match="it has an adapter: merge it"):
+        TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 1)
     records = [*rows()]
     options: dict[str, Any] = {"model": bert, "pooling": ["mean", "states@-2"], "split": "60/20/20", "device": "cpu"}
     rounded = extract(records, output_dir=tmp_path / "b", compute_dtype="float16", **options)
@@ -338,43 +365,38 @@ def test_in_bfloat16(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False, reference="canonical").equal
 
 
-CUT = ("beit", "clip", "convnext", "convnextv2", "deit", "dinov2", "hiera", "registers", "regnet", "resnet", "siglip")
+CUT = (
+    "beit", "clip", "clip-projected", "convnext", "convnextv2", "deit", "dinov2", "hiera", "registers", "regnet",
+    "resnet", "siglip", "tower", "vit",
+)  # fmt: skip
 UNCUT = {"swin": "hand on more than their states", "mobilenetv2": "has no list of blocks"}
 
 
-@pytest.mark.parametrize("kind", [*CUT, *UNCUT])
-def test_networks_of_pictures(kind: str, tmp_path: Path) -> None:
-    """Layers behind class and register tokens, and stages of feature maps; making one compares its bits."""
+@pytest.mark.parametrize("kind", UNCUT)
+def test_networks_of_pictures_that_cannot_be_cut(kind: str, tmp_path: Path) -> None:
     folder = tiny_pictures.build(kind, tmp_path / kind)
     backbone = load_backbone(folder, features=("mean",), device="cpu", content="image")
-    head = build_head(HeadSpec("linear"), backbone.feature_sets[0], 3)
-    if kind in UNCUT:
-        with pytest.raises(BackboneError, match=UNCUT[kind]):
-            TailModel(backbone, head, 1)
-        return
-    tail = TailModel(backbone, head, 1)
-    assert 0 < sum(each.numel() for _, part in tail.depths() for each in part) < tail.count_trainable_params().total
+    with pytest.raises(BackboneError, match=UNCUT[kind]):
+        TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 1)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", CUT)
 def test_pictures_all_the_way(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = tiny_pictures.pictures(47)
+    """Layers behind class and register tokens, and stages of feature maps; making one compares its bits."""
+    contents = tiny_pictures.pictures(23)
     examples = tiny_pictures.examples_of(contents, splits=("train", "train", "validation", "test"))
+    pooling = "projected" if kind.startswith("clip") else "mean"
     cache = extract(
         examples, model=tiny_pictures.build(kind, tmp_path / "model"), output_dir=tmp_path / "c", device="cpu",
-        pooling=["mean", "states@-2"], keep_inputs=True,
+        pooling=[pooling, "states@-2"], keep_inputs=True,
     )  # fmt: skip
+    result = tune(cache, 1, spec=ONE, progress=False, device="cpu")
+    trained = sum(each.numel() for _, part in result.model.depths() for each in part)
+    assert 0 < trained < result.model.count_trainable_params().total
+    predicts_as_trained(result, tmp_path / "run", cache, contents)
+    if kind not in ("vit", "resnet"):
+        return
     assert cache.vectors(cache.feature("states@-2"))[0] == {"vit": 1 + 16, "resnet": 64}[kind], "with the class token"
-    result = tune(cache, 1, spec=FAST, progress=False, device="cpu")
-    head = result.save(tmp_path / "run")
-    test = cache.rows("test")
-    assert evaluate_tuned(TrainedHead.from_pretrained(tmp_path / "run"), cache)["rows"] == len(test)
-    tail, states = result.model.eval(), CachedStates(cache, test, cached_states(cache, 1))
-    with torch.no_grad():
-        logits = tail.run(states.laid_out(np.arange(len(test))))[0].double().numpy()
-    said = Predictor.load(tmp_path / "run", device="cpu")([contents[row] for row in test.tolist()])
-    values = np.array([list(each.probabilities.values()) for each in said])
-    np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
     assert check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False).equal
     given = CachedStates.laid_out
 

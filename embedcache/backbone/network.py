@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +164,8 @@ def load_network(
     files do not fill it.
     """
 
-    def encoder(whole: Any) -> torch.nn.Module:
-        network: torch.nn.Module = whole.get_encoder() if _has_two_halves(whole) else whole
-        return network
-
-    network, random, _ = _load_part(folder, name, dtype, attention, trust, "as a text encoder", encoder)
-    return network, not random
+    part = _load_part(folder, name, dtype, attention, trust, "text")
+    return part.network, not part.random
 
 
 def load_tower(
@@ -179,31 +176,53 @@ def load_tower(
     Returns the network, whether its pooler has weights, and the projection that CLIP compares with texts, None where
     there is none. Raises ``BackboneError`` as ``load_network`` does.
     """
-    wholes: list[Any] = []
-
-    def tower(whole: Any) -> torch.nn.Module:
-        wholes.append(whole)
-        part: torch.nn.Module = getattr(whole, "vision_model", whole)
-        return part if hasattr(part, "config") else whole
-
-    network, random, missing = _load_part(folder, name, dtype, attention, trust, "as an image encoder", tower)
-    projection = getattr(wholes[0], "visual_projection", None)
-    trained = wholes[0] is not network and "visual_projection.weight" not in missing
-    return network, not random, projection if trained else None
+    part = _load_part(folder, name, dtype, attention, trust, "image")
+    projection = getattr(part.whole, "visual_projection", None)
+    trained = part.whole is not part.network and "visual_projection.weight" not in part.missing
+    return part.network, not part.random, projection if trained else None
 
 
-def _load_part(
-    folder: Path, name: str, dtype: str, attention: str | None, trust: bool, what: str,
-    part_of: Callable[[Any], torch.nn.Module],
-) -> tuple[torch.nn.Module, list[str], set[str]]:  # fmt: skip
-    """Load a model, frozen and in eval mode, and take a part of it.
+def save_whole(folder: Path, to: Path, name: str, network: torch.nn.Module, content: str, trust: bool) -> None:
+    """Save the model of a folder with other weights of the part that was loaded from there, ``network``'s.
 
-    With it come those of its pooler's tensors that have no weights, and all of the model's that have none. Raises
-    ``BackboneError`` when the part needs others.
+    What else it has, such as a decoder or CLIP's tower of texts, is saved as it was, so that the new folder is loaded
+    as the old one is; tensors that were drawn at random are not. Raises ``BackboneError`` as ``load_network`` does.
+    """
+    part = _load_part(folder, name, "float32", None, trust, content)
+    part.network.load_state_dict(network.state_dict())
+    known = {key: tensor for key, tensor in part.whole.state_dict().items() if key not in part.missing}
+    with quiet():
+        part.whole.save_pretrained(to, state_dict=known)
+
+
+def _encoder(whole: Any) -> Any:
+    return whole.get_encoder() if _has_two_halves(whole) else whole
+
+
+def _tower(whole: Any) -> Any:
+    part = getattr(whole, "vision_model", whole)
+    return part if hasattr(part, "config") else whole
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a model; with it the tensors of its pooler, and all of the model, that have no weights."""
+
+    network: torch.nn.Module
+    whole: Any
+    random: Sequence[str]
+    missing: Set[str]
+
+
+def _load_part(folder: Path, name: str, dtype: str, attention: str | None, trust: bool, content: str) -> _Part:
+    """Load a model, frozen and in eval mode, and take the part of it that reads ``content``.
+
+    Raises ``BackboneError`` when the part needs tensors that have no weights, and are not of its pooler.
     """
     import torch
     import transformers
 
+    part_of, what = {"text": (_encoder, "as a text encoder"), "image": (_tower, "as an image encoder")}[content]
     options = experts_option()
     if attention is not None:
         options["attn_implementation"] = attention
@@ -248,9 +267,9 @@ def _load_part(
     for parameter in whole.parameters():
         parameter.requires_grad_(False)
     if getattr(network.config, "use_cache", None):  # a decoder would keep the keys and values of every layer
-        network.config.use_cache = False  # type: ignore[union-attr]
+        network.config.use_cache = False
     whole.eval()
-    return network.eval(), missing, {str(key) for key in report["missing_keys"]}
+    return _Part(network.eval(), whole, missing, {str(key) for key in report["missing_keys"]})
 
 
 def _is_of_pooler(key: str, network: torch.nn.Module) -> bool:

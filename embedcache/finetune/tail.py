@@ -8,9 +8,9 @@ block is whatever the network has a list of: a layer of a transformer, a stage o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -21,9 +21,6 @@ from embedcache.errors import BackboneError, SpecError
 from embedcache.finetune.model import FeatureBasedModel, in_training
 from embedcache.spec import states_set
 from embedcache.wording import counted
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 STATES = "states"
 """The name by which hidden states [B, T, D] are given, as ``Inputs.arguments`` has them."""
@@ -74,7 +71,9 @@ class TailModel(FeatureBasedModel):
         super().__init__(backbone, head)
         states_set(blocks)
         self.blocks, self._bfloat16, self._dropout = blocks, False, dropout
-        content = backbone.content
+        network, content = backbone.identity["backbone"], backbone.content
+        if isinstance(network, Mapping) and "adapter" in network:  # transformers would save the adapter alone
+            raise self._cannot("it has an adapter: merge it (peft's merge_and_unload, then save_pretrained)")
         self._picture: Inputs | None = None
         if content.given == "pixels":
             self._picture = content.dummies(1, 1).to(backbone.device)

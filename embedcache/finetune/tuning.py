@@ -14,6 +14,7 @@ import torch
 
 from embedcache.arguments import checks_arguments
 from embedcache.backbone import FrozenModel, load_again, load_backbone, probe_of, resolve_model, weight_files
+from embedcache.backbone.network import save_whole
 from embedcache.cache import FeatureCache
 from embedcache.errors import BackboneMismatchError, BundleError, InputError, Interrupted, SpecError, warn
 from embedcache.finetune.live import (
@@ -95,7 +96,8 @@ class Tuned:
         if not isinstance(run, RunFolder):
             with RunFolder(run) as folder:
                 return self.save(folder)
-        name = _write_backbone(self.model, resolve_model(self.source.model, self.source.revision), run.path)
+        before = resolve_model(self.source.model, self.source.revision)
+        name = _write_backbone(self.model, before, self.source.trust_remote_code, run.path)
         head = self._head(name, run.path)
         run.save(head, metrics=self.metrics, history=self.history, facts=self.facts)
         for other in os.listdir(run.path):
@@ -353,17 +355,15 @@ def _state(module: torch.nn.Module, tuned: TunedModel) -> dict[str, Array]:
     return state
 
 
-def _write_backbone(model: TailModel, source: Path, run: Path) -> str:
+def _write_backbone(model: TailModel, source: Path, trust: bool, run: Path) -> str:
     """Write the whole network beside the tokenizer of the folder it came from; return the folder's name in the run."""
     temporary = run / f".backbone-{os.urandom(8).hex()}"
     with explained(f"cannot write {run}", BundleError):
         temporary.mkdir()
         try:
+            content = "image" if model.extractor.content.given == "pixels" else "text"
             with model.whole() as network:
-                known = network.state_dict()
-                if "pooler" not in model.extractor.poolings:  # its weights were drawn at random: nobody may read them
-                    known = {name: value for name, value in known.items() if not name.startswith("pooler.")}
-                network.save_pretrained(temporary, state_dict=known)  # type: ignore[operator]  # transformers has it
+                save_whole(source, temporary, model.extractor.name, network, content, trust)
             written = {path.name for path in temporary.iterdir()}
             weights = {path.name for path in weight_files(source)} | {"model.safetensors.index.json"}
             for path in sorted(source.rglob("*")):
