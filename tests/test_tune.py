@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from embedcache import Predictor, check_tuning, extract, tune
 from embedcache.backbone import load_backbone
 from embedcache.cache import FeatureCache
 from embedcache.cli import run
+from embedcache.equivalence import tuning as checking
 from embedcache.errors import (
     BackboneError,
     BackboneMismatchError,
@@ -29,7 +31,7 @@ from embedcache.errors import (
     Interrupted,
     SpecError,
 )
-from embedcache.finetune import CachedStates, LiveStates, TailModel, Tuned, cached_states, evaluate_tuned, tuning
+from embedcache.finetune import CachedStates, LiveStates, TailModel, Tuned, cached_states, evaluate_tuned, live, tuning
 from embedcache.finetune.live import LiveLearner
 from embedcache.finetune.tuning import better_before
 from embedcache.heads import TrainedHead, build_head
@@ -118,9 +120,10 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
     assert run(["evaluate", out, place, "--json", "--record"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["rows"] == len(cache.rows("test"))
     assert run(["predict", out, "--text", "a very good film", "--device", "cpu"]) == 0
-    assert run(["check", place, str(table), "--split", "60/20/20", "--blocks", "1", "--steps", "3"]) == 0
+    assert run(["check", place, str(table), "--split", "60/20/20", "--blocks", "1", "--steps", "3", "--dropout"]) == 0
     shown = capsys.readouterr().out
     assert "states states@-2" in shown
+    assert "last 1 block with dropout and a trained head" in shown
     assert "verdict: equal" in shown
     for wrong, message in (
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "2"], "extract --states -2"),
@@ -129,6 +132,9 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "0"], "1 or more for tune --blocks"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--head", "knn"], "cannot be fine-tuned"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--layer-decay", "2"], "at most 1"),
+        (["check", place, "--dropout"], "give --blocks K too"),
+        (["check", place, "--no-dropout"], "give --blocks K too"),
+        (["check", place, "--new-head"], "give --blocks K too"),
         (["evaluate", out, place, "--average-views"], "leave out --average-views"),
         (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "2"], "-1 or below"),
     ):
@@ -237,12 +243,60 @@ def test_planted_faults_are_found(cache: FeatureCache, monkeypatch: pytest.Monke
         monkeypatch.setattr(
             FeatureCache, "of_rows", lambda self, numbers, feature: _deeper(set_of(numbers, feature), cache)
         )
-    result = check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False)
+    result = check_tuning(cache, blocks=1, steps=4, dropout=fault == "dropout", device="cpu", progress=False)
     assert result.equal == (fault == "none"), result.to_text()
     by_reference = {row.reference for row in result.comparisons if row.verdict == "different"}
     if fault == "half":  # which is about as large as rounding in the blocks before
         by_reference.add("standard")
     assert by_reference == (set() if fault == "none" else {"canonical", "standard"}), result.to_text()
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("new_head", [True, False])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_whatever_tune_begins_with_is_proved(cache: FeatureCache, head: str, new_head: bool, dropout: bool) -> None:
+    given: dict[str, Any] = {"dropout": dropout, "new_head": new_head, "device": "cpu", "progress": False}
+    result = check_tuning(cache, blocks=1, head=head, steps=2, **given)
+    assert result.equal, result.to_text()
+    trained = ["losses", "gradients", "gradient norms", "final weights", "logits", "labels"]
+    moments = ["standardisation"] * (head == "mlp" and not new_head)
+    compared = [row.what for row in result.comparisons]
+    assert compared == ["states states@-2", "initial weights", *moments, *trained, *trained], compared
+    assert result.sampled["training"].startswith(
+        f"2 steps of 16 of the last 1 block{' with dropout' * dropout} and a {'new' if new_head else 'trained'} head"
+    )
+
+
+def test_as_tune_does_it_by_default() -> None:
+    for name in ("blocks", "dropout", "new_head"):
+        default = inspect.signature(tune).parameters[name].default
+        assert inspect.signature(check_tuning).parameters[name].default == default
+
+
+@pytest.mark.parametrize("fault", ["gradients", "initial weights"])
+def test_what_live_training_does_otherwise_is_found(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A gradient that is off where the loss is not; and a head that is trained on other rows."""
+    loss, trained, calls = live.LiveLoss.__call__, checking.train_head, [0]
+
+    def sloped(self: Any, *given: Any) -> Any:
+        value, slope = loss(self, *given)
+        calls[0] += 1
+        return value, slope if calls[0] <= 2 else slope * 1.0001
+
+    def other(x: Any, y: Any, **settings: Any) -> Any:
+        calls[0] += 1
+        return trained(x, y if calls[0] <= 1 else 1 - y, **settings)
+
+    if fault == "gradients":
+        monkeypatch.setattr(live.LiveLoss, "__call__", sloped)
+    else:
+        monkeypatch.setattr(checking, "train_head", other)
+    result = check_tuning(cache, blocks=1, steps=2, reference="canonical", device="cpu", progress=False)
+    first = next(row.what for row in result.comparisons if row.verdict == "different")
+    assert first == ("losses" if fault == "gradients" else fault), result.to_text()
+    assert any(row.what == "gradients" and row.verdict == "different" for row in result.comparisons)
 
 
 def _deeper(states: Any, cache: FeatureCache) -> Any:

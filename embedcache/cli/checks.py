@@ -19,7 +19,7 @@ from embedcache.cli.options import (
     trust_option,
     untrusted_option,
 )
-from embedcache.spec import TUNING
+from embedcache.spec import TUNING, TUNING_DROPOUT
 
 if TYPE_CHECKING:
     from embedcache.spec import HeadSpec
@@ -54,6 +54,11 @@ if TYPE_CHECKING:
     help="Check training of the last K blocks from their states in CACHE instead, as embedcache tune does it; the head "
     "is then linear by default.",
 )  # fmt: skip
+@click.option(
+    "--dropout/--no-dropout", default=None,
+    help=f"With --blocks: as in embedcache tune.  [default: {'dropout' if TUNING_DROPOUT else 'no-dropout'}]",
+)  # fmt: skip
+@click.option("--new-head", is_flag=True, default=None, help="With --blocks: as in embedcache tune.")
 @setting_option("seed", default=0, more="Also of the sample of rows.")
 @device_option
 @trust_option
@@ -71,6 +76,9 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
 
     if options["blocks"] is not None and options["optimizer"] != "adamw":
         raise click.UsageError("--optimizer sgd and --blocks contradict each other: tune trains blocks by adamw")
+    tuning = {name: value for name in ("dropout", "new_head") if (value := options.pop(name)) is not None}
+    if tuning and options["blocks"] is None:
+        raise click.UsageError("--dropout and --new-head are of training the last blocks: give --blocks K too")
     opened, split = FeatureCache.open(cache), given.options["split"]
     if split is not None and "/" not in split:
         given.options["split"], options["split"] = None, split
@@ -80,7 +88,7 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
         examples = given.examples(f"{cache}.quarantine.jsonl", kind=kind, pixel_range=opened.spec.pixel_range)
     if (blocks := options.pop("blocks")) is not None:
         options = {name: value for name, value in options.items() if name not in ("rows", "optimizer")}
-        result = check_tuning(opened, examples, head=head, blocks=blocks, **options)
+        result = check_tuning(opened, examples, head=head, blocks=blocks, **tuning, **options)
     else:
         result = check_equivalence(opened, examples, head=head, **options)
     if as_json:

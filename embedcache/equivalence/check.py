@@ -199,7 +199,10 @@ def _compare_training(
     """Compare two trainings and their predictions. The standard one starts from the other's head and batches."""
     taken = ("initial head", "batch order") if reference == "standard" else ()
     comparisons = compare_records(reference, cached, live, tolerances, taken)
-    comparisons += compare_predictions(subject, reference, cached.logits, live.logits, tolerances)
+    comparisons += compare_predictions(
+        subject.cache, subject.rows.evaluate, subject.plan.task, reference, cached.logits, live.logits,
+        None if tolerances is None else tolerances["logits"],
+    )  # fmt: skip
     return Outcome(tuple(comparisons), tuple(of_training(comparisons, reference, features_agree)))
 
 

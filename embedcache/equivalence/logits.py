@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from embedcache.equivalence.bits import Array, difference
+from embedcache.cache import FeatureCache
+from embedcache.equivalence.bits import Array, Rows, difference
 from embedcache.equivalence.features import Recomputed
 from embedcache.equivalence.result import Comparison, Outcome, cost, judged
 from embedcache.equivalence.rows import Subject
@@ -19,17 +19,19 @@ from embedcache.train.metrics import score
 
 
 def compare_predictions(
-    subject: Subject, reference: str, cached: Array, live: Array, tolerances: Mapping[str, float] | None
+    cache: FeatureCache, rows: Rows, task: Task, reference: str, cached: Array, live: Array, tolerance: float | None
 ) -> list[Comparison]:
-    """Compare logits [N, C] and the labels that follow from them, which may differ where rounding decides."""
-    task, tolerance = subject.plan.task, None if tolerances is None else tolerances["logits"]
+    """Compare logits [N, C] of some rows of a cache, int64 [N], and the labels that follow from them.
+
+    Labels may differ where rounding within the ``tolerance`` of logits decides; None for bit for bit.
+    """
     gap = difference(cached, live)
-    comparisons = [judged(reference, "logits", gap, _row(subject, gap.where), tolerance)]
+    comparisons = [judged(reference, "logits", gap, _row(cache, rows, gap.where), tolerance)]
     if task is REGRESSION:
         return comparisons
     cached_labels, live_labels = (_labels(logits, task) for logits in (cached, live))
     gap = difference(cached_labels, live_labels)
-    place = _row(subject, gap.where)
+    place = _row(cache, rows, gap.where)
     if tolerance is None:
         return [*comparisons, judged(reference, "labels", gap, place)]
     clear = ~labels_may_differ(cached, tolerance, task)
@@ -38,8 +40,8 @@ def compare_predictions(
     return [*comparisons, replace(labels, tolerance=None, rule="but for close calls")]
 
 
-def _row(subject: Subject, where: tuple[int, ...] | None) -> str:
-    return "" if where is None else f"row {subject.cache.ids()[int(subject.rows.evaluate[where[0]])]}"
+def _row(cache: FeatureCache, rows: Rows, where: tuple[int, ...] | None) -> str:
+    return "" if where is None else f"row {cache.ids()[int(rows[where[0]])]}"
 
 
 def _labels(logits: Array, task: Task) -> Array:
@@ -60,7 +62,7 @@ def storage_costs(subject: Subject, recomputed: Recomputed, cached: Record) -> O
     x, evaluation = (recomputed.features(part, exact) for part in (rows.train, rows.evaluate))
     unrounded = train(plan, x, subject.cached_targets, evaluation, title="unrounded")
     gap = difference(cached.logits, unrounded.logits)
-    comparisons.append(cost("logits", gap, _row(subject, gap.where)))
+    comparisons.append(cost("logits", gap, _row(subject.cache, rows.evaluate, gap.where)))
     costs = {}
     if plan.task is not REGRESSION:
         same = (_labels(cached.logits, plan.task) == _labels(unrounded.logits, plan.task)).mean()

@@ -8,6 +8,7 @@ the cached states is repeated with noise on them as large as the rounding of the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from embedcache.dataset import evenly_spread
 from embedcache.equivalence.bits import Array
-from embedcache.equivalence.standard import StandardModel, plain_factor, plain_head, plain_loss
+from embedcache.equivalence.standard import Standardised, StandardModel, plain_factor, plain_head, plain_loss
 from embedcache.equivalence.tolerance import conditioning, feature_tolerance, longest_axis, noisy, storage_tolerance
 from embedcache.errors import BackboneError
 from embedcache.features import Ragged, Rows
@@ -35,7 +36,8 @@ class PlainBlocks:
     """What is trained: the last ``blocks`` of the list at ``place``, and a head on the set ``pooled``.
 
     ``start`` and ``rates`` are the first numbers and the learning rate of all that is trained, by name:
-    ``backbone.NAME`` as in the network, and ``head.NAME``.
+    ``backbone.NAME`` as in the network, and ``head.NAME``. ``units`` are the mean and the scale [D] that the head
+    standardises features by, None for neither. ``dropout`` says whether the blocks drop.
     """
 
     standard: StandardModel
@@ -45,12 +47,16 @@ class PlainBlocks:
     pooled: FeatureSet
     start: Mapping[str, Array]
     rates: Mapping[str, float]
+    units: tuple[Tensor, Tensor] | None
+    dropout: bool
 
     def train(
         self, spec: TrainSpec, scheduled: int, batches: Sequence[Rows], contents: Sequence[bytes], y: Array, task: Task,
         evaluation: Sequence[bytes],
-    ) -> dict[str, Array]:  # fmt: skip
-        """Train on batches of rows, int64 [B] each; return the losses, the weights by name, and logits.
+    ) -> dict[str, dict[str, Array]]:  # fmt: skip
+        """Train on batches of rows, int64 [B] each; return losses, gradients, weights and logits.
+
+        Gradients are those of the first step by name, before clipping, and the norm of all of them in each step.
 
         Raises ``BackboneError`` for a network whose parameters have other names.
         """
@@ -60,8 +66,9 @@ class PlainBlocks:
             raise BackboneError(f"as transformers loads it, the network has no {missing[0][9:]}")
         trained = {name: named[name[9:]] for name in self.start if name.startswith("backbone.")}
         first = {name[5:]: value for name, value in self.start.items() if name.startswith("head.")}
-        head = plain_head(self.head, first, torch.Generator().manual_seed(spec.seed + 2**32)).to(self.standard.device)
-        trained |= {f"head.{name}": value for name, value in head.named_parameters()}
+        net = plain_head(self.head, first, torch.Generator().manual_seed(spec.seed + 2**32)).to(self.standard.device)
+        trained |= {f"head.{name}": value for name, value in net.named_parameters()}
+        head = net if self.units is None else Standardised(net, *self.units, True)
         groups = [
             {"params": [value.requires_grad_()], "lr": self.rates[name],
              "weight_decay": spec.weight_decay if value.dim() > 1 else 0.0}
@@ -72,11 +79,11 @@ class PlainBlocks:
         targets = torch.from_numpy(_standard_units(y, task))
         network.eval()
         for block in list(network.get_submodule(self.place))[-self.blocks :]:  # type: ignore[call-overload]
-            block.train()
+            block.train(self.dropout)
             for module in block.modules():
                 if isinstance(module, nn.BatchNorm2d):  # frozen, as whoever tunes a few blocks on small batches has it
                     module.eval()
-        losses = []
+        losses, norms, gradients = [], [], dict[str, Array]()
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             for rows in batches:
@@ -84,7 +91,11 @@ class PlainBlocks:
                 loss = plain_loss(task, logits, targets[rows].to(logits.device), spec.label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(list(trained.values()), spec.clip)
+                slopes = {name: value.grad for name, value in trained.items() if value.grad is not None}
+                gradients = gradients or {name: _array(slope).copy() for name, slope in slopes.items()}
+                norms.append(math.sqrt(sum(float(slope.double().square().sum()) for slope in slopes.values())))
+                if spec.clip:
+                    nn.utils.clip_grad_norm_(list(trained.values()), spec.clip)
                 optimizer.step()
                 schedule.step()
                 losses.append(float(loss.detach()))
@@ -94,8 +105,10 @@ class PlainBlocks:
                 self._logits(network, head, evaluation[at : at + BATCH]) for at in range(0, len(evaluation), BATCH)
             ]
         return {
-            "losses": np.array(losses, np.float32), "logits": torch.cat(outputs).float().cpu().numpy(),
-            **{name: value.detach().cpu().numpy() for name, value in trained.items()},
+            "losses": {"step": np.array(losses, np.float32)}, "gradients": gradients,
+            "gradient norms": {"step": np.array(norms, np.float32)},
+            "final weights": {name: _array(value) for name, value in trained.items()},
+            "logits": {"row": _array(torch.cat(outputs).float())},
         }  # fmt: skip
 
     def _logits(self, network: nn.Module, head: nn.Module, contents: Sequence[bytes]) -> Tensor:
@@ -104,6 +117,10 @@ class PlainBlocks:
         features, mask = self.standard.pooled(outputs, inputs, [FeatureSpec.parse(self.pooled.name)])
         logits: Tensor = head(features[self.pooled.name], mask if self.pooled.kind == "tokens" else None)
         return logits
+
+
+def _array(value: Tensor) -> Array:
+    return np.asarray(value.detach().cpu().numpy())
 
 
 def _standard_units(y: Array, task: Task) -> Array:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from embedcache.arguments import checks_arguments
-from embedcache.backbone import FrozenModel, choose_device, load_again, probe_of
+from embedcache.backbone import FrozenModel, choose_device, compute_features, load_again, probe_of
 from embedcache.cache import FeatureCache
 from embedcache.equivalence.bits import Array, Difference, difference
 from embedcache.equivalence.check import Reference
 from embedcache.equivalence.identity import load_standard, made_with
+from embedcache.equivalence.logits import compare_predictions
 from embedcache.equivalence.plain_blocks import NoisyStates, PlainBlocks, states_tolerance
 from embedcache.equivalence.result import Comparison, EquivalenceResult, judged
 from embedcache.equivalence.rows import RawRows, Sample, matched, sample
 from embedcache.equivalence.tolerance import DRAWS
-from embedcache.errors import BackboneError, FeatureError, SpecError
+from embedcache.equivalence.training import Named, differences_of
+from embedcache.errors import BackboneError, FeatureError, SpecError, quiet
 from embedcache.examples import Examples, load_examples
-from embedcache.features import Ragged, Rows
+from embedcache.features import InMemory, Ragged, Rows
 from embedcache.finetune import (
     CachedStates,
     LiveStates,
@@ -34,12 +38,15 @@ from embedcache.finetune import (
     outputs_of,
     parts_of,
 )
+from embedcache.finetune.live import into_standard_units
 from embedcache.finetune.model import live_head
-from embedcache.heads import build_head
+from embedcache.heads import TrainedHead, build_head
+from embedcache.heads.modules import Head
 from embedcache.numerics import difference as numerics_of
 from embedcache.shard import FeatureSet
-from embedcache.spec import TUNING, TUNING_DECAY, TUNING_RATE, HeadSpec, ModelSource, TrainSpec
-from embedcache.task import CLASSIFICATION, task_named
+from embedcache.spec import TUNING, TUNING_DECAY, TUNING_DROPOUT, TUNING_RATE, HeadSpec, ModelSource, TrainSpec
+from embedcache.task import CLASSIFICATION, REGRESSION, Task, task_named
+from embedcache.train import train_head
 from embedcache.train.batches import grouped_order
 from embedcache.train.cached import feature_for
 from embedcache.wording import counted
@@ -57,6 +64,8 @@ def check_tuning(
     revision: str | None = None,
     head: HeadSpec | str | None = None,
     feature: str | None = None,
+    dropout: bool = TUNING_DROPOUT,
+    new_head: bool = False,
     steps: int | None = None,
     split: str | None = None,
     reference: Reference = "both",
@@ -69,15 +78,18 @@ def check_tuning(
 ) -> EquivalenceResult:
     """Compare training the last blocks from a cache's states with training that runs the frozen blocks in every step.
 
-    Both start from the same weights, batches and dropout draws; states, losses, every trained number after the last
-    step, and the logits of an evaluation split must agree bit for bit. The frozen blocks run at canonical shapes, as
-    in extraction, and nothing in the cache is changed.
+    Both take the same batches and dropout draws; states, the weights that training starts from, losses, gradients (all
+    of the first step, and their norm in each), every trained number after the last step, and logits and labels of an
+    evaluation split must agree bit for bit. The frozen blocks run at canonical shapes, as in extraction, and nothing in
+    the cache is changed.
 
     Args:
         cache: a cache with the states, or where it is.
         inputs: what it was made from; None for the inputs that it keeps.
         blocks: how many blocks are trained.
         head: a torch head; None for linear.
+        dropout, new_head: as in ``tune``. A head that is not new is first trained by each side on its own features, of
+            the training rows that are compared.
         steps: steps to compare; None for 10, with ``everything`` a whole epoch.
         reference: ``canonical``, as above; ``standard``, the whole network in plain transformers and torch, within a
             measured tolerance; or ``both``. The standard one is of float32 alone.
@@ -101,20 +113,24 @@ def check_tuning(
     epoch = -(-len(rows.train) // TUNING.batch_size)
     most = steps or (epoch if everything else 10)
     settings = replace(TUNING, epochs=-(-most // epoch), seed=seed)
-    training = _Training(cache, raw, rows, pooled, states, spec, source, blocks, settings, most, progress)
-    cached = training.run("cached", training.cached)
+    training = _Training(
+        cache, raw, rows, pooled, states, spec, source, blocks, settings, most, progress, dropout, new_head
+    )
+    start = training.start(lambda: cache.of_rows(rows.train, pooled))
+    cached = training.run("cached", training.cached, start)
     comparisons, notes, probe = [], list[str](), None
     if reference != "standard":
         frozen = training.frozen()
         probe = probe_of(frozen)
-        live = training.run("live", lambda some: LiveStates(frozen, raw.contents(some), states.name, frozen.device))
+        live = training.run(
+            "live", lambda some: LiveStates(frozen, raw.contents(some), states.name, frozen.device),
+            training.start(lambda: compute_features(frozen, raw.contents(rows.train), pooled.name)),
+        )  # fmt: skip
         comparisons.append(_states(states.name, cache, rows, cached.states, live.states))
-        comparisons += [
-            _compared("canonical", what, cached.values, live.values) for what in (_INITIAL, *_TRAINED)
-        ]  # fmt: skip
+        comparisons += training.compared("canonical", cached.values, live.values)
     if reference != "canonical":
         try:
-            comparisons += training.compared_with_plain(cached)
+            comparisons += training.compared_with_plain(cached, start)
         except BackboneError as error:
             notes.append(f"no standard reference: {error}")
     findings = [
@@ -127,24 +143,53 @@ def check_tuning(
         comparisons, findings[:1], notes,
         sampled={
             "states": f"{len(rows.train) + len(rows.evaluate):,} of {len(cache):,} rows",
-            "training": f"{counted(most, 'step')} of {settings.batch_size} of the last {counted(blocks, 'block')} and "
-            f"the head {spec.kind} on {pooled.name}",
+            "training": f"{counted(most, 'step')} of {settings.batch_size} of the last {counted(blocks, 'block')}"
+            f"{' with dropout' * dropout} and {'a new' if new_head else 'a trained'} head {spec.kind} on {pooled.name}",
             "predictions": f"{counted(len(rows.evaluate), 'row')} of {rows.split}",
         },
         seconds=time.perf_counter() - begun, numerics=numerics_of(stored, probe and probe.only(states.name)),
     )  # fmt: skip
 
 
-_INITIAL, _TRAINED = "initial weights", ("losses", "final weights", "logits")
+_TRAINED = ("losses", "gradients", "gradient norms", "final weights")
 
 
 @dataclass(frozen=True)
 class _Side:
-    """What one way of training gave: the states of the rows, and numbers by name."""
+    """What one way of training gave: the states of the rows, and arrays by name of each thing that is compared."""
 
     states: list[Ragged]
-    values: dict[str, Array]
+    values: Mapping[str, Named]
     tail: TailModel
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The weights that a model starts from, its first gradients, and the squares of the norms of all of them."""
+
+    tail: TailModel
+    initial: dict[str, Array] = field(default_factory=dict)
+    gradients: dict[str, Array] = field(default_factory=dict)
+    squares: dict[str, list[float]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Write down the weights, and from now on what each step's backward pass gives, before it is clipped."""
+        self.initial.update(_weights(self.tail))
+        for name, parameter in self.tail.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self._see, name))  # type: ignore[no-untyped-call]
+
+    def _see(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if name not in self.gradients:
+            self.gradients[name] = _array(parameter.grad)
+        self.squares.setdefault(name, []).append(float(parameter.grad.double().square().sum()))
+
+    @property
+    def norms(self) -> Array:
+        """The norm of all gradients in each step, float32 [S]."""
+        squares = [self.squares[name] for name in self.initial if name in self.squares]
+        return np.asarray(np.sqrt(np.sum(squares, axis=0)), np.float32)
 
 
 @dataclass(frozen=True)
@@ -162,11 +207,38 @@ class _Training:
     settings: TrainSpec
     steps: int
     progress: bool
+    dropout: bool
+    new_head: bool
 
-    def tail(self) -> TailModel:
-        """Load the last blocks with a new head, always the same."""
-        head = build_head(self.head, self.pooled, len(self.cache.class_names), seed=self.settings.seed)
-        return load_tail(self.cache, self.pooled, self.source, head, self.blocks)
+    @property
+    def task(self) -> Task:
+        """The task of the cache."""
+        return task_named(self.cache.task or CLASSIFICATION)
+
+    @property
+    def y(self) -> Array:
+        """The targets of the training rows."""
+        return self.raw.targets[self.rows.train]
+
+    def start(self, features: Callable[[], InMemory]) -> TrainedHead | None:
+        """Train the head to begin with on features of the training rows; None where a new one is asked for."""
+        if self.new_head:
+            return None
+        with quiet():
+            return train_head(
+                features(), self.y, head=self.head, task=self.task.name, class_names=self.cache.class_names,
+                feature=self.pooled, progress=False, intervals=False,
+            ).head  # fmt: skip
+
+    def tail(self, start: TrainedHead | None) -> TailModel:
+        """Load the last blocks with a head to begin with; None for a new one, always the same."""
+        if start is None:
+            head = build_head(self.head, self.pooled, len(self.cache.class_names), seed=self.settings.seed)
+        else:
+            head = replace(start).module  # a copy of its own
+            if self.task is REGRESSION:
+                into_standard_units(head, self.y)
+        return load_tail(self.cache, self.pooled, self.source, head, self.blocks, dropout=self.dropout)
 
     def cached(self, rows: Rows) -> CachedStates:
         """Return the states of some rows of the cache."""
@@ -177,25 +249,46 @@ class _Training:
         origin = made_with(self.cache)
         settings = self.cache.spec.settings
         assert settings is not None  # load_tail has refused a cache without
-        settings = replace(settings, features=(self.states.name,), views=None, augment=None)
+        settings = replace(settings, features=(self.states.name, self.pooled.name), views=None, augment=None)
         return load_again(settings, self.source, origin, f"{self.cache.path} was made by")
 
-    def run(self, title: str, of: Callable[[Rows], CachedStates | LiveStates]) -> _Side:
-        """Train on the states that ``of`` gives for rows of the cache."""
-        task, tail = task_named(self.cache.task or CLASSIFICATION), self.tail()
-        parts = [of(some) for some in (self.rows.train, self.rows.evaluate)]
-        values = {f"initial {name}": value for name, value in _weights(tail).items()}
+    def run(self, title: str, of: Callable[[Rows], CachedStates | LiveStates], start: TrainedHead | None) -> _Side:
+        """Train on the states that ``of`` gives for rows of the cache, from a head to begin with."""
+        tail = self.tail(start)
+        watched, parts = _Watched(tail), [of(some) for some in (self.rows.train, self.rows.evaluate)]
+        units = _units(tail)
         result = fit_live(
-            tail, (parts[0], self.raw.targets[self.rows.train]), None, self.settings,
-            parts_of(tail, self.settings, TUNING_RATE, TUNING_DECAY), task=task.name,
-            class_names=self.cache.class_names, new_head=False, progress=self.progress, title=title, keep_losses=True,
-            max_steps=self.steps,
+            tail, (parts[0], self.y), None, self.settings,
+            parts_of(tail, self.settings, TUNING_RATE, TUNING_DECAY), task=self.task.name,
+            class_names=self.cache.class_names, new_head=self.new_head, progress=self.progress, title=title,
+            keep_losses=True, max_steps=self.steps, watch=watched.start,
         )  # fmt: skip
         losses = torch.stack([loss.reshape(()) for loss in result.fitted.losses]).cpu().numpy()
-        values |= {"losses": losses.astype(np.float32), **_weights(tail), "logits": outputs_of(tail, parts[1])}
+        values = {
+            "initial weights": watched.initial,
+            "standardisation": {} if units is None else {"mean": _array(units[0]), "scale": _array(units[1])},
+            "losses": {"step": losses.astype(np.float32)}, "gradients": watched.gradients,
+            "gradient norms": {"step": watched.norms}, "final weights": _weights(tail),
+            "logits": {"row": outputs_of(tail, parts[1])},
+        }  # fmt: skip
         return _Side([part.of(np.arange(len(part.lengths))) for part in parts], values, tail)
 
-    def compared_with_plain(self, cached: _Side) -> list[Comparison]:
+    def compared(
+        self, reference: str, cached: Mapping[str, Named], live: Mapping[str, Named],
+        tolerances: Mapping[str, float] | None = None,
+    ) -> list[Comparison]:  # fmt: skip
+        """Compare two ways of training, from the weights that they start from to predictions."""
+        comparisons = [
+            judged(reference, what, *differences_of(values, live[what]), tolerances[what] if tolerances else None)
+            for what, values in cached.items()
+            if what in (tolerances or cached) and what != "logits" and (values or live[what])
+        ]  # fmt: skip
+        return comparisons + compare_predictions(
+            self.cache, self.rows.evaluate, self.task, reference, cached["logits"]["row"], live["logits"]["row"],
+            None if tolerances is None else tolerances["logits"],
+        )  # fmt: skip
+
+    def compared_with_plain(self, cached: _Side, start: TrainedHead | None) -> list[Comparison]:
         """Compare with the whole network in plain torch, within what noise on the states comes to."""
         if self.cache.spec["compute_dtype"] != "float32":
             raise BackboneError("it is of float32 alone")
@@ -204,39 +297,45 @@ class _Training:
             raise BackboneError("transformers cannot load the backbone")
         train, evaluation = (self.raw.contents(some) for some in (self.rows.train, self.rows.evaluate))
         tolerance = states_tolerance(standard, self.states, evaluation, cached.states[1])
-        moved: dict[str, float] = {}
+        moved = dict.fromkeys((*_TRAINED, "logits"), 0.0)
         for draw in range(DRAWS):
             noisy = self.run(
                 "noise",
                 lambda some, draw=draw: NoisyStates(  # type: ignore[misc]
                     self.cache, some, self.states, choose_device(self.source.device), tolerance, draw
                 ),
+                start,
             )  # fmt: skip
-            for what in _TRAINED:
-                gap = _compared("noise", what, cached.values, noisy.values).difference
-                moved[what] = max(moved.get(what, 0.0), 2 * gap.largest)
+            for what, most in moved.items():
+                moved[what] = max(most, 2 * differences_of(cached.values[what], noisy.values[what])[0].largest)
         spec = self.settings
         rates = {
             name: rate
             for parameters, rate in parts_of(cached.tail, spec, TUNING_RATE, TUNING_DECAY)
             for name, parameter in cached.tail.named_parameters() if any(parameter is each for each in parameters)
         }  # fmt: skip
-        start = {name[8:]: value for name, value in cached.values.items() if name.startswith("initial ")}
         lengths, size = self.cached(self.rows.train).lengths, spec.batch_size
         epochs = [grouped_order(lengths, size, spec.order_seed, epoch) for epoch in range(spec.epochs)]
         batches = [rows[at : at + size] for rows in epochs for at in range(0, len(rows), size)]
-        plain = PlainBlocks(standard, cached.tail.place, self.blocks, self.head, self.pooled, start, rates).train(
-            spec, len(batches), batches[: self.steps], train, self.raw.targets[self.rows.train],
-            task_named(self.cache.task or CLASSIFICATION), evaluation,
-        )  # fmt: skip
-        return [_compared("standard", what, cached.values, plain, moved[what]) for what in _TRAINED]
+        plain = PlainBlocks(
+            standard, cached.tail.place, self.blocks, self.head, self.pooled, cached.values["initial weights"], rates,
+            _units(cached.tail), self.dropout,
+        ).train(spec, len(batches), batches[: self.steps], train, self.y, self.task, evaluation)  # fmt: skip
+        return self.compared("standard", cached.values, plain, moved)
+
+
+def _array(value: Tensor) -> Array:
+    return np.asarray(value.detach().cpu().numpy().copy())
 
 
 def _weights(tail: TailModel) -> dict[str, Array]:
-    return {
-        name: parameter.detach().cpu().numpy().copy()
-        for name, parameter in tail.named_parameters() if parameter.requires_grad
-    }  # fmt: skip
+    return {name: _array(parameter) for name, parameter in tail.named_parameters() if parameter.requires_grad}
+
+
+def _units(tail: TailModel) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the scale [D] by which a head standardises features, if it does."""
+    assert isinstance(tail.head, Head)
+    return tail.head.standardised
 
 
 def _states(name: str, cache: FeatureCache, rows: Any, cached: list[Ragged], live: list[Ragged]) -> Comparison:
@@ -254,20 +353,3 @@ def _states(name: str, cache: FeatureCache, rows: Any, cached: list[Ragged], liv
             where = f"row {cache.ids()[int(numbers[row])]}"
         whole = whole.joined(gap, 0)
     return judged("canonical", f"states {name}", whole, where)
-
-
-def _compared(
-    reference: str, what: str, cached: Mapping[str, Array], live: Mapping[str, Array], tolerance: float | None = None
-) -> Comparison:
-    single = what if what in cached else None
-    names = [single] if single else [
-        name for name in cached
-        if name.startswith("initial ") == (what == _INITIAL) and name not in ("losses", "logits")
-    ]  # fmt: skip
-    whole, where = Difference(), ""
-    for name in names:
-        gap = difference(cached[name], live[name])
-        if gap.where is not None and gap.largest >= whole.largest:
-            where = f"{name}[{', '.join(map(str, gap.where))}]"
-        whole = whole.joined(gap, 0)
-    return judged(reference, what, whole, where, tolerance)

@@ -359,10 +359,11 @@ def fit_live(
     model: FeatureBasedModel, rows: LabelledLive, judged: LabelledLive | None, spec: TrainSpec, parts: Sequence[Part],
     *, task: TaskName, class_names: Sequence[str], new_head: bool, progress: bool = True, title: str = "fine-tune",
     keep_losses: bool = False, max_steps: int | None = None, observe: Observe | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> TrainingResult[TunedModel]:  # fmt: skip
     """Do what ``fine_tune`` does, for rows that are ready and for ``parts`` of a model; at most so many steps.
 
-    ``observe`` is told of each epoch.
+    ``observe`` is told of each epoch, ``watch`` is called before the first step.
     """
     kind, (live, y) = task_named(task), rows
     refuse_untrainable(y, kind, class_names)
@@ -376,6 +377,8 @@ def fit_live(
         learner = LiveLearner(
             model, spec, parts, _loss(tuned, y, spec, new_head), stopping.epochs * batches.steps, judge
         )  # fmt: skip
+        if watch is not None:
+            watch()
         outcome = fit(
             learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses,
             each_epoch=telling(observe, spec, stopping.epochs * batches.steps),
