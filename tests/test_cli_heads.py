@@ -297,7 +297,7 @@ MISTAKES: list[tuple[tuple[Any, ...], int, str]] = [
     (("--metric", "rmse"), 2, "rmse"),
     (("--class-weight", "heavy"), 2, "--class-weight 'heavy' is not JSON"),
     (("--class-weight", '{"worse": 1}'), 2, "class_weight names 'worse', which is not a class"),
-    (("--class-weight", '{"bad": -1}'), 2, "class_weight holds a value that is not a weight"),
+    (("--class-weight", '{"bad": -1}'), 2, "class_weight is -1 for 'bad'"),
     (("--class-weight", "[1]"), 2, "class_weight"),
     (("--solver", "convex", "--head", "mlp"), 2, "convex solver is for linear heads"),
     (("--solver", "convex", "--epochs", "3"), 2, "--epochs means nothing to the convex solver"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import tiny_models
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 from embedcache import Predictor, check_tuning, extract, tune
 from embedcache.backbone import load_backbone
 from embedcache.cache import FeatureCache
-from embedcache.cli import run
+from embedcache.cli import cli, run
 from embedcache.equivalence import tuning as checking
 from embedcache.errors import (
     BackboneError,
@@ -116,7 +118,9 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
     place, out = str(cache.path), str(tmp_path / "run")
     command = ["tune", place, "-o", out, "--blocks", "1", "--epochs", "2", "--device", "cpu"]
     assert run([*command, "--class-weight", "balanced"]) == 0
-    assert f"saved in {out}: try  embedcache predict" in capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    assert f"saved in {out}: try  embedcache predict" in said
+    assert "%|" not in noted, "bars, also those of transformers, are for terminals"
     assert run(["evaluate", out, place, "--json", "--record"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["rows"] == len(cache.rows("test"))
     assert run(["predict", out, "--text", "a very good film", "--device", "cpu"]) == 0
@@ -129,18 +133,82 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "2"], "extract --states -2"),
         (["tune", place, "-o", str(tmp_path / "x"), "--class-weight", '{"bad": 2}'], "extract --states -2"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--class-weight", "{"], "is not JSON"),
-        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "0"], "1 or more for tune --blocks"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "0"], "blocks is 0: expected at least 1"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "3"], "blocks is 3, and "),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "99"], "has 3: expected fewer than that"),
+        (["check", place, "--blocks", "99"], "has 3: expected fewer than that"),
+        (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--head", "attention"], "extract --tokens"),
+        (
+            ["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--class-weight", '{"bad": -1}'],
+            "class_weight is -1 for 'bad': expected a finite number of 0 or more",
+        ),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--head", "knn"], "cannot be fine-tuned"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--layer-decay", "2"], "at most 1"),
         (["check", place, "--dropout"], "give --blocks K too"),
         (["check", place, "--no-dropout"], "give --blocks K too"),
         (["check", place, "--new-head"], "give --blocks K too"),
         (["evaluate", out, place, "--average-views"], "leave out --average-views"),
-        (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "2"], "-1 or below"),
+        (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "2"], "--states 2: expected -1 or below"),
+        (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "0"], "--states 0: expected -1 or below"),
     ):
         assert run(wrong) in (1, 2)
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "sweep"])
+def test_no_number_may_be_infinite(
+    name: str, cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is computed with one; only time may be without end."""
+    for place in ("train.cached.train_on_cache", "finetune.tuning.train_on_cache", "finetune.tuning.load_tail"):
+        monkeypatch.setattr(f"embedcache.{place}", None)
+    flags = [flag.opts[0] for flag in cli.commands[name].params if flag.type is click.FLOAT]  # type: ignore[attr-defined]
+    assert "--learning-rate" in flags or name == "sweep"
+    place = ["--blocks", "1"] if name == "tune" else ["--head", "mlp"]
+    options = [[flag, value] for flag in flags for value in ("nan", "inf", "-inf")]
+    options += [["--set", f"mlp.learning_rate={value}"] for value in ("NaN", "Infinity", "nan")] * (name == "sweep")
+    for given in options:
+        if given != ["--minutes", "inf"]:
+            assert run([name, str(cache.path), "-o", str(tmp_path / "x"), *place, *given]), given
+            assert re.search("expected|means nothing", capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("albert", ["--states", "-1"], "AlbertModel has no list of blocks"),
+        ("t5", ["--states", "-1"], "hand on more than"),
+        ("bert", ["--states", "-1", "--states", "-3"], "has 3: expected fewer than that"),
+        ("bert", ["--states", "-4"], "would be what enters the last 4 blocks, and .* has 3: expected fewer"),
+        ("bert", ["--states", "-2", "--dtype", "float16"], "computed in float16, in which gradients are lost"),
+        ("bert", ["--states", "-2", "--compile"], "by torch.compile, which does not train"),
+        ("bert", ["--states", "-2"], ""),
+        ("albert", ["--pooling", "states@-2"], ""),
+    ],
+)
+def test_states_are_not_computed_in_vain(
+    kind: str, options: list[str], message: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What ``tune`` would refuse ``extract --states`` refuses, also in a dry run, before a row is computed."""
+    monkeypatch.setattr("embedcache.backbone.model.FrozenModel.compile", lambda self: None)
+    given = ["extract", str(table), "-o", str(tmp_path / "c"), "--model", str(tiny_models.build(kind, tmp_path / kind))]
+    for also in (["--dry-run"], []):
+        assert bool(run([*given, "--device", "cpu", *options, *also])) == bool(message)
+        assert re.search(message, capsys.readouterr().err)
+    assert (tmp_path / "c").exists() == (not message)
+    if kind == "bert" and not message:  # the network was put together again
+        extract(
+            str(table), output_dir=tmp_path / "d", model=tmp_path / kind, pooling=["auto", "states@-3"], device="cpu"
+        )
+        one, other = (FeatureCache.open(tmp_path / name) for name in "cd")
+        assert one.spec == other.spec
+        for name in one.feature_sets:
+            rows = np.arange(one.n_rows)
+            values = [getattr(cache.of_rows(rows, cache.feature(name)), "values", None) for cache in (one, other)]
+            assert np.array_equal(*values)
 
 
 def test_ctrl_c(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,11 @@ class FrozenModel(Generic[P]):
     def _feature_set(self, spec: FeatureSpec, outputs: Outputs, inputs: Inputs) -> FeatureSet:
         depth = len(outputs.hidden_states or ()) if self._hidden else 0
         for layer in spec.layers or ():
+            if spec.pooling == "states" and layer < -depth:
+                raise PoolingUnavailableError(
+                    f"{spec.name} would be what enters the last {-layer - 1} blocks, and {self.name} has {depth - 1}: "
+                    "expected fewer than that"
+                )
             if layer != -1 and not -depth <= layer < depth:
                 raise PoolingUnavailableError(
                     f"{spec.name}: {self.name} has hidden states {-depth}..{depth - 1}, "

@@ -36,8 +36,8 @@ from embedcache.wording import counted, shown, table
 @click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")
 @click.option(
     "--states", type=int, multiple=True, metavar="-K",
-    help="Also keep the hidden states that enter the last K blocks, from which embedcache tune trains these. Repeat "
-    "for several.",
+    help="Also keep the hidden states that enter the last K blocks, from which embedcache tune trains these. Refused "
+    "where tune could not, which --pooling states@-3 is not. Repeat for several.",
 )  # fmt: skip
 @click.option(
     "--max-length", type=int, metavar="N", help="Cut rows to this many tokens. Default: the model's own limit."
@@ -139,7 +139,7 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     from pathlib import Path
 
     from embedcache.backbone import choose_devices
-    from embedcache.errors import warn
+    from embedcache.errors import SpecError, warn
     from embedcache.extract import (
         Here,
         compile_hint,
@@ -157,6 +157,8 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     if options.pop("tokens"):
         poolings = [*(poolings or ["auto"]), "tokens"]
     if states := options.pop("states"):
+        if (wrong := max(states)) > -1:
+            raise SpecError(f"--states {wrong}: expected -1 or below, -2 for what enters the last 2 blocks")
         poolings = [*(poolings or ["auto"]), *(states_set(-blocks) for blocks in states)]
     source, asked = ModelSource.taken_from(options), BackboneSettings.taken_from(options, poolings)
     threads, rows_per_shard, selected = options["threads"], options["shard_rows"], parse_part(options["part"])
@@ -168,6 +170,11 @@ def extract(given: Input, output_dir: str | None, dry_run: bool, as_json: bool, 
     others = engine_for(workers=options["workers"], ray=options["ray"], threads=threads, devices=several)
     asked = replace(asked, content=examples.kind, pixel_range=examples.pixel_range)
     backbone = load_for(output_dir, source, asked, others)
+    if states:
+        from embedcache.finetune import refuse_untunable
+
+        for blocks in states:
+            refuse_untunable(backbone, -blocks)
     if selected is not None:
         examples = part_of(examples, *selected)
     if dry_run:

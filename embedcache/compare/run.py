@@ -320,7 +320,7 @@ def refuse_uncut(plan: Plan, blocks: int) -> None:
 
     source = replace(plan.source, device="cpu")
     backbone = load_backbone(**source.arguments(), features=(plan.pooling,), content=plan.examples.kind)
-    refuse_earlier_layer(backbone.feature_sets[0].name)
+    refuse_earlier_layer(backbone.feature_sets[0])
     head = build_head(plan.head, backbone.feature_sets[0], max(1, len(plan.examples.class_names)), seed=0)
     TailModel(backbone, head, blocks)
 

@@ -32,11 +32,11 @@ from embedcache.finetune import (
     CachedStates,
     LiveStates,
     TailModel,
-    cached_states,
     fit_live,
     load_tail,
     outputs_of,
     parts_of,
+    states_for,
 )
 from embedcache.finetune.live import into_standard_units
 from embedcache.finetune.model import live_head
@@ -102,7 +102,8 @@ def check_tuning(
         raise SpecError(f"steps is {steps}: expected at least 1")
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     spec, source = live_head(head or "linear"), ModelSource(model, revision, device, trust_remote_code)
-    pooled, states = feature_for(cache, spec, feature), cached_states(cache, blocks)
+    pooled = feature_for(cache, spec, feature)
+    states = states_for(cache, pooled, source, blocks)
     if inputs is not None and not isinstance(inputs, Examples):
         inputs = load_examples(inputs, **reading)
     raw = matched(cache, inputs)

@@ -21,8 +21,16 @@ from embedcache.finetune.pipeline import (
     TextClassificationPipeline,
 )
 from embedcache.finetune.states import CachedStates, LiveStates, cached_states
-from embedcache.finetune.tail import TailModel
-from embedcache.finetune.tuning import Tuned, evaluate_tuned, load_tail, parts_of, refuse_earlier_layer, tune
+from embedcache.finetune.tail import TailModel, refuse_untunable
+from embedcache.finetune.tuning import (
+    Tuned,
+    evaluate_tuned,
+    load_tail,
+    parts_of,
+    refuse_earlier_layer,
+    states_for,
+    tune,
+)
 from embedcache.spec import FINE_TUNING, TUNING
 
 __all__ = [
@@ -52,5 +60,7 @@ __all__ = [
     "outputs_of",
     "parts_of",
     "refuse_earlier_layer",
+    "refuse_untunable",
+    "states_for",
     "tune",
 ]

@@ -8,6 +8,7 @@ block is whatever the network has a list of: a layer of a transformer, a stage o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from embedcache.backbone import FrozenModel, Inputs, text_inputs
 from embedcache.errors import BackboneError, SpecError
 from embedcache.finetune.model import FeatureBasedModel, in_training
-from embedcache.spec import states_set
+from embedcache.spec import FeatureSpec, states_set
 from embedcache.wording import counted
 
 STATES = "states"
@@ -82,6 +83,8 @@ class TailModel(FeatureBasedModel):
             inputs = content.dummies(4, min(12, backbone.policy.max_length)).to(backbone.device)
         with torch.no_grad():
             found, states, forms = _cut_at(backbone, inputs, blocks)
+            if inputs.mask is not None and states.shape[:-1] != inputs.mask.shape:
+                raise self._cannot("its hidden states are not one vector for each token")
             expected, _ = backbone.features(inputs)
             self._list = (found,)  # in a tuple, so that its blocks are not registered twice
             self._first = [_Given(block, form) for block, form in zip(found, forms, strict=False)]
@@ -194,6 +197,36 @@ class TailModel(FeatureBasedModel):
     def _cannot(self, reason: str) -> BackboneError:
         what = f"the last {counted(self.blocks, 'block')} of {self.extractor.name}"
         return BackboneError(f"{what} cannot be trained by themselves: {reason}")
+
+
+def refuse_untunable(backbone: FrozenModel[Any], blocks: int) -> None:
+    """Try whether ``tune`` could train the last blocks of a backbone from its states, before these are computed.
+
+    The backbone is put together again; one that is refused is of no more use. Raises ``BackboneError`` and
+    ``SpecError`` as ``TailModel`` does, and ``SpecError`` for states that would be computed so that no training can
+    go on from them.
+    """
+    refuse_computed(
+        "the states would be", str(backbone.identity["compute_dtype"]), backbone.identity["execution"] == "compiled"
+    )
+    trial = copy.copy(backbone)
+    trial.specs = (FeatureSpec("mean"),)
+    tail = TailModel(trial, nn.Identity(), blocks)
+    tail._put(tail._frozen)
+    backbone.network.requires_grad_(False).eval()
+
+
+def refuse_computed(what: str, dtype: str, compiled: bool) -> None:
+    """Raise ``SpecError`` for features that are computed as the blocks behind them cannot be trained."""
+    if dtype not in ("float32", "bfloat16"):
+        raise SpecError(
+            f"{what} computed in {dtype}, in which gradients are lost: make the cache with extract "
+            "--dtype bfloat16 or float32; extract --store float16 keeps the states small all the same"
+        )
+    if compiled:
+        raise SpecError(
+            f"{what} computed by torch.compile, which does not train: make the cache with extract --no-compile"
+        )
 
 
 def _clear_gradients(network: nn.Module) -> list[nn.Parameter]:

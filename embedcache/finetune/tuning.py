@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from embedcache.arguments import checks_arguments
 from embedcache.backbone import FrozenModel, load_again, load_backbone, probe_of, resolve_model, weight_files
 from embedcache.backbone.network import save_whole
 from embedcache.cache import FeatureCache
-from embedcache.errors import BackboneMismatchError, BundleError, InputError, Interrupted, SpecError, warn
+from embedcache.errors import BackboneMismatchError, BundleError, FeatureError, InputError, Interrupted, SpecError, warn
 from embedcache.finetune.live import (
     LabelledLive,
     Part,
@@ -27,7 +28,7 @@ from embedcache.finetune.live import (
 )
 from embedcache.finetune.model import live_head
 from embedcache.finetune.states import CachedStates, cached_states
-from embedcache.finetune.tail import TailModel
+from embedcache.finetune.tail import TailModel, refuse_computed
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import TrainedHead, build_head
 from embedcache.heads.folder import BACKBONE, RunFolder
@@ -49,6 +50,7 @@ from embedcache.spec import (
 from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
 from embedcache.train import train_on_cache
 from embedcache.train.cached import feature_for, refuse_unseen, targets_for, training_rows
+from embedcache.train.data import class_weights
 from embedcache.train.metrics import measure, metric_named
 from embedcache.train.metrics.measuring import MetricValues
 from embedcache.train.result import Fitted, Observe, Origin
@@ -174,19 +176,21 @@ def tune(
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     spec = TUNING if spec is None else TrainSpec.of(spec)
     head_spec = live_head(head)
-    pooled, states = feature_for(cache, head_spec, feature), cached_states(cache, blocks)
-    refuse_earlier_layer(pooled.name)
-    if backbone_learning_rate <= 0 or not 0 < layer_decay <= 1:
+    pooled = feature_for(cache, head_spec, feature)
+    refuse_earlier_layer(pooled)
+    source = ModelSource(model, revision, device, trust_remote_code)
+    states = states_for(cache, pooled, source, blocks)
+    if not 0 < backbone_learning_rate < math.inf or not 0 < layer_decay <= 1:
         raise SpecError(
             f"the backbone's learning rate is {backbone_learning_rate:g} and its decay {layer_decay:g}: "
-            "expected a rate above 0, and a decay above 0 and at most 1"
+            "expected a finite rate above 0, and a decay above 0 and at most 1"
         )
     train, judged, notes = training_rows(cache)
     if not allow_unseen:
         refuse_unseen(cache, train)
     task, y = task_named(cache.task or CLASSIFICATION), cache.targets()
     train, judged = (rows[task.labelled(y[rows])] for rows in (train, judged))
-    source = ModelSource(model, revision, device, trust_remote_code)
+    class_weights([spec], y[train], task, cache.class_names)  # refused before anything is trained
     module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
     tail = load_tail(cache, pooled, source, module, blocks, dropout=dropout)
     if not new_head:
@@ -226,10 +230,25 @@ def tune(
     return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts, computed)
 
 
-def refuse_earlier_layer(name: str) -> None:
+def refuse_earlier_layer(feature: FeatureSet) -> None:
     """Raise ``SpecError`` unless a feature set is of the last layer alone, which the last blocks end in."""
-    if FeatureSpec.parse(name).layers != (-1,):
-        raise SpecError(f"the head would read {name}: expected a set of the last layer, which the blocks end in")
+    if FeatureSpec.parse(feature.name).layers != (-1,):
+        hint = ": keep its tokens too, with extract --tokens" * (feature.kind == "tokens")
+        raise SpecError(
+            f"the head would read {feature.name}: expected a set of the last layer, which the blocks end in{hint}"
+        )
+
+
+def states_for(cache: FeatureCache, pooled: FeatureSet, source: ModelSource, blocks: int) -> FeatureSet:
+    """Return the set of a cache that enters the last blocks.
+
+    Raises ``FeatureError`` where it was not extracted, and what ``load_tail`` does where it could not be.
+    """
+    try:
+        return cached_states(cache, blocks)
+    except FeatureError:
+        load_tail(cache, pooled, source, torch.nn.Identity(), blocks)
+        raise
 
 
 def load_tail(
@@ -248,16 +267,7 @@ def load_tail(
     """
     settings = replace(_settings(cache.spec), features=(pooled.name,), views=None, augment=None)
     computed = settings.compute_dtype
-    if computed not in ("float32", "bfloat16"):
-        raise SpecError(
-            f"{cache.path} was computed in {computed}, in which gradients are lost: make the cache with extract "
-            "--dtype bfloat16 or float32; extract --store float16 keeps the states small all the same"
-        )
-    if settings.compiled:
-        raise SpecError(
-            f"{cache.path} was computed by torch.compile, which does not train: "
-            "make the cache with extract --no-compile"
-        )
+    refuse_computed(f"{cache.path} was", computed, bool(settings.compiled))
     origin = Origin.of(cache)
     made_with = ModelSource(origin.model, origin.revision)
     settings = replace(settings, compute_dtype="float32")  # small steps of training would be lost in bfloat16

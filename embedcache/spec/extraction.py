@@ -163,10 +163,7 @@ def states_set(blocks: int) -> str:
     Raises ``SpecError`` below 1.
     """
     if blocks < 1:
-        raise SpecError(
-            f"there are no states that enter the last {blocks} blocks: expected -1 or below for extract --states, 1 or "
-            "more for tune --blocks"
-        )
+        raise SpecError(f"blocks is {blocks}: expected at least 1")
     return f"states@-{blocks + 1}"
 
 

@@ -348,8 +348,9 @@ def _weights(given: str | Mapping[str, float] | None, y: Array, task: Task, name
         known = ", ".join(map(repr, names[:20]))
         raise SpecError(f"class_weight names {unknown[0]!r}, which is not a class: the classes are {known}")
     weights = np.array([float(given.get(name, 1.0)) for name in names])
-    if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise SpecError("class_weight holds a value that is not a weight: expected numbers of 0 or more")
+    for name, weight in zip(names, weights.tolist(), strict=True):
+        if not 0 <= weight < np.inf:
+            raise SpecError(f"class_weight is {weight:g} for {name!r}: expected a finite number of 0 or more")
     if task is CLASSIFICATION and not weights[np.unique(y)].any():
         raise TrainingError("class_weight leaves no row with a weight: give some class a weight above 0")
     return weights
