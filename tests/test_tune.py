@@ -211,6 +211,22 @@ def test_states_are_not_computed_in_vain(
             assert np.array_equal(*values)
 
 
+def test_a_dry_run_says_what_states_save(
+    bert: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["extract", str(table), "--model", str(bert), "--states", "-1", "--split", "60/20/20", "--device", "cpu"]
+    assert run([*given, "--pooling", "mean", "--states", "-2", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "saves       states@-2: 2 of 3 blocks in every epoch of tune --blocks 1, about" in shown
+    assert "for 39 training rows" in shown
+    assert "saves       states@-3: 1 of 3 blocks in every epoch of tune --blocks 2, about" in shown
+    assert run([*given, "--pooling", "states@-4", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (saving,) = told["saves"].values()
+    assert (saving["trained"], saving["spared"], saving["blocks"], saving["rows"]) == (1, 2, 3, 39)
+    assert saving["seconds"] == pytest.approx(told["seconds"] * 39 / 61 * 2 / 3)
+
+
 def test_ctrl_c(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the head is trained nothing is saved; later the best so far."""
     steps: list[int] = []

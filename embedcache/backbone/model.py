@@ -147,6 +147,8 @@ class FrozenModel(Generic[P]):
         self._storage = str(identity["storage_dtype"])
         self._hidden = any(spec.layers != (-1,) for spec in specs)
         self._run: Callable[..., Outputs] = network
+        self.blocks = 0
+        """How many blocks the network has, where hidden states are read; else 0."""
         self.poolings, self.pass_sets = self._measured(pooler)
         of_views = [replace(spec, view=view) for view in range(1, self.views + 1) for spec in specs]
         self.feature_sets = (
@@ -179,6 +181,8 @@ class FrozenModel(Generic[P]):
             ) from error
         if getattr(outputs, "last_hidden_state", None) is None:
             raise BackboneError(f"{self.name}: {kind} gives no hidden states, so there is nothing to pool")
+        if self._hidden:
+            self.blocks = max(0, len(outputs.hidden_states or ()) - 1)
         pooler = pooler and getattr(outputs, "pooler_output", None) is not None
         there = {"pooler": pooler, "projected": pooler and self.projection is not None}
         poolings = tuple(name for name in POOLINGS if name in self.content.poolings and there.get(name, True))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from embedcache.cache import known_rows
 from embedcache.dataset import evenly_spread
 from embedcache.examples import Examples
 from embedcache.extract.windows import Rows, new_rows, row_bytes_of, shard_rows
-from embedcache.spec import plain_name
+from embedcache.spec import plain_name, states_set
 from embedcache.wording import counted, duration, listed
 
 SAMPLE = 20_000
@@ -26,8 +26,31 @@ COMPILE_GAIN = 1.3
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What hidden states spare each epoch of ``tune``: so many of the network's blocks are not run.
+
+    ``seconds`` are about what these take for the training rows, ``rows``; None where nothing was timed.
+    """
+
+    trained: int
+    spared: int
+    blocks: int
+    rows: int
+    seconds: float | None
+
+    def to_text(self) -> str:
+        """Say it on one line."""
+        took = f", about {duration(self.seconds)} for {counted(self.rows, 'training row')}" if self.seconds else ""
+        epoch = f"every epoch of tune --blocks {self.trained}"
+        return f"{self.spared:,} of {counted(self.blocks, 'block')} in {epoch}{took}"
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """A dry run. ``histogram`` and ``shapes`` describe the rows that would be computed."""
+    """A dry run. ``histogram`` and ``shapes`` describe the rows that would be computed.
+
+    ``saves`` has what each set of hidden states spares.
+    """
 
     rows: int
     unique: int
@@ -43,6 +66,7 @@ class Forecast:
     shards: int
     seconds: float | None
     views: int = 0
+    saves: Mapping[str, Saving] = field(default_factory=dict)
 
     @property
     def overhead(self) -> float:
@@ -76,6 +100,7 @@ class Forecast:
             of_each = f"{counted(self.computed, 'position')} for {counted(self.tokens, 'token')}"
             lines.append(f"padding     {of_each}: {self.overhead:.3f}")
         lines += [f"on disk     {name}: {told}" for name, told in self._on_disk().items()]
+        lines += [f"saves       {name}: {saving.to_text()}" for name, saving in self.saves.items()]
         lines.append(f"shards      {self.shards:,}")
         if self.seconds is not None:
             lines.append(f"time        about {duration(self.seconds)}, from a few calibration batches")
@@ -168,7 +193,21 @@ def forecast(
         shards=-(-len(todo) // shard_rows(backbone.feature_sets, rows_per_shard)),
         seconds=seconds,
         views=views_of(backbone),
+        saves=_saves(examples, backbone, None if seconds is None else seconds / len(todo) / (views_of(backbone) + 1)),
     )
+
+
+def _saves(examples: Examples, backbone: Backbone, seconds_a_row: float | None) -> dict[str, Saving]:
+    """Return what each set of states spares, if all blocks take the same time and embeddings take none."""
+    rows, blocks = examples.split_sizes().get("train", 0), int(getattr(backbone, "blocks", 0))
+    there = {feature.name for feature in backbone.feature_sets}
+    return {
+        states_set(trained): Saving(
+            trained, blocks - trained, blocks, rows,
+            None if seconds_a_row is None else seconds_a_row * rows * (blocks - trained) / blocks,
+        )
+        for trained in range(1, blocks) if states_set(trained) in there
+    }  # fmt: skip
 
 
 def _histogram(lengths: Rows, scale: float) -> list[dict[str, int]]:
