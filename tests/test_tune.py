@@ -17,6 +17,7 @@ import tiny_models
 import tiny_pictures
 import torch
 from safetensors.torch import load_file
+from small_caches import SPEC, write
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,6 +38,7 @@ from embedcache.finetune import CachedStates, LiveStates, TailModel, Tuned, cach
 from embedcache.finetune.live import LiveLearner
 from embedcache.finetune.tuning import better_before
 from embedcache.heads import TrainedHead, build_head
+from embedcache.shard import FeatureSet
 from embedcache.spec import TUNING, HeadSpec, TrainSpec
 from embedcache.task import CLASSIFICATION, REGRESSION
 
@@ -100,8 +102,9 @@ def test_a_run_is_a_head_beside_a_whole_backbone(bert: Path, cache: FeatureCache
     again = TrainedHead.from_pretrained(tmp_path / "run")
     assert evaluate_tuned(again, cache)["rows"] == len(test)
     assert head.training["blocks"] == 1
-    with pytest.raises(BundleError, match="tune it again"):
-        evaluate_tuned(replace(again, training={"blocks": "many"}), cache)
+    for wrong in ({"blocks": "many"}, {"blocks": 2}, {"blocks": 0}, {"states": None}, {"states": "mean"}):
+        with pytest.raises(BundleError, match="tune it again"):
+            evaluate_tuned(replace(again, training={**again.training, **wrong}), cache)
     assert "last 1 block" in (tmp_path / "run" / "README.md").read_text()
     told: list[Any] = []
     other = tune(
@@ -438,6 +441,10 @@ def test_every_network_with_a_list_of_blocks(kind: str, tmp_path: Path) -> None:
     if kind == "gpt2":  # its folder has a language model
         before = {name.removeprefix("transformer.") for name in before}
     assert after == before, "also what is beside the part that was loaded, such as a decoder"
+    more = load_backbone(folder, features=("mean",), device="cpu")
+    deeper = TailModel(more, build_head(HeadSpec("linear"), more.feature_sets[0], 2), 1, given=2)
+    trained = [{name for name, each in of.named_parameters() if each.requires_grad} for of in (tail, deeper)]
+    assert trained[0] == trained[1], "whichever states are given"
 
 
 @pytest.mark.parametrize(("kind", "message"), [("albert", "has no list of blocks"), ("t5", "hand on more than")])
@@ -449,8 +456,9 @@ def test_what_cannot_be_cut(kind: str, message: str, tmp_path: Path) -> None:
 
 def test_refusals(bert: Path, cache: FeatureCache, tmp_path: Path) -> None:
     backbone = load_backbone(bert, features=("mean",), device="cpu")
-    with pytest.raises(SpecError, match="expected fewer than that"):
-        TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 9)
+    for blocks, given, asked in ((9, None, "blocks is 9"), (1, 3, "the states enter the last 3 blocks")):
+        with pytest.raises(SpecError, match=f"{asked}, and .* has 3: expected fewer than that"):
+            TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), blocks, given=given)
     backbone.identity = {**backbone.identity, "backbone": {"adapter": {}}}
     with pytest.raises(BackboneError, match="it has an adapter: merge it"):
         TailModel(backbone, build_head(HeadSpec("linear"), backbone.feature_sets[0], 3), 1)
@@ -491,6 +499,80 @@ def test_other_tasks(task: Any, bert: Path, tmp_path: Path) -> None:
         assert 900 < values.mean() < 4000
     else:
         np.testing.assert_allclose(values, head.calibrated(logits), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_of_more_blocks_serve_fewer(
+    dtype: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block between runs frozen: the bits of live training, and the steps from states that were taken behind it."""
+    deep, near = (
+        extract(
+            rows(), model=bert, output_dir=tmp_path / states, pooling=["mean", states], split="60/20/20", device="cpu",
+            compute_dtype=dtype, keep_inputs=True,
+        )
+        for states in ("states@-3", "states@-2")
+    )  # fmt: skip
+    checked = check_tuning(deep, blocks=1, steps=4, dropout=True, device="cpu", progress=False)
+    assert checked.equal, checked.to_text()
+    assert "states states@-3" in checked.to_text()
+    assert {row.reference for row in checked.comparisons} == {"canonical", *["standard"] * (dtype == "float32")}
+    seen, step = set[tuple[bool, ...]](), LiveLearner.step
+
+    def watched(self: Any, batch: Any) -> Any:
+        *_, between, last = self.model._list[0]
+        hook = last.register_forward_hook(
+            lambda _, given, output: seen.add((between.training, last.training, given[0].requires_grad))
+        )
+        try:
+            return step(self, batch)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(LiveLearner, "step", watched)
+    result, direct = (
+        tune(each, 1, spec=FAST, dropout=each is deep, progress=False, device="cpu") for each in (deep, near)
+    )
+    assert (False, True, False) in seen
+    assert not any(between or graph for between, _, graph in seen)
+    assert [(each.record["states"], each.facts["trained"].partition("cached ")[2]) for each in (result, direct)] == [
+        ("states@-3", "hidden states that enter the last 2"), ("states@-2", "hidden states"),
+    ]  # fmt: skip
+    result = tune(deep, 1, spec=FAST, progress=False, device="cpu")
+    losses = [[epoch["train_loss"] for epoch in each.history] for each in (result, direct)]
+    np.testing.assert_allclose(*losses, rtol=1e-4 if dtype == "float32" else 0.05)
+    result.save(tmp_path / "run")
+    head = TrainedHead.from_pretrained(tmp_path / "run")
+    assert evaluate_tuned(head, deep)["rows"] == len(deep.rows("test"))
+    with pytest.raises(FeatureError, match="extract --states -2"):
+        evaluate_tuned(head, near)
+    if dtype == "float32":  # planted: dropout in the block between draws alike on both sides, and plain torch has none
+        train = TailModel.train
+
+        def dropping(self: Any, mode: bool = True) -> Any:
+            train(self, mode)
+            if mode and hasattr(self, "_list"):
+                self._list[0][-2].train()
+            return self
+
+        monkeypatch.setattr(TailModel, "train", dropping)
+        planted = check_tuning(deep, blocks=1, steps=4, dropout=True, device="cpu", progress=False)
+        assert {row.reference for row in planted.comparisons if row.verdict == "different"} == {"standard"}
+
+
+@pytest.mark.parametrize("content", ["text", "image"])
+def test_the_states_that_are_taken(content: str, tmp_path: Path) -> None:
+    """Those that enter the blocks, else those with the fewest blocks between; tokens of a text are states too."""
+    names = ("mean", "tokens", "states", "tokens@-3", "states@-5", "states@-4", "tokens@-2", "l2:states@-2", "tokens@1")
+    sets = [FeatureSet(name, "pooled" if name == "mean" else "tokens", 3, 1, "float32") for name in names]
+    spec = {**SPEC, "preprocessing": {"kind": content}}
+    cache = FeatureCache.open(write(tmp_path / "c", 5, 5, sets, spec=spec))
+    assert cache.spec.content == content
+    taken = {blocks: cached_states(cache, blocks).name for blocks in (1, 2, 3, 4)}
+    text = {1: "tokens@-2", 2: "tokens@-3", 3: "states@-4", 4: "states@-5"}
+    assert taken == (text if content == "text" else {**text, 1: "states@-4", 2: "states@-4"})
+    with pytest.raises(FeatureError, match=r"last 5 blocks \(states@-6\), or more: .*extract --states -5"):
+        cached_states(cache, 5)
 
 
 def test_in_bfloat16_too(in_bfloat16: FeatureCache, tmp_path: Path) -> None:
@@ -553,6 +635,17 @@ def test_pictures_all_the_way(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CachedStates, "laid_out", laid_out)
     assert not check_tuning(cache, blocks=1, steps=4, device="cpu", progress=False, reference="canonical").equal
+
+
+@pytest.mark.parametrize(("kind", "changed"), [("vit", {"num_hidden_layers": 3}), ("convnext", {})])
+def test_pictures_by_states_of_more_blocks(kind: str, changed: dict[str, int], tmp_path: Path) -> None:
+    cache = extract(
+        tiny_pictures.examples_of(tiny_pictures.pictures(23), splits=("train", "train", "validation", "test")),
+        model=tiny_pictures.build(kind, tmp_path / "model", **changed), output_dir=tmp_path / "c", device="cpu",
+        pooling=["mean", "states@-3"], keep_inputs=True,
+    )  # fmt: skip
+    checked = check_tuning(cache, blocks=1, steps=3, device="cpu", progress=False)
+    assert checked.equal, checked.to_text()
 
 
 def test_a_head_that_did_better_alone_is_told_of() -> None:

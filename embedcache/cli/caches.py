@@ -36,8 +36,8 @@ from embedcache.wording import counted, shown, table
 @click.option("--tokens", is_flag=True, help="Also keep every token's vector, for sequence heads (--pooling tokens).")
 @click.option(
     "--states", type=int, multiple=True, metavar="-K",
-    help="Also keep the hidden states that enter the last K blocks, from which embedcache tune trains these. Refused "
-    "where tune could not, which --pooling states@-3 is not. Repeat for several.",
+    help="Also keep the hidden states that enter the last K blocks, from which embedcache tune trains these or fewer. "
+    "Refused where tune could not, which --pooling states@-3 is not. Repeat for several.",
 )  # fmt: skip
 @click.option(
     "--max-length", type=int, metavar="N", help="Cut rows to this many tokens. Default: the model's own limit."

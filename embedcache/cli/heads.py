@@ -93,7 +93,8 @@ _TUNED = ("epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "cl
 @click.option("--output-dir", "-o", type=click.Path(), required=True, metavar="RUN", help="The run folder to write.")
 @click.option(
     "--blocks", type=int, default=2, show_default=True, metavar="K",
-    help="How many blocks are trained, from the last one on. CACHE must have their states: extract --states -K.",
+    help="How many blocks are trained, from the last one on. CACHE must have their states, extract --states -K, or "
+    "those of more blocks, of which the others then run, frozen, in every step.",
 )  # fmt: skip
 @head_options("kind", "options", torch="A torch head that reads the pooled features.")
 @click.option("--feature", metavar="NAME", help="Feature set that the head reads. Default: the first pooled one.")
@@ -139,7 +140,7 @@ def tune(
 ) -> None:
     """Train the last blocks of the backbone with a head, from the hidden states in CACHE, and save both in RUN.
 
-    What comes before these blocks stays frozen and is not run: the steps are, to the bit, those of training with it in
+    What comes before these states stays frozen and is not run: the steps are, to the bit, those of training with it in
     the loop (embedcache check CACHE --blocks K proves it). RUN holds the head, and the whole backbone as a folder that
     transformers loads. Ctrl-C saves the best yet.
     """

@@ -80,8 +80,8 @@ def check_tuning(
 
     Both take the same batches and dropout draws; states, the weights that training starts from, losses, gradients (all
     of the first step, and their norm in each), every trained number after the last step, and logits and labels of an
-    evaluation split must agree bit for bit. The frozen blocks run at canonical shapes, as in extraction, and nothing in
-    the cache is changed.
+    evaluation split must agree bit for bit. The frozen blocks before the states run at canonical shapes, as in
+    extraction, those behind them as ``TailModel`` says; nothing in the cache is changed.
 
     Args:
         cache: a cache with the states, or where it is.
@@ -239,7 +239,9 @@ class _Training:
             head = replace(start).module  # a copy of its own
             if self.task is REGRESSION:
                 into_standard_units(head, self.y)
-        return load_tail(self.cache, self.pooled, self.source, head, self.blocks, dropout=self.dropout)
+        return load_tail(
+            self.cache, self.pooled, self.source, head, self.blocks, states=self.states, dropout=self.dropout
+        )
 
     def cached(self, rows: Rows) -> CachedStates:
         """Return the states of some rows of the cache."""

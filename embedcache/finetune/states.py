@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,17 +22,27 @@ if TYPE_CHECKING:
 
 
 def cached_states(cache: FeatureCache, blocks: int) -> FeatureSet:
-    """Return the set of a cache that enters the last blocks. Raises ``FeatureError`` where it was not extracted."""
-    name = states_set(blocks)
-    if cache.spec.content == "text" and name not in cache.feature_sets:
-        name = name.replace("states", "tokens")  # of a text these are the same
-    if name not in cache.feature_sets:
-        name = states_set(blocks)
+    """Return the set of a cache that enters the last blocks, else the one that enters the fewest more than those.
+
+    Raises ``FeatureError`` where neither was extracted.
+    """
+    kinds = ("states", "tokens") if cache.spec.content == "text" else ("states",)  # of a text these are the same
+    found = [
+        (blocks_entered(name), kinds.index(name.partition("@")[0]), name)
+        for name in cache.plain_sets if name.startswith(kinds) and blocks_entered(name) >= max(1, blocks)
+    ]  # fmt: skip
+    if blocks < 1 or not found:
         raise FeatureError(
-            f"{cache.path} has no hidden states that enter the last {counted(blocks, 'block')} ({name}): "
-            f"extract them too, into another cache, with extract --states -{blocks}"
+            f"{cache.path} has no hidden states that enter the last {counted(blocks, 'block')} ({states_set(blocks)}), "
+            f"or more: extract them too, into another cache, with extract --states -{blocks}"
         )
-    return cache.feature(name)
+    return cache.feature(min(found)[2])
+
+
+def blocks_entered(name: str) -> int:
+    """Return how many last blocks a set of hidden states enters: 2 of ``states@-3``; 0 of what is none by its name."""
+    found = re.fullmatch(r"(?:states|tokens)@-([1-9][0-9]{0,3})", name)
+    return int(found[1]) - 1 if found else 0
 
 
 class _States:

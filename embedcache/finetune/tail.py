@@ -50,7 +50,11 @@ class _Given(nn.Module):
 
 
 class TailModel(FeatureBasedModel):
-    """The last ``blocks`` blocks of a backbone, its pooling and a head; everything before is frozen and not run.
+    """The last ``blocks`` blocks of a backbone, its pooling and a head; everything before is frozen.
+
+    What comes before the states that it is given is not run. Where these enter more blocks than are trained, those
+    between run as the trained ones do, at the shape of the batch and of bfloat16 by autocast, but in eval mode and
+    without gradients: their last bits are not those of states that an extraction takes behind them.
 
     Cuts the backbone's network in place; ``whole`` puts it together again. Embeddings run on padding, for the masks
     that hang on their shape, or on one picture; what they give is thrown away.
@@ -59,6 +63,7 @@ class TailModel(FeatureBasedModel):
         backbone: what ``load_backbone`` gives, with the one feature set that the head reads.
         head: as of ``FeatureBasedModel``.
         blocks: how many are trained.
+        given: how many last blocks the states enter that it is given, ``blocks`` or more; None for ``blocks``.
         bfloat16: whether the blocks compute in bfloat16; the weights that are trained stay in float32 (autocast).
         dropout: whether the blocks drop in training what their configuration says; the head's dropout is its own.
 
@@ -67,8 +72,9 @@ class TailModel(FeatureBasedModel):
     """
 
     def __init__(
-        self, backbone: FrozenModel[Any], head: nn.Module, blocks: int, *, bfloat16: bool = False, dropout: bool = True
-    ) -> None:
+        self, backbone: FrozenModel[Any], head: nn.Module, blocks: int, *, given: int | None = None,
+        bfloat16: bool = False, dropout: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(backbone, head)
         states_set(blocks)
         self.blocks, self._bfloat16, self._dropout = blocks, False, dropout
@@ -82,7 +88,9 @@ class TailModel(FeatureBasedModel):
         else:
             inputs = content.dummies(4, min(12, backbone.policy.max_length)).to(backbone.device)
         with torch.no_grad():
-            found, states, forms = _cut_at(backbone, inputs, blocks)
+            cut = max(blocks, given or 0)
+            asked = f"blocks is {blocks}" if cut == blocks else f"the states enter the last {cut} blocks"
+            found, states, forms = _cut_at(backbone, inputs, cut, asked)
             if inputs.mask is not None and states.shape[:-1] != inputs.mask.shape:
                 raise self._cannot("its hidden states are not one vector for each token")
             expected, _ = backbone.features(inputs)
@@ -93,14 +101,14 @@ class TailModel(FeatureBasedModel):
             self._put(self._first)
             self._map = _map_of(states)
             vectors = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
-            given = Inputs({STATES: vectors if inputs.mask is None else vectors * inputs.mask[..., None]}, inputs.mask)
-            here, _ = self._features(given)
+            laid = Inputs({STATES: vectors if inputs.mask is None else vectors * inputs.mask[..., None]}, inputs.mask)
+            here, _ = self._features(laid)
         if inputs.mask is not None and expected.ndim == 3:
             expected, here = (values[inputs.mask.bool()] for values in (expected, here))
         if not torch.equal(expected, here):
             raise self._cannot("its last blocks give other numbers when they are run by themselves")
         self.freeze_backbone = False
-        self._thaw(given, before)
+        self._thaw(laid, before)
         backbone.no_longer_frozen(uuid4().hex)
         self._bfloat16 = bfloat16
         self.train()
@@ -161,7 +169,7 @@ class TailModel(FeatureBasedModel):
             self._put(self._first)
 
     def _before(self, inputs: Inputs) -> set[int]:
-        """Return the parameters that the states depend on, by their ids: shared ones too must stay as they are."""
+        """Return the parameters that what enters the trained blocks depends on, by their ids: they stay as they are."""
         network = self.backbone.requires_grad_(True)
         with torch.enable_grad():
             states = network(**inputs.arguments, output_hidden_states=True).hidden_states[-self.blocks - 1]
@@ -169,7 +177,7 @@ class TailModel(FeatureBasedModel):
         return {id(parameter) for parameter in _clear_gradients(network)}
 
     def _thaw(self, inputs: Inputs, before: set[int]) -> None:
-        """Make the parameters trainable that the features depend on and the states do not."""
+        """Make the parameters trainable that the features depend on and what enters the trained blocks does not."""
         with torch.enable_grad():
             self._features(inputs)[0].sum().backward()  # type: ignore[no-untyped-call]
         used = {id(parameter) for parameter in _clear_gradients(self.backbone)} - before
@@ -237,7 +245,9 @@ def _clear_gradients(network: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def _cut_at(backbone: FrozenModel[Any], inputs: Inputs, blocks: int) -> tuple[nn.ModuleList, Tensor, list[int]]:
+def _cut_at(
+    backbone: FrozenModel[Any], inputs: Inputs, blocks: int, asked: str
+) -> tuple[nn.ModuleList, Tensor, list[int]]:
     """Find the list of a network's blocks; also the states that enter the last ones, and how the first give theirs.
 
     A form is 0 for a tensor, else the length of a tuple that has nothing but the states.
@@ -284,7 +294,7 @@ def _cut_at(backbone: FrozenModel[Any], inputs: Inputs, blocks: int) -> tuple[nn
         return each, states, [form for form in forms if form is not None]
     depth = len(hidden) - 1
     if 0 < depth <= blocks:
-        raise SpecError(f"blocks is {blocks}, and {backbone.name} has {depth}: expected fewer than that")
+        raise SpecError(f"{asked}, and {backbone.name} has {depth}: expected fewer than that")
     raise BackboneError(
         f"the last {counted(blocks, 'block')} of {backbone.name} cannot be trained by themselves: "
         f"{kind} has no list of blocks of which each reads what the one before it gives"

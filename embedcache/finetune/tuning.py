@@ -27,7 +27,7 @@ from embedcache.finetune.live import (
     outputs_of,
 )
 from embedcache.finetune.model import live_head
-from embedcache.finetune.states import CachedStates, cached_states
+from embedcache.finetune.states import CachedStates, blocks_entered, cached_states
 from embedcache.finetune.tail import TailModel, refuse_computed
 from embedcache.fingerprint import hash_json, sha256_file
 from embedcache.heads import TrainedHead, build_head
@@ -152,7 +152,8 @@ def tune(
     features alone and goes on from there (LP-FT, Kumar et al. 2022).
 
     Args:
-        cache: one with the states (``extract(..., pooling=["mean", "states@-3"])`` for 2 blocks; ``--states -2``).
+        cache: one with the states (``extract(..., pooling=["mean", "states@-3"])`` for 2 blocks or 1; ``--states -2``).
+            Where they enter more blocks than are trained, those between run, frozen, in every step.
         blocks: how many blocks are trained, from the last one on.
         head: a torch head that reads the pooled features.
         spec: how to train; ``learning_rate`` is the head's. None for ``TUNING``.
@@ -192,7 +193,7 @@ def tune(
     train, judged = (rows[task.labelled(y[rows])] for rows in (train, judged))
     class_weights([spec], y[train], task, cache.class_names)  # refused before anything is trained
     module = build_head(head_spec, pooled, len(cache.class_names), seed=spec.seed)
-    tail = load_tail(cache, pooled, source, module, blocks, dropout=dropout)
+    tail = load_tail(cache, pooled, source, module, blocks, states=states, dropout=dropout)
     if not new_head:
         started = train_on_cache(cache, head_spec, feature=pooled.name, allow_unseen=True, progress=progress)
         if started.interrupted:
@@ -218,8 +219,9 @@ def tune(
         "new_head": new_head,
     }  # fmt: skip
     what = f"the last {counted(blocks, 'block')} and the head, {count.trainable:,} parameters"
+    more = f" that enter the last {given}" if (given := blocks_entered(states.name)) > blocks else ""
     facts = {
-        "trained": f"{what}, from cached hidden states",
+        "trained": f"{what}, from cached hidden states{more}",
         "backbone before": str(where.model), "training rows": f"{len(train):,}", "validation rows": f"{len(judged):,}",
         "trained in": f"{result.seconds:.1f} s",
     }  # fmt: skip
@@ -240,7 +242,7 @@ def refuse_earlier_layer(feature: FeatureSet) -> None:
 
 
 def states_for(cache: FeatureCache, pooled: FeatureSet, source: ModelSource, blocks: int) -> FeatureSet:
-    """Return the set of a cache that enters the last blocks.
+    """Return the set of a cache that enters the last blocks, or more; see ``cached_states``.
 
     Raises ``FeatureError`` where it was not extracted, and what ``load_tail`` does where it could not be.
     """
@@ -258,12 +260,14 @@ def load_tail(
     head: torch.nn.Module,
     blocks: int,
     *,
+    states: FeatureSet | None = None,
     dropout: bool = True,
 ) -> TailModel:
     """Load the backbone of a cache with one feature set, and cut off its last blocks, to be trained with a head.
 
-    They compute as the cache was computed, in float32 or bfloat16. Raises ``BackboneMismatchError`` where it is another
-    backbone, ``SpecError`` for a cache that was computed otherwise, ``BackboneError`` as ``TailModel`` does.
+    They compute as the cache was computed, in float32 or bfloat16, from ``states``, by default those that enter just
+    these blocks. Raises ``BackboneMismatchError`` where it is another backbone, ``SpecError`` for a cache that was
+    computed otherwise, ``BackboneError`` as ``TailModel`` does.
     """
     settings = replace(_settings(cache.spec), features=(pooled.name,), views=None, augment=None)
     computed = settings.compute_dtype
@@ -278,7 +282,8 @@ def load_tail(
         raise BackboneMismatchError(
             f"the backbone is not the one that made {cache.path} ({shown}): give the same model with --model"
         )
-    return TailModel(backbone, head, blocks, bfloat16=computed == "bfloat16", dropout=dropout)
+    given = None if states is None else blocks_entered(states.name)
+    return TailModel(backbone, head, blocks, given=given, bfloat16=computed == "bfloat16", dropout=dropout)
 
 
 def _settings(spec: ExtractionSpec) -> Any:
@@ -408,19 +413,21 @@ def evaluate_tuned(head: TrainedHead, cache: FeatureCache | Path | str, split: s
     that does not say how many blocks were trained, and ``InputError`` for a split without labels.
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
-    blocks = head.training.get("blocks")
-    if not isinstance(blocks, int) or isinstance(blocks, bool):
+    blocks, given = head.training.get("blocks"), blocks_entered(str(head.training.get("states")))
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 1 <= blocks <= given:
         raise BundleError(
-            f"the run says that its last {blocks!r} blocks were trained: expected a number; tune it again"
+            f"the run says that its last {blocks!r} blocks were trained, of {given} that its states enter: "
+            "expected a number up to that; tune it again"
         )
-    states = cached_states(cache, blocks)
+    states = cached_states(cache, given)
     if head.training.get("states_hash") != states_hash(cache.spec, states.name):
         raise BackboneMismatchError(
             f"the run was trained on hidden states of other blocks, or made otherwise, than those of {cache.path}"
         )
     settings = replace(_settings(head.extraction), features=(head.feature.name,), compute_dtype="float32")
     backbone = load_again(settings, ModelSource(device="cpu"), ModelSource(head.model), "the head was trained on")
-    tail = TailModel(backbone, head.module, blocks, bfloat16=head.extraction["compute_dtype"] == "bfloat16")
+    bfloat16 = head.extraction["compute_dtype"] == "bfloat16"
+    tail = TailModel(backbone, head.module, blocks, given=given, bfloat16=bfloat16)
     tail.eval()
     task, targets = task_named(head.task), targets_for(head, cache)
     rows = cache.rows(split)
