@@ -26,7 +26,7 @@ from embedcache.cache import CacheWriter, FeatureCache, relabel
 from embedcache.cli import run
 from embedcache.equivalence import EquivalenceResult, check, check_equivalence
 from embedcache.equivalence.bits import Difference, difference, ordered_bits
-from embedcache.equivalence.result import Comparison
+from embedcache.equivalence.result import HEADER, Comparison, judged
 from embedcache.equivalence.rows import TrainingPlan
 from embedcache.equivalence.standard import plain_head
 from embedcache.equivalence.tolerance import (
@@ -745,12 +745,42 @@ def test_ulps_count_steps_between_neighbours(start: float, steps: int) -> None:
     with np.errstate(over="ignore"):  # past the largest number
         for _ in range(abs(steps)):
             b = np.nextafter(b, np.float32(np.inf if steps > 0 else -np.inf))
-    if not np.isfinite(b):
+    if not np.isfinite([a, b]).all():
         return
     found = difference(np.array([a, 1.0], np.float32), np.array([b, 1.0], np.float32))
     assert found.ulps == abs(steps)
     assert found.identical == (2 if a.tobytes() == b.tobytes() else 1)
     assert found.largest == abs(float(a) - float(b))
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float32", 24), ("float16", 11), ("bfloat16", 8), ("float64", 53)])
+def test_ulps_are_of_values_within_a_factor_of_two(dtype: str, digits: int) -> None:
+    """Near zero a count of them, in the thousands of millions, would say nothing of how large a difference is."""
+    kind = np.float64 if dtype == "float64" else np.float32
+
+    def ulps(*pairs: tuple[float, float]) -> int | None:
+        a, b = np.array(pairs, kind).T.copy()
+        return difference(a, b, dtype).ulps
+
+    assert ulps((1.0, 1.0), (1.0, 1.0 + 2.0 ** (1 - digits))) == 1
+    assert ulps((1.5, 2.0)) in (2 ** (digits - 2), 2 ** (digits - 3)), "in units of the larger one or of the smaller"
+    for far in ((1e-3, -1e-3), (1e-3, 3e-3), (0.0, 1.0), (1.0, np.nan), (1.0, np.inf)):
+        assert ulps((1.0, 1.0), far) is None
+    near, far_apart = Difference(2, 1, 0.5, 7, (0,)), Difference(2, 1, 0.5, None, (0,))
+    assert near.joined(far_apart, 2).ulps is far_apart.joined(near, 2).ulps is None
+    assert near.joined(Difference(3, 3), 2).ulps == 7
+
+
+def test_ulps_are_shown_where_bits_are_compared() -> None:
+    gap = Difference(5, 3, 1e-6, 3, (0,))
+    for row, cell, told in (
+        (judged("canonical", "losses", gap), "3", 3),
+        (judged("standard", "losses", gap, tolerance=1e-5), "-", None),
+        (judged("standard", "losses", replace(gap, identical=5, ulps=0), tolerance=1e-5), "0", 0),
+        (judged("canonical", "losses", replace(gap, ulps=None)), "-", None),
+    ):
+        assert row.cells()[HEADER.index("ulps")] == cell
+        assert row.to_json()["largest_ulp_distance"] == told
 
 
 def test_differences_of_bits() -> None:
@@ -760,12 +790,12 @@ def test_differences_of_bits() -> None:
     assert difference(nan, nan).same
     assert difference(nan, np.array([2.0, 1.0], np.float32)).largest == np.inf
     assert difference(np.zeros(3), np.zeros(2)).identical == 0
-    assert difference(np.array([3, 5]), np.array([3, 9])) == Difference(2, 1, 4.0, 4, (1,))
+    assert difference(np.array([3, 5]), np.array([3, 9])) == Difference(2, 1, 4.0, None, (1,))
     a = np.zeros((2, 3), np.float32)
     b = a.copy()
     b[1, 2] = 0.5
     assert difference(a, b).where == (1, 2)
-    assert Difference(5, 5).joined(difference(a, b), 5) == Difference(11, 10, 0.5, 0x3F000000, (6, 2))
+    assert Difference(5, 5).joined(difference(a, b), 5) == Difference(11, 10, 0.5, None, (6, 2))
     one = np.array([1.0], np.float32)
     assert ordered_bits(one + np.float32(2**-7), "bfloat16") - ordered_bits(one, "bfloat16") == 1
     assert ordered_bits(one + np.float32(2**-10), "float16") - ordered_bits(one, "float16") == 1

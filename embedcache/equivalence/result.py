@@ -14,7 +14,7 @@ from embedcache.equivalence.bits import Array, Difference
 from embedcache.equivalence.features import Recomputed, SetReport
 from embedcache.errors import NotEqualError
 from embedcache.numerics import Difference as Numerics
-from embedcache.wording import listed, shown, table
+from embedcache.wording import counted, listed, shown, table
 
 Verdict = Literal["identical", "within tolerance", "different", "cost"]
 
@@ -36,6 +36,11 @@ class Comparison:
     verdict: Verdict
     rule: str = ""
 
+    @property
+    def ulps(self) -> int | None:
+        """The largest distance in units of the last place, where bits are compared; a tolerance is of absolute size."""
+        return self.difference.ulps if self.tolerance is None or self.difference.same else None
+
     def to_json(self) -> dict[str, object]:
         """Return the comparison as JSON values."""
         gap = self.difference
@@ -45,7 +50,7 @@ class Comparison:
             "values": gap.values,
             "identical": gap.identical,
             "largest_absolute_difference": gap.largest if math.isfinite(gap.largest) else None,
-            "largest_ulp_distance": gap.ulps,
+            "largest_ulp_distance": self.ulps,
             "where": self.where or None,
             "tolerance": self.tolerance,
             "rule": self.rule or ("bit for bit" if self.tolerance is None else "tolerance"),
@@ -61,7 +66,7 @@ class Comparison:
             f"{gap.values:,}",
             f"{gap.identical:,}",
             "0" if gap.same else f"{gap.largest:.2e}",
-            f"{gap.ulps:,}",
+            "-" if self.ulps is None else f"{self.ulps:,}",
             self.rule or ("bit for bit" if self.tolerance is None else f"{self.tolerance:.1e}"),
             self.where,
             self.verdict,
@@ -239,8 +244,9 @@ def _pattern(
         return word
     if differs.sum() <= max(1, len(differs) // 10):
         values = int(report.differing.sum())
+        ulps, largest = report.total.ulps, report.total.largest
         return (
-            f"{values:,} {'value' if values == 1 else 'values'} by up to {report.total.ulps:,} ULP, "
+            f"{counted(values, 'value')} by up to {f'{largest:.2g}' if ulps is None else f'{ulps:,} ULP'}, "
             "and all other rows agree to the bit: what is stored was changed, not the model"
         )
     if explanation := _another_pooling(report, contents, other_poolings, texts):
