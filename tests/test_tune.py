@@ -21,7 +21,7 @@ from small_caches import SPEC, write
 from torch import nn
 from torch.nn import functional as F
 
-from embedcache import Predictor, check_tuning, extract, tune
+from embedcache import Predictor, check_tuning, extract, train_on_cache, tune
 from embedcache.backbone import load_backbone
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli, run
@@ -133,6 +133,10 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
     assert "last 1 block with dropout and a trained head" in shown
     assert "verdict: equal" in shown
     for wrong, message in (
+        (
+            ["check", out],
+            "trained on, by embedcache check CACHE INPUT --feature mean --head linear --blocks 1;",
+        ),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "2"], "extract --states -2"),
         (["tune", place, "-o", str(tmp_path / "x"), "--class-weight", '{"bad": 2}'], "extract --states -2"),
         (["tune", place, "-o", str(tmp_path / "x"), "--blocks", "1", "--class-weight", "{"], "is not JSON"),
@@ -228,6 +232,21 @@ def test_a_dry_run_says_what_states_save(
     (saving,) = told["saves"].values()
     assert (saving["trained"], saving["spared"], saving["blocks"], saving["rows"]) == (1, 2, 3, 39)
     assert saving["seconds"] == pytest.approx(told["seconds"] * 39 / 61 * 2 / 3)
+
+
+@pytest.mark.parametrize(("head", "proof"), [("mlp", "--feature mean --head mlp;"), ("knn", "--feature mean;")])
+def test_a_run_in_the_place_of_its_cache_is_told_of(
+    cache: FeatureCache, tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, proof: str
+) -> None:
+    train_on_cache(cache, head, TrainSpec(epochs=1), progress=False).head.save_pretrained(tmp_path / "run")
+    assert run(["check", str(tmp_path / "run")]) == 2
+    assert (
+        f"{tmp_path / 'run'} is a run, not a cache: such training is proved, with the cache that "
+        f"it was trained on, by embedcache check CACHE INPUT {proof}" in capsys.readouterr().err
+    )
+    (tmp_path / "run" / "config.json").write_text("{}")  # whatever else has such a file
+    assert run(["check", str(tmp_path / "run")]) == 1
+    assert "is not a feature cache (it has no manifest.json)" in capsys.readouterr().err
 
 
 def test_ctrl_c(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

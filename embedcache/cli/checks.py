@@ -73,13 +73,18 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     """
     from embedcache.cache import FeatureCache
     from embedcache.equivalence import check_equivalence, check_tuning
+    from embedcache.errors import CacheNotFoundError
 
     if options["blocks"] is not None and options["optimizer"] != "adamw":
         raise click.UsageError("--optimizer sgd and --blocks contradict each other: tune trains blocks by adamw")
     tuning = {name: value for name in ("dropout", "new_head") if (value := options.pop(name)) is not None}
     if tuning and options["blocks"] is None:
         raise click.UsageError("--dropout and --new-head are of training the last blocks: give --blocks K too")
-    opened, split = FeatureCache.open(cache), given.options["split"]
+    try:
+        opened, split = FeatureCache.open(cache), given.options["split"]
+    except CacheNotFoundError:
+        _refuse_run(cache)
+        raise
     if split is not None and "/" not in split:
         given.options["split"], options["split"] = None, split
     examples = None
@@ -98,6 +103,30 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     if not result.equal:
         say(f"error: {result.reason}", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _refuse_run(folder: str) -> None:
+    """Raise ``UsageError`` where a run stands in the place of its cache, with the command that proves its training."""
+    from pathlib import Path
+
+    from embedcache.errors import BundleError
+    from embedcache.heads import TrainedHead
+
+    if not (Path(folder) / "config.json").is_file():
+        return
+    try:
+        head = TrainedHead.from_pretrained(folder)
+    except BundleError:
+        return
+    made, proof = head.training, f"embedcache check CACHE INPUT --feature {head.feature.name}"
+    if head.spec.engine == "torch":
+        proof += f" --head {head.spec.kind}"
+    if "blocks" in made:
+        proof += f" --blocks {made['blocks']}" + " --dropout" * bool(made.get("dropout"))
+        proof += " --new-head" * bool(made.get("new_head"))
+    raise click.UsageError(
+        f"{folder} is a run, not a cache: such training is proved, with the cache that it was trained on, by {proof}"
+    )
 
 
 for parameter in check.params:  # the option of the other commands, which names a split here too
