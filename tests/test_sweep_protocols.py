@@ -321,6 +321,26 @@ def test_what_is_said_is_what_was_run(swept: dict[str, SweepResult]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nobody_is_told_to_go_beyond_what_is_fixed_or_that_a_head_was_chosen_where_none_was(
+    name: str, cache: FeatureCache, swept: dict[str, SweepResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, to_test = swept[name], PUBLISHED[name].protocol.to_test
+    assert not [note for note in found.notes if "lie beyond" in note]
+    assert any("one split only" in note for note in found.notes) == (not to_test)
+    page = report(found.path)
+    notebook = found._repr_html_()
+    for text in (page, notebook):
+        assert ("nothing is chosen" in text) == to_test
+    assert ("The kept head on" in page, "The chosen head on" in page) == (to_test and name != "mteb", not to_test)
+    assert ('best">kept' in page, 'best">chosen' in page) == (to_test, not to_test)
+    assert ("* is the kept one" in notebook, "* is the chosen one" in notebook) == (to_test, not to_test)
+    assert run(["sweep", str(cache.path), "-o", str(found.path), "--protocol", name]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    which = "head that the protocol keeps" if to_test else "chosen head"
+    assert told == f"kept in {found.path}; the {which} in {found.path}/best"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_fixed_is_said_before_and_after(
     name: str, cache: FeatureCache, swept: dict[str, SweepResult], tmp_path: Path
 ) -> None:

@@ -125,7 +125,8 @@ def sweep(
     if as_json:
         return print_json(result.summary)
     say(result.to_text(rows))
-    say(f"kept in {output_dir}; the chosen head in {output_dir}/best")
+    which = "head that the protocol keeps" if result.summary["protocol"]["kind"] == "test" else "chosen head"
+    say(f"kept in {output_dir}; the {which} in {output_dir}/best")
 
 
 def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[object]:

@@ -193,7 +193,7 @@ def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
         notes.append(
             "the cache has no labelled test split: nothing here was measured on rows that no choice was made by"
         )
-    notes += _edges(rows)
+    notes += _edges(rows) if problem.published is None else []  # a protocol's grid is not to be gone beyond
     if any(row.head.kind == "majority" and not row.distinguishable for row in rows) and len(rows) > 1:
         notes.append("these rows cannot tell the best head from one that always says the same: more rows are needed")
     unseen: list[int] = []
@@ -208,7 +208,7 @@ def notes_on(problem: Problem, rows: Sequence[LeaderboardRow]) -> list[str]:
             f"the test split has been looked at with {counted(looked, 'head')}: "
             "the best of their scores there is flattered"
         )
-    if problem.protocol.shots is None and problem.protocol.folds == 1:
+    if problem.protocol.kind == "split":
         notes.append("one split only: its rows decide everything, and the spread over training sets is not seen")
     return notes
 

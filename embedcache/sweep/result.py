@@ -32,7 +32,7 @@ _MOST_FAILURES = 12
 
 
 def to_text(summary: Summary, most: int = 12) -> str:
-    """Lay out a leaderboard. ``=`` marks heads that cannot be told from the winner, ``*`` the chosen one."""
+    """Lay out a leaderboard. ``=`` marks heads that cannot be told from the best, ``*`` the one in ``best/``."""
     rows, failures, alpha = summary.leaderboard, summary.failures, summary.protocol.alpha
     if not rows:
         reasons = [f"  {failure.label}: {failure.error}" for failure in failures[:_MOST_FAILURES]]
@@ -46,7 +46,7 @@ def to_text(summary: Summary, most: int = 12) -> str:
     ]
     if len(rows) > 1:
         lines.append(
-            f"= {len(summary.group)} of them cannot be told from the winner (p >= {alpha:g} after Holm's correction)"
+            f"= {len(summary.group)} of them cannot be told from the best (p >= {alpha:g} after Holm's correction)"
         )
     if summary.recommended is not None:
         lines.append(f"recommended: {summary.recommended.label} ({summary.recommended.why})")
@@ -142,13 +142,14 @@ class SweepResult:
         test, metric = found.test, found.metric.name
         facts = {
             "data": found.data.name, "compared by": f"{metric}; {found.protocol.text}",
-            "chosen": found.chosen and f"{found.chosen.label} ({found.chosen.why})",
+            found.kept_as: found.chosen and f"{found.chosen.label} ({found.chosen.why})",
             "recommended": found.recommended and f"{found.recommended.label} ({found.recommended.why})",
             test.split if test is not None else "test":
                 test and f"{metric} {test.score:.4f} {_ends(test.interval)} on {counted(test.rows, 'row')}",
         }  # fmt: skip
         facts |= dict(published_lines(found))
-        more = f"{counted(len(found.leaderboard), 'head')}; = cannot be told from the best, * is the chosen one"
+        heads = counted(len(found.leaderboard), "head")
+        more = f"{heads}; = cannot be told from the best, * is the {found.kept_as} one"
         return panel("SweepResult", facts, [Table(header, rows, _NUMBERS, chosen)], found.notes, more=more)
 
     @property

@@ -387,6 +387,11 @@ class Summary:
     published: PublishedFacts | None = field(default=None, metadata={"omitted": True})
 
     @property
+    def kept_as(self) -> str:
+        """What the head in ``best/`` is: ``chosen``, or ``kept`` where heads are scored on test and none is chosen."""
+        return "kept" if self.protocol.kind == "test" else "chosen"
+
+    @property
     def group(self) -> list[LeaderboardRow]:
         """The rows that the data cannot tell from the winner, the winner too."""
         return [row for row in self.leaderboard if not row.distinguishable]
