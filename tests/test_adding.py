@@ -111,6 +111,24 @@ def test_the_command(caches: dict[str, FeatureCache], tmp_path: Path) -> None:
     assert "z (54 rows)" in (tmp_path / "run2" / "README.md").read_text()
     measured = CliRunner().invoke(cli, ["evaluate", longer, str(caches["zyx"].path), "--json"])
     assert json.loads(measured.stdout)["test"]["accuracy"] > 0.7
+    others = (
+        [row | {"label": "z", "split": "train"} for row in ROWS[:5]],
+        [{"text": "x of w", "label": "w", "split": "test"}],
+    )
+    for rows, trial in (
+        (others[0], ""),
+        (others[0] + others[1], ""),  # evaluate does not know the class w
+        ([*others[0], others[0][0] | {"split": "test"}], "evaluate RUN CACHE"),
+        ([*others[0], others[0][0] | {"split": "validation"}], "evaluate RUN CACHE --split validation"),
+    ):
+        more, place = tmp_path / f"more{trial}{len(rows)}", tmp_path / f"of{trial}{len(rows)}"
+        extract(rows, output_dir=more, backbone=Planted())
+        said = CliRunner().invoke(cli, ["add-classes", run, str(more), "-o", str(place)])
+        told = said.output.splitlines()[-1].replace(str(place), "RUN").replace(str(more), "CACHE")
+        assert told == "saved in RUN" + (f": try  embedcache {trial}" if trial else "")
+        if trial:
+            words = [{"RUN": str(place), "CACHE": str(more)}.get(word, word) for word in trial.split()]
+            assert CliRunner().invoke(cli, words).exit_code == 0
     said = CliRunner().invoke(cli, ["add-classes", longer, str(caches["z"].path), "-o", str(tmp_path / "run3")])
     assert isinstance(said.exception, InputError)
     assert not (tmp_path / "run3").exists()

@@ -147,6 +147,8 @@ def test_flipped_labels_are_found(tmp_path: Path) -> None:
     found = of_kind(audit, "label")
     planted = {f"r{row}" for row in flipped}
     assert set(found) <= planted
+    assert audit.summary.agreed == pytest.approx(1 - len(flipped) / 303, abs=0.02)
+    assert f"agree with {100 * audit.summary.agreed:.1f} % of the labels" in audit.to_text()
     assert len(found) >= len(planted) - 3  # estimated counts are rounded
     assert all(finding.suggested == CLASSES[true[finding.row]] for finding in found.values())
     assert audit.summary.wrong == pytest.approx(len(flipped) / 303, abs=0.02)
@@ -352,6 +354,10 @@ def test_the_page_of_an_audit_and_its_section(tmp_path: Path, capsys: pytest.Cap
     assert cli.run(["audit", str(path), "-o", str(tmp_path / "a")]) == 0
     page = (tmp_path / "a" / "report.html").read_text("utf-8")
     assert page.count("<script>") == 1  # our own
+    trust = read_audit(tmp_path / "a").trust
+    assert trust
+    assert trust in capsys.readouterr().out
+    assert f"; {trust}.</p>" in page
     assert "&lt;script&gt;alert(4)" in page
     assert 'class="mark label"' in page
     sweep(path, ["linear"], output_dir=tmp_path / "s", folds=2, progress=False)

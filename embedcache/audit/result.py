@@ -134,7 +134,8 @@ class Summary:
     """Everything but the full list of findings: ``audit.json``.
 
     ``labels`` says which probabilities labels were judged by, None where there was nothing to judge. ``wrong`` is the
-    share of labels that confident learning estimates to be wrong, None where it was not asked.
+    share of labels that confident learning estimates to be wrong, None where it was not asked, ``agreed`` the share
+    that is the likeliest class by those probabilities, of a classification alone.
     """
 
     name: str
@@ -153,6 +154,17 @@ class Summary:
     notes: tuple[str, ...]
     cache_spec: str
     dataset: str
+    agreed: float | None = None
+
+    @property
+    def trust(self) -> str | None:
+        """How far to trust the labels that are named, in a sentence; None where none is, or nothing is known of it."""
+        if self.agreed is None or not self.counts.get("label"):
+            return None
+        return (
+            f"out of fold these agree with {100 * self.agreed:.1f} % of the labels: the fewer, the more right labels "
+            "are among those named, so look at them from the highest score down"
+        )
 
 
 @dataclass(frozen=True)
@@ -227,6 +239,8 @@ class Audit:
         lines += table(["found", "kind", ""], [[f"{summary.counts[kind]:,}", kind, KINDS[kind]] for kind in KINDS], [0])
         if summary.labels is not None:
             lines += ["", f"labels were judged by {summary.labels}"]
+        if summary.trust is not None:
+            lines.append(summary.trust)
         if summary.wrong is not None:
             lines.append(f"about {100 * summary.wrong:.1f} % of the labels are wrong, as confident learning estimates")
         for kind in KINDS:

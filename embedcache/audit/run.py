@@ -198,6 +198,7 @@ class _Work:
             settings=self.settings,
             counts=by_kind(findings),
             wrong=_share_wrong(doubt),
+            agreed=None if judged is None or doubt is None or not by_class else _share_agreed(judged, doubt, groups),
             classes=_class_facts(names, judged, doubt, far, groups) if by_class else (),
             map=None if laid is None else self._map(laid, findings, groups, names),
             shown=self._shown(findings),
@@ -302,6 +303,10 @@ def _share_wrong(doubt: Doubts | None) -> float | None:
     if doubt is None or doubt.estimate is None or not (whole := float(doubt.estimate.sum())):
         return None
     return round(1 - float(np.trace(doubt.estimate)) / whole, 6)
+
+
+def _share_agreed(judged: OutOfFold, doubt: Doubts, targets: Rows) -> float:
+    return round(float((doubt.suggested == targets[judged.rows]).mean()), 6)
 
 
 def _class_facts(

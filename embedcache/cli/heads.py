@@ -238,6 +238,7 @@ def add_classes(run: str, cache: str, output_dir: str, as_json: bool) -> None:
     from embedcache.cache import FeatureCache
     from embedcache.heads import TrainedHead
     from embedcache.heads.folder import RunFolder
+    from embedcache.heads.record import predict_command
     from embedcache.train import add_classes as add
 
     head, opened = TrainedHead.from_pretrained(run), FeatureCache.open(cache)
@@ -250,7 +251,12 @@ def add_classes(run: str, cache: str, output_dir: str, as_json: bool) -> None:
     if as_json:
         return print_json({"added": rows, "classes": list(longer.class_names)})
     say(f"added {text}: {len(longer.class_names):,} classes now")
-    say(f"saved in {output_dir}: try  embedcache evaluate {output_dir} {cache}")
+    trial = predict_command(longer).replace("RUN", output_dir) if longer.extraction.has_backbone else ""
+    known = {*opened.class_names} <= {*longer.class_names}
+    for split in ("validation", "test"):
+        if known and split in opened.split_names and (opened.targets(split) >= 0).any():
+            trial = f"embedcache evaluate {output_dir} {cache}" + f" --split {split}" * (split != "test")
+    say(f"saved in {output_dir}" + (f": try  {trial}" if trial else ""))
 
 
 @click.command()

@@ -125,8 +125,8 @@ def sweep(
     if as_json:
         return print_json(result.summary)
     say(result.to_text(rows))
-    which = "head that the protocol keeps" if result.summary["protocol"]["kind"] == "test" else "chosen head"
-    say(f"kept in {output_dir}; the {which} in {output_dir}/best")
+    head = "chosen head" if result.chooses else "head that the protocol keeps"
+    say(f"kept in {output_dir}; the {head} in {output_dir}/best")
 
 
 def _heads(names: tuple[str, ...], settings: tuple[str, ...]) -> list[object]:

@@ -41,6 +41,7 @@ class AuditValues:
     wrong: float | None
     notes: Sequence[str]
     labels: str | None
+    trust: str | None
     kinds: Sequence[KindValues]
     confused: Sequence[Finding]
     classes: Sequence[ClassFacts]
@@ -62,7 +63,7 @@ def audit_values(audit: Summary) -> AuditValues:
     largest = sorted(range(len(audit.classes)), key=lambda number: -audit.classes[number].rows)[:_COLOURS]
     return AuditValues(
         name=audit.name, rows=audit.rows, labelled=audit.labelled, vectors=audit.vectors, feature=audit.feature,
-        task=audit.task, wrong=audit.wrong, notes=audit.notes, labels=audit.labels, kinds=kinds,
+        task=audit.task, wrong=audit.wrong, notes=audit.notes, labels=audit.labels, trust=audit.trust, kinds=kinds,
         confused=[each.finding for each in shown if each.finding.kind == "confused"], classes=audit.classes,
         map=None if audit.map is None else map_chart(audit.map, largest),
         groups=[audit.classes[number].name for number in largest],

@@ -158,6 +158,11 @@ class SweepResult:
         return list(self._findings.leaderboard)
 
     @property
+    def chooses(self) -> bool:
+        """Whether the head in ``best/`` was chosen; a protocol that scores all heads on test only keeps one."""
+        return self._findings.kept_as == "chosen"
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes on how far to trust the result, a line each."""
         return self._findings.notes
