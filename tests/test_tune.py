@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,10 @@ from embedcache.errors import (
 )
 from embedcache.finetune import CachedStates, LiveStates, TailModel, Tuned, cached_states, evaluate_tuned, live, tuning
 from embedcache.finetune.live import LiveLearner
-from embedcache.finetune.tuning import better_before
+from embedcache.finetune.tuning import load_tail
 from embedcache.heads import TrainedHead, build_head
 from embedcache.shard import FeatureSet
-from embedcache.spec import TUNING, HeadSpec, TrainSpec
-from embedcache.task import CLASSIFICATION, REGRESSION
+from embedcache.spec import TUNING, HeadSpec, ModelSource, TrainSpec
 
 WORDS = ("good", "bad", "film", "plot", "old", "very", "a")
 FAST = TrainSpec(epochs=3, batch_size=5, learning_rate=1e-2, patience=0, weight_decay=0.01, seed=3)
@@ -669,13 +669,21 @@ def test_pictures_by_states_of_more_blocks(kind: str, changed: dict[str, int], t
     assert checked.equal, checked.to_text()
 
 
-def test_a_head_that_did_better_alone_is_told_of() -> None:
-    def told(task: Any, name: str, before: float, after: float) -> list[str]:
-        return better_before(task, {"validation": {name: before}}, {"validation": {name: after}})
-
-    (note,) = told(CLASSIFICATION, "accuracy", 0.81, 0.79)
-    assert "the head alone does better than with its blocks trained (accuracy 0.810, 0.790)" in note
-    assert told(REGRESSION, "rmse", 1.0, 2.0)
-    assert not told(CLASSIFICATION, "accuracy", 0.79, 0.79)
-    assert not told(REGRESSION, "rmse", 2.0, 1.0)
-    assert not better_before(CLASSIFICATION, {"train": {}}, {"train": {}})
+@pytest.mark.parametrize("new_head", [False, True])
+def test_no_epoch_that_is_worse_than_the_start_is_kept(new_head: bool, cache: FeatureCache) -> None:
+    """Rates at which the network forgets all that it knows: what there was before stays, if it was trained."""
+    wild = replace(FAST, epochs=2, learning_rate=1.0, metric="log_loss")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = tune(cache, 1, spec=wild, backbone_learning_rate=10.0, new_head=new_head, progress=False, device="cpu")
+    head = train_on_cache(cache, progress=False).head.module
+    pristine = load_tail(cache, cache.feature("mean"), ModelSource(device="cpu"), head, 1)
+    same = all(
+        torch.equal(parameter, result.model.state_dict()[name]) for name, parameter in pristine.state_dict().items()
+    )
+    assert same is not new_head
+    assert (result.fitted.start is None) is new_head
+    assert any("the validation rows went better before" in str(each.message) for each in told) is not new_head
+    if not new_head:
+        assert result.fitted.best_epoch == -1
+        assert result.fitted.start == result.metrics["validation"]["log_loss"]

@@ -87,7 +87,8 @@ class Training:
 
     ``charged`` counts the different contents whose features it needs. ``probe_seconds`` is what training the head took
     from which other training went on, None elsewhere; ``total`` counts all parameters, None where the backbone was not
-    loaded. ``best_epoch`` counts from 1; ``history`` has numbers by name for each epoch.
+    loaded. ``best_epoch`` counts from 1, and 0 is what training started from; ``history`` has
+    numbers by name for each epoch.
     """
 
     train_rows: int

@@ -166,7 +166,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training by an approach gave: its history, the seconds, parameters, and the outputs of the test rows."""
+    """What training by an approach gave: its history, the seconds, parameters, and the outputs of the test rows.
+
+    ``start`` is the validation metric of what training started from, where that was kept.
+    """
 
     history: History
     seconds: float
@@ -176,6 +179,7 @@ class Trained:
     probe_seconds: float | None = None
     setup_seconds: float = 0.0
     total: int | None = None
+    start: float | None = None
 
 
 def training(job: TrainingJob) -> Training:
@@ -203,8 +207,8 @@ def training(job: TrainingJob) -> Training:
         validation_rows=len(split.validation),
         test_rows=len(split.test),
         charged=len(np.unique(cache.places()[np.concatenate([split.train, split.validation])])),
-        best_epoch=best + 1,
-        validation=values[best],
+        best_epoch=best + 1 if trained.start is None else 0,
+        validation=values[best] if trained.start is None else trained.start,
         epoch_seconds=statistics.median(float(epoch["seconds"]) for epoch in trained.history),
         history=tuple({name: float(value) for name, value in epoch.items()} for epoch in trained.history),
         seconds=trained.seconds,
@@ -274,7 +278,8 @@ def _live(problem: Problem, memory: Peak) -> Trained:
         raise KeyboardInterrupt
     held, count = memory.read(), model.count_trainable_params()
     return Trained(
-        tuned.history, tuned.seconds, held, count.trainable, tuned.head.probabilities(test), probe, setup, count.total
+        tuned.history, tuned.seconds, held, count.trainable, tuned.head.probabilities(test), probe, setup, count.total,
+        tuned.fitted.start,
     )  # fmt: skip
 
 
@@ -313,7 +318,9 @@ def _last_blocks(problem: Problem, memory: Peak) -> Trained:
     with model.whole():
         count = model.count_trainable_params()
     outputs = tuned.head.probabilities_of(test)
-    return Trained(tuned.history, tuned.seconds, held, count.trainable, outputs, probe, setup, count.total)
+    return Trained(
+        tuned.history, tuned.seconds, held, count.trainable, outputs, probe, setup, count.total, tuned.fitted.start
+    )
 
 
 def standardize(module: Head, problem: Problem) -> None:

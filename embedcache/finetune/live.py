@@ -28,7 +28,7 @@ from embedcache.train.batches import grouped_order, order
 from embedcache.train.data import checked_targets, class_weights, refuse_untrainable, target_moments
 from embedcache.train.loop import STILL_IMPROVING, Scores, Stopping, fit, still_improving, telling
 from embedcache.train.losses import Loss, start_at, start_biases
-from embedcache.train.metrics import measure, scores
+from embedcache.train.metrics import measure, metric_named, scores
 from embedcache.train.result import Fitted, Observe, TrainingResult
 from embedcache.train.stack import BETA1, BETA2, EPSILON, schedule_factors
 
@@ -156,6 +156,7 @@ class LiveLearner:
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPSILON, fused=True if fused else None)
         self._best: dict[str, Tensor] | None = None
+        self._start: dict[str, Tensor] = {}
 
     def step(self, batch: ContentBatch) -> Tensor:
         """Take one step."""
@@ -194,6 +195,16 @@ class LiveLearner:
             return
         for name, tensor in self._changing().items():
             self._best[name].copy_(tensor.detach())
+
+    def remember_start(self) -> None:
+        """Keep the present weights for ``restart``."""
+        self._start = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Restore the weights of the start."""
+        for name, tensor in self._changing().items():
+            tensor.copy_(self._start[name])
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with the model, or end where ``places`` is empty."""
@@ -320,7 +331,8 @@ def fine_tune(
         contents: what the backbone reads: texts or their UTF-8 bytes, the bytes of image files, or
             ``Examples.packed_contents``, which are read when a batch needs them.
         y: int64 [N] class indices (-1: no label), uint8 [N, C], or float [N, R].
-        eval_contents, y_eval: validation rows: early stopping, best weights. None for none.
+        eval_contents, y_eval: validation rows: early stopping, best weights; also whether a model whose head is not
+            new did better before (by ``spec.metric``, else by accuracy and its like), and stays so. None for none.
         spec: how to train; ``learning_rate`` is the head's, ``standardize`` is not looked at.
         backbone_learning_rate: the backbone's, where it is not frozen.
         new_head: whether the head is untrained: its biases then start as in training on a cache.
@@ -379,22 +391,43 @@ def fit_live(
         )  # fmt: skip
         if watch is not None:
             watch()
+        before = None if judge is None or new_head else judge.outputs()
+        if before is not None:
+            learner.remember_start()
         outcome = fit(
             learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses,
             each_epoch=telling(observe, spec, stopping.epochs * batches.steps),
         )  # fmt: skip
         learner.finish()
-        if judge is not None:
-            metrics["validation"] = measure(kind, judge.y, judge.outputs(), class_names)
-    improving = still_improving(outcome.history[0], outcome.best_epoch[0], spec, stopping.epochs)
-    notes = (STILL_IMPROVING,) if improving else ()
+        after = None if judge is None else judge.outputs()
+        history, start, best, notes = outcome.history[0], None, outcome.best_epoch[0], tuple[str, ...]()
+        if judge is not None and after is not None and before is not None:
+            name = metric_named(spec.metric or kind.headline_metric, kind)
+            then, now = (judge.score(name.name, outputs) for outputs in (before, after))
+            if (then > now) if name.greater_is_better else (then < now):
+                learner.restart()
+                after, start, best = before, judge.score(stopping.metric, before), -1
+                notes = (_kept(name.name, then, now),)
+        if judge is not None and after is not None:
+            metrics["validation"] = measure(kind, judge.y, after, class_names)
+    improving = start is None and still_improving(history, best, spec, stopping.epochs)
+    notes = (STILL_IMPROVING,) if improving else notes
     warn(notes)
     fitted = Fitted(
-        history=outcome.history[0], notes=notes, epochs=stopping.epochs, best_epoch=outcome.best_epoch[0],
+        history=history, notes=notes, epochs=stopping.epochs, best_epoch=best, start=start,
         steps=outcome.steps, seconds=outcome.seconds, interrupted=outcome.interrupted, improving=improving,
         losses=outcome.losses,
     )  # fmt: skip
     return TrainingResult(tuned, fitted, metrics, notes, outcome.seconds)
+
+
+# Whether to keep the start hangs on the metric that people look at, not on the loss: a network that is ever surer of
+# itself loses there while it gets more rows right, and what it says is calibrated in the end.
+def _kept(name: str, then: float, now: float) -> str:
+    return (
+        f"the validation rows went better before ({name} {then:.3f}) than in the best epoch ({now:.3f}), so the model "
+        "stays as it was: a lower learning rate of the backbone may help"
+    )
 
 
 class _Judge:
@@ -407,7 +440,11 @@ class _Judge:
         return self._tuned.probabilities_of(self._rows)
 
     def __call__(self) -> float:
-        return float(scores(self._metric, task_named(self._tuned.task), self.y, self.outputs()[None])[0])
+        return self.score(self._metric, self.outputs())
+
+    def score(self, metric: str, outputs: Floats) -> float:
+        """Return a metric of outputs [N, C]."""
+        return float(scores(metric, task_named(self._tuned.task), self.y, outputs[None])[0])
 
 
 def _loss(tuned: TunedModel, y: Array, spec: TrainSpec, new_head: bool) -> LiveLoss:

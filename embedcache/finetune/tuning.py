@@ -47,11 +47,11 @@ from embedcache.spec import (
     TrainSpec,
     differences_text,
 )
-from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, Task, task_named
+from embedcache.task import CLASSIFICATION, MULTILABEL, REGRESSION, Array, Floats, task_named
 from embedcache.train import train_on_cache
 from embedcache.train.cached import feature_for, refuse_unseen, targets_for, training_rows
 from embedcache.train.data import class_weights
-from embedcache.train.metrics import measure, metric_named
+from embedcache.train.metrics import measure
 from embedcache.train.metrics.measuring import MetricValues
 from embedcache.train.result import Fitted, Observe, Origin
 from embedcache.train.run import fit_temperature, fit_thresholds
@@ -149,7 +149,8 @@ def tune(
 
     What comes before is frozen, and its states are read from the cache: the steps are, to the bit, those of training
     with the frozen blocks run in each of them (``check_tuning`` proves it). The head is first trained on the cached
-    features alone and goes on from there (LP-FT, Kumar et al. 2022).
+    features alone and goes on from there (LP-FT, Kumar et al. 2022). Where the validation rows went better before
+    the blocks were trained, it stays, and the blocks as they were.
 
     Args:
         cache: one with the states (``extract(..., pooling=["mean", "states@-3"])`` for 2 blocks or 1; ``--states -2``).
@@ -226,8 +227,6 @@ def tune(
         "trained in": f"{result.seconds:.1f} s",
     }  # fmt: skip
     calibration, metrics = _judged(tuned, dict(zip(("train", "validation"), rows, strict=True)))
-    if not new_head:
-        warn(better_before(task, started.metrics, metrics))
     computed = str(cache.spec["compute_dtype"])
     return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts, computed)
 
@@ -336,20 +335,6 @@ def _judged(tuned: TunedModel, rows: Mapping[str, LabelledLive]) -> tuple[Mappin
         for split, each in outputs.items()
     }  # fmt: skip
     return calibration, metrics
-
-
-def better_before(task: Task, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return a note where, by metrics of the splits, the validation rows went better before the blocks were trained."""
-    name = task.headline_metric
-    if "validation" not in before or "validation" not in after:
-        return []
-    alone, tuned = (float(each["validation"][name]) for each in (before, after))
-    if (alone <= tuned) if metric_named(name, task).greater_is_better else (alone >= tuned):
-        return []
-    return [
-        f"on the validation rows the head alone does better than with its blocks trained ({name} {alone:.3f}, "
-        f"{tuned:.3f}): keep it, as train makes it, or give a lower rate: tune --backbone-learning-rate 5e-5"
-    ]
 
 
 def _state(module: torch.nn.Module, tuned: TunedModel) -> dict[str, Array]:

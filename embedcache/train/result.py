@@ -37,7 +37,8 @@ class Fitted:
         history: a record for each epoch; the convex solver has one entry, with its iterations.
         notes: one-line facts to print.
         epochs: how many were planned; 0 for engines without epochs.
-        best_epoch: the best on validation, counted from 0; -1 where nothing was measured.
+        best_epoch: the best on validation, counted from 0; -1 where nothing was measured, or the start was kept.
+        start: the validation metric of what training started from, where that was kept; else None.
         steps: steps that were taken.
         seconds: the duration of the pass, for all heads that shared it.
         interrupted: whether Ctrl-C ended it early, with the best weights so far.
@@ -51,6 +52,7 @@ class Fitted:
     notes: tuple[str, ...] = ()
     epochs: int = 0
     best_epoch: int = -1
+    start: float | None = None
     steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
