@@ -22,7 +22,7 @@ from small_caches import SPEC, write
 from torch import nn
 from torch.nn import functional as F
 
-from embedcache import Predictor, check_tuning, extract, train_on_cache, tune
+from embedcache import Predictor, check_equivalence, check_tuning, extract, train_on_cache, tune
 from embedcache.backbone import load_backbone
 from embedcache.cache import FeatureCache
 from embedcache.cli import cli, run
@@ -41,6 +41,7 @@ from embedcache.finetune.tuning import load_tail
 from embedcache.heads import TrainedHead, build_head
 from embedcache.shard import FeatureSet
 from embedcache.spec import TUNING, HeadSpec, ModelSource, TrainSpec
+from embedcache.train.minibatch import HeadLearner
 
 WORDS = ("good", "bad", "film", "plot", "old", "very", "a")
 FAST = TrainSpec(epochs=3, batch_size=5, learning_rate=1e-2, patience=0, weight_decay=0.01, seed=3)
@@ -270,6 +271,28 @@ def test_ctrl_c(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tuning, "train_on_cache", lambda *_, **__: interrupted)
     with pytest.raises(Interrupted, match="nothing is saved"):
         tune(cache, 1, spec=FAST, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+@pytest.mark.parametrize("taken", [0, 12])
+def test_ctrl_c_ends_a_check_without_a_verdict(
+    blocks: int | None, taken: int, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of the trainings that are compared: half of one would be taken for a difference."""
+    learner: Any = LiveLearner if blocks else HeadLearner
+    steps: list[int] = []
+    step = learner.step
+
+    def stopped(self: Any, batch: Any) -> Any:
+        steps.append(1)
+        if len(steps) == taken + 1:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(learner, "step", stopped)
+    options: dict[str, Any] = {"steps": 8, "device": "cpu", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        check_tuning(cache, blocks=1, new_head=True, **options) if blocks else check_equivalence(cache, **options)
 
 
 def test_the_first_blocks_may_as_well_be_run(bert: Path, cache: FeatureCache) -> None:

@@ -37,7 +37,7 @@ from embedcache.equivalence.result import (
 from embedcache.equivalence.rows import Subject, TrainingPlan, matched, sample
 from embedcache.equivalence.standard import STANDARD_HEADS, StandardModel, train_standard
 from embedcache.equivalence.tolerance import feature_tolerances, training_tolerances
-from embedcache.equivalence.training import Record, compare_records, differences_of, train
+from embedcache.equivalence.training import Record, compare_records, differences_of, refuse_interrupted, train
 from embedcache.errors import FeatureError, SpecError, TrainingError, quiet
 from embedcache.examples import Examples, load_examples
 from embedcache.features import Dense, InMemory, Ragged
@@ -126,6 +126,7 @@ def _compare_optimum(subject: Subject, x: InMemory) -> Outcome:
                     features, y, task=plan.task.name, class_names=plan.class_names, feature=plan.feature,
                     progress=False, intervals=False,
                 )  # fmt: skip
+            refuse_interrupted(trained.fitted)
         except (TrainingError, FeatureError) as error:
             return Outcome(notes=(f"the optimum is not compared: {error}",))
         optima.append(trained.head.state)

@@ -19,6 +19,7 @@ from embedcache.heads.modules import Dropout
 from embedcache.train.batches import Batches, FeatureBatch
 from embedcache.train.data import LabelledRows
 from embedcache.train.minibatch import PassOptions, batches_of, fit_minibatch
+from embedcache.train.result import Fitted
 from embedcache.train.stack import HeadStack
 
 Named = Mapping[str, Array]
@@ -102,6 +103,7 @@ def train(
     rows = LabelledRows(x, y, plan.task, plan.class_names, views=every if views else None)
     options = PassOptions(progress=progress, title=title, keep_losses=True, max_steps=plan.steps, watch=watched.start)
     (fitted,) = fit_minibatch(rows, None, [plan.head], [plan.spec], batches=watched, options=options)
+    refuse_interrupted(fitted)
     stack = watched.stacks[0]
     moments = stack.optimizer_state()
     generators = [module.generators for module in stack.module.modules() if isinstance(module, Dropout)]
@@ -119,6 +121,12 @@ def train(
         logits=np.asarray(head.logits(evaluation), np.float32),
         head=head,
     )
+
+
+def refuse_interrupted(fitted: Fitted) -> None:
+    """Raise ``KeyboardInterrupt`` where Ctrl-C ended training early: half of it would be taken for a difference."""
+    if fitted.interrupted:
+        raise KeyboardInterrupt
 
 
 def _numpy(tensors: Mapping[str, Tensor]) -> dict[str, Array]:

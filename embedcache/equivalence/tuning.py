@@ -24,7 +24,7 @@ from embedcache.equivalence.plain_blocks import NoisyStates, PlainBlocks, states
 from embedcache.equivalence.result import Comparison, EquivalenceResult, judged
 from embedcache.equivalence.rows import RawRows, Sample, matched, sample
 from embedcache.equivalence.tolerance import DRAWS
-from embedcache.equivalence.training import Named, differences_of
+from embedcache.equivalence.training import Named, differences_of, refuse_interrupted
 from embedcache.errors import BackboneError, FeatureError, SpecError, quiet
 from embedcache.examples import Examples, load_examples
 from embedcache.features import InMemory, Ragged, Rows
@@ -226,10 +226,12 @@ class _Training:
         if self.new_head:
             return None
         with quiet():
-            return train_head(
+            started = train_head(
                 features(), self.y, head=self.head, task=self.task.name, class_names=self.cache.class_names,
                 feature=self.pooled, progress=False, intervals=False,
-            ).head  # fmt: skip
+            )  # fmt: skip
+        refuse_interrupted(started.fitted)
+        return started.head
 
     def tail(self, start: TrainedHead | None) -> TailModel:
         """Load the last blocks with a head to begin with; None for a new one, always the same."""
@@ -266,6 +268,7 @@ class _Training:
             class_names=self.cache.class_names, new_head=self.new_head, progress=self.progress, title=title,
             keep_losses=True, max_steps=self.steps, watch=watched.start,
         )  # fmt: skip
+        refuse_interrupted(result.fitted)
         losses = torch.stack([loss.reshape(()) for loss in result.fitted.losses]).cpu().numpy()
         values = {
             "initial weights": watched.initial,
