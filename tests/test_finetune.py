@@ -435,6 +435,12 @@ def test_bad_input_to_training(folder: Path, y: Any, spec: TrainSpec, error: typ
         fine_tune(model_of(folder), TEXTS, y, spec=spec, class_names=NAMES, progress=False)
 
 
+@pytest.mark.parametrize("rate", [-1e-5, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused_before_training(folder: Path, rate: float) -> None:
+    with pytest.raises(SpecError, match=r"backbone_learning_rate is .*: expected a finite number of 0 or more"):
+        fine_tune(model_of(folder), TEXTS, LABELS, backbone_learning_rate=rate, class_names=NAMES, progress=False)
+
+
 def test_unlabelled_rows_are_left_out(folder: Path) -> None:
     y = np.where(np.arange(len(TEXTS)) % 3 == 0, -1, LABELS)
     done = fine_tune(model_of(folder), TEXTS, y, TEXTS, y, SEEDED, class_names=NAMES, progress=False)

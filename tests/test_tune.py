@@ -155,6 +155,7 @@ def test_the_commands(table: Path, cache: FeatureCache, tmp_path: Path, capsys: 
         (["check", place, "--dropout"], "give --blocks K too"),
         (["check", place, "--no-dropout"], "give --blocks K too"),
         (["check", place, "--new-head"], "give --blocks K too"),
+        (["check", place, "--blocks", "1", "--rows", "9"], "--rows and --blocks contradict each other"),
         (["evaluate", out, place, "--average-views"], "leave out --average-views"),
         (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "2"], "--states 2: expected -1 or below"),
         (["extract", str(table), "-o", str(tmp_path / "y"), "--states", "0"], "--states 0: expected -1 or below"),
@@ -706,6 +707,7 @@ def test_no_epoch_that_is_worse_than_the_start_is_kept(new_head: bool, cache: Fe
     )
     assert same is not new_head
     assert (result.fitted.start is None) is new_head
+    assert ("kept" in result.facts) is not new_head
     assert any("the validation rows went better before" in str(each.message) for each in told) is not new_head
     if not new_head:
         assert result.fitted.best_epoch == -1

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     help="Training steps to compare, each with the backbone in the loop.  [default: 10]",
 )
 @click.option(
-    "--rows", type=int, default=1536, show_default=True, metavar="N", help="Rows whose features are compared."
+    "--rows", type=int, metavar="N", help="Rows whose features are compared; not with --blocks.  [default: 1536]"
 )
 @click.option(
     "--all", "everything", is_flag=True, help="Compare every row, and train at least one epoch, instead of a sample."
@@ -78,6 +78,10 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
     if options["blocks"] is not None and options["optimizer"] != "adamw":
         raise click.UsageError("--optimizer sgd and --blocks contradict each other: tune trains blocks by adamw")
     tuning = {name: value for name in ("dropout", "new_head") if (value := options.pop(name)) is not None}
+    if options["rows"] is None:
+        del options["rows"]
+    elif options["blocks"] is not None:
+        raise click.UsageError("--rows and --blocks contradict each other: of blocks, the rows that train are compared")
     if tuning and options["blocks"] is None:
         raise click.UsageError("--dropout and --new-head are of training the last blocks: give --blocks K too")
     try:
@@ -92,7 +96,7 @@ def check(cache: str, given: Input, head: HeadSpec | None, as_json: bool, **opti
         kind = "id" if opened.spec.content == "id" else None
         examples = given.examples(f"{cache}.quarantine.jsonl", kind=kind, pixel_range=opened.spec.pixel_range)
     if (blocks := options.pop("blocks")) is not None:
-        options = {name: value for name, value in options.items() if name not in ("rows", "optimizer")}
+        options = {name: value for name, value in options.items() if name != "optimizer"}
         result = check_tuning(opened, examples, head=head, blocks=blocks, **tuning, **options)
     else:
         result = check_equivalence(opened, examples, head=head, **options)

@@ -64,7 +64,7 @@ def _last(blocks: int) -> Approach:
         f"The hidden states that enter the {what} are cached too; the head is trained first, on the cache, then it and "
         f"the {what} by the steps of full fine-tuning, but without dropout, with a decay of {TUNING.weight_decay:g}, "
         f"in {counted(TUNING.epochs, 'epoch')} at most, the last block at {TUNING_RATE:g}, each before it at "
-        f"{TUNING_DECAY:g} of that (Howard & Ruder 2018).",
+        f"{TUNING_DECAY:g} of that (Howard & Ruder 2018). Where validation went better before, that is kept (epoch 0).",
         TUNING,
         TUNING_RATE,
         blocks,
@@ -103,7 +103,7 @@ APPROACHES: dict[str, Approach] = {
             "lp-ft",
             "LP-FT",
             "The head is trained first, on the cache, and full fine-tuning starts from it, one rate of 5e-5 for all "
-            "(Kumar et al. 2022).",
+            "(Kumar et al. 2022). Where validation went better before, that is kept (epoch 0).",
             replace(_TUNE, learning_rate=_BACKBONE_RATE),
             _BACKBONE_RATE,
         ),

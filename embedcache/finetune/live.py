@@ -156,7 +156,6 @@ class LiveLearner:
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, betas=(BETA1, BETA2), eps=EPSILON, fused=True if fused else None)
         self._best: dict[str, Tensor] | None = None
-        self._start: dict[str, Tensor] = {}
 
     def step(self, batch: ContentBatch) -> Tensor:
         """Take one step."""
@@ -191,31 +190,29 @@ class LiveLearner:
         if not places:
             return
         if self._best is None:
-            self._best = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+            self._best = self.weights()
             return
         for name, tensor in self._changing().items():
             self._best[name].copy_(tensor.detach())
 
-    def remember_start(self) -> None:
-        """Keep the present weights for ``restart``."""
-        self._start = {name: tensor.detach().clone() for name, tensor in self._changing().items()}
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of what training changes, for ``restore``."""
+        return {name: tensor.detach().clone() for name, tensor in self._changing().items()}
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Restore the weights of the start."""
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Go back to these weights."""
         for name, tensor in self._changing().items():
-            tensor.copy_(self._start[name])
+            tensor.copy_(weights[name])
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with the model, or end where ``places`` is empty."""
         self.alive = [self.alive[place] for place in places]
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Restore the best weights; the last where nothing was measured."""
         if self._best is not None:
-            for name, tensor in self._changing().items():
-                tensor.copy_(self._best[name])
+            self.restore(self._best)
         self.model.eval()
 
 
@@ -334,7 +331,7 @@ def fine_tune(
         eval_contents, y_eval: validation rows: early stopping, best weights; also whether a model whose head is not
             new did better before (by ``spec.metric``, else by accuracy and its like), and stays so. None for none.
         spec: how to train; ``learning_rate`` is the head's, ``standardize`` is not looked at.
-        backbone_learning_rate: the backbone's, where it is not frozen.
+        backbone_learning_rate: the backbone's, where it is not frozen; finite, 0 or more.
         new_head: whether the head is untrained: its biases then start as in training on a cache.
 
     Draws of dropout come from ``spec.seed``; torch's own generators are left as they were.
@@ -346,6 +343,8 @@ def fine_tune(
     """
     if spec.solver == "convex" or spec.optimizer != "adamw":
         raise SpecError(f"a live model is trained by minibatch AdamW, not {spec.solver} {spec.optimizer}")
+    if not 0 <= backbone_learning_rate < np.inf:
+        raise SpecError(f"backbone_learning_rate is {backbone_learning_rate:g}: expected a finite number of 0 or more")
     if spec.input_noise or spec.input_dropout:
         raise SpecError("input_noise and input_dropout disturb cached features: a live model has dropout of its own")
     kind = task_named(task)
@@ -391,9 +390,7 @@ def fit_live(
         )  # fmt: skip
         if watch is not None:
             watch()
-        before = None if judge is None or new_head else judge.outputs()
-        if before is not None:
-            learner.remember_start()
+        before = None if judge is None or new_head else (judge.outputs(), learner.weights())
         outcome = fit(
             learner, batches, stopping, title=title, progress=progress, keep_losses=keep_losses,
             each_epoch=telling(observe, spec, stopping.epochs * batches.steps),
@@ -403,10 +400,10 @@ def fit_live(
         history, start, best, notes = outcome.history[0], None, outcome.best_epoch[0], tuple[str, ...]()
         if judge is not None and after is not None and before is not None:
             name = metric_named(spec.metric or kind.headline_metric, kind)
-            then, now = (judge.score(name.name, outputs) for outputs in (before, after))
+            then, now = (judge.score(name.name, outputs) for outputs in (before[0], after))
             if (then > now) if name.greater_is_better else (then < now):
-                learner.restart()
-                after, start, best = before, judge.score(stopping.metric, before), -1
+                learner.restore(before[1])
+                after, start, best = before[0], judge.score(stopping.metric, before[0]), -1
                 notes = (_kept(name.name, then, now),)
         if judge is not None and after is not None:
             metrics["validation"] = measure(kind, judge.y, after, class_names)
@@ -426,7 +423,7 @@ def fit_live(
 def _kept(name: str, then: float, now: float) -> str:
     return (
         f"the validation rows went better before ({name} {then:.3f}) than in the best epoch ({now:.3f}), so the model "
-        "stays as it was: a lower learning rate of the backbone may help"
+        "stays as it was: a lower learning rate may help"
     )
 
 

@@ -226,6 +226,8 @@ def tune(
         "backbone before": str(where.model), "training rows": f"{len(train):,}", "validation rows": f"{len(judged):,}",
         "trained in": f"{result.seconds:.1f} s",
     }  # fmt: skip
+    if result.fitted.start is not None:
+        facts["kept"] = "what training started from, as the validation rows went better before"
     calibration, metrics = _judged(tuned, dict(zip(("train", "validation"), rows, strict=True)))
     computed = str(cache.spec["compute_dtype"])
     return Tuned(tail, head_spec, tuned, result.fitted, calibration, metrics, where, record, facts, computed)
